@@ -1,0 +1,78 @@
+"""vlmprune: token pruning for vision-language models, behind one contract.
+
+    import vlmprune
+    handle = vlmprune.patch(model, "divprune", keep_ratio=0.11)
+    model.generate(**inputs)          # as before, on a fraction of the visual tokens
+    handle.remove()
+
+The names are loaded on first use, so that `import vlmprune` and `vlmprune --help` stay light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .adapters.patching import Handle, patch, unpatch
+    from .adapters.registry import model_names as models
+    from .prune.errors import (
+        BudgetError,
+        MethodFieldError,
+        MissingSignalError,
+        UnknownMethodError,
+        UnsupportedFeatureError,
+        UnsupportedModelError,
+        VlmpruneError,
+    )
+    from .prune.registry import method
+    from .prune.registry import method_names as methods
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "patch": ("adapters.patching", "patch"),
+    "unpatch": ("adapters.patching", "unpatch"),
+    "Handle": ("adapters.patching", "Handle"),
+    "models": ("adapters.registry", "model_names"),
+    "method": ("prune.registry", "method"),
+    "methods": ("prune.registry", "method_names"),
+    "VlmpruneError": ("prune.errors", "VlmpruneError"),
+    "BudgetError": ("prune.errors", "BudgetError"),
+    "MethodFieldError": ("prune.errors", "MethodFieldError"),
+    "MissingSignalError": ("prune.errors", "MissingSignalError"),
+    "UnknownMethodError": ("prune.errors", "UnknownMethodError"),
+    "UnsupportedFeatureError": ("prune.errors", "UnsupportedFeatureError"),
+    "UnsupportedModelError": ("prune.errors", "UnsupportedModelError"),
+}
+
+__all__ = [
+    "BudgetError",
+    "Handle",
+    "MethodFieldError",
+    "MissingSignalError",
+    "UnknownMethodError",
+    "UnsupportedFeatureError",
+    "UnsupportedModelError",
+    "VlmpruneError",
+    "__version__",
+    "method",
+    "methods",
+    "models",
+    "patch",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> object:
+    try:
+        module, attribute = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'vlmprune' has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,231 @@
+"""One vocabulary for budgets, and the one place where a budget becomes token counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .contract import Cut, Decoder, Method, ModelShape
+from .errors import BudgetError
+
+BudgetWord = Literal["keep_ratio", "keep_tokens", "average_tokens", "flops_ratio"]
+BUDGET_WORDS: tuple[BudgetWord, ...] = (
+    "keep_ratio",
+    "keep_tokens",
+    "average_tokens",
+    "flops_ratio",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many visual tokens of an image stay: one word and its value.
+
+    * `keep_ratio` (0 < x <= 1): share of the image's tokens alive after the last cut.
+    * `keep_tokens` (>= 1): their count per image; more than the image has keeps all of them.
+    * `average_tokens` (> 0): mean over decoder layers of the tokens entering the layer.
+    * `flops_ratio` (0 < x <= 1): share of the dense decoder prefill FLOPs of the visual tokens.
+    """
+
+    word: BudgetWord
+    value: float
+
+    def __post_init__(self) -> None:
+        value = self.value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise BudgetError(f"{self.word}={value!r} is not a number: {_ALLOWED[self.word]}.")
+        fine = {
+            "keep_ratio": 0 < value <= 1,
+            "keep_tokens": value >= 1 and float(value).is_integer(),
+            "average_tokens": value > 0,
+            "flops_ratio": 0 < value <= 1,
+        }[self.word]
+        if not fine:
+            raise BudgetError(f"{self.word}={value!r} is not possible: {_ALLOWED[self.word]}.")
+
+    @classmethod
+    def of(cls, **words: object) -> Budget | None:
+        """The budget among keyword arguments; `None` without one.
+
+        Raises:
+            BudgetError: two budgets at once, or a value out of range.
+        """
+        if len(words) > 1:
+            raise BudgetError(
+                f"Two budgets at once ({', '.join(f'{k}={v}' for k, v in words.items())}): "
+                f"give exactly one of {', '.join(BUDGET_WORDS)}."
+            )
+        for word, value in words.items():
+            return cls(word, value)  # type: ignore[arg-type]
+        return None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """A budget as typed on the command line.
+
+        `0.25` is a keep_ratio, `64` a keep_tokens, `avg:64` an average_tokens and `flops:0.3` a
+        flops_ratio.
+        """
+        prefix, _, number = text.rpartition(":")
+        prefixes: dict[str, BudgetWord] = {"avg": "average_tokens", "flops": "flops_ratio"}
+        try:
+            if prefix:
+                return cls(prefixes[prefix], float(number))
+            if number.lstrip("+-").isdigit():
+                return cls("keep_tokens", int(number))
+            return cls("keep_ratio", float(number))
+        except (KeyError, ValueError) as error:
+            if isinstance(error, BudgetError):
+                raise
+            raise BudgetError(
+                f"Budget {text!r} is not understood: write 0.25 (ratio kept), 64 (tokens kept), "
+                f"avg:64 (average tokens per layer) or flops:0.3 (share of dense FLOPs)."
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.word}={self.value:g}"
+
+
+_ALLOWED: dict[BudgetWord, str] = {
+    "keep_ratio": "give the fraction to keep, 0 < keep_ratio <= 1 (tokens are keep_tokens)",
+    "keep_tokens": "give a whole number of tokens per image, at least 1 (shares are keep_ratio)",
+    "average_tokens": "give the mean number of tokens per decoder layer, above 0",
+    "flops_ratio": "give the share of the dense FLOPs, 0 < flops_ratio <= 1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MethodCall:
+    """A method and the budget it runs with; what `vlmprune.method` returns."""
+
+    method: Method
+    budget: Budget | None
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.budget})" if self.budget else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One cut of one method, with its count for an image: layer `layer` sees `keep` tokens."""
+
+    call: MethodCall
+    layer: int
+    keep: int
+
+
+def round_tokens(ratio: float, num_tokens: int) -> int:
+    """The count for a ratio: rounded half to even, at least 1. The only rounding of ratios."""
+    return min(num_tokens, max(1, round(ratio * num_tokens)))
+
+
+def layer_flops(num_tokens: int, decoder: Decoder) -> int:
+    """Multiply-adds of one decoder layer on `num_tokens` tokens, the literature's convention.
+
+    `4nd^2 + 2n^2d + 3ndm` (PyramidDrop, SparseVLM, TransPrune): projections, attention, SwiGLU MLP.
+    """
+    n, d, m = num_tokens, decoder.hidden_size, decoder.intermediate_size
+    return 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
+
+
+def tokens_per_layer(num_tokens: int, stages: Sequence[Stage], num_layers: int) -> list[int]:
+    """Visual tokens of one image that enter each decoder layer."""
+    alive = [num_tokens] * num_layers
+    for stage in stages:
+        alive[stage.layer :] = [stage.keep] * (num_layers - stage.layer)
+    return alive
+
+
+def plan(num_tokens: int, calls: Sequence[MethodCall], shape: ModelShape) -> tuple[Stage, ...]:
+    """The exact counts for an image of `num_tokens` visual tokens, from sizes alone.
+
+    Cuts that would keep everything still alive are left out: full budget does nothing at all.
+
+    Args:
+        num_tokens: N, all tiles and newlines of the image.
+        calls: methods in order of depth.
+        shape: sizes of the model.
+
+    Raises:
+        BudgetError: the budget cannot be reached; the nearest that can is named.
+    """
+    stages: tuple[Stage, ...] = ()
+    for call in calls:
+        alive = stages[-1].keep if stages else num_tokens
+        cuts = call.method.cuts(shape)
+        keep = _last_count(call, num_tokens, stages, cuts, shape)
+        stages += _stages(call, cuts, keep, alive)
+    return stages
+
+
+def _stages(call: MethodCall, cuts: Sequence[Cut], keep: int, alive: int) -> tuple[Stage, ...]:
+    """The method's cuts with `keep` tokens after the last one, never more than are alive."""
+    stages: list[Stage] = []
+    for cut in cuts:
+        count = min(alive, max(1, round(keep * cut.share)))
+        if count < alive:
+            stages.append(Stage(call, cut.layer, count))
+            alive = count
+    return tuple(stages)
+
+
+def _last_count(
+    call: MethodCall,
+    num_tokens: int,
+    before: tuple[Stage, ...],
+    cuts: Sequence[Cut],
+    shape: ModelShape,
+) -> int:
+    """Tokens alive after the method's last cut."""
+    budget = call.budget
+    if budget is None:
+        raise BudgetError(f"{call.name} needs a budget, e.g. keep_ratio=0.25.")
+    if budget.word == "keep_ratio":
+        return round_tokens(budget.value, num_tokens)
+    if budget.word == "keep_tokens":
+        return min(num_tokens, int(budget.value))
+
+    alive = before[-1].keep if before else num_tokens
+    layers = shape.decoder.num_layers
+
+    def entering(keep: int) -> list[int]:
+        return tokens_per_layer(num_tokens, before + _stages(call, cuts, keep, alive), layers)
+
+    def average(keep: int) -> float:
+        return sum(entering(keep)) / layers
+
+    def flops_share(keep: int) -> float:
+        spent = sum(layer_flops(n, shape.decoder) for n in entering(keep))
+        return spent / (layers * layer_flops(num_tokens, shape.decoder))
+
+    cost = average if budget.word == "average_tokens" else flops_share
+    return _solve(cost, budget, alive, str(call))
+
+
+def _solve(cost: Callable[[int], float], budget: Budget, alive: int, call: str) -> int:
+    """The count whose cost is nearest to the budget (the lower count of two)."""
+    low, high = 1, alive
+    if cost(low) > budget.value:
+        # One token is the least a method keeps; half a token of slack is the rounding of counts.
+        slack = (cost(min(2, alive)) - cost(low)) / 2
+        if cost(low) - budget.value > slack:
+            nearest = math.ceil(cost(low) * 1e6) / 1e6
+            raise BudgetError(
+                f"{call} cannot be reached: its layers before the cut see all {alive} tokens. "
+                f"The nearest that can is {budget.word}={nearest:g}; or cut earlier."
+            )
+        return low
+    while high - low > 1:  # cost grows with the count
+        middle = (low + high) // 2
+        if cost(middle) <= budget.value:
+            low = middle
+        else:
+            high = middle
+    near_high = abs(cost(high) - budget.value) < abs(cost(low) - budget.value)
+    return high if near_high else low
