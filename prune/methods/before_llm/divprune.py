@@ -1,0 +1,35 @@
+"""DivPrune: keep the visual tokens that are most different from each other.
+
+Reference: DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, CVPR 2025,
+    arXiv 2503.02175.
+Upstream: vbdi/divprune, LLaVA/llava/model/llava_arch.py (DivPrune, pairwise_cosine_similarity),
+    commit 799e2d950aa01ba7860907f5a6d86061f885dca6.
+Differs: a running minimum replaces the gathers of every earlier pick, the same picks in O(N) each.
+    A picked token is out; the official code repeats it once nothing but duplicates is left.
+    Distances are float32 whatever the model runs in (official: the model's dtype, often fp16).
+    A token of all zeros is at distance 1 of every other (official: NaN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...contract import Features, Method, ModelShape, Place, Selection, Signal, VisualTokens
+from ...ops.maxmin import greedy_max_min
+from ...ops.topk import ascending
+from ...registry import register
+
+
+@register("divprune")
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Method):
+    """Greedy max-min diversity of the projected features."""
+
+    place: ClassVar[Place] = Place.BEFORE_LLM
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return (Features(),)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        return Selection(kept=ascending(greedy_max_min(tokens.signals[Features()], keep)))

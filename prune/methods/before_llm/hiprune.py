@@ -1,0 +1,107 @@
+"""HiPrune: keep the objects seen by a middle ViT layer, their neighbours, and late-layer registers.
+
+Reference: HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in
+    Vision-Language Models, arXiv 2508.00553.
+Upstream: Danielement321/HiPrune, LLaVA/llava/model/llava_arch.py (encode_images) and
+    Qwen2_5_VL/qwen2_5_vl_HiPrune.py (forward), commit 6e83a1240874e99a25df34f54221a29bb24b7bc2.
+Differs: anchors and buffers are excluded from the registers. On encoders that merge patches the
+    official code subtracts 1 from scores whose mean is 1, picks some of them twice and keeps too
+    few; `official=True` reproduces that.
+    At most keep // 5 anchors, so that they and their buffers fit; official code crashes there
+    (small counts with alpha near 1 only).
+    Layers scale with the depth of other encoders; an encoder without CLS that merges nothing has
+    no official rule and follows the one with CLS.
+    As published: a buffer left or right of an anchor may lie in the next row, and one above or
+    below the image falls on its first or last token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...contract import (
+    Method,
+    ModelShape,
+    Place,
+    ReceivedAttention,
+    Selection,
+    Signal,
+    Tower,
+    VisualTokens,
+)
+from ...errors import MethodFieldError
+from ...layers import nearest_layer, scale_layer, user_layer
+from ...ops.checks import check_flag, check_fraction, check_layer
+from ...ops.topk import ascending, top_k
+from ...registry import register
+
+
+@register("hiprune")
+@dataclass(frozen=True, kw_only=True)
+class HiPrune(Method):
+    """Anchors and buffers (share `alpha` of the budget) from one layer, registers from another.
+
+    `object_layer` and `deep_layer` are ViT layer indices; None takes the published ones: 8 and -2
+    of 24, or 15 and -1 of 32 on an encoder that merges patches.
+    """
+
+    place: ClassVar[Place] = Place.BEFORE_LLM
+    alpha: float = 0.1
+    object_layer: int | None = None
+    deep_layer: int | None = None
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        check_fraction("alpha", self.alpha)
+        check_layer("object_layer", self.object_layer)
+        check_layer("deep_layer", self.deep_layer)
+        check_flag("official", self.official)
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return tuple(dict.fromkeys(self._signals(shape.tower)))
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        objects, deep = (tokens.signals[s].float() for s in self._signals(tokens.shape.tower))
+        anchors = top_k(objects, min(round(keep * self.alpha / 5), keep // 5))
+        certain = _with_neighbours(anchors, tokens.grid[1], tokens.num_tokens)
+        if self.official and tokens.shape.tower.merge_unit > 1:
+            registers = top_k(deep - certain.float(), keep - int(certain.sum()))
+            return Selection(kept=certain.index_fill(0, registers, True).nonzero()[:, 0])
+        return Selection(kept=ascending(top_k(deep.masked_fill(certain, torch.inf), keep)))
+
+    def _signals(self, tower: Tower) -> tuple[ReceivedAttention, ReceivedAttention]:
+        depth = tower.num_layers
+        if tower.merge_unit > 1:
+            deep = depth - 1
+            objects = scale_layer(15, depth_published=32, depth=depth)
+        else:
+            deep = max(depth - 2, 0)
+            objects = min(scale_layer(8, depth_published=24, depth=depth), max(deep - 1, 0))
+        return (
+            ReceivedAttention(_layer("object_layer", self.object_layer, objects, tower)),
+            ReceivedAttention(_layer("deep_layer", self.deep_layer, deep, tower)),
+        )
+
+
+def _layer(field: str, given: int | None, published: int, tower: Tower) -> int:
+    """The user's layer, which must see the whole image; else the published one, snapped to such."""
+    if given is None:
+        return nearest_layer(published, tower.full_attention)
+    layer = user_layer(given, depth=tower.num_layers, field=field)
+    if tower.full_attention is not None and layer not in tower.full_attention:
+        raise MethodFieldError(
+            f"{field}={given} is a layer with windowed attention in this model: use one of "
+            f"{', '.join(map(str, tower.full_attention))}."
+        )
+    return layer
+
+
+def _with_neighbours(anchors: Tensor, columns: int, num_tokens: int) -> Tensor:
+    """Mask (N,) of the anchors (k,) and their four neighbours on the flattened grid."""
+    neighbours = [anchors + step for step in (0, -1, 1, -columns, columns)]
+    mask = torch.zeros(num_tokens, dtype=torch.bool, device=anchors.device)
+    return mask.index_fill(0, torch.cat(neighbours).clamp(0, num_tokens - 1), True)
