@@ -34,7 +34,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         value = self.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             raise BudgetError(f"{self.word}={value!r} is not a number: {_ALLOWED[self.word]}.")
         fine = {
             "keep_ratio": 0 < value <= 1,

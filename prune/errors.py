@@ -1,4 +1,4 @@
-"""The typed errors of vlmprune: each says what is wrong, what was received and what to type next."""
+"""The typed errors: each says what is wrong, what was received and what to type next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UnsupportedModelError(VlmpruneError, TypeError):
 
 
 class MissingSignalError(VlmpruneError, ValueError):
-    """A method asks for something that this model does not compute, e.g. CLS attention of SigLIP."""
+    """A method asks for what this model does not compute, e.g. the attention of a CLS token."""
 
 
 class UnsupportedFeatureError(VlmpruneError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""Method names -> classes. A file `prune/methods/<place>/<name>.py` registers the class `<name>`."""
+"""Method names -> classes: `prune/methods/<place>/<name>.py` registers the class for `<name>`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ def register(name: str) -> Callable[[_M], _M]:
     def decorate(cls: _M) -> _M:
         if not issubclass(cls, Method) or not dataclasses.is_dataclass(cls):
             raise TypeError(f"{cls!r} cannot be registered: derive a frozen dataclass from Method.")
+        this = (cls.__module__, cls.__qualname__)
         known = _classes.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (
-            cls.__module__,
-            cls.__qualname__,
-        ):
+        if known is not None:
+            owner = (known.__module__, known.__qualname__)
+        else:  # a shipped method owns its name before its file is imported
+            owner = (_shipped().get(name, cls.__module__), cls.__qualname__)
+        if owner != this:
             raise ValueError(
-                f"Method name {name!r} is taken by {known.__module__}.{known.__qualname__}: "
+                f"Method name {name!r} is taken by {owner[0]}: "
                 f"register {cls.__qualname__} under another name."
             )
         cls.name = name
@@ -69,7 +71,9 @@ def method_class(name: str) -> type[Method]:
         elif name in _third_party():
             register(name)(_third_party()[name].load())
         else:
-            raise UnknownMethodError(f"Unknown method {name!r}. {did_you_mean(name, method_names())}")
+            raise UnknownMethodError(
+                f"Unknown method {name!r}. {did_you_mean(name, method_names())}"
+            )
     return _classes[name]
 
 
