@@ -1,0 +1,44 @@
+"""Every golden file, index for index. `VLMPRUNE_GOLDEN` names another folder of them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from golden_runners import RUNNERS, load, run
+from vlmprune.prune.registry import method_names
+
+FOLDER = Path(os.environ.get("VLMPRUNE_GOLDEN") or Path(__file__).parent / "golden")
+FILES = sorted(FOLDER.glob("*.npz"))
+
+
+def test_folder_has_files():
+    assert FILES, f"no .npz file in {FOLDER}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_equals_the_official_selection(path):
+    run(path)
+
+
+def test_key_without_runner_fails(tmp_path):
+    stray = tmp_path / "nobody__case.npz"
+    stray.touch()
+    with pytest.raises(LookupError, match="nobody"):
+        run(stray)
+
+
+@pytest.mark.parametrize("key", RUNNERS)
+def test_a_wrong_result_is_noticed(key, tmp_path, monkeypatch):
+    """Each runner compares: with one kept index changed, it fails."""
+    import golden_runners
+
+    path = min((Path(__file__).parent / "golden").glob(f"{key}__*.npz"))
+    golden = load(path)
+    golden.arrays["kept"][0] += 1
+    monkeypatch.setattr(golden_runners, "load", lambda _: golden)
+    with pytest.raises(AssertionError):
+        run(path)
+
+
+def test_runners_name_methods():
+    assert {runner.method for runner in RUNNERS.values()} <= set(method_names())
