@@ -1,0 +1,463 @@
+"""What every method's selection must hold, whatever it is given; and what single ones must do."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vlmprune.prune.contract import (
+    ClsAttention,
+    Decoder,
+    Features,
+    LastRowAttention,
+    ModelShape,
+    PixelSeed,
+    Place,
+    ReceivedAttention,
+    Tower,
+    VisualTokens,
+)
+from vlmprune.prune.errors import MethodFieldError
+from vlmprune.prune.ops import maxmin
+from vlmprune.prune.ops.maxmin import greedy_max_min
+from vlmprune.prune.ops.topk import top_k
+from vlmprune.prune.registry import method_class, method_names
+
+NAMES = method_names()
+DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)
+TOWERS = {
+    "clip": Tower(num_layers=24, has_cls=True),
+    "no cls": Tower(num_layers=27, has_cls=False),
+    "merging": Tower(num_layers=32, has_cls=False, merge_unit=4, full_attention=(7, 15, 23, 31)),
+    "tiny": Tower(num_layers=2, has_cls=True),
+    "one layer": Tower(num_layers=1, has_cls=True),
+}
+GRIDS = [(1, 2), (1, 7), (9, 1), (2, 3), (5, 4), (12, 12), (7, 30)]
+
+
+def shape_of(tower: str = "clip") -> ModelShape:
+    return ModelShape(tower=TOWERS[tower], decoder=DECODER)
+
+
+def draw_signal(signal, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
+    match signal:
+        case Features():
+            return torch.randn(num_tokens, 16, generator=generator)
+        case ClsAttention() | ReceivedAttention() | LastRowAttention():
+            return torch.rand(num_tokens, generator=generator)
+        case PixelSeed():
+            return torch.randint(2**62, (), generator=generator)
+    raise NotImplementedError(f"{signal}: say here how a random one is drawn")
+
+
+def constant_signal(signal, num_tokens: int) -> torch.Tensor:
+    match signal:
+        case Features():
+            return torch.tensor([1.0, 0, 0, 0]).repeat(num_tokens, 1)
+        case PixelSeed():
+            return torch.tensor(7)
+    return torch.full((num_tokens,), 0.5)
+
+
+def make_tokens(method, grid, *, seed: int = 0, tower: str = "clip", constant: bool = False):
+    shape, num_tokens = shape_of(tower), math.prod(grid)
+    generator = torch.Generator().manual_seed(seed)
+    signals = {
+        s: constant_signal(s, num_tokens) if constant else draw_signal(s, num_tokens, generator)
+        for s in method.needs(shape)
+    }
+    alive = None
+    if method.place is Place.DECODER:  # some tokens of a larger image are gone already
+        alive = torch.arange(num_tokens) * 2
+        grid = (grid[0], grid[1] * 2)
+    return VisualTokens(num_tokens=num_tokens, grid=grid, shape=shape, signals=signals, alive=alive)
+
+
+def counts(num_tokens: int) -> list[int]:
+    odd = num_tokens // 2 | 1
+    return sorted({k for k in (1, 2, odd, num_tokens - 1) if 1 <= k < num_tokens})
+
+
+def select(name: str, tokens: VisualTokens, keep: int, **given_fields) -> torch.Tensor:
+    return method_class(name)(**given_fields).select(tokens, keep).kept
+
+
+# --- Every method ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_selection_is_exact(name, tower, grid):
+    method = method_class(name)()
+    tokens = make_tokens(method, grid, tower=tower)
+    for keep in counts(tokens.num_tokens):
+        kept = method.select(tokens, keep).kept
+        assert kept.dtype == torch.int64
+        assert kept.shape == (keep,)
+        assert kept[0] >= 0
+        assert kept[-1] < tokens.num_tokens
+        assert (kept[1:] > kept[:-1]).all(), "ascending and unique"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(
+    grid=st.tuples(st.integers(1, 20), st.integers(2, 20)),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_selection_is_exact_at_random_sizes(name, grid, share, seed):
+    method = method_class(name)()
+    tokens = make_tokens(method, grid, seed=seed)
+    keep = min(tokens.num_tokens - 1, max(1, round(share * tokens.num_tokens)))
+    kept = method.select(tokens, keep).kept
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert len(kept) == keep
+    assert set(kept.tolist()) <= set(range(tokens.num_tokens))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("constant", [False, True])
+def test_selection_is_pure(name, constant):
+    """Nothing given is written to, and the same is chosen again, whatever happened in between."""
+    method = method_class(name)()
+    tokens = make_tokens(method, (6, 5), constant=constant)
+    before = {signal: tensor.clone() for signal, tensor in tokens.signals.items()}
+    versions = {signal: tensor._version for signal, tensor in tokens.signals.items()}
+    global_state = torch.random.get_rng_state()
+    first = method.select(tokens, 11).kept
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+    for signal, tensor in tokens.signals.items():
+        assert tensor._version == versions[signal]
+        assert torch.equal(tensor, before[signal])
+    torch.rand(3)
+    assert torch.equal(method_class(name)().select(tokens, 11).kept, first)
+
+
+def reads_scores(name: str) -> bool:
+    needs = method_class(name)().needs(shape_of())
+    return any(not isinstance(signal, PixelSeed) for signal in needs)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if reads_scores(name)])
+@pytest.mark.parametrize("grid", [(4, 5), (1, 30), (24, 24)], ids=str)
+def test_ties_go_to_the_lower_index(name, grid):
+    method = method_class(name)()
+    tokens = make_tokens(method, grid, constant=True)
+    for keep in (1, 2, 7, 19):
+        assert method.select(tokens, keep).kept.tolist() == list(range(keep))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_low_precision_signals_are_scored_in_float32(name):
+    """bfloat16 signals choose what the same numbers in float32 choose."""
+    method = method_class(name)()
+    tokens = make_tokens(method, (10, 10))
+    low = {s: t.bfloat16() if t.is_floating_point() else t for s, t in tokens.signals.items()}
+    high = {s: t.float() if t.is_floating_point() else t for s, t in low.items()}
+    low_tokens, high_tokens = (
+        VisualTokens(
+            num_tokens=100, grid=tokens.grid, shape=tokens.shape, signals=s, alive=tokens.alive
+        )
+        for s in (low, high)
+    )
+    for keep in (1, 31, 99):
+        kept = method.select(low_tokens, keep).kept
+        assert torch.equal(kept, method.select(high_tokens, keep).kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tower", TOWERS)
+def test_declarations_fit_the_model(name, tower):
+    method, shape = method_class(name)(), shape_of(tower)
+    cuts = [cut.layer for cut in method.cuts(shape)]
+    assert cuts == sorted(set(cuts))
+    if method.place is Place.BEFORE_LLM:
+        assert cuts == [0]
+    else:
+        assert cuts[0] > 0
+        assert cuts[-1] < shape.decoder.num_layers
+    assert method.cuts(shape)[-1].share == 1
+    needs = method.needs(shape)
+    assert len(set(needs)) == len(needs)
+    for signal in needs:
+        if isinstance(signal, ClsAttention | ReceivedAttention):
+            assert 0 <= signal.layer < shape.tower.num_layers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_is_a_plain_value(name):
+    cls = method_class(name)
+    assert cls() == cls()
+    assert hash(cls()) == hash(cls())
+    assert set(cls().fields()) == {field.name for field in fields(cls)}
+    assert isinstance(cls().fields().get("official", False), bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("random", "seed", 0.5),
+        ("random", "seed", True),
+        ("vtc_cls", "layer", 1.5),
+        ("vtc_cls", "layer", "16"),
+        ("hiprune", "alpha", -0.1),
+        ("hiprune", "alpha", 1.1),
+        ("hiprune", "alpha", math.nan),
+        ("hiprune", "alpha", "0.1"),
+        ("hiprune", "object_layer", True),
+        ("hiprune", "deep_layer", 2.0),
+        ("hiprune", "official", 1),
+        ("fastv", "layer", 0),
+        ("fastv", "layer", None),
+        ("fastv", "layer", 2.0),
+    ],
+)
+def test_a_wrong_field_value_is_refused_at_once(name, field, value):
+    with pytest.raises(MethodFieldError, match=f"{field}=") as caught:
+        method_class(name)(**{field: value})
+    assert "give " in str(caught.value)
+
+
+# --- top_k -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.integers(0, 40))
+def test_top_k_breaks_ties_by_index(scores, k):
+    k = min(k, len(scores))
+    by_rule = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    assert top_k(torch.tensor(scores), k).tolist() == by_rule[:k]
+
+
+# --- divprune --------------------------------------------------------------------------------
+
+
+def published_max_min(features: torch.Tensor, count: int) -> list[int]:
+    """The published steps, read literally: every pick looks at all earlier picks again."""
+    unit = features / features.norm(dim=1, keepdim=True)
+    distance = 1 - unit @ unit.T
+    picks: list[int] = []
+    for _ in range(count):
+        if picks:
+            score = distance[picks].amin(0)
+        else:
+            score = distance.topk(2, dim=0, largest=False).values[1]
+        picks.append(int(score.argmax()))
+    return picks
+
+
+@given(st.integers(2, 60), st.floats(0, 1), st.integers(2, 24), st.integers(0, 2**31))
+def test_every_pick_is_the_farthest(num_tokens, share, width, seed):
+    """Up to float32: of two tokens equally far to six digits, either may be first."""
+    features = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed))
+    picks = greedy_max_min(features, max(1, round(share * num_tokens))).tolist()
+    assert len(set(picks)) == len(picks)
+    unit = features.double() / features.double().norm(dim=1, keepdim=True)
+    distance = 1 - unit @ unit.T
+    scores = distance.topk(2, dim=0, largest=False).values[1]
+    for i, pick in enumerate(picks):
+        assert scores[pick] >= scores.max() - 1e-6
+        scores = distance[picks[: i + 1]].amin(0)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_max_min_is_the_published_one(stored, monkeypatch):
+    """With more tokens than a block holds, with and without the distances in memory."""
+    monkeypatch.setattr(maxmin, "_BLOCK", 32)
+    monkeypatch.setattr(maxmin, "_STORE_UP_TO", 10_000 if stored else 0)
+    features = torch.randn(150, 16, generator=torch.Generator().manual_seed(1))
+    assert greedy_max_min(features, 60).tolist() == published_max_min(features.double(), 60)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_max_min_never_repeats_a_token(stored, monkeypatch):
+    """Ten distinct tokens, twenty wanted: the official code repeats some, here all are unique."""
+    monkeypatch.setattr(maxmin, "_STORE_UP_TO", 10_000 if stored else 0)
+    distinct = torch.randn(10, 6, generator=torch.Generator().manual_seed(2))
+    features = distinct.repeat(4, 1)
+    picks = greedy_max_min(features, 25).tolist()
+    assert len(set(picks)) == 25
+    assert {pick % 10 for pick in picks[:10]} == set(range(10)), "one of each first"
+
+
+def test_max_min_survives_a_token_of_zeros():
+    features = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
+    features[5] = 0
+    picks = greedy_max_min(features, 7)
+    assert len(set(picks.tolist())) == 7
+
+
+# --- hiprune ---------------------------------------------------------------------------------
+
+
+def hiprune_tokens(objects, deep, grid, tower="merging", **given_fields) -> VisualTokens:
+    shape = shape_of(tower)
+    needs = method_class("hiprune")(**given_fields).needs(shape)
+    signals = dict(zip(needs, (objects, deep), strict=True))
+    return VisualTokens(num_tokens=len(objects), grid=grid, shape=shape, signals=signals)
+
+
+def test_hiprune_by_hand():
+    """5 x 6 tokens, 10 kept, half of them for one anchor with its buffers."""
+    objects, deep = torch.zeros(30), torch.zeros(30)
+    objects[14] = 1
+    deep[[3, 7, 15, 21, 27, 29]] = torch.tensor([1.0, 2, 9, 3, 4, 5])  # 15 is a buffer already
+    tokens = hiprune_tokens(objects, deep, (5, 6))
+    kept = select("hiprune", tokens, 10, alpha=0.5)
+    assert kept.tolist() == sorted([14, 13, 15, 8, 20, 29, 27, 21, 7, 3])
+
+
+def test_hiprune_buffers_wrap_and_clamp():
+    """As published: left of a row's first token is the row above, above the image is token 0."""
+    objects = torch.zeros(30)
+    objects[[6, 3]] = torch.tensor([2.0, 1.0])
+    deep = torch.arange(30, 0, -1.0)
+    tokens = hiprune_tokens(objects, deep, (5, 6))
+    # anchors 6 and 3; buffers 5 (row above), 7, 0, 12 and 2, 4, 0 (clamped), 9; register 1
+    assert select("hiprune", tokens, 10, alpha=1.0).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9, 12]
+
+
+@given(st.integers(1, 29), st.floats(0, 1), st.sampled_from(sorted(TOWERS)))
+def test_hiprune_is_exact_for_every_alpha(keep, alpha, tower):
+    method = method_class("hiprune")(alpha=alpha)
+    tokens = make_tokens(method, (5, 6), tower=tower, seed=keep)
+    assert len(method.select(tokens, keep).kept.unique()) == keep
+
+
+def test_hiprune_official_keeps_too_few_where_patches_merge():
+    generator = torch.Generator().manual_seed(4)
+    objects, deep = torch.rand(2, 100, generator=generator)
+    deep[objects.argmax()] = 50  # subtracting 1 does not keep the anchor out of the registers
+    tokens = hiprune_tokens(objects, deep, (10, 10))
+    exact, official = (select("hiprune", tokens, 40, official=o) for o in (False, True))
+    assert len(official) < len(exact) == 40
+    assert set(official.tolist()) < set(exact.tolist())
+    clip = hiprune_tokens(objects, deep, (10, 10), tower="clip")
+    assert len(select("hiprune", clip, 40, official=True)) == 40
+
+
+@pytest.mark.parametrize(
+    ("tower", "layers"),
+    [
+        (TOWERS["clip"], [8, 22]),
+        (TOWERS["no cls"], [9, 25]),
+        (TOWERS["merging"], [15, 31]),
+        (Tower(num_layers=32, has_cls=False, merge_unit=4), [15, 31]),
+        (Tower(num_layers=8, has_cls=False, merge_unit=4, full_attention=(1, 5)), [5, 5]),
+        (Tower(num_layers=3, has_cls=True), [0, 1]),
+    ],
+)
+def test_hiprune_layers(tower, layers):
+    shape = ModelShape(tower=tower, decoder=DECODER)
+    found = [signal.layer for signal in method_class("hiprune")().needs(shape)]
+    assert found == list(dict.fromkeys(layers))
+
+
+def test_hiprune_layers_of_the_user():
+    shape = shape_of("clip")
+    method = method_class("hiprune")(object_layer=3, deep_layer=-1)
+    assert [signal.layer for signal in method.needs(shape)] == [3, 23]
+    with pytest.raises(MethodFieldError, match=r"object_layer=24.*0\.\.23"):
+        method_class("hiprune")(object_layer=24).needs(shape)
+    with pytest.raises(MethodFieldError, match=r"deep_layer=-2.*windowed.*7, 15, 23, 31"):
+        method_class("hiprune")(deep_layer=-2).needs(shape_of("merging"))
+
+
+# --- vtc_cls and fastv -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("depth", "given_layer", "layers"),
+    [
+        (24, None, range(16, 23)),
+        (24, 10, range(10, 23)),
+        (24, -3, range(21, 23)),
+        (12, None, range(8, 11)),
+        (2, None, range(0, 1)),
+    ],
+)
+def test_vtc_cls_layers(depth, given_layer, layers):
+    shape = ModelShape(tower=Tower(num_layers=depth, has_cls=True), decoder=DECODER)
+    needs = method_class("vtc_cls")(layer=given_layer).needs(shape)
+    assert needs == tuple(ClsAttention(layer) for layer in layers)
+
+
+def test_vtc_cls_refuses_the_last_layer():
+    with pytest.raises(MethodFieldError, match=r"layer=-1 .*use 0\.\.22"):
+        method_class("vtc_cls")(layer=-1).needs(shape_of())
+
+
+def test_fastv_layers():
+    shape = shape_of()
+    for given_layer, layer in ((2, 2), (3, 3), (31, 31), (-1, 31)):
+        method = method_class("fastv")(layer=given_layer)
+        assert [cut.layer for cut in method.cuts(shape)] == [layer]
+        assert method.needs(shape) == (LastRowAttention(layer - 1),)
+    for wrong in (32, -33, -32):
+        with pytest.raises(MethodFieldError, match=f"layer={wrong} "):
+            method_class("fastv")(layer=wrong).cuts(shape)
+
+
+# --- random and grid -------------------------------------------------------------------------
+
+
+def test_random_depends_on_seed_and_picture_alone():
+    def kept(pixel_seed: int, seed: int = 0, grid: tuple[int, int] = (20, 20)) -> list[int]:
+        tokens = VisualTokens(
+            num_tokens=math.prod(grid),
+            grid=grid,
+            shape=shape_of(),
+            signals={PixelSeed(): torch.tensor(pixel_seed)},
+        )
+        return select("random", tokens, 40, seed=seed).tolist()
+
+    assert kept(5) == kept(5)
+    # pictures, and seeds, that differ in high or low bits, or that only add up to the same
+    choices = [kept(5), kept(6), kept(5 + 2**40), kept(-5), kept(5, seed=1), kept(4, seed=1)]
+    choices += [kept(5, seed=2**40), kept(15), kept(1, seed=5), kept(5, seed=-1)]
+    assert len({tuple(choice) for choice in choices}) == len(choices)
+
+
+def test_random_is_uniform():
+    hits = torch.zeros(50)
+    for pixel_seed in range(400):
+        tokens = VisualTokens(
+            num_tokens=50,
+            grid=(5, 10),
+            shape=shape_of(),
+            signals={PixelSeed(): torch.tensor(pixel_seed)},
+        )
+        hits[select("random", tokens, 10)] += 1
+    # 400 draws at 1/5: mean 80, standard deviation 8
+    assert hits.sum() == 4000
+    assert hits.min() > 80 - 5 * 8
+    assert hits.max() < 80 + 5 * 8
+
+
+def test_grid_quarter_is_every_second_row_and_column():
+    method = method_class("grid")()
+    kept = method.select(make_tokens(method, (24, 24)), 144).kept
+    rows, columns = kept // 24, kept % 24
+    assert rows.unique().tolist() == columns.unique().tolist() == list(range(1, 24, 2))
+
+
+def test_grid_half_is_a_checkerboard():
+    method = method_class("grid")()
+    kept = method.select(make_tokens(method, (14, 14)), 98).kept
+    assert ((kept // 14 + kept % 14) % 2).unique().numel() == 1
+
+
+@given(st.integers(3, 24), st.integers(3, 24), st.floats(0, 1))
+def test_grid_leaves_no_hole(rows, columns, share):
+    """No token is much farther from a kept one than in a square lattice of that density."""
+    num_tokens = rows * columns
+    least = math.ceil(max(rows, columns) / min(rows, columns))  # fewer form a line, not a lattice
+    keep = min(num_tokens - 1, max(least, round(share * num_tokens)))
+    method = method_class("grid")()
+    kept = method.select(make_tokens(method, (rows, columns)), keep).kept
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    farthest = torch.cdist(places, places[kept]).amin(1).max()
+    half_diagonal = math.sqrt(num_tokens / keep / 2)
+    assert farthest <= 1.3 * (half_diagonal + 0.5)
