@@ -1,0 +1,40 @@
+"""Attention masks for layers that store fewer keys than the first layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig
+
+
+def layer_mask(
+    config: PreTrainedConfig,
+    layer: int,
+    hidden_states: Tensor,
+    padding: Tensor | None,
+    cache: Cache | None,
+) -> Any:
+    """The mask that decoder layer `layer` needs, in the form its attention implementation wants.
+
+    Args:
+        hidden_states: (B, L, D), the layer's input.
+        padding: (B, P + L) bool over stored and new columns, or `None` where nothing is padded.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        sliding = kinds[layer] == "sliding_attention"
+    else:
+        sliding = getattr(config, "sliding_window", None) is not None
+    create = create_sliding_window_causal_mask if sliding else create_causal_mask
+    return create(
+        config=config,
+        inputs_embeds=hidden_states,
+        attention_mask=padding,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=layer,
+    )

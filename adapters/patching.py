@@ -1,0 +1,240 @@
+"""`patch`, `unpatch` and the handle between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NoReturn
+
+from PIL import Image
+from torch import nn
+
+from ..prune.budget import BUDGET_WORDS, MethodCall, plan
+from ..prune.contract import ClsAttention, ModelShape, Place, Positions
+from ..prune.errors import (
+    BudgetError,
+    MethodFieldError,
+    MissingSignalError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+)
+from ..prune.registry import method as make_call
+from ..prune.registry import method_class, method_names
+from .engine import Engine
+from .family import Family
+from .overlay import overlay
+from .registry import family_of
+from .report import Last
+
+_HANDLE = "_vlmprune_handle"
+
+
+class Handle:
+    """A patch on a model: what it did last, and the way to take it off.
+
+    Also a context manager: `with vlmprune.patch(model, "divprune", keep_ratio=0.25) as h: ...`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def methods(self) -> tuple[MethodCall, ...]:
+        """The methods in effect, in order of depth, with their budgets."""
+        return self._engine.calls
+
+    @property
+    def positions(self) -> Positions:
+        """`original` or `repacked`."""
+        return self._engine.positions
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is still on the model."""
+        return self._engine.active
+
+    @property
+    def last(self) -> Last:
+        """What the last prefill with visual tokens did.
+
+        Raises:
+            RuntimeError: the patched model has not run yet.
+        """
+        if self._engine.last is None:
+            raise RuntimeError("Nothing to report yet: run the patched model on an image first.")
+        return self._engine.last
+
+    def overlay(self, image: Image.Image, index: int = 0) -> Image.Image:
+        """A picture of what was kept of image `index` of the last prefill.
+
+        Args:
+            image: the picture that was asked about.
+            index: its place among the images of the batch.
+        """
+        last = self.last
+        if not 0 <= index < len(last.kept):
+            raise IndexError(f"index={index}: the last prefill had {len(last.kept)} images.")
+        return overlay(image, last.grids[index], last.kept[index])
+
+    def remove(self) -> None:
+        """Take the patch off; the model is then as it was before. A second call does nothing."""
+        if self._engine.active:
+            self._engine.remove()
+            self._engine.model.__dict__.pop(_HANDLE, None)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "removed"
+        return f"<vlmprune.Handle {', '.join(map(str, self.methods))} ({state})>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UnsupportedFeatureError(
+            "A patched model cannot be copied or pickled, because its hooks belong to this one "
+            "object: call vlmprune.unpatch(model) first. model.save_pretrained() works as it is."
+        )
+
+
+def patch(
+    model: nn.Module,
+    method: str | MethodCall | Sequence[str | MethodCall],
+    *,
+    positions: Positions | None = None,
+    **fields_and_budget: object,
+) -> Handle:
+    """Make a loaded vision-language model answer on fewer visual tokens, in place.
+
+    Args:
+        model: a `...ForConditionalGeneration` of a family in `models()`, on any device, with any
+            attention implementation. A model that is patched already is unpatched first.
+        method: a name of `methods()`, a `method(...)`, or a list of these that act at different
+            places.
+        positions: position ids after a cut before the LLM: `original` keeps each token's own (with
+            gaps), `repacked` renumbers 0..n-1. Default: that of the (first) method's paper; models
+            with M-RoPE always keep the original ones. Cuts in the decoder keep the positions that
+            their tokens came with.
+        **fields_and_budget: exactly one of `keep_ratio`, `keep_tokens`, `average_tokens`,
+            `flops_ratio`, and fields of the method. Only with a single name.
+
+    Returns:
+        A handle: `.last` tells what happened, `.remove()` undoes it.
+
+    Raises:
+        UnsupportedModelError, UnknownMethodError, MethodFieldError, BudgetError,
+        MissingSignalError, UnsupportedFeatureError: each says what to type instead.
+    """
+    family = family_of(model)
+    calls = _calls(method, fields_and_budget)
+    shape = family.shape(model)
+    for call in calls:
+        _check_signals(call, shape)
+        if getattr(call.method, "official", False):
+            raise MethodFieldError(
+                f"{call.name}(official=True) reproduces a defect of the published code on golden "
+                f"data and may keep a wrong number of tokens: leave it out to prune a model."
+            )
+    mode = _positions(family, calls, positions)
+    _refuse_compiled(model, family)
+    if (tokens := family.fixed_tokens(model)) is not None:
+        plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
+    unpatch(model)
+    handle = Handle(Engine(model, family, calls, mode))
+    model.__dict__[_HANDLE] = handle
+    return handle
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take the patch off a model; a model without one is left alone."""
+    handle = model.__dict__.get(_HANDLE)
+    if handle is not None:
+        handle.remove()
+
+
+def _calls(
+    method: str | MethodCall | Sequence[str | MethodCall], given: dict[str, object]
+) -> tuple[MethodCall, ...]:
+    """The methods to run, ordered by depth."""
+    if isinstance(method, str):
+        return (make_call(method, **given),)
+    if given:
+        raise (BudgetError if any(k in BUDGET_WORDS for k in given) else MethodFieldError)(
+            f"{', '.join(given)} cannot be given beside a method object or a list: put them "
+            f'inside, e.g. vlmprune.method("divprune", keep_ratio=0.5).'
+        )
+    listed = [method] if isinstance(method, MethodCall) else list(method)
+    if not listed:
+        raise MethodFieldError("An empty list of methods: name at least one of vlmprune.methods().")
+    calls = [make_call(one) if isinstance(one, str) else one for one in listed]
+    for call in calls:
+        if not isinstance(call, MethodCall):
+            raise MethodFieldError(
+                f"{call!r} is no method: give a name, vlmprune.method(...), or a list of these."
+            )
+    for place in Place:
+        same = [call.name for call in calls if call.method.place is place]
+        if len(same) > 1:
+            raise MethodFieldError(
+                f"{' and '.join(same)} all act {place.value}: combine methods that act at "
+                f"different places, e.g. one before the LLM and one in the decoder."
+            )
+    return tuple(sorted(calls, key=lambda call: list(Place).index(call.method.place)))
+
+
+def _check_signals(call: MethodCall, shape: ModelShape) -> None:
+    """Refuse a method whose signal the model does not compute, naming those that work."""
+    needs = call.method.needs(shape)
+    call.method.cuts(shape)
+    if shape.tower.has_cls or not any(isinstance(need, ClsAttention) for need in needs):
+        return
+    others = [name for name in method_names() if _works(name, shape)]
+    raise MissingSignalError(
+        f"{call.name} reads the attention of the CLS token, which this vision tower does not have. "
+        f"Methods that work on it: {', '.join(others)}."
+    )
+
+
+def _works(name: str, shape: ModelShape) -> bool:
+    needs = method_class(name)().needs(shape)
+    return shape.tower.has_cls or not any(isinstance(need, ClsAttention) for need in needs)
+
+
+def _positions(
+    family: Family, calls: tuple[MethodCall, ...], wanted: Positions | None
+) -> Positions:
+    if wanted not in (None, "original", "repacked"):
+        raise MethodFieldError(f'positions={wanted!r} is unknown: use "original" or "repacked".')
+    if family.mrope:
+        if wanted == "repacked":
+            raise MethodFieldError(
+                f"{family.name} has multi-axis rotary positions (M-RoPE), for which re-packing has "
+                f'no meaning: leave positions out or use "original".'
+            )
+        return "original"
+    first = calls[0].method
+    if first.place is Place.DECODER and wanted == "repacked":
+        raise MethodFieldError(
+            f"{first.name} cuts inside the decoder and keeps the original positions of its paper: "
+            f'leave positions out or use "original".'
+        )
+    return wanted or first.positions
+
+
+def _refuse_compiled(model: nn.Module, family: Family) -> None:
+    compiled: list[Any] = [
+        getattr(part, "_compiled_call_impl", None)
+        for part in (model, family.core(model), family.text_model(model))
+    ]
+    if any(call is not None for call in compiled) or "_compiled_call" in model.__dict__:
+        raise UnsupportedModelError(
+            "This model is compiled already, and compiled code would ignore the hooks: patch the "
+            "freshly loaded model first, then compile it."
+        )

@@ -1,0 +1,112 @@
+"""Reading a few attention rows beside fused attention.
+
+An attention module is given a shallow copy of its configuration that names a *tap*: a function
+registered with transformers that first shows query and key (after rotary embedding) to whoever
+listens, then calls the implementation that the model uses. Outputs are bit-identical, the model
+keeps its sdpa, flash or eager kernels, and no L x L map is stored.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Listener = Callable[..., None]
+"""Called as `listener(query, key, attention_mask, scaling, **kwargs)`, (B, H, L, D_head) each."""
+
+_QUERY_CHUNK = 64
+_PREFIX = "vlmprune_"
+_lock = threading.Lock()
+_uses: Counter[str] = Counter()
+
+
+class Tap:
+    """One attention module that shows its queries and keys to `listeners` until `remove()`."""
+
+    def __init__(self, module: nn.Module, listeners: list[Listener]) -> None:
+        self._module = module
+        self._config = module.config
+        # "flash" must stay inside the name: transformers recognises flash attention by substring.
+        self._name = f"{_PREFIX}{self._config._attn_implementation}"
+        with _lock:
+            _uses[self._name] += 1
+            ALL_ATTENTION_FUNCTIONS.register(self._name, _tapped_attention)
+        config = copy.copy(self._config)
+        config._attn_implementation_internal = self._name
+        config._vlmprune_tap = (self._config, listeners)
+        module.config = config
+
+    def remove(self) -> None:
+        self._module.config = self._config
+        with _lock:
+            _uses[self._name] -= 1
+            if not _uses[self._name]:
+                del _uses[self._name]
+                ALL_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
+
+
+def _tapped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    config, listeners = module.config._vlmprune_tap  # type: ignore[union-attr]
+    for listener in listeners:
+        listener(query, key, attention_mask, **kwargs)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Softmaxed attention of the first query, averaged over heads: (B, S)."""
+    return _rows(query[:, :, :1], key, None, scaling).mean(1).squeeze(1)
+
+
+def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention received by each key: head mean, summed over all queries, (B, S).
+
+    Queries go through in chunks: memory is O(chunk x S), not O(S x S).
+    """
+    total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=torch.float32)
+    for chunk in query.split(_QUERY_CHUNK, dim=2):
+        total += _rows(chunk, key, None, scaling).mean(1).sum(1)
+    return total
+
+
+def last_row(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, length: int
+) -> Tensor:
+    """Attention of the last query over the first `length` keys, head mean: (B, length)."""
+    key = key[:, :, :length]
+    row: Tensor | None = None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        row = attention_mask[:, :, -1:, :length]
+    elif attention_mask is not None:  # flash attention: a 2-D mask of the keys
+        row = attention_mask[:, None, None, -length:].bool()
+    return _rows(query[:, :, -1:], key, row, scaling).mean(1).squeeze(1)
+
+
+def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """softmax(q k^T) in float32 for grouped-query attention: (B, H, Q, S)."""
+    batch, heads, queries, width = query.shape
+    groups = key.shape[1]
+    q = query.reshape(batch, groups, heads // groups * queries, width)
+    logits = (q @ key.transpose(-1, -2)).float().view(batch, heads, queries, -1) * scaling
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
+        else:
+            logits = logits + mask
+    return logits.softmax(-1)

@@ -1,0 +1,120 @@
+"""`handle.last`: what the last prefill with visual tokens did."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..prune.budget import Stage, tokens_per_layer
+from ..prune.contract import Positions
+
+
+class Stopwatch:
+    """Adds up the time inside `with` blocks; on CUDA through events, without a synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        if self._cuda:
+            self._begin = torch.cuda.Event(enable_timing=True)
+            self._begin.record()
+        else:
+            self._started = time.perf_counter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._cuda:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            self._spans.append((self._begin, end))
+        else:
+            self._seconds += time.perf_counter() - self._started
+
+    @property
+    def seconds(self) -> float:
+        """Time so far; waits for the device on CUDA."""
+        for begin, end in self._spans:
+            end.synchronize()
+            self._seconds += begin.elapsed_time(end) / 1e3
+        self._spans.clear()
+        return self._seconds
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One cut: decoder layer `layer` is the first that sees only `kept` (per image, original
+    indices, ascending)."""
+
+    method: str
+    layer: int
+    kept: list[Tensor]
+
+
+@dataclass(kw_only=True)
+class Last:
+    """What the last prefill that saw visual tokens did.
+
+    Images are in batch order (beams not expanded). Indices are 0-based places among the image's
+    visual tokens in the prompt.
+    """
+
+    grids: list[tuple[int, int]]
+    tokens_in: list[int]
+    kept: list[Tensor]
+    """Per image, sorted original indices alive after the last cut (int64)."""
+    image_sample: list[int]
+    """The row of the batch that each image belongs to."""
+    text_tokens: list[int]
+    """Per sample, real tokens that are not visual."""
+    plans: list[tuple[Stage, ...]]
+    """Per image, the cuts and their counts."""
+    positions: Positions
+    num_layers: int
+    layers_read: dict[str, list[int]]
+    """Layers that each method reads on this model, by signal."""
+    stopwatch: Stopwatch = field(repr=False)
+    stages: list[StageReport] = field(default_factory=list)
+    note: str | None = None
+
+    @property
+    def pruned(self) -> bool:
+        """Whether any token was removed."""
+        return bool(self.stages)
+
+    @property
+    def tokens_kept(self) -> list[int]:
+        """Per image, tokens alive after the last cut."""
+        return [len(kept) for kept in self.kept]
+
+    @property
+    def tokens_per_layer(self) -> list[list[int]]:
+        """[sample][layer]: visual tokens that entered each decoder layer."""
+        totals = [[0] * self.num_layers for _ in self.text_tokens]
+        for sample, tokens, plan in zip(self.image_sample, self.tokens_in, self.plans, strict=True):
+            entering = tokens_per_layer(tokens, plan, self.num_layers)
+            totals[sample] = [a + b for a, b in zip(totals[sample], entering, strict=True)]
+        return totals
+
+    @property
+    def select_seconds(self) -> float:
+        """Time spent choosing tokens, probes not included."""
+        return self.stopwatch.seconds
+
+    def __repr__(self) -> str:
+        counts = ", ".join(
+            f"{a}->{b}" for a, b in zip(self.tokens_in, self.tokens_kept, strict=True)
+        )
+        note = f", note={self.note!r}" if self.note else ""
+        return f"Last(tokens {counts or 'none'}, positions={self.positions!r}{note})"
