@@ -39,7 +39,7 @@ def check_kept(case: zoo.Case, rows, handle, expected) -> list[torch.Tensor]:
         assert indices.dtype == torch.int64
         assert len(indices) == expected(case.num_tokens(name))
         assert torch.equal(indices, indices.unique())
-        assert 0 <= int(indices.min()) and int(indices.max()) < case.num_tokens(name)
+        assert int(indices.min()) >= 0 and int(indices.max()) < case.num_tokens(name)
     assert list(handle.last.tokens_in) == [case.num_tokens(name) for name in names]
     return kept
 
@@ -95,11 +95,17 @@ def test_the_two_ways_of_the_oracle_agree_and_a_cut_matters(case, positions):
     deep = Truth(model, inputs, [(2, kept)])
     dense = Truth(model, inputs)
     for row in range(len(zoo.BATCH)):
-        torch.testing.assert_close(one.next_logits(row, [5]), two.next_logits(row, [5]), **TOLERANCE)
-        moved = [(t.next_logits(row)[-1] - dense.next_logits(row)[-1]).abs().max() for t in (one, deep)]
+        torch.testing.assert_close(
+            one.next_logits(row, [5]), two.next_logits(row, [5]), **TOLERANCE
+        )
+        moved = [
+            (t.next_logits(row)[-1] - dense.next_logits(row)[-1]).abs().max() for t in (one, deep)
+        ]
         assert min(moved) > 0.3 if zoo.images([zoo.BATCH[row]]) else max(moved) < 1e-4
     if not case.fixed_positions:
-        other = Truth(model, inputs, [(0, kept)], "repacked" if positions == "original" else "original")
+        other = Truth(
+            model, inputs, [(0, kept)], "repacked" if positions == "original" else "original"
+        )
         assert (one.next_logits(0) - other.next_logits(0)).abs().max() > 0.1
 
 

@@ -1,0 +1,646 @@
+"""Every feature of `forward` and `generate`, once per place where methods act.
+
+A feature either gives what the slow oracle gives, or is refused at the call with
+`UnsupportedFeatureError`; `REFUSED` says which. `support_table()` is the README's table: what it
+claims is what the test below holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import vlmprune
+import zoo
+from oracle import Truth
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+PLACES = {
+    "before the LLM": [vlmprune.method("divprune", keep_ratio=0.4)],
+    "in the decoder": [vlmprune.method("fastv", keep_ratio=0.4, layer=2)],
+    "both": [
+        vlmprune.method("divprune", keep_ratio=0.5),
+        vlmprune.method("fastv", keep_ratio=0.25, layer=2),
+    ],
+}
+STEPS = 3
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+REFUSED: dict[str, str] = {
+    "prefill in chunks": "prefill_chunk_size",
+    "continuous batching": "generate_batch",
+    "4D attention mask": "4D",
+}
+"""Features that are refused everywhere, and a word that the message holds."""
+
+FEATURES: dict[str, Callable[[Bench], None]] = {}
+SLOW = {"torch.compile"}
+
+
+def feature(name: str):
+    def register(function):
+        FEATURES[name] = function
+        return function
+
+    return register
+
+
+@dataclass
+class Bench:
+    """One patched model, and what it must compute."""
+
+    case: zoo.Case
+    place: str
+
+    @functools.cached_property
+    def model(self):
+        return self.case.model()
+
+    @functools.cached_property
+    def handle(self):
+        return vlmprune.patch(self.model, PLACES[self.place])
+
+    @property
+    def reference(self):
+        return self.case.reference()
+
+    def prefill(self, rows=zoo.BATCH) -> tuple[dict, Truth]:
+        """Inputs, and the truth for the tokens that the patched model keeps of them."""
+        inputs = self.case.inputs(rows)
+        _ = self.handle
+        with torch.no_grad():
+            self.model(**inputs)
+        return inputs, self.truth(inputs)
+
+    def truth(self, inputs: dict) -> Truth:
+        last = self.handle.last
+        assert last.stages
+        cuts = [(stage.layer, stage.kept) for stage in last.stages]
+        return Truth(self.case.reference("eager"), inputs, cuts, last.positions)
+
+    def generate(self, inputs: dict, **options):
+        options = {"max_new_tokens": STEPS, "do_sample": False, **options}
+        return self.model.generate(**inputs, **options)
+
+    def upstream(self, call: Callable):
+        """Run the call on the unpatched model; where that fails, there is nothing to hold."""
+        try:
+            return call(self.reference)
+        except Exception as error:
+            pytest.skip(f"fails without a patch too: {type(error).__name__}: {str(error)[:80]}")
+
+    def positions(self, inputs: dict) -> dict:
+        """Explicit positions where the model cannot work them out from embeddings."""
+        if not self.case.qwen:
+            return {}
+        grid, mask = inputs.get("image_grid_thw"), inputs["attention_mask"]
+        index, _ = self.reference.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], grid, attention_mask=mask
+        )
+        text = (mask.cumsum(-1) - 1).clamp_min(0)
+        return {"position_ids": torch.cat([text[None], index])}
+
+
+def check_tokens(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(found[:, -expected.shape[1] :], expected)
+
+
+def check_greedy(out, truth: Truth, steps: int = STEPS, given=None) -> None:
+    """Tokens and the logits of every step."""
+    tokens, logits = truth.decode(steps, given=given)
+    torch.testing.assert_close(torch.stack(out.logits), logits, **CLOSE)
+    check_tokens(out.sequences, tokens)
+
+
+DETAILS = {"return_dict_in_generate": True, "output_logits": True}
+
+
+# --- generate ----------------------------------------------------------------------------------
+
+
+@feature("greedy search")
+def greedy(bench):
+    inputs, truth = bench.prefill()
+    check_greedy(bench.generate(inputs, **DETAILS), truth)
+
+
+@feature("sampling")
+def sampling(bench):
+    inputs, truth = bench.prefill()
+    torch.manual_seed(7)
+    found = bench.generate(inputs, do_sample=True, top_k=0)
+    check_tokens(found, truth.sample(STEPS, seed=7))
+
+
+@feature("num_return_sequences")
+def several_sequences(bench):
+    inputs, truth = bench.prefill()
+    torch.manual_seed(3)
+    found = bench.generate(inputs, do_sample=True, top_k=0, num_return_sequences=2)
+    assert len(found) == 2 * len(inputs["input_ids"])
+    check_tokens(found, truth.sample(STEPS, seed=3, copies=2))
+
+
+@feature("beam search")
+def beam_search(bench):
+    inputs, truth = bench.prefill()
+    out = bench.generate(inputs, num_beams=3, num_return_sequences=2, output_scores=True, **DETAILS)
+    tokens, scores = truth.beams(STEPS, 3)
+    check_tokens(out.sequences, tokens[:, :2].flatten(0, 1))
+    torch.testing.assert_close(out.sequences_scores, scores[:, :2].flatten(), **CLOSE)
+
+
+@feature("second turn on the same cache")
+def second_turn(bench):
+    inputs, truth = bench.prefill()
+    first = bench.generate(inputs, **DETAILS)
+    question = torch.tensor([[5, 17, 60, 9]] * len(inputs["input_ids"]))
+    ids = torch.cat([first.sequences, question], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), STEPS + 4).long()], 1)
+    second = bench.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=first.past_key_values,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        **DETAILS,
+    )
+    assert torch.equal(second.sequences[:, : ids.shape[1]], ids)
+    given = torch.cat([first.sequences[:, -STEPS:], question], 1)
+    check_greedy(second, truth, given=given)
+    assert bench.handle.last.stages, "a text turn is no prefill with visual tokens"
+
+
+@feature("second turn with a new image")
+def second_turn_with_an_image(bench):
+    rows = (zoo.ONE,)
+    follow_up = bench.case.inputs(((4, "A", 3),))
+
+    def turns(model):
+        inputs = bench.case.inputs(rows)
+        first = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, **DETAILS)
+        merged = {k: torch.cat([inputs[k], follow_up[k]]) for k in inputs if k.startswith("pixel")}
+        merged["input_ids"] = torch.cat([first.sequences, follow_up["input_ids"]], 1)
+        merged["attention_mask"] = torch.ones_like(merged["input_ids"])
+        new = {**merged, **{k: v for k, v in follow_up.items() if k.startswith("pixel")}}
+        if bench.case.qwen:
+            merged["mm_token_type_ids"] = (merged["input_ids"] == zoo.IMAGE).int()
+            merged["image_grid_thw"] = torch.cat([x["image_grid_thw"] for x in (inputs, follow_up)])
+            new |= {k: merged[k] for k in ("mm_token_type_ids", "image_grid_thw")}
+        kept = copy.copy(bench.handle.last.stages) if model is bench.model else []
+        out = model.generate(
+            **new,
+            past_key_values=first.past_key_values,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            **DETAILS,
+        )
+        return merged, kept, out
+
+    bench.upstream(turns)
+    _ = bench.handle
+    inputs, kept, out = turns(bench.model)
+    cuts = [
+        (one.layer, [*one.kept, *two.kept])
+        for one, two in zip(kept, bench.handle.last.stages, strict=True)
+    ]
+    truth = Truth(bench.case.reference("eager"), inputs, cuts, bench.handle.last.positions)
+    check_greedy(out, truth)
+
+
+@feature("use_cache=False")
+def without_cache(bench):
+    inputs, truth = bench.prefill()
+    check_greedy(bench.generate(inputs, use_cache=False, **DETAILS), truth)
+    with torch.no_grad():
+        out = bench.model(**inputs, use_cache=False)
+    assert out.past_key_values is None
+    expected = torch.stack([truth.next_logits(b)[-1] for b in range(len(truth.rows))])
+    torch.testing.assert_close(out.logits[:, -1], expected, **CLOSE)
+
+
+@feature("prompt lookup decoding")
+def prompt_lookup(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    found = bench.generate(inputs, prompt_lookup_num_tokens=2, max_new_tokens=6)
+    check_tokens(found, truth.decode(6)[0])
+    # A prompt that holds its own continuation, so that candidates are accepted and the cache is
+    # cropped in between.
+    ids = torch.cat([inputs["input_ids"], found[:, -6:], found[:, -6:-4]], 1)
+    longer = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if bench.case.qwen:
+        longer["mm_token_type_ids"] = (ids == zoo.IMAGE).int()
+    with torch.no_grad():
+        bench.model(**longer)
+    truth = bench.truth(longer)
+    check_tokens(
+        bench.generate(longer, prompt_lookup_num_tokens=3, max_new_tokens=6), truth.decode(6)[0]
+    )
+
+
+@feature("assistant model")
+def assistant(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    bench.upstream(
+        lambda model: model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, assistant_model=bench.case.model()
+        )
+    )
+    dense = bench.case.model()
+    check_tokens(
+        bench.generate(inputs, assistant_model=dense, max_new_tokens=6), truth.decode(6)[0]
+    )
+    twin = bench.case.model()
+    vlmprune.patch(twin, PLACES[bench.place])
+    check_tokens(bench.generate(inputs, assistant_model=twin, max_new_tokens=6), truth.decode(6)[0])
+
+
+@feature("static cache")
+def static_cache(bench):
+    for rows in (zoo.SINGLE, zoo.BATCH):
+        inputs, truth = bench.prefill(rows)
+        out = bench.generate(inputs, cache_implementation="static", max_new_tokens=4, **DETAILS)
+        check_greedy(out, truth, steps=4)
+
+
+@feature("prefill in chunks")
+def prefill_chunks(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    check_greedy(bench.generate(inputs, prefill_chunk_size=8, **DETAILS), truth)
+
+
+@feature("continuous batching")
+def continuous_batching(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    found = bench.model.generate_batch(inputs=inputs["input_ids"].tolist())
+    check_tokens(torch.tensor([found]), truth.decode(1)[0])
+
+
+class Collect(BaseStreamer):
+    """Writes down what a streamer is given."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@feature("streamer")
+def streamer(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    collect = Collect()
+    bench.generate(inputs, streamer=collect)
+    assert collect.ended
+    expected = inputs["input_ids"][0].tolist() + truth.decode(STEPS)[0][0].tolist()
+    assert collect.tokens == expected
+
+
+@feature("no attention_mask")
+def no_mask(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    del inputs["attention_mask"]
+    check_greedy(bench.generate(inputs, **DETAILS), truth)
+    with torch.no_grad():
+        logits = bench.model(**inputs).logits
+    torch.testing.assert_close(logits[0], truth.full_logits(0), **CLOSE)
+
+
+# --- caches ------------------------------------------------------------------------------------
+
+
+@feature("deepcopy of the cache")
+def copied_cache(bench):
+    inputs, truth = bench.prefill()
+    with torch.no_grad():
+        cache = bench.model(**inputs).past_key_values
+    given = torch.tensor([[5], [6], [7]])
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3).long()], 1)
+    ids = torch.cat([inputs["input_ids"], given, given + 1, given + 2], 1)
+    longer = torch.cat([given, given + 1, given + 2], 1)
+    for past in (copy.deepcopy(cache), cache):
+        out = bench.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=past,
+            max_new_tokens=STEPS,
+            do_sample=False,
+            **DETAILS,
+        )
+        check_greedy(out, truth, given=longer)
+
+
+@feature("cached text prefix, then an image")
+def prefix(bench):
+    inputs = bench.case.inputs(zoo.SINGLE)
+
+    def turns(model):
+        cache = DynamicCache(config=model.config.text_config)
+        with torch.no_grad():
+            model(input_ids=inputs["input_ids"][:, :5], past_key_values=cache, use_cache=True)
+        return model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=STEPS, do_sample=False, **DETAILS
+        )
+
+    dense = bench.upstream(turns)
+    plain = Truth(bench.case.reference("eager"), inputs)
+    if not torch.allclose(dense.logits[0][0], plain.next_logits(0)[-1], atol=1e-3):
+        pytest.skip("without a patch the cached prefix gives other logits than the whole prompt")
+    _ = bench.handle
+    out = turns(bench.model)
+    check_greedy(out, bench.truth(inputs))
+
+
+@feature("decoding loop by hand")
+def own_loop(bench):
+    for rows, masked in ((zoo.SINGLE, False), (zoo.SINGLE, True), (zoo.BATCH, True)):
+        inputs = bench.case.inputs(rows)
+
+        def loop(model, inputs=inputs, masked=masked):
+            inputs = dict(inputs)
+            mask = inputs["attention_mask"]
+            if not masked:
+                del inputs["attention_mask"]
+            logits = []
+            with torch.no_grad():
+                out = model(**inputs, use_cache=True)
+                logits.append(out.logits[:, -1])
+                for _ in range(STEPS - 1):
+                    mask = torch.cat([mask, torch.ones(len(mask), 1).long()], 1)
+                    extra = {"attention_mask": mask} if masked else {}
+                    out = model(
+                        input_ids=logits[-1].argmax(-1, keepdim=True),
+                        past_key_values=out.past_key_values,
+                        use_cache=True,
+                        **extra,
+                    )
+                    logits.append(out.logits[:, -1])
+            return torch.stack(logits)
+
+        try:
+            loop(bench.reference)
+        except Exception:  # Qwen's own position code fails on a grown mask
+            assert bench.case.qwen and masked
+            continue
+        _, truth = bench.prefill(rows)
+        torch.testing.assert_close(loop(bench.model), truth.decode(STEPS)[1], **CLOSE)
+
+
+@feature("several tokens at once after the prompt")
+def several_tokens(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    with torch.no_grad():
+        cache = bench.model(**inputs).past_key_values
+        step = torch.tensor([[5, zoo.IMAGE, 9]])  # an image token that is no image is text
+        out = bench.model(input_ids=step, past_key_values=cache)
+    torch.testing.assert_close(out.logits[0], truth.next_logits(0, step[0])[1:], **CLOSE)
+
+
+# --- forward -----------------------------------------------------------------------------------
+
+
+@feature("logits_to_keep")
+def logits_to_keep(bench):
+    inputs, _ = bench.prefill()
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        full = bench.model(**inputs).logits
+        assert full.shape[1] == length
+        for keep in (1, 3, length):
+            assert torch.equal(bench.model(**inputs, logits_to_keep=keep).logits, full[:, -keep:])
+        which = torch.tensor([0, length // 2, length - 1])
+        assert torch.equal(bench.model(**inputs, logits_to_keep=which).logits, full[:, which])
+
+
+@feature("logits of the whole prompt")
+def all_logits(bench):
+    inputs, truth = bench.prefill()
+    with torch.no_grad():
+        logits = bench.model(**inputs).logits
+    for b, row in enumerate(truth.rows):
+        torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
+
+
+@feature("labels")
+def labels(bench):
+    inputs, truth = bench.prefill()
+    answers = inputs["input_ids"].clone()
+    answers[(answers == zoo.IMAGE) | (inputs["attention_mask"] == 0)] = -100
+    with torch.no_grad():
+        out = bench.model(**inputs, labels=answers)
+    assert out.logits.shape[:2] == answers.shape
+    torch.testing.assert_close(out.loss, truth.loss(list(answers)), **CLOSE)
+
+
+@feature("backward")
+def backward(bench):
+    inputs, truth = bench.prefill()
+    answers = inputs["input_ids"].clone()
+    answers[(answers == zoo.IMAGE) | (inputs["attention_mask"] == 0)] = -100
+    weight = bench.model.lm_head.weight.requires_grad_(True)
+    loss = bench.model(**inputs, labels=answers).loss
+    loss.backward()
+    with torch.no_grad():
+        step = 1e-2 / weight.grad.norm()
+        bench_loss = truth.loss(list(answers))
+        weight -= step * weight.grad
+        lower = bench.model(**inputs, labels=answers).loss
+    torch.testing.assert_close(loss.detach(), bench_loss, **CLOSE)
+    assert lower < loss
+
+
+@feature("output_hidden_states")
+def hidden_states(bench):
+    inputs, truth = bench.prefill()
+    with torch.no_grad():
+        plain = bench.model(**inputs).logits
+        out = bench.model(**inputs, output_hidden_states=True)
+    assert torch.equal(out.logits, plain)
+    layers = len(bench.model.model.language_model.layers)
+    assert len(out.hidden_states) == layers + 1
+    first = [truth.cut_inputs(b)[0][0] for b in range(len(truth.rows))]
+    assert out.hidden_states[0].shape[1] == max(map(len, first))
+    for b, embeds in enumerate(first):
+        torch.testing.assert_close(out.hidden_states[0][b, -len(embeds) :], embeds, **CLOSE)
+    for state in out.hidden_states:
+        assert torch.isfinite(state).all()
+
+
+@feature("inputs_embeds with pixels")
+def embeds_with_pixels(bench):
+    inputs, truth = bench.prefill()
+    ids = inputs["input_ids"]
+    given = {k: v for k, v in inputs.items() if k not in ("input_ids", "mm_token_type_ids")}
+    given = {"inputs_embeds": bench.reference.get_input_embeddings()(ids), **given}
+    given |= bench.positions(inputs)
+    bench.upstream(lambda model: model(**given))
+    with torch.no_grad():
+        logits = bench.model(**given).logits
+    for b, row in enumerate(truth.rows):
+        torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
+    try:
+        bench.reference.generate(**given, max_new_tokens=STEPS)
+    except Exception:
+        return
+    check_greedy(bench.generate(given, **DETAILS), truth)
+
+
+def merged(bench, rows) -> dict:
+    """Embeddings with the image features already in place, no pixels."""
+    inputs = bench.case.inputs(rows)
+    truth = Truth(bench.reference, inputs)
+    embeds = bench.reference.get_input_embeddings()(inputs["input_ids"]).clone()
+    for b, row in enumerate(truth.rows):
+        embeds[b, row.columns] = row.embeds
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    return given | bench.positions(inputs)
+
+
+@feature("merged inputs_embeds")
+def merged_embeds(bench):
+    given = merged(bench, zoo.BATCH)
+    handle = bench.handle
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        found = [bench.model(**given).logits for _ in range(2)]
+    ours = [w for w in caught if "visual_mask" in str(w.message)]
+    assert len(ours) == 1, [str(w.message) for w in caught]
+    with torch.no_grad():
+        assert torch.equal(found[0], bench.reference(**given).logits)
+    assert torch.equal(*found)
+    assert handle.last.pruned is False
+    assert "visual_mask" in handle.last.note
+
+
+@feature("merged inputs_embeds with visual_mask=")
+def visual_mask(bench):
+    for rows in (zoo.SINGLE, zoo.BATCH):
+        given = merged(bench, rows)
+        inputs, truth = bench.prefill(rows)
+        kept = bench.handle.last.kept
+        mask = inputs["input_ids"] == zoo.IMAGE
+        with torch.no_grad():
+            logits = bench.model(**given, visual_mask=mask).logits
+        assert all(map(torch.equal, bench.handle.last.kept, kept))
+        for b, row in enumerate(truth.rows):
+            torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
+        out = bench.generate(given, visual_mask=mask, **DETAILS)
+        check_greedy(out, truth)
+
+
+@feature("precomputed mm_encoder_outputs")
+def encoder_outputs(bench):
+    inputs, truth = bench.prefill()
+    names = ("pixel_values", "image_grid_thw")
+    pixels = {k: inputs.pop(k) for k in names if k in inputs}
+    kept = bench.handle.last.kept
+    with torch.no_grad():
+        features = bench.model.model.get_image_features(**pixels, return_dict=True)
+        if "image_grid_thw" in pixels:
+            inputs["image_grid_thw"] = pixels["image_grid_thw"]
+        logits = bench.model(**inputs, mm_encoder_outputs={"image": features}).logits
+    assert all(map(torch.equal, bench.handle.last.kept, kept))
+    for b, row in enumerate(truth.rows):
+        torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
+
+
+@feature("padding on the right")
+def right_padding(bench):
+    left, truth = bench.prefill()
+    inputs = bench.case.inputs(zoo.BATCH, padding="right")
+    with torch.no_grad():
+        logits = bench.model(**inputs).logits
+    assert logits.shape[:2] == left["input_ids"].shape
+    truth = bench.truth(inputs)  # a last row that is read must be that of the last real token
+    alone = [bench.case.inputs((row,)) for row in zoo.BATCH[:2]]
+    kept = list(bench.handle.last.kept)
+    for single in alone:
+        with torch.no_grad():
+            bench.model(**single)
+        for indices in bench.handle.last.kept:
+            assert torch.equal(indices, kept.pop(0))
+    for b, row in enumerate(truth.rows):
+        torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
+
+
+@feature("return_dict=False")
+def as_tuple(bench):
+    inputs, _ = bench.prefill()
+    with torch.no_grad():
+        expected = bench.model(**inputs).logits
+        out = bench.model(**inputs, return_dict=False)
+    assert isinstance(out, tuple)
+    assert torch.equal(out[0], expected)
+
+
+@feature("4D attention mask")
+def four_dimensional_mask(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    length = inputs["input_ids"].shape[1]
+    square = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        logits = bench.model(**{**inputs, "attention_mask": square}).logits
+    torch.testing.assert_close(logits[0], truth.full_logits(0), **CLOSE)
+
+
+@feature("torch.compile")
+def compiled(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    torch._dynamo.reset()
+    try:
+        fast = torch.compile(bench.model, backend="eager")
+        with torch.no_grad():
+            for _ in range(2):
+                logits = fast(**inputs).logits
+                torch.testing.assert_close(logits[0], truth.full_logits(0), **CLOSE)
+            other = bench.case.inputs(((5, "A", 3),))
+            found = fast(**other).logits
+        torch.testing.assert_close(found[0], bench.truth(other).full_logits(0), **CLOSE)
+    finally:
+        torch._dynamo.reset()
+
+
+# --- the matrix --------------------------------------------------------------------------------
+
+
+def marked(name: str):
+    return pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", [marked(name) for name in FEATURES])
+def test_the_feature_works_or_is_refused_at_the_call(case, place, name):
+    bench = Bench(case, place)
+    if name not in REFUSED:
+        FEATURES[name](bench)
+        return
+    with pytest.raises(vlmprune.UnsupportedFeatureError) as refused:
+        FEATURES[name](bench)
+    assert REFUSED[name] in str(refused.value)
+    inputs, truth = bench.prefill(zoo.SINGLE)  # and the next call is right
+    check_greedy(bench.generate(inputs, **DETAILS), truth)
+
+
+def support_table() -> str:
+    """The README's table of features (Markdown), in the order of this file."""
+    lines = [f"| | {' | '.join(PLACES)} |", "| --- |" + " --- |" * len(PLACES)]
+    for name in FEATURES:
+        word = "refused" if name in REFUSED else "works"
+        lines.append(f"| {name} | {' | '.join([word] * len(PLACES))} |")
+    return "\n".join(lines)
+
+
+def test_the_table_lists_every_feature():
+    table = support_table()
+    assert all(f"| {name} |" in table for name in FEATURES)
+    assert set(REFUSED) <= set(FEATURES)

@@ -1,0 +1,84 @@
+"""A full budget changes nothing: the same bits as the unpatched model."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import vlmprune
+import zoo
+
+ROWS = {"single": zoo.SINGLE, "padded-batch": zoo.BATCH}
+
+
+@functools.cache
+def dense(case: zoo.Case, attention: str, layout: str):
+    """Logits, tokens and logits of every step of the unpatched model."""
+    return run(case.reference(attention), case.inputs(ROWS[layout]))
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    out = model.generate(
+        **inputs,
+        max_new_tokens=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    return logits, out.sequences, torch.stack(out.logits), lengths
+
+
+@zoo.ALL
+@zoo.ATTENTION
+@zoo.METHODS
+def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, name):
+    model = case.model(attention)
+    for budget in ({"keep_ratio": 1.0}, {"keep_tokens": 10**6}):
+        handle = zoo.patch_or_refusal(model, case, name, **budget)
+        if handle is None:
+            continue
+        for layout, rows in ROWS.items():
+            found, expected = run(model, case.inputs(rows)), dense(case, attention, layout)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+            assert torch.equal(found[2], expected[2])
+            assert found[3] == expected[3]
+            counts = [case.num_tokens(image) for image in zoo.images(rows)]
+            for indices, count in zip(handle.last.kept, counts, strict=True):
+                assert torch.equal(indices, torch.arange(count))
+            assert handle.last.pruned is False
+        handle.remove()
+
+
+@zoo.ALL
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+def test_an_image_within_its_budget_is_left_alone_beside_one_that_is_not(case, name):
+    if not case.qwen:
+        pytest.skip("all images of this model have the same number of tokens")
+    model, rows = case.model(), ((4, "D", 3), (7, "B", 3))
+    handle = vlmprune.patch(model, name, keep_tokens=16)  # D has 36 tokens, B has 15
+    model(**case.inputs(rows))
+    assert [len(kept) for kept in handle.last.kept] == [16, 15]
+    together = model(**case.inputs(rows)).logits[1, -1]
+    alone = case.reference()(**case.inputs(rows[1:])).logits[0, -1]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@zoo.ALL
+def test_text_alone_is_the_unpatched_model_bit_for_bit(case):
+    model = case.model()
+    vlmprune.patch(
+        model,
+        [
+            vlmprune.method("divprune", keep_ratio=0.5),
+            vlmprune.method("fastv", keep_ratio=0.25),
+        ],
+    )
+    rows = (zoo.NONE, (4,))
+    found, expected = run(model, case.inputs(rows)), run(case.reference(), case.inputs(rows))
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+    assert found[3] == expected[3]

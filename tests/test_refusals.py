@@ -1,0 +1,264 @@
+"""What cannot work is refused by `patch`, with a typed error that says what to type instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import vlmprune
+import zoo
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+CLIP, QWEN = zoo.CASES["llava-clip-llama"], zoo.CASES["qwen2_5_vl"]
+
+
+def refusal(error: type[Exception], *words: str, model=None, args=(), **options) -> str:
+    """The message with which `patch` refuses; it holds all the words and leaves no trace."""
+    model = CLIP.model() if model is None else model
+    with pytest.raises(error) as refused:
+        vlmprune.patch(model, *args, **options)
+    assert isinstance(refused.value, vlmprune.VlmpruneError)
+    message = str(refused.value)
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+    if isinstance(model, nn.Module):
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    return message
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        LlamaForCausalLM(LlamaConfig(**{**zoo.DECODER, "num_hidden_layers": 1})),
+        nn.Linear(2, 2),
+        "llava-hf/llava-1.5-7b-hf",
+        None,
+    ],
+    ids=["text-model", "linear", "a-name", "none"],
+)
+def test_unsupported_models(model):
+    with pytest.raises(vlmprune.UnsupportedModelError) as refused:
+        vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    for name in vlmprune.models():
+        assert name in str(refused.value)
+    assert isinstance(refused.value, TypeError)
+
+
+@pytest.mark.parametrize("part", ["model", "model.language_model", "model.vision_tower"])
+def test_a_part_of_a_supported_model(part):
+    refusal(
+        vlmprune.UnsupportedModelError,
+        model=CLIP.model().get_submodule(part),
+        args=("divprune",),
+        keep_ratio=0.5,
+    )
+
+
+def test_the_registries_list_what_is_supported():
+    assert {"llava", "qwen2_5_vl"} <= set(vlmprune.models())
+    assert {"random", "grid", "divprune", "vtc_cls", "hiprune", "fastv"} <= set(vlmprune.methods())
+
+
+def test_unpatch_of_a_model_that_is_not_patched_does_nothing_or_says_so():
+    model = CLIP.model()
+    before = set(vars(model))
+    try:
+        vlmprune.unpatch(model)
+    except vlmprune.VlmpruneError as error:
+        assert "patch" in str(error)
+    assert set(vars(model)) == before
+
+
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+class TestBudgets:
+    def test_none(self, name):
+        refusal(
+            vlmprune.BudgetError,
+            *(name, "keep_ratio=", "keep_tokens=", "average_tokens=", "flops_ratio="),
+            args=(name,),
+        )
+
+    def test_two(self, name):
+        refusal(
+            vlmprune.BudgetError,
+            *("keep_ratio", "keep_tokens", "exactly one"),
+            args=(name,),
+            keep_ratio=0.5,
+            keep_tokens=3,
+        )
+
+    @pytest.mark.parametrize("value", [0, -0.1, 1.5, float("nan"), float("inf"), "0.5", True])
+    def test_ratio_out_of_range(self, name, value):
+        refusal(
+            vlmprune.BudgetError,
+            *(f"keep_ratio={value!r}", "0 < keep_ratio <= 1"),
+            args=(name,),
+            keep_ratio=value,
+        )
+
+    @pytest.mark.parametrize("value", [0, -3, 2.5])
+    def test_tokens_out_of_range(self, name, value):
+        refusal(
+            vlmprune.BudgetError,
+            *(f"keep_tokens={value!r}", "at least 1"),
+            args=(name,),
+            keep_tokens=value,
+        )
+
+    @pytest.mark.parametrize("value", [0, -3])
+    def test_average_out_of_range(self, name, value):
+        refusal(vlmprune.BudgetError, "average_tokens", args=(name,), average_tokens=value)
+
+    @pytest.mark.parametrize("value", [0, 1.01])
+    def test_flops_out_of_range(self, name, value):
+        refusal(vlmprune.BudgetError, "0 < flops_ratio <= 1", args=(name,), flops_ratio=value)
+
+
+@pytest.mark.parametrize("words", [{"average_tokens": 3}, {"flops_ratio": 0.2}])
+def test_a_budget_that_cannot_be_reached_names_the_nearest_that_can(words):
+    """Two of four layers see all 36 tokens: the average is above 18. When: at patch or first run,
+    since only an image says how many tokens there are; before any layer has run."""
+    model = CLIP.model()
+    ran = []
+    model.model.language_model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(vlmprune.BudgetError, match="nearest") as refused:
+        vlmprune.patch(model, "fastv", layer=2, **words)
+        model(**CLIP.inputs())
+    assert not ran
+    (word,) = words
+    nearest = str(refused.value).split(f"{word}=")[-1].split(";")[0].rstrip(".")
+    model = CLIP.model()
+    handle = vlmprune.patch(model, "fastv", layer=2, **{word: float(nearest)})
+    model(**CLIP.inputs())
+    assert len(handle.last.kept[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("divprun", "divprune"), ("FastV", "fastv"), ("", "random")]
+)
+def test_unknown_methods(name, nearest):
+    for call in (
+        lambda: vlmprune.patch(CLIP.model(), name, keep_ratio=0.5),
+        lambda: vlmprune.method(name, keep_ratio=0.5),
+    ):
+        with pytest.raises(vlmprune.UnknownMethodError) as refused:
+            call()
+        assert nearest in str(refused.value)
+        assert isinstance(refused.value, KeyError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "word"),
+    [("layr", 2, "layer"), ("keep_ration", 0.5, "keep_ratio"), ("official", True, "fastv")],
+)
+def test_unknown_fields(field, value, word):
+    message = refusal(
+        vlmprune.MethodFieldError,
+        *(field, word),
+        args=("fastv",),
+        **{"keep_tokens": 4, field: value},
+    )
+    assert "Available" in message
+
+
+@pytest.mark.parametrize("layer", [0, 4, 99, -5, 1.5, "2", True])
+def test_layers_that_do_not_exist(layer):
+    refusal(vlmprune.MethodFieldError, "layer", args=("fastv",), keep_ratio=0.5, layer=layer)
+
+
+@pytest.mark.parametrize("positions", ["packed", "Original", 3, True])
+def test_unknown_positions(positions):
+    refusal(
+        vlmprune.VlmpruneError,
+        *("original", "repacked", repr(positions)),
+        args=("divprune",),
+        keep_ratio=0.5,
+        positions=positions,
+    )
+
+
+def test_repacked_positions_on_two_dimensional_rotary():
+    refusal(
+        vlmprune.VlmpruneError,
+        *("repacked", "original"),
+        model=QWEN.model(),
+        args=("divprune",),
+        keep_ratio=0.5,
+        positions="repacked",
+    )
+
+
+def test_two_methods_at_one_place():
+    two = [vlmprune.method("divprune", keep_ratio=0.5), vlmprune.method("grid", keep_ratio=0.2)]
+    refusal(vlmprune.VlmpruneError, "divprune", "grid", args=(two,))
+    same = [vlmprune.method("fastv", keep_ratio=r, layer=2) for r in (0.5, 0.25)]
+    refusal(vlmprune.VlmpruneError, "fastv", args=(same,))
+
+
+def test_a_list_takes_no_outer_budget_or_fields():
+    calls = [vlmprune.method("divprune", keep_ratio=0.5)]
+    refusal(vlmprune.VlmpruneError, "method(", args=(calls,), keep_ratio=0.5)
+    refusal(vlmprune.VlmpruneError, "method(", args=(calls[0],), keep_tokens=4)
+    refusal(vlmprune.VlmpruneError, args=(calls,), seed=1)
+
+
+@pytest.mark.parametrize("methods", [[], None, 3, ["divprune"], [None], {"divprune": 0.5}])
+def test_things_that_are_no_method(methods):
+    refusal(vlmprune.VlmpruneError, "method", args=(methods,), keep_ratio=0.5)
+
+
+def test_missing_signals_name_what_works_instead():
+    siglip = zoo.CASES["llava-siglip-qwen2"]
+    message = refusal(
+        vlmprune.MissingSignalError,
+        *("vtc_cls", "CLS", "divprune"),
+        model=siglip.model(),
+        args=("vtc_cls",),
+        keep_ratio=0.5,
+    )
+    for name in ("divprune", "fastv"):  # every name it gives as an alternative does work
+        assert name in message
+        vlmprune.patch(siglip.model(), name, keep_ratio=0.5).remove()
+
+
+def test_official_is_for_golden_tests_only():
+    """`official=True` reproduces a defect: `patch` refuses it, whoever defines it."""
+    takes = [
+        n
+        for n in vlmprune.methods()
+        if "official" in vlmprune.method(n, keep_ratio=0.5).method.fields()
+    ]
+    for name in takes:
+        case = QWEN if name == "hiprune" else CLIP
+        refusal(
+            vlmprune.VlmpruneError,
+            "official",
+            model=case.model(),
+            args=(name,),
+            keep_ratio=0.5,
+            official=True,
+        )
+    assert "hiprune" in takes
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "layer"])
+def test_a_model_that_is_compiled_already(how):
+    model = CLIP.model()
+    if how == "torch.compile":
+        model = torch.compile(model, backend="eager")
+    elif how == "Module.compile":
+        model.compile(backend="eager")
+    else:
+        model.model.language_model.compile(backend="eager")
+    with pytest.raises(vlmprune.UnsupportedModelError, match="compile") as refused:
+        vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    assert "patch" in str(refused.value) and "first" in str(refused.value)
+
+
+def test_a_failed_patch_leaves_the_earlier_one_in_place():
+    model = CLIP.model()
+    handle = vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    with pytest.raises(vlmprune.VlmpruneError):
+        vlmprune.patch(model, "divprune", keep_ratio=7)
+    model(**CLIP.inputs())
+    assert len(handle.last.kept[0]) == 18

@@ -1,0 +1,346 @@
+"""`remove`, `unpatch`, leaving `with` and every failure: the model is the same as before."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import vlmprune
+import zoo
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vlmprune.prune.budget import Budget, MethodCall
+from vlmprune.prune.contract import Features, Method, Place
+
+UPSTREAM_STATE = {"rope_deltas"}
+"""Attributes that transformers itself writes on a module while it runs."""
+METHODS = {
+    "before": [vlmprune.method("divprune", keep_ratio=0.4)],
+    "tower": [vlmprune.method("hiprune", keep_ratio=0.4)],
+    "decoder": [vlmprune.method("fastv", keep_ratio=0.4)],
+    "both": [
+        vlmprune.method("divprune", keep_ratio=0.5),
+        vlmprune.method("fastv", keep_ratio=0.25, layer=2),
+    ],
+}
+
+
+def methods_for(case, which):
+    if which == "tower" and zoo.lacks_signal(case, METHODS[which][0]):
+        pytest.skip(f"hiprune needs a signal that {case.name} lacks")
+    return METHODS[which]
+
+
+def snapshot(model) -> dict:
+    """Everything observable of a model and of the library's global tables."""
+    state = {}
+    for name, module in model.named_modules():
+        own = {k: id(v) for k, v in vars(module).items() if k not in UPSTREAM_STATE}
+        tables = {
+            k: [(key, id(value)) for key, value in v.items()]
+            for k, v in vars(module).items()
+            if isinstance(v, dict)
+        }
+        state[name] = (id(module), type(module), own, tables)
+    attention = sorted(ALL_ATTENTION_FUNCTIONS.keys()), sorted(ALL_MASK_ATTENTION_FUNCTIONS.keys())
+    config = model.config.to_json_string(), model.generation_config.to_json_string()
+    return {
+        "modules": state,
+        "keys": list(model.state_dict()),
+        "global": attention,
+        "config": config,
+        "attention": [
+            m.config._attn_implementation for m in model.modules() if hasattr(m, "config")
+        ],
+    }
+
+
+def differences(before: dict, after: dict) -> list[str]:
+    found = [
+        f"{k}: {before[k]} -> {after[k]}"
+        for k in before
+        if k != "modules" and before[k] != after[k]
+    ]
+    for name in before["modules"].keys() | after["modules"].keys():
+        one, two = before["modules"].get(name), after["modules"].get(name)
+        if one is None or two is None or one[:2] != two[:2]:
+            found.append(f"module {name!r} is another one")
+            continue
+        for kind, a, b in (("attribute", one[2], two[2]), ("entries of", one[3], two[3])):
+            found += [f"{kind} {name}.{k}" for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
+    return sorted(found)
+
+
+def warm(case, attention="sdpa"):
+    """A model that has run once (transformers installs its own hooks then), and its outputs."""
+    model = case.model(attention)
+    return model, outputs(model, case)
+
+
+def outputs(model, case, rows=zoo.BATCH):
+    inputs = case.inputs(rows)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    return logits, model.generate(**inputs, max_new_tokens=3, do_sample=False)
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@zoo.ALL
+@zoo.ATTENTION
+@pytest.mark.parametrize("which", METHODS)
+@pytest.mark.parametrize("how", ["remove", "unpatch", "with", "exception-in-with", "replaced"])
+def test_nothing_is_left(case, attention, which, how):
+    if attention == "eager" and how != "remove":
+        pytest.skip("one way of undoing is enough for the second attention")
+    calls = methods_for(case, which)
+    model, expected = warm(case, attention)
+    before = snapshot(model)
+    if how == "remove":
+        handle = vlmprune.patch(model, calls)
+        assert not same(outputs(model, case), expected), "the patch did nothing"
+        handle.remove()
+        handle.remove()
+    elif how == "unpatch":
+        vlmprune.patch(model, calls)
+        outputs(model, case)
+        vlmprune.unpatch(model)
+    elif how == "with":
+        with vlmprune.patch(model, calls) as handle:
+            outputs(model, case)
+        assert len(handle.last.kept) == 3
+    elif how == "exception-in-with":
+        with pytest.raises(ZeroDivisionError), vlmprune.patch(model, calls):
+            outputs(model, case)
+            raise ZeroDivisionError
+    else:
+        vlmprune.patch(model, "random", keep_ratio=0.3)
+        outputs(model, case)
+        vlmprune.patch(model, calls)
+        outputs(model, case)
+        vlmprune.unpatch(model)
+    assert differences(before, snapshot(model)) == []
+    assert same(outputs(model, case), expected)
+
+
+@zoo.BOTH_FAMILIES
+def test_class_and_state_dict_do_not_change_while_patched(case, tmp_path):
+    model, _ = warm(case)
+    before = type(model), [type(m) for m in model.modules()], list(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
+    vlmprune.patch(model, METHODS["both"])
+    outputs(model, case)
+    assert (type(model), [type(m) for m in model.modules()], list(model.state_dict())) == before
+    assert [name for name, _ in model.named_modules()] == names
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
+
+
+@zoo.BOTH_FAMILIES
+def test_patching_twice_replaces(case):
+    model = case.model()
+    first = vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    second = vlmprune.patch(model, "fastv", keep_ratio=0.25)
+    found = outputs(model, case)
+    assert second.last.stages and {s.method for s in second.last.stages} == {"fastv"}
+    alone = case.model()
+    vlmprune.patch(alone, "fastv", keep_ratio=0.25)
+    assert same(found, outputs(alone, case))
+    first.remove()  # replaced already: must not take the second one away
+    assert same(found, outputs(model, case))
+    second.remove()
+    assert same(outputs(model, case), outputs(case.reference(), case))
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("which", ["before", "decoder", "both"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_an_exception_in_a_layer_leaves_the_next_call_right(case, which, layer):
+    model = case.model()
+    vlmprune.patch(model, METHODS[which])
+    expected = outputs(model, case)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    hook = model.model.language_model.layers[layer].mlp.register_forward_hook(fail)
+    for rows in (zoo.SINGLE, zoo.BATCH):
+        with pytest.raises(ZeroDivisionError):
+            model(**case.inputs(rows))
+    hook.remove()
+    # Nothing of the failed call reaches a direct call of the text model, nor a text-only one.
+    embeds = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    found = model.model.language_model(inputs_embeds=embeds).last_hidden_state
+    assert torch.equal(
+        found, case.reference().model.language_model(inputs_embeds=embeds).last_hidden_state
+    )
+    text = (zoo.NONE,)
+    assert same(outputs(model, case, text), outputs(case.reference(), case, text))
+    assert same(outputs(model, case), expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(Method):
+    """A method with a bug."""
+
+    name: ClassVar[str] = "failing"
+    place: ClassVar[Place] = Place.BEFORE_LLM
+
+    def needs(self, shape):
+        return (Features(),)
+
+    def select(self, tokens, keep):
+        raise ZeroDivisionError
+
+
+@zoo.BOTH_FAMILIES
+def test_an_exception_in_a_method_leaves_nothing(case):
+    model, expected = warm(case)
+    before = snapshot(model)
+    call = MethodCall(method=Failing(), budget=Budget("keep_ratio", 0.5))
+    with pytest.raises(ZeroDivisionError), vlmprune.patch(model, call):
+        model(**case.inputs())
+    assert differences(before, snapshot(model)) == []
+    assert same(outputs(model, case), expected)
+
+
+@pytest.mark.parametrize("which", ["before", "tower", "decoder", "both"])
+def test_threads_give_the_same_as_one_after_the_other(which):
+    """LLaVA only: Qwen's own `rope_deltas` live on the module, unpatched too."""
+    case = zoo.CASES["llava-clip-llama"]
+    model = case.model()
+    vlmprune.patch(model, METHODS[which])
+    prompts = [zoo.SINGLE, zoo.BATCH, (zoo.NONE,), (zoo.TWO,), ((4, "B", 3, "C", 3),), zoo.SINGLE]
+    serial = [outputs(model, case, rows) for rows in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            threaded = list(pool.map(lambda rows: outputs(model, case, rows), prompts))
+            assert all(map(same, threaded, serial))
+
+
+@zoo.BOTH_FAMILIES
+def test_two_models_with_different_methods_do_not_disturb_each_other(case):
+    one, two = case.model(), case.model()
+    before = sorted(ALL_ATTENTION_FUNCTIONS.keys())
+    first = vlmprune.patch(one, METHODS["both"])
+    alone = outputs(one, case)
+    second = vlmprune.patch(two, "fastv", keep_ratio=0.3, layer=1)
+    other = outputs(two, case)
+    assert same(outputs(one, case), alone)
+    first.remove()
+    assert same(outputs(one, case), outputs(case.reference(), case))
+    assert same(outputs(two, case), other)
+    second.remove()
+    assert same(outputs(two, case), outputs(case.reference(), case))
+    assert sorted(ALL_ATTENTION_FUNCTIONS.keys()) == before
+
+
+def _deepcopy(model):
+    return copy.deepcopy(model)
+
+
+def _pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def _torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("which", ["before", "decoder"])
+@pytest.mark.parametrize("duplicate", [_deepcopy, _pickle, _torch_save])
+def test_a_copy_of_a_patched_model_is_refused_or_stands_alone(case, which, duplicate):
+    model = case.model()
+    handle = vlmprune.patch(model, METHODS[which])
+    pruned = outputs(model, case)
+    try:
+        twin = duplicate(model)
+    except vlmprune.VlmpruneError as error:
+        assert "unpatch" in str(error) or "remove" in str(error)
+    else:
+        assert same(outputs(twin, case), pruned)
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+            twin.model.language_model.embed_tokens.weight.zero_()
+        assert same(outputs(model, case), pruned)
+        assert not same(outputs(twin, case), pruned)
+    assert same(outputs(model, case), pruned)
+    handle.remove()
+    assert same(outputs(duplicate(model), case), outputs(case.reference(), case))
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("which", ["before", "decoder"])
+@pytest.mark.parametrize("how", ["forward", "generate"])
+def test_a_pruned_cache_is_refused_after_unpatch(case, which, how):
+    model, inputs = case.model(), case.inputs()
+    handle = vlmprune.patch(model, METHODS[which])
+    cache = model(**inputs).past_key_values
+    handle.remove()
+    text = torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], 1)
+    with pytest.raises(vlmprune.VlmpruneError, match="cache"):
+        if how == "forward":
+            model(input_ids=text[:, -2:], past_key_values=cache)
+        else:
+            model.generate(input_ids=text, past_key_values=cache, max_new_tokens=1)
+
+
+@zoo.BOTH_FAMILIES
+def test_a_cache_that_was_not_pruned_serves_after_unpatch(case):
+    model, inputs = case.model(), case.inputs((zoo.NONE,))
+    with vlmprune.patch(model, METHODS["both"]):
+        cache = model(**inputs).past_key_values
+    expected = case.reference()(**inputs).past_key_values
+    step = torch.tensor([[5]])
+    assert torch.equal(
+        model(input_ids=step, past_key_values=cache).logits,
+        case.reference()(input_ids=step, past_key_values=expected).logits,
+    )
+
+
+@zoo.BOTH_FAMILIES
+def test_hooks_of_the_user_stay(case):
+    model, _ = warm(case)
+    calls = []
+    early = model.model.register_forward_pre_hook(lambda *_: calls.append("early"))
+    handle = vlmprune.patch(model, METHODS["both"])
+    late = model.model.language_model.register_forward_hook(lambda *_: calls.append("late"))
+    model(**case.inputs())
+    handle.remove()
+    model(**case.inputs())
+    assert calls == ["early", "late"] * 2
+    early.remove()
+    late.remove()
+    assert same(outputs(model, case), outputs(case.reference(), case))
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("which", ["before", "tower", "decoder"])
+def test_the_attention_may_be_changed_while_patched(case, which):
+    calls = methods_for(case, which)
+    expected = case.model("eager")
+    vlmprune.patch(expected, calls)
+    model = case.model("sdpa")
+    handle = vlmprune.patch(model, calls)
+    outputs(model, case)
+    model.set_attn_implementation("eager")
+    assert same(outputs(model, case), outputs(expected, case))
+    handle.remove()
+    assert same(outputs(model, case), outputs(case.reference("eager"), case))
+    implementations = {
+        m.config._attn_implementation for m in model.modules() if hasattr(m, "config")
+    }
+    assert implementations == {"eager"}
