@@ -1,0 +1,284 @@
+"""The two rules of the design, held by parsing the folders: a method never knows a model, an
+adapter never knows a method. And what else can be read from the sources alone.
+
+Every check is a function from a module's source to its offences; the checks are checked as well.
+"""
+
+import ast
+import os
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vlmprune.prune.registry import method_names
+
+ROOT = Path(__file__).parent.parent
+NOT_PACKAGED = {"tests", "notebooks", "build", "dist"}
+LAYERS = ("prune", "adapters", "eval")
+MAY_IMPORT = {"prune": {"prune"}, "adapters": {"prune", "adapters"}, "eval": set(LAYERS)}
+PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "einops"}
+
+
+def sources(layer: str) -> dict[str, str]:
+    """Path relative to the root -> source of the layer's modules."""
+    paths = sorted((ROOT / layer).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
+
+
+MODULES = {layer: sources(layer) for layer in LAYERS}
+METHOD_FILES = {
+    path: text
+    for path, text in MODULES["prune"].items()
+    if path.startswith("prune/methods/") and not path.endswith("__init__.py")
+}
+FAMILIES = {
+    re.match(r"[a-z]+", Path(path).stem)[0]
+    for path in MODULES["adapters"]
+    if path.startswith("adapters/families/") and not path.endswith("__init__.py")
+}
+
+
+def every(layer: str):
+    return pytest.mark.parametrize(("path", "text"), MODULES[layer].items(), ids=MODULES[layer])
+
+
+# --- Reading a source ------------------------------------------------------------------------
+
+
+def imports(path: str, text: str) -> Iterator[tuple[bool, str]]:
+    """(inside the package?, dotted name) of each import, with each name that `from` brings in."""
+    folder = path.split("/")[:-1]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((False, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            inside = node.level > 0
+            base = folder[: len(folder) - node.level + 1] if inside else []
+            base = base + (node.module.split(".") if node.module else [])
+            yield from ((inside, ".".join([*base, alias.name])) for alias in node.names)
+
+
+def nodes(text: str) -> Iterator[ast.AST]:
+    """The syntax tree without docstrings; comments are not in it anyway."""
+    everything = list(ast.walk(ast.parse(text)))
+    docs = {
+        id(node.value)
+        for node in everything
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    return (node for node in everything if id(node) not in docs)
+
+
+def words(text: str) -> Iterator[str]:
+    """Every identifier and string constant."""
+    for node in nodes(text):
+        yield from (value for _, value in ast.iter_fields(node) if isinstance(value, str))
+
+
+def constants(text: str) -> set[str]:
+    values = (node.value for node in nodes(text) if isinstance(node, ast.Constant))
+    return {value for value in values if isinstance(value, str)}
+
+
+def absolute_self_imports(path: str, text: str) -> list[str]:
+    own = {*LAYERS, "vlmprune"}
+    names = [name for inside, name in imports(path, text) if not inside]
+    return [name for name in names if name.split(".")[0] in own]
+
+
+def wrong_direction(path: str, text: str) -> list[str]:
+    allowed = MAY_IMPORT[path.split("/")[0]]
+    inside = [name for is_inside, name in imports(path, text) if is_inside]
+    return [name for name in inside if (top := name.split(".")[0]) in LAYERS and top not in allowed]
+
+
+def foreign_to_prune(path: str, text: str) -> list[str]:
+    names = [name for inside, name in imports(path, text) if not inside]
+    return [name for name in names if name.split(".")[0] not in PRUNE_MAY_IMPORT]
+
+
+def model_names_in(path: str, text: str) -> list[str]:
+    return [w for w in [path, *words(text)] if any(family in w.lower() for family in FAMILIES)]
+
+
+def method_modules_in(path: str, text: str) -> list[str]:
+    inside = [name for is_inside, name in imports(path, text) if is_inside]
+    return [name for name in [*inside, *words(text)] if re.search(r"\bprune\.methods\b", name)]
+
+
+def method_names_in(text: str) -> set[str]:
+    return constants(text) & set(method_names())
+
+
+# --- The rules -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_point_one_way(layer):
+    for path, text in MODULES[layer].items():
+        assert wrong_direction(path, text) == [], path
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_inside_the_package_are_relative(layer):
+    for path, text in MODULES[layer].items():
+        assert absolute_self_imports(path, text) == [], path
+
+
+@every("prune")
+def test_prune_stands_on_torch_alone(path, text):
+    assert foreign_to_prune(path, text) == []
+
+
+@every("prune")
+def test_a_method_never_knows_a_model(path, text):
+    assert model_names_in(path, text) == []
+
+
+@every("adapters")
+def test_an_adapter_never_knows_a_method(path, text):
+    assert method_modules_in(path, text) == []
+    assert method_names_in(text) == set()
+
+
+def test_the_parsed_tree_is_the_real_one():
+    assert len(METHOD_FILES) >= 6
+    assert {"llava", "qwen"} <= FAMILIES
+    assert "divprune" in method_names()
+
+
+# --- The checks themselves -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import vlmprune",
+        "import prune.ops",
+        "from vlmprune.prune import budget",
+        "from adapters import cache",
+        "def f():\n    from eval.flops import x",
+    ],
+)
+def test_absolute_self_imports_are_seen(line):
+    assert absolute_self_imports("eval/flops.py", line)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("prune/budget.py", "from ..adapters import cache"),
+        ("prune/ops/topk.py", "from ...adapters.cache import Cache"),
+        ("prune/methods/decoder/fastv.py", "from ....eval import flops"),
+        ("prune/budget.py", "from .. import eval"),
+        ("adapters/cache.py", "from ..eval.flops import x"),
+        ("adapters/families/x.py", "if 1:\n    from ... import eval"),
+    ],
+)
+def test_wrong_directions_are_seen(path, line):
+    assert wrong_direction(path, line)
+
+
+def test_right_directions_are_not():
+    assert not wrong_direction(
+        "eval/x.py", "from ..adapters import a\nfrom ..prune.methods import b"
+    )
+    assert not wrong_direction("adapters/families/x.py", "from ...prune.contract import Tower")
+    assert not wrong_direction("prune/ops/x.py", "from ..eval_words import y")
+    assert not foreign_to_prune("prune/x.py", "import math, torch\nfrom einops import rearrange")
+
+
+@pytest.mark.parametrize(
+    "line", ["import transformers", "from timm.models import x", "import numpy"]
+)
+def test_foreign_imports_are_seen(line):
+    assert foreign_to_prune("prune/x.py", line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "is_llava = 1",
+        "x.qwen_grid",
+        "def f(llava): ...",
+        "class Qwen2Rule: ...",
+        "f(qwen=1)",
+        "x = 'LlavaForConditionalGeneration'",
+        "x = f'{y} llava'",
+        "import x as llava",
+    ],
+)
+def test_model_names_are_seen(line):
+    assert model_names_in("prune/x.py", line)
+
+
+def test_model_names_in_prose_are_not():
+    assert not model_names_in("prune/x.py", '"""LLaVA."""\nx = 1  # Qwen\n"""As in LLaVA."""')
+    assert model_names_in("prune/methods/llava.py", "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from ..prune.methods.decoder import fastv",
+        "from ..prune import methods",
+        "import_module('vlmprune.prune.methods.decoder.fastv')",
+    ],
+)
+def test_method_modules_are_seen(line):
+    assert method_modules_in("adapters/x.py", line)
+
+
+def test_method_names_are_seen():
+    assert method_names_in("if name == 'fastv': ...") == {"fastv"}
+    assert method_names_in("grid = rows * columns  # fastv\nsay('vlmprune.methods()')") == set()
+
+
+# --- What a file of a method must say --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "text"), METHOD_FILES.items(), ids=METHOD_FILES)
+def test_method_docstring(path, text):
+    doc = ast.get_docstring(ast.parse(text))
+    pattern = r"(?s)(.+?)\n\nReference: (.+?)\nUpstream: (.+?)\nDiffers: (.+)"
+    parts = re.fullmatch(pattern, doc)
+    assert parts, f"{path}: one sentence, then Reference, Upstream and Differs"
+    sentence, reference, upstream, differs = parts.groups()
+    assert sentence.endswith(".")
+    assert ". " not in sentence.replace("\n", " ")
+    assert reference.startswith("none") or re.search(r"arXiv\s\d{4}\.\d{5}", reference)
+    assert upstream.startswith("none") or re.search(r"commit\s[0-9a-f]{40}", upstream)
+    assert differs.strip().endswith(".")
+
+
+@pytest.mark.parametrize(("path", "text"), METHOD_FILES.items(), ids=METHOD_FILES)
+def test_one_method_a_file_registered_under_its_name(path, text):
+    registered = re.findall(r'^@register\("(\w+)"\)$', text, re.MULTILINE)
+    assert registered == [Path(path).stem]
+
+
+# --- Packaging -------------------------------------------------------------------------------
+
+
+def test_the_list_of_packages_is_the_tree():
+    found = []
+    for folder, subfolders, files in os.walk(ROOT):
+        here = Path(folder).relative_to(ROOT)
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if not name.startswith(".") and not (here == Path() and name in NOT_PACKAGED)
+        ]
+        if "__init__.py" in files:
+            found.append(".".join(["vlmprune", *here.parts]))
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(found)
+
+
+def test_every_folder_with_modules_is_a_package():
+    for layer in LAYERS:
+        for path in MODULES[layer]:
+            assert (ROOT / path).parent.joinpath("__init__.py").exists(), path
