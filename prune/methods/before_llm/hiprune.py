@@ -65,7 +65,7 @@ class HiPrune(Method):
         return tuple(dict.fromkeys(self._signals(shape.tower)))
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        objects, deep = (tokens.signals[s].float() for s in self._signals(tokens.shape.tower))
+        objects, deep = (tokens.signals[s] for s in self._signals(tokens.shape.tower))
         anchors = top_k(objects, min(round(keep * self.alpha / 5), keep // 5))
         certain = _with_neighbours(anchors, tokens.grid[1], tokens.num_tokens)
         if self.official and tokens.shape.tower.merge_unit > 1:
