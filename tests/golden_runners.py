@@ -149,7 +149,7 @@ RUNNERS: dict[str, Runner] = {
 LLAMA_7B = Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008)
 CLIP_L = ModelShape(tower=Tower(num_layers=24, has_cls=True), decoder=LLAMA_7B)
 MERGING = ModelShape(
-    tower=Tower(num_layers=32, has_cls=False, merge_unit=4, full_attention=(7, 15, 23, 31)),
+    tower=Tower(num_layers=32, has_cls=False, merge_unit=4),
     decoder=LLAMA_7B,
 )
 
