@@ -1,0 +1,276 @@
+"""The numbers of the model card: `python -m vlmprune.eval.embedded.evaluate`.
+
+Dense accuracy per kind of question beside the blind baseline and chance, a grounding check (the
+asked objects' tokens dropped), and accuracy against kept tokens for four ways to choose them in
+both position modes. The choosing here is a few plain lines, independent of the library's methods.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import (
+    MODEL_DIR,
+    TASK_VERSION,
+    Question,
+    benchmark,
+    is_correct,
+    load_model,
+    prompt,
+    questions,
+)
+from .questions import answer_choices, ask
+from .scenes import GRID, PATCHES, compose
+from .vocabulary import KINDS
+
+RATIOS = (0.5, 0.25, 0.11)
+LONGEST = 4  # answer tokens, the end included
+Select = Callable[["Seen", int, list[Question]], Tensor]
+
+
+class Seen:
+    """What the vision side gives for every picture of the benchmark."""
+
+    def __init__(self, model: Any, processor: Any, batch: int = 32):
+        from PIL import Image
+
+        tower = model.model.vision_tower
+        tower.set_attn_implementation("eager")  # CLIP's other attentions do not return the weights
+        features, looks = [], []
+        count = len(benchmark.records())
+        for start in range(0, count, batch):
+            pictures = [
+                Image.fromarray(benchmark.rendered(i).pixels)
+                for i in range(start, min(start + batch, count))
+            ]
+            pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            out = tower(pixels, output_hidden_states=True, output_attentions=True)
+            layer = model.config.vision_feature_layer
+            features.append(model.model.multi_modal_projector(out.hidden_states[layer][:, 1:]))
+            looks.append(out.attentions[layer][:, :, 0, 1:].mean(1))
+        self.features = torch.cat(features)  # [images, 196, width]
+        self.cls_attention = torch.cat(looks)  # [images, 196]
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the highest scores, ascending."""
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+def pick_random(seed: int) -> Select:
+    """Uniformly random tokens, the same for every question of a picture."""
+
+    def select(seen: Seen, count: int, asked: list[Question]) -> Tensor:
+        noise = torch.rand(seen.cls_attention.shape, generator=torch.Generator().manual_seed(seed))
+        return top(noise[[q.image_id for q in asked]], count)
+
+    return select
+
+
+def pick_grid(seen: Seen, count: int, asked: list[Question]) -> Tensor:
+    """An even lattice, thinned along the reading order where its size is not `count`."""
+    side = int(np.ceil(np.sqrt(count)))
+    line = ((np.arange(side) + 0.5) * GRID / side).astype(int)
+    lattice = np.array([row * GRID + column for row in line for column in line])
+    chosen = lattice[np.linspace(0, len(lattice) - 1, count).round().astype(int)]
+    return torch.from_numpy(chosen).expand(len(asked), -1)
+
+
+def pick_cls(seen: Seen, count: int, asked: list[Question]) -> Tensor:
+    """The tokens that CLS attends to most."""
+    return top(seen.cls_attention[[q.image_id for q in asked]], count)
+
+
+def pick_diverse(seen: Seen, count: int, asked: list[Question]) -> Tensor:
+    """Greedy max-min distance between projected features."""
+    features = F.normalize(seen.features[[q.image_id for q in asked]], dim=-1)
+    distance = 1 - features @ features.transpose(1, 2)
+    rows = torch.arange(len(asked))
+    others = distance + 9 * torch.eye(PATCHES)
+    chosen = [others.min(2).values.argmax(1)]
+    nearest = distance[rows, chosen[0]]
+    for _ in range(count - 1):
+        nearest.scatter_(1, chosen[-1][:, None], -1.0)
+        chosen.append(nearest.argmax(1))
+        nearest = torch.minimum(nearest, distance[rows, chosen[-1]])
+    return torch.stack(chosen, dim=1).sort(dim=1).values
+
+
+def drop_asked(seen: Seen, count: int, asked: list[Question]) -> Tensor:
+    """Random tokens, but none of the asked objects' (for questions that have such)."""
+    noise = torch.rand(seen.cls_attention.shape, generator=torch.Generator().manual_seed(0))
+    noise = noise[[q.image_id for q in asked]]
+    for row, question in enumerate(asked):
+        noise[row, list(question.patches)] = -1.0
+    return top(noise, count)
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    processor: Any,
+    seen: Seen,
+    asked: list[Question],
+    select: Select | None = None,
+    count: int = PATCHES,
+    positions: str = "original",
+    batch: int = 64,
+) -> list[str]:
+    """Greedy answers from the kept tokens alone; the decoder never sees the others."""
+    language, image_token = model.model.language_model, model.config.image_token_id
+    ids = [processor.tokenizer(prompt(processor, q.question)).input_ids for q in asked]
+    by_length = defaultdict(list)
+    for index, line in enumerate(ids):
+        by_length[len(line)].append(index)
+    spoken = [""] * len(asked)
+    for same in by_length.values():
+        for start in range(0, len(same), batch):
+            rows = same[start : start + batch]
+            some = [asked[i] for i in rows]
+            keep = torch.arange(PATCHES).expand(len(rows), -1)
+            if select is not None:
+                keep = select(seen, count, some)
+            line = torch.tensor([ids[i] for i in rows])
+            at = int((line[0] == image_token).nonzero()[0, 0])
+            words = language.embed_tokens(line)
+            image = seen.features[[q.image_id for q in some]]
+            image = image.gather(1, keep[..., None].expand(-1, -1, image.shape[-1]))
+            hidden = torch.cat([words[:, :at], image, words[:, at + 1 :]], dim=1)
+            after = torch.arange(line.shape[1] - at - 1).expand(len(rows), -1)
+            before = torch.arange(at).expand(len(rows), -1)
+            if positions == "original":
+                where = torch.cat([before, at + keep, at + PATCHES + after], dim=1)
+            else:
+                where = torch.arange(hidden.shape[1]).expand(len(rows), -1)
+            cache, said = None, []
+            for _ in range(LONGEST):
+                out = language(
+                    inputs_embeds=hidden, position_ids=where, past_key_values=cache, use_cache=True
+                )
+                cache = out.past_key_values
+                token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
+                said.append(token)
+                hidden, where = language.embed_tokens(token), where[:, -1:] + 1
+            for index, tokens in zip(rows, torch.cat(said, dim=1).tolist(), strict=True):
+                end = processor.tokenizer.eos_token_id
+                tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+                spoken[index] = processor.tokenizer.decode(tokens)
+    return spoken
+
+
+def accuracy(asked: list[Question], spoken: list[str]) -> dict[str, float]:
+    """Percent right: `all`, then each kind."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for question, said in zip(asked, spoken, strict=True):
+        ok = is_correct(said, question.answer)
+        right["all"].append(ok)
+        right[question.kind].append(ok)
+    return {kind: round(100 * float(np.mean(right[kind])), 1) for kind in ("all", *KINDS)}
+
+
+def blind(asked: list[Question], scenes: int = 2000) -> dict[str, float]:
+    """Always the commonest training answer to the same question, or else to the same kind."""
+    rng = np.random.default_rng(99)
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+    for _ in range(scenes):
+        for question in ask(rng, compose(rng)):
+            answer = " ".join(question.answer)
+            by_text[question.text][answer] += 1
+            by_kind[question.kind][answer] += 1
+    said = [(by_text[q.question] or by_kind[q.kind]).most_common(1)[0][0] for q in asked]
+    return accuracy(asked, said)
+
+
+def evaluate(folder: Path, limit: int | None, random_seeds: int, quick: bool) -> dict[str, Any]:
+    """Every row of the card for one model folder."""
+    model, processor = load_model(folder=folder)
+    asked = questions(limit)
+    began = time.time()
+    with torch.no_grad():
+        seen = Seen(model, processor)
+
+    def score(*args: Any, **kwargs: Any) -> dict[str, float]:
+        return accuracy(asked, answers(model, processor, seen, asked, *args, **kwargs))
+
+    chance = {kind: round(100 / answer_choices(kind), 1) for kind in KINDS}
+    rows: dict[str, dict[str, float]] = {
+        "dense": score(),
+        "blind": blind(asked),
+        "chance": {"all": round(float(np.mean([chance[q.kind] for q in asked])), 1), **chance},
+    }
+    if not quick:
+        half = round(PATCHES * 0.5)
+        rows["asked object dropped, 50 %"] = score(drop_asked, half)
+        methods = {"grid": pick_grid, "cls": pick_cls, "diverse": pick_diverse}
+        for positions in ("original", "repacked"):
+            for ratio in RATIOS:
+                count = round(PATCHES * ratio)
+                draws = [score(pick_random(s), count, positions) for s in range(random_seeds)]
+                mean = {k: round(float(np.mean([d[k] for d in draws])), 1) for k in draws[0]}
+                rows[f"random {ratio} {positions}"] = mean
+                for name, select in methods.items():
+                    rows[f"{name} {ratio} {positions}"] = score(select, count, positions)
+    covered = np.mean([benchmark.rendered(q.image_id).owned.any(0).mean() for q in asked])
+    on_objects = np.mean(
+        [
+            float(seen.cls_attention[q.image_id][benchmark.rendered(q.image_id).owned.any(0)].sum())
+            for q in asked
+        ]
+    )
+    return {
+        "task_version": TASK_VERSION,
+        "benchmark_sha256": benchmark.digest(),
+        "questions": len(asked),
+        "kinds": Counter(q.kind for q in asked),
+        "date": date.today().isoformat(),
+        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "seconds": round(time.time() - began),
+        "patches_with_objects_percent": round(100 * float(covered), 1),
+        "cls_attention_on_objects_percent": round(100 * float(on_objects), 1),
+        "accuracy": rows,
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A markdown table."""
+    head = ("", "all", *KINDS)
+    lines = [head, tuple("---" for _ in head)]
+    lines += [(name, *(f"{row[kind]:.1f}" for kind in head[1:])) for name, row in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Print the tables; write them where `--json` says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--random-seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="dense and baselines only")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result = evaluate(args.model, args.limit, args.random_seeds, args.quick)
+    facts = {key: value for key, value in result.items() if key != "accuracy"}
+    sys.stdout.write(f"{facts}\n{table(result['accuracy'])}\n")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

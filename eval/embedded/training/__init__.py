@@ -1,0 +1,1 @@
+"""Trains the embedded model: `python -m vlmprune.eval.embedded.training vision|language|export`."""

@@ -1,0 +1,184 @@
+"""The embedded model and benchmark: data that can be trusted, a model that needs the right tokens."""
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from vlmprune.eval import embedded
+from vlmprune.eval.embedded import assets, benchmark, evaluate
+from vlmprune.eval.embedded.scenes import PATCHES
+from vlmprune.eval.embedded.training import language, vision
+from vlmprune.eval.embedded.vocabulary import CATEGORIES, COLOR_NAMES, DIGITS, KINDS
+
+BENCHMARK = "ad0ab13477eebe8e648391d282dd7bc9a6e88e45eb8a56f7714656d6ff16c8ee"
+MOST_BYTES = 12 * 2**20
+DENSE_FLOOR = 80  # percent, well below what the model card states
+GROUNDING_GAP = 25  # points between dropping random tokens and dropping the asked objects'
+
+
+def test_benchmark_is_the_generated_one():
+    assert benchmark.digest() == BENCHMARK
+    generated = benchmark.encode(benchmark.generate())
+    assert hashlib.sha256(generated).hexdigest() == BENCHMARK
+
+
+def test_at_least_a_thousand_balanced_questions():
+    asked = embedded.questions()
+    assert len(asked) >= 1000
+    assert len({question.id for question in asked}) == len(asked)
+    assert len(set(Counter(question.kind for question in asked).values())) == 1
+    assert {question.kind for question in asked} == set(KINDS)
+    some = embedded.questions(70)
+    assert some == asked[:70]
+    assert set(Counter(question.kind for question in some).values()) == {10}
+
+
+def test_train_and_test_share_no_pixels_but_emoji():
+    for load in (assets.garments, assets.digits):
+        train, test = load("train"), load("test")
+        seen = {sample.tobytes() for row in train for sample in row}
+        assert not any(sample.tobytes() in seen for row in test for sample in row)
+    assert not set(assets.photos("train")) & set(assets.photos("test"))
+    assert {record["split"] for record in benchmark.records()} == {"test"}
+
+
+def test_a_question_has_one_answer():
+    answers: dict[tuple[int, str], str] = {}
+    for question in embedded.questions():
+        known = answers.setdefault((question.image_id, question.question), question.answer)
+        assert known == question.answer
+
+
+def test_answers_follow_from_the_scene():
+    for record in benchmark.records():
+        things = benchmark.scene_of(record).things
+        names = Counter(thing.name for thing in things)
+        for entry in record["questions"]:
+            words, answer = entry["question"].split(), entry["answer"]
+            asked = [things[i] for i in entry["things"]]
+            if entry["kind"] == "count":
+                assert DIGITS.index(answer) == sum(names[noun] for noun in CATEGORIES[words[2]])
+            elif entry["kind"] == "exist":
+                assert (answer == "yes") == (names[words[-2]] > 0)
+            elif entry["kind"] == "color":
+                assert names[words[-2]] == 1
+                assert answer == COLOR_NAMES[asked[0].color]
+            elif entry["kind"] == "which":
+                group = DIGITS if words[1] == "digit" else CATEGORIES["clothes"]
+                color = COLOR_NAMES.index(words[-2])
+                assert [t.name for t in things if t.color == color and t.name in group] == [answer]
+            elif entry["kind"] == "read":
+                digits = sorted((t for t in things if t.name in DIGITS), key=lambda t: t.center[1])
+                assert answer == " ".join(t.name for t in digits)
+            elif entry["kind"] == "rel":
+                reference, target = asked
+                assert names[reference.name] == 1 and words[-2] == reference.name
+                assert answer == target.name
+                (y, x), (v, u) = target.center, reference.center
+                side = {"left": u - x, "right": x - u, "above": v - y, "below": y - v}
+                assert side.get(words[2], 1) > 0
+            else:
+                assert answer == asked[0].name
+
+
+def test_asked_patches_show_the_asked_things():
+    for question in embedded.questions(140):
+        owned = benchmark.rendered(question.image_id).owned
+        assert set(question.patches) <= set(np.flatnonzero(owned.any(0)).tolist())
+        assert question.patches or question.answer in ("no", "zero")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return embedded.load_model()
+
+
+@pytest.fixture(scope="module")
+def seen(loaded):
+    with torch.no_grad():
+        return evaluate.Seen(*loaded)
+
+
+def percent(loaded, seen, asked, *args, **kwargs):
+    spoken = evaluate.answers(*loaded, seen, asked, *args, **kwargs)
+    return evaluate.accuracy(asked, spoken)["all"]
+
+
+def test_model_files_are_small():
+    size = sum(file.stat().st_size for file in embedded.MODEL_DIR.rglob("*"))
+    assert size <= MOST_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_plain_transformers_loads_and_generates(dtype):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(embedded.MODEL_DIR, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(embedded.MODEL_DIR)
+    if dtype is None:
+        assert model.dtype == torch.float16
+    asked = embedded.questions(14)
+    right = 0
+    for question in asked:
+        text = embedded.prompt(processor, question.question)
+        inputs = processor(images=question.image, text=text, return_tensors="pt").to(model.dtype)
+        out = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        said = processor.decode(out, skip_special_tokens=True)
+        right += embedded.is_correct(said, question.answer)
+    assert right >= 9
+
+
+def test_padded_batches_answer_alike(loaded, seen):
+    model, processor = loaded
+    asked = embedded.questions(14)
+    processor.tokenizer.padding_side = "left"
+    texts = [embedded.prompt(processor, question.question) for question in asked]
+    pictures = [question.image for question in asked]
+    inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    out = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    said = processor.batch_decode(out, skip_special_tokens=True)
+    assert said == evaluate.answers(model, processor, seen, asked)
+
+
+def test_dense_accuracy(loaded, seen):
+    assert percent(loaded, seen, embedded.questions(210)) >= DENSE_FLOOR
+
+
+def test_dropping_the_asked_objects_costs_accuracy(loaded, seen):
+    asked = [question for question in embedded.questions(210) if question.patches]
+    count = PATCHES // 2
+    without = percent(loaded, seen, asked, evaluate.drop_asked, count)
+    at_random = percent(loaded, seen, asked, evaluate.pick_random(0), count)
+    assert at_random - without >= GROUNDING_GAP
+
+
+@pytest.mark.parametrize("positions", ["original", "repacked"])
+def test_both_position_modes_work(loaded, seen, positions):
+    asked = embedded.questions(210)
+    kept = percent(loaded, seen, asked, evaluate.pick_diverse, PATCHES // 2, positions)
+    assert kept >= DENSE_FLOOR - 15
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def test_training_resumes_exactly(tmp_path):
+    at_once, in_steps = tmp_path / "at_once", tmp_path / "in_steps"
+    run = {"workers": 0, "batch": 2, "report": lambda line: None}
+    for stage, name in ((vision.train, "vision"), (language.train, "language")):
+        stage(at_once, 2, **run)
+        stage(in_steps, 2, stop=1, **run)
+        stage(in_steps, 2, resume=True, **run)
+        one, two = (torch.load(folder / f"{name}.pt") for folder in (at_once, in_steps))
+        assert one["step"] == two["step"] == 2
+        assert same(one, two)
