@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-_BLOCK = 512
+_BLOCK = 256
 _STORE_UP_TO = 8192  # tokens; their distances take 256 MiB. Beyond, a pick computes its own row
 
 
