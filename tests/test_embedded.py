@@ -1,4 +1,4 @@
-"""The embedded model and benchmark: data that can be trusted, a model that needs the right tokens."""
+"""The embedded model and its benchmark: sound data, and a model that needs the right tokens."""
 
 import hashlib
 from collections import Counter
@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-
 from vlmprune.eval import embedded
 from vlmprune.eval.embedded import assets, benchmark, evaluate
 from vlmprune.eval.embedded.scenes import PATCHES

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import assets
-from .questions import Asked, candidates, pick
+from .asking import Asked, candidates, pick
 from .scenes import Backdrop, Rendered, Scene, Thing, compose, render
 from .vocabulary import KINDS
 

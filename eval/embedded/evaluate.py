@@ -31,7 +31,7 @@ from . import (
     prompt,
     questions,
 )
-from .questions import answer_choices, ask
+from .asking import answer_choices, ask
 from .scenes import GRID, PATCHES, compose
 from .vocabulary import KINDS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..questions import Asked, ask
+from ..asking import Asked, ask
 from ..scenes import COVERED, GRID, PATCH, PATCHES, SIDE, Rendered, Scene, compose, render
 from ..vocabulary import BOS, EOS, IMAGE, KINDS, NOUNS, WORD_ID, encode
 
