@@ -1,0 +1,379 @@
+"""The command line: `vlmprune sweep | ask | bench | methods | models | where`.
+
+Arguments are read here, with nothing heavy imported, so that `--help` is instant; the work is in
+the modules that each command imports when it runs. Exit codes: 0 done, 1 a cell failed, 2 wrong
+usage (or an error that says what to type instead), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from .. import __version__
+
+DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
+DEFAULT_BUDGETS = ("0.5", "0.25", "0.11")
+
+_SWEEP_EXAMPLES = """\
+examples:
+  vlmprune sweep
+      the embedded model and benchmark: a table, ./vlmprune_runs/runs.jsonl and frontier.png
+  vlmprune sweep --methods divprune,vtc_cls --budgets 0.5,64,avg:48 --limit all
+  vlmprune sweep --methods fastv:layer=3 fastv:layer=1 --budgets 0.25 -o ./layers
+  vlmprune sweep --model llava-hf/llava-1.5-7b-hf --device cuda --batch_size 16
+
+Interrupt it when you like: the same command goes on where it stopped.
+"""
+_ASK_EXAMPLES = """\
+examples:
+  vlmprune ask embedded:3 --method divprune --keep_ratio 0.2 --save overlay.png
+      question 3 of the embedded benchmark
+  vlmprune ask scene.png "what color is the shirt ?" --method fastv --keep_tokens 40
+  vlmprune ask cat.jpg "What is the cat doing?" --model llava-hf/llava-1.5-7b-hf \\
+      --method fastv --method_args layer=3 --average_tokens 128
+"""
+_BENCH_EXAMPLES = """\
+examples:
+  vlmprune bench model
+      12 layers of width 1024 and 576 visual tokens, random weights
+  vlmprune bench model --methods divprune fastv --budgets 0.25 --layers 4 --repeats 5
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors of usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    # Idle threads sleep instead of spinning: beside another busy process, spinning made small
+    # models more than ten times slower. Must be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 2
+    from ..prune.errors import VlmpruneError
+    from .console import quiet_transformers, set_up_logging
+
+    set_up_logging(args.verbosity)
+    quiet_transformers(args.verbosity)
+    try:
+        return args.run(args)
+    except VlmpruneError as error:
+        if args.verbosity == "DEBUG":
+            logging.getLogger("vlmprune").exception("traceback of the error below")
+        sys.stderr.write(f"vlmprune {args.command}: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = _Parser(
+        prog="vlmprune",
+        description="Token pruning for vision-language models: measure what it costs and saves.",
+    )
+    parser.add_argument("--version", action="version", version=f"vlmprune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, epilog: str | None = None
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument(
+            "--verbosity",
+            type=str.upper,
+            choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+            default="WARNING",
+            help="log level on stderr; DEBUG shows tracebacks (default: WARNING)",
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    _sweep_arguments(
+        command("sweep", _sweep, "evaluate a grid of methods x budgets", _SWEEP_EXAMPLES)
+    )
+    _ask_arguments(
+        command("ask", _ask, "ask one question, dense and pruned, and compare", _ASK_EXAMPLES)
+    )
+    bench = command(
+        "bench", _bench, "time dense, oracle and patched models side by side", _BENCH_EXAMPLES
+    )
+    _bench_arguments(bench)
+    command("methods", _methods, "list the pruning methods")
+    command("models", _models, "list the supported model families")
+    where = command("where", _where, "print the folder of the embedded model or benchmark")
+    where.add_argument("what", choices=("model", "data"))
+    return parser
+
+
+# --- Arguments -------------------------------------------------------------------------------
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default="embedded", metavar="DIR_OR_NAME", help="default: the embedded model"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on the CPU, else the checkpoint's own (default: auto)",
+    )
+    group.add_argument(
+        "--attn_implementation", metavar="NAME", help="sdpa, eager, ... (default: transformers')"
+    )
+
+
+def _positions_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--positions",
+        choices=("original", "repacked"),
+        help="rotary positions after a cut (default: the one of each method's paper)",
+    )
+
+
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("grid")
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(DEFAULT_METHODS),
+        metavar="NAME",
+        help="names, with commas or spaces; name:field=value sets a field of a method; dense is "
+        f"always run, first (default: {','.join(DEFAULT_METHODS)})",
+    )
+    group.add_argument(
+        "--budgets",
+        nargs="+",
+        default=list(DEFAULT_BUDGETS),
+        metavar="BUDGET",
+        help="0.25: ratio kept; 64: tokens kept; avg:64: mean tokens per layer; flops:0.3: share "
+        f"of dense FLOPs (default: {','.join(DEFAULT_BUDGETS)})",
+    )
+    _positions_argument(group)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--limit",
+        type=_limit,
+        default=500,
+        metavar="N|all",
+        help="questions, every kind represented (default: 500)",
+    )
+    group.add_argument("--batch_size", "-b", type=_positive, default=32, help="default: 32")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of torch and of every method that has one (default: 0)"
+    )
+    group.add_argument(
+        "--output_path",
+        "-o",
+        default="./vlmprune_runs",
+        metavar="DIR",
+        help="for runs.jsonl, table.md and frontier.png (default: ./vlmprune_runs)",
+    )
+    group.add_argument(
+        "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
+    )
+    _model_arguments(parser)
+
+
+def _ask_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "image", metavar="IMAGE", help="a picture, or embedded:N for one of the embedded benchmark"
+    )
+    parser.add_argument(
+        "question", metavar="QUESTION", nargs="?", help="may be left out with embedded:N"
+    )
+    group = parser.add_argument_group("pruning")
+    group.add_argument("--method", required=True, metavar="NAME", help="see `vlmprune methods`")
+    group.add_argument(
+        "--method_args", metavar="FIELD=VALUE,...", help="fields of the method, e.g. layer=3"
+    )
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument("--keep_ratio", type=float, metavar="X", help="share of the tokens kept")
+    budget.add_argument("--keep_tokens", type=int, metavar="N", help="tokens kept per image")
+    budget.add_argument("--average_tokens", type=float, metavar="N", help="mean per decoder layer")
+    budget.add_argument("--flops_ratio", type=float, metavar="X", help="share of dense FLOPs")
+    _positions_argument(group)
+    parser.add_argument("--save", metavar="FILE", help="write the picture of the kept tokens here")
+    parser.add_argument("--max_new_tokens", type=_positive, default=32, help="default: 32")
+    _model_arguments(parser)
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("model",), help="a mid-size LLaVA with random weights")
+    parser.add_argument(
+        "--methods", nargs="+", default=["divprune", "vtc_cls", "fastv"], metavar="NAME"
+    )
+    parser.add_argument("--budgets", nargs="+", default=["0.5", "0.25", "0.11"], metavar="BUDGET")
+    parser.add_argument("--layers", type=_positive, default=12, help="of the decoder (default: 12)")
+    parser.add_argument(
+        "--width",
+        type=_positive,
+        default=1024,
+        help="of the decoder, a multiple of 64 (default: 1024)",
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, default=576, help="visual tokens, a square (default: 576)"
+    )
+    parser.add_argument("--repeats", type=_positive, default=10, help="rounds (default: 10)")
+    parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32",
+    )
+    parser.add_argument(
+        "--attn_implementation", default="sdpa", metavar="NAME", help="default: sdpa"
+    )
+    parser.add_argument(
+        "--output_path", "-o", metavar="FILE", help="also write the numbers as JSON"
+    )
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _limit(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return _positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a number of questions (at least 1) nor all"
+        ) from None
+
+
+def split_list(words: Sequence[str]) -> list[str]:
+    """Words given with commas, spaces or both."""
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+
+
+def parse_fields(parts: Sequence[str]) -> dict[str, object]:
+    """`["layer=3", "mode=max"]` -> `{"layer": 3, "mode": "max"}`."""
+    from ..prune.errors import MethodFieldError
+
+    fields: dict[str, object] = {}
+    for part in parts:
+        key, equals, text = part.partition("=")
+        if not equals or not key.isidentifier():
+            raise MethodFieldError(f"{part!r} is not a field of a method: write field=value.")
+        try:
+            fields[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            fields[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    return fields
+
+
+# --- Commands --------------------------------------------------------------------------------
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from .sweep_command import run
+
+    return run(
+        methods=split_list(args.methods),
+        budgets=split_list(args.budgets),
+        positions=args.positions,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        output_path=args.output_path,
+        log_samples=args.log_samples,
+        model_name=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+    )
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from .ask import run
+
+    words = ("keep_ratio", "keep_tokens", "average_tokens", "flops_ratio")
+    return run(
+        image=args.image,
+        question=args.question,
+        method_name=args.method,
+        fields=parse_fields(split_list([args.method_args or ""])),
+        budget={w: getattr(args, w) for w in words if getattr(args, w) is not None},
+        positions=args.positions,
+        save=args.save,
+        max_new_tokens=args.max_new_tokens,
+        model_name=args.model,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+    )
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
+
+    return run(
+        methods=split_list(args.methods),
+        budgets=split_list(args.budgets),
+        layers=args.layers,
+        width=args.width,
+        tokens=args.tokens,
+        repeats=args.repeats,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        output_path=args.output_path,
+    )
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from .console import stdout
+    from .listing import methods_table
+
+    methods_table().print(stdout())
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from .console import stdout
+    from .listing import models_table
+
+    models_table().print(stdout())
+    return 0
+
+
+def _where(args: argparse.Namespace) -> int:
+    from . import embedded
+    from .console import stdout
+
+    folder = embedded.MODEL_DIR if args.what == "model" else embedded.DATA_DIR
+    stdout().print(str(folder), markup=False)
+    return 0

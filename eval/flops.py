@@ -1,0 +1,241 @@
+"""What a forward pass costs, computed from sizes alone.
+
+Counted: matrix products of linear and convolution layers and of attention (`q k^T` and `p v`, the
+full rectangle of queries and keys, as fused kernels are usually reported), a multiply-add being 2
+operations. Not counted: norms, activations, softmax, rotary embeddings, embedding look-ups, and the
+choice of tokens (its time is measured instead).
+
+`visual_flops` is the other convention, the literature's: multiply-adds, decoder only, visual tokens
+only. It is what published TFLOPs and our frontiers are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..prune.budget import layer_flops
+from ..prune.contract import Decoder, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A transformer block: FLOPs per token, and per pair of a query and a key."""
+
+    per_token: int
+    per_pair: int
+
+    def flops(self, queries: int, keys: int) -> int:
+        return self.per_token * queries + self.per_pair * queries * keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionCost:
+    """The vision encoder and everything between it and the decoder.
+
+    `window` is the side of an attention window in visual tokens, for the blocks that are not in
+    `full_attention`; 0 where every block sees the whole image.
+    """
+
+    blocks: tuple[Block, ...]
+    per_patch: int
+    per_token: int
+    has_cls: bool
+    merge_unit: int
+    window: int = 0
+    full_attention: tuple[int, ...] | None = None
+    head_per_token: int = 0
+    head_fixed: int = 0
+
+    def encoder(self, num_tokens: int, grid: tuple[int, int] | None = None) -> int:
+        """FLOPs of the encoder for an image of `num_tokens` tokens, `grid` rows by columns."""
+        patches = num_tokens * self.merge_unit
+        sequence = patches + self.has_cls
+        total = self.per_patch * patches + self.head_per_token * sequence + self.head_fixed
+        windows = [n * self.merge_unit for n in _windows(grid, self.window)] if grid else [sequence]
+        for index, block in enumerate(self.blocks):
+            full = self.full_attention is None or index in self.full_attention
+            spans = [sequence] if full else windows
+            total += sum(block.flops(n, n) for n in spans)
+        return total
+
+    def projector(self, num_tokens: int) -> int:
+        """FLOPs of the projector or merger for one image."""
+        return self.per_token * num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flops:
+    """FLOPs of one sample, by part. `decode` covers all new tokens after the first."""
+
+    vision: int
+    projector: int
+    prefill: int
+    lm_head: int
+    decode: int = 0
+
+    @property
+    def first_token(self) -> int:
+        """Everything up to the first new token."""
+        return self.vision + self.projector + self.prefill + self.lm_head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCost:
+    """A model as its FLOPs see it; made by `model_cost`."""
+
+    vision: VisionCost
+    layers: tuple[Block, ...]
+    lm_head: int
+    decoder: Decoder
+
+    def prefill(self, tokens_per_layer: Sequence[int]) -> int:
+        """The decoder's layers, from the tokens (visual and text) that enter each of them."""
+        return sum(
+            layer.flops(n, n) for layer, n in zip(self.layers, tokens_per_layer, strict=True)
+        )
+
+    def decode(self, tokens_per_layer: Sequence[int], new_tokens: int) -> int:
+        """The steps after the first new token: layers over a growing cache, and the head."""
+        total = 0
+        for step in range(1, new_tokens):
+            total += self.lm_head + sum(
+                layer.flops(1, n + step)
+                for layer, n in zip(self.layers, tokens_per_layer, strict=True)
+            )
+        return total
+
+    def sample(
+        self,
+        *,
+        images: Sequence[int],
+        visual_per_layer: Sequence[int],
+        text_tokens: int,
+        new_tokens: int = 1,
+        grids: Sequence[tuple[int, int]] | None = None,
+        logits: int = 1,
+    ) -> Flops:
+        """FLOPs of one sample.
+
+        Args:
+            images: visual tokens of each image before pruning.
+            visual_per_layer: visual tokens that entered each decoder layer.
+            text_tokens: real text tokens of the prompt, pads not counted.
+            new_tokens: tokens generated.
+            grids: (rows, columns) of visual tokens of each image; needed by windowed encoders.
+            logits: positions whose logits are computed in prefill (`generate` computes one).
+        """
+        entering = [n + text_tokens for n in visual_per_layer]
+        places = grids or [None] * len(images)
+        return Flops(
+            vision=sum(self.vision.encoder(n, g) for n, g in zip(images, places, strict=True)),
+            projector=sum(self.vision.projector(n) for n in images),
+            prefill=self.prefill(entering),
+            lm_head=self.lm_head * logits,
+            decode=self.decode(entering, new_tokens),
+        )
+
+
+def visual_flops(visual_per_layer: Sequence[int], decoder: Decoder) -> int:
+    """The literature's figure: multiply-adds of the decoder over visual tokens only."""
+    return sum(layer_flops(n, decoder) for n in visual_per_layer)
+
+
+def visual_share(visual_per_layer: Sequence[int], dense: int, decoder: Decoder) -> float:
+    """`visual_flops` relative to the model that sees all `dense` tokens in every layer."""
+    if not dense:
+        return 1.0
+    return visual_flops(visual_per_layer, decoder) / (
+        len(visual_per_layer) * layer_flops(dense, decoder)
+    )
+
+
+def model_cost(model: nn.Module) -> ModelCost:
+    """Read a loaded model's sizes off its modules; any family that vlmprune knows."""
+    from ..adapters.registry import family_of
+
+    family = family_of(model)
+    return cost_of_parts(
+        core=family.core(model),
+        tower=family.vision_tower(model),
+        text_model=family.text_model(model),
+        lm_head=model.get_output_embeddings(),
+        shape=family.shape(model),
+    )
+
+
+def cost_of_parts(
+    *,
+    core: nn.Module,
+    tower: nn.Module,
+    text_model: nn.Module,
+    lm_head: nn.Module,
+    shape: ModelShape,
+) -> ModelCost:
+    """`model_cost` of a model whose parts are given."""
+    config = text_model.config
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    layers = tuple(
+        Block(_matmuls(layer), 4 * config.num_attention_heads * head_size)
+        for layer in text_model.layers
+    )
+    return ModelCost(
+        vision=_vision_cost(core, tower, text_model, shape),
+        layers=layers,
+        lm_head=_matmuls(lm_head),
+        decoder=shape.decoder,
+    )
+
+
+def _vision_cost(
+    core: nn.Module, tower: nn.Module, text_model: nn.Module, shape: ModelShape
+) -> VisionCost:
+    config = tower.config
+    width = getattr(config, "embed_dim", None) or config.hidden_size
+    stack = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+    head = getattr(tower, "head", None)  # SigLIP's attention pooling, run although nobody reads it
+    elsewhere = [m for m in (stack, head, text_model) if m is not None]
+    between = list(_outside(core, elsewhere))
+    side = getattr(config, "window_size", None)
+    return VisionCost(
+        blocks=tuple(Block(_matmuls(block), 4 * width) for block in stack),
+        per_patch=sum(_weights(m) for m in between if isinstance(m, nn.Conv2d | nn.Conv3d)),
+        per_token=sum(_weights(m) for m in between if isinstance(m, nn.Linear)),
+        has_cls=shape.tower.has_cls,
+        merge_unit=shape.tower.merge_unit,
+        window=side // config.spatial_merge_size // config.patch_size if side else 0,
+        full_attention=shape.tower.full_attention,
+        # keys and values of every patch, and one query: projections, scores, then the MLP
+        head_per_token=2 * 2 * width * width + 4 * width if head is not None else 0,
+        head_fixed=2 * 2 * width * width + _matmuls(head.mlp) if head is not None else 0,
+    )
+
+
+def _windows(grid: tuple[int, int], side: int) -> list[int]:
+    """Sizes of the windows that tile `grid`, smaller at the right and lower edges."""
+    if not side:
+        return [grid[0] * grid[1]]
+    rows, columns = ([min(side, n - start) for start in range(0, n, side)] for n in grid)
+    return [height * width for height in rows for width in columns]
+
+
+def _outside(root: nn.Module, excluded: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """All modules below `root`, without the excluded ones and what is in them."""
+    if any(root is module for module in excluded):
+        return
+    yield root
+    for child in root.children():
+        yield from _outside(child, excluded)
+
+
+def _weights(module: nn.Linear | nn.Conv2d | nn.Conv3d) -> int:
+    return 2 * module.weight.numel()
+
+
+def _matmuls(module: nn.Module) -> int:
+    """FLOPs per token of all linear layers below `module`."""
+    return sum(_weights(m) for m in module.modules() if isinstance(m, nn.Linear))

@@ -1,0 +1,69 @@
+"""Tables of what there is: methods and model families, read from the registries."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+from ..adapters.registry import family, model_names
+from ..prune.contract import Decoder, Method, ModelShape, Tower
+from ..prune.registry import method_class, method_names
+from .table import Table
+
+_LLAVA_7B = ModelShape(
+    tower=Tower(num_layers=24, has_cls=True),
+    decoder=Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008),
+)
+
+
+def methods_table() -> Table:
+    """Name, what it does, where it acts, what it reads, its positions and fields, its paper."""
+    rows = []
+    for name in method_names():
+        cls = method_class(name)
+        fields = ", ".join(f"{key}={value!r}" for key, value in cls().fields().items())
+        rows.append(
+            (name, _what(cls), cls.place.value, _reads(cls), cls.positions, fields, _paper(cls))
+        )
+    return Table(
+        headers=("Method", "Keeps", "Acts", "Reads", "Positions", "Fields", "Paper"),
+        rows=rows,
+        numbers_from=7,
+    )
+
+
+def models_table() -> Table:
+    """Model type, what it is, and the position modes it allows."""
+    rows = []
+    for name in model_names():
+        found = family(name)
+        what = _first_line(inspect.getmodule(type(found)).__doc__)
+        rows.append((name, what, "original" if found.mrope else "original, repacked"))
+    return Table(headers=("Model type", "What", "Positions"), rows=rows, numbers_from=3)
+
+
+def _what(cls: type[Method]) -> str:
+    """The sentence at the head of the method's file, without its name."""
+    sentence = _first_line(sys.modules[cls.__module__].__doc__)
+    head, colon, rest = sentence.partition(": ")
+    return rest.rstrip(".") if colon else head
+
+
+def _reads(cls: type[Method]) -> str:
+    signals = cls().needs(_LLAVA_7B)
+    return ", ".join(dict.fromkeys(type(signal).__name__ for signal in signals)) or "sizes only"
+
+
+def _paper(cls: type[Method]) -> str:
+    """Venue and arXiv number, where the file's `Reference:` gives them."""
+    text = " ".join((sys.modules[cls.__module__].__doc__ or "").split())
+    _, found, reference = text.partition("Reference: ")
+    if not found or reference.startswith("none"):
+        return ""
+    reference = reference.split(" Upstream:")[0]
+    _, arxiv, number = reference.partition("arXiv ")
+    return f"arXiv {number.split()[0].rstrip('.,;')}" if arxiv else ""
+
+
+def _first_line(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())

@@ -1,0 +1,158 @@
+"""Times, memory and cache size of `generate`, measured as a user would meet them.
+
+One call of `generate` gives all times: a logits processor notes when each step's logits arrive. So
+the time to the first token holds everything between `generate(...)` and the first token's logits:
+vision encoder, choice of tokens, prefill of the decoder and generate's own preparation; the
+processor that turns pictures into tensors is left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from .stats import Spread, spread
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the accelerator, so that a clock read afterwards counts its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock(LogitsProcessor):
+    """Notes the time of every generation step; changes no logits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stamps: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        synchronise(self.device)
+        self.stamps.append(time.perf_counter())
+        return scores
+
+
+@contextmanager
+def module_seconds(module: nn.Module, device: torch.device) -> Iterator[list[float]]:
+    """Collect the duration of every call of `module` inside the block."""
+    seconds: list[float] = []
+    begun: list[float] = []
+
+    def before(*_: object) -> None:
+        synchronise(device)
+        begun.append(time.perf_counter())
+
+    def after(*_: object) -> None:
+        synchronise(device)
+        seconds.append(time.perf_counter() - begun.pop())
+
+    hooks = module.register_forward_pre_hook(before), module.register_forward_hook(after)
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Seconds of each measured call, part by part."""
+
+    first_token: list[float] = field(default_factory=list)
+    vision: list[float] = field(default_factory=list)
+    select: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    per_decoded_token: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Spread | None]:
+        return {part: spread(values) for part, values in vars(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What `measure` found. `kv_bytes` is the prompt's cache, a mean over the inputs."""
+
+    timings: Timings
+    kv_bytes: float
+    peak_memory_bytes: int | None
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    inputs: Sequence[Mapping[str, Any]],
+    *,
+    tower: nn.Module,
+    handle: Any = None,
+    new_tokens: int = 8,
+    warmup: int = 2,
+) -> Measurement:
+    """Time `generate` on each of `inputs` (batch 1, on the model's device), after `warmup` calls.
+
+    Args:
+        tower: the vision encoder, timed on its own.
+        handle: what `vlmprune.patch` returned, for the time spent choosing; None when dense.
+        new_tokens: length of every generation; the time per decoded token is a call's mean over
+            the steps after the first.
+
+    Peak memory is what CUDA's allocator reports; on CPU it is not attributable to a call: None.
+    """
+    device = next(model.parameters()).device
+    timings = Timings()
+    cache_bytes = [kv_bytes(_generate(model, one, 1, []).past_key_values) for one in inputs]
+    for step in range(warmup):
+        _generate(model, inputs[step % len(inputs)], new_tokens, [])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for one in inputs:
+        clock = Clock(device)
+        with module_seconds(tower, device) as vision:
+            synchronise(device)
+            start = time.perf_counter()
+            _generate(model, one, new_tokens, [clock])
+        first = clock.stamps[0] - start
+        select = handle.last.select_seconds if handle is not None else 0.0
+        timings.first_token.append(first)
+        timings.vision.append(sum(vision))
+        timings.select.append(select)
+        timings.prefill.append(first - sum(vision) - select)
+        if len(clock.stamps) > 1:
+            steps = len(clock.stamps) - 1
+            timings.per_decoded_token.append((clock.stamps[-1] - clock.stamps[0]) / steps)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return Measurement(
+        timings=timings,
+        kv_bytes=sum(cache_bytes) / len(cache_bytes) if cache_bytes else 0.0,
+        peak_memory_bytes=peak,
+    )
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes that the keys and values of a cache hold, layer by layer as long as they are."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+        if isinstance(tensor, Tensor)
+    )
+
+
+def _generate(
+    model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, processors: list[LogitsProcessor]
+) -> Any:
+    return model.generate(  # type: ignore[operator]
+        **inputs,
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        logits_processor=LogitsProcessorList(processors),
+        return_dict_in_generate=True,
+    )

@@ -1,0 +1,262 @@
+"""The result file: `runs.jsonl`, one finished cell a line, appended at once and never rewritten.
+
+A cell's id hashes its whole configuration, so that a later run knows what is already there.
+Versions and hardware are recorded, not hashed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from ..prune.budget import MethodCall
+from ..prune.errors import VlmpruneError
+from .stats import Spread
+
+SCHEMA = 1
+FILE_NAME = "runs.jsonl"
+
+Status = Literal["ok", "failed", "not_applicable"]
+
+
+class ResultsError(VlmpruneError, ValueError):
+    """A result file that cannot be read or written."""
+
+
+# --- One cell --------------------------------------------------------------------------------
+
+
+class MethodRecord(TypedDict):
+    """A method with the values of its fields, and its budget (None: the paper's own schedule)."""
+
+    name: str
+    fields: dict[str, object]
+    budget: dict[str, object] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a cell's outcome. No `methods` is the dense model."""
+
+    model: str
+    fingerprint: str
+    methods: tuple[MethodRecord, ...]
+    positions: str | None
+    task: str
+    task_version: str
+    limit: int | None
+    seed: int
+    max_new_tokens: int
+    dtype: str
+    attn_implementation: str
+
+    @property
+    def id(self) -> str:
+        """The first 16 hex digits of the sha256 of the configuration."""
+        text = json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def as_json(self) -> dict[str, Any]:
+        """The configuration as it comes back from the file."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What two cells share when their accuracies may be compared question by question."""
+        shared = {k: v for k, v in asdict(self).items() if k not in ("methods", "positions")}
+        return tuple(sorted((key, str(value)) for key, value in shared.items()))
+
+
+def method_record(call: MethodCall) -> MethodRecord:
+    budget = call.budget
+    return MethodRecord(
+        name=call.name,
+        fields=call.method.fields(),
+        budget={"word": budget.word, "value": budget.value} if budget else None,
+    )
+
+
+class Accuracy(TypedDict):
+    value: float
+    n: int
+    correct: int
+    low: float
+    high: float
+    by_kind: dict[str, dict[str, float]]
+    outcomes: str
+
+
+class Tokens(TypedDict):
+    """Visual tokens, means: per image (`in`, `kept`) and per sample (`average`, `per_layer`)."""
+
+    in_per_image: float
+    kept_per_image: float
+    average_per_layer: float
+    per_layer: list[float]
+    text: float
+    generated: float
+
+
+class FlopsRecord(TypedDict):
+    """Means per sample; see `eval/flops.py` for what is counted. `visual*` is the literature's."""
+
+    vision: float
+    projector: float
+    prefill: float
+    lm_head: float
+    decode: float
+    first_token: float
+    visual: float
+    visual_share: float
+    prefill_share: float
+    first_token_share: float
+
+
+class Times(TypedDict):
+    """Seconds at batch 1; None where nothing could be measured."""
+
+    first_token: Spread | None
+    vision: Spread | None
+    select: Spread | None
+    prefill: Spread | None
+    per_decoded_token: Spread | None
+
+
+class Measured(TypedDict):
+    """What running a cell yields."""
+
+    accuracy: Accuracy
+    tokens: Tokens
+    flops: FlopsRecord
+    times: Times
+    kv_bytes: float
+    peak_memory_bytes: int | None
+    positions: str | None
+    notes: list[str]
+
+
+class Record(TypedDict, total=False):
+    """One line of the file. `config` is `Config` as JSON; a failed cell has `error`, no numbers."""
+
+    schema: int
+    id: str
+    status: Status
+    config: dict[str, Any]
+    finished: str
+    seconds: float
+    batch_size: int
+    accuracy: Accuracy
+    tokens: Tokens
+    flops: FlopsRecord
+    times: Times
+    kv_bytes: float
+    peak_memory_bytes: int | None
+    positions: str | None
+    notes: list[str]
+    error: dict[str, str]
+    versions: dict[str, str]
+    hardware: dict[str, object]
+
+
+def setting_of(record: Mapping[str, Any]) -> tuple[object, ...]:
+    """`Config.setting` of a record."""
+    return Config(**record["config"]).setting
+
+
+def method_name(record: Mapping[str, Any]) -> str:
+    """The names of the methods, joined by `+`, or `dense`."""
+    return "+".join(m["name"] for m in record["config"]["methods"]) or "dense"
+
+
+def variant(record: Mapping[str, Any]) -> str:
+    """The method, with the fields that differ from their defaults and the positions if given."""
+    from ..prune.registry import method_class
+
+    names = []
+    for entry in record["config"]["methods"]:
+        try:
+            defaults = method_class(entry["name"])().fields()
+        except (VlmpruneError, TypeError):  # recorded by a version that knew this method
+            defaults = {}
+        changed = [
+            f"{key}={value}"
+            for key, value in entry["fields"].items()
+            if key in defaults and value != defaults[key] and key != "seed"
+        ]
+        names.append(f"{entry['name']}({', '.join(changed)})" if changed else entry["name"])
+    positions = record["config"]["positions"]
+    return "+".join(names or ["dense"]) + (f" [{positions}]" if positions and names else "")
+
+
+def budget_text(record: Mapping[str, Any]) -> str:
+    """The budgets as the command line writes them."""
+    prefix = {"average_tokens": "avg:", "flops_ratio": "flops:"}
+    budgets = [m["budget"] for m in record["config"]["methods"]]
+    return "+".join(
+        f"{prefix.get(b['word'], '')}{b['value']:g}" if b else "as published" for b in budgets
+    )
+
+
+# --- The file --------------------------------------------------------------------------------
+
+
+class Store:
+    """Appends records to `runs.jsonl` in a folder and reads them back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._end_torn_line()
+        except OSError as error:
+            raise ResultsError(
+                f"Results cannot be written to {folder} ({error.strerror}): choose another folder "
+                f"with --output_path."
+            ) from error
+
+    def append(self, record: Record) -> None:
+        """Write one line, on the disk when this returns."""
+        line = json.dumps(record, default=str, allow_nan=False) + "\n"
+        with open(self.path, "ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[Record]:
+        """The last record of every id, in the order in which ids first appeared.
+
+        A last line torn by an interrupt is left out; so are records of an older schema.
+        """
+        records: dict[str, Record] = {}
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                known = record["schema"]
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by an interrupt: that cell counts as not run
+            if known > SCHEMA:
+                raise ResultsError(
+                    f"{self.path}, line {number} was written by a newer vlmprune (schema {known}, "
+                    f"this one reads {SCHEMA}): upgrade, or choose another --output_path."
+                )
+            records[record["id"]] = record
+        return list(records.values())
+
+    def _end_torn_line(self) -> None:
+        """Give a line that an interrupt cut short its end, so that the next one starts afresh."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        with open(self.path, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

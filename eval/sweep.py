@@ -1,0 +1,146 @@
+"""A grid of methods x budgets: finished cells are on disk at once, and skipped the next time."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from ..prune.budget import Budget, MethodCall
+from ..prune.errors import (
+    BudgetError,
+    MethodFieldError,
+    MissingSignalError,
+    UnsupportedFeatureError,
+)
+from .results import SCHEMA, Config, Measured, Record, Store
+
+logger = logging.getLogger(__name__)
+
+REFUSALS = (MissingSignalError, UnsupportedFeatureError, BudgetError, MethodFieldError)
+"""Errors that say: this method cannot do this on this model. They are results, not failures."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a configuration, and the method to patch with (None: the dense model)."""
+
+    config: Config
+    call: MethodCall | None
+
+    def __str__(self) -> str:
+        return str(self.call) if self.call else "dense"
+
+
+@dataclass
+class Summary:
+    """Cells of a sweep by what became of them, with the reason. `skipped` were finished before."""
+
+    ok: list[Cell] = field(default_factory=list)
+    not_applicable: list[tuple[Cell, str]] = field(default_factory=list)
+    failed: list[tuple[Cell, str]] = field(default_factory=list)
+    skipped: list[Cell] = field(default_factory=list)
+
+
+def grid(methods: Sequence[MethodCall], budgets: Sequence[Budget]) -> list[MethodCall | None]:
+    """The dense model first, then every method with every budget."""
+    return [
+        None,
+        *(MethodCall(call.method, budget) for call in methods for budget in budgets),
+    ]
+
+
+def sweep(
+    cells: Sequence[Cell],
+    run: Callable[[Cell], Measured],
+    store: Store,
+    *,
+    batch_size: int,
+    versions: Mapping[str, str],
+    hardware: Mapping[str, object],
+    on_cell: Callable[[Cell], None] = lambda cell: None,
+) -> Summary:
+    """Run the cells that `store` does not hold yet and append each as it finishes.
+
+    A cell that raises is recorded as failed, with its error, and tried again by the next sweep. An
+    interrupt leaves everything that was finished.
+
+    Args:
+        run: evaluates one cell.
+        on_cell: called for every cell before it is run.
+    """
+    known = {record["id"]: record for record in store.read()}
+    summary = Summary()
+    _warn_of_changes(
+        [known[c.config.id] for c in cells if c.config.id in known], versions, hardware
+    )
+    for cell in cells:
+        if _finished(known.get(cell.config.id), versions):
+            summary.skipped.append(cell)
+            continue
+        on_cell(cell)
+        started = time.perf_counter()
+        record: dict[str, Any] = {}
+        try:
+            record |= {"status": "ok", **run(cell)}
+            summary.ok.append(cell)
+        except REFUSALS as refusal:
+            record |= {"status": "not_applicable", "error": _error(refusal)}
+            summary.not_applicable.append((cell, str(refusal)))
+        except Exception as error:
+            trace = "".join(traceback.format_exception(error))
+            record |= {"status": "failed", "error": _error(error) | {"traceback": trace}}
+            summary.failed.append((cell, f"{type(error).__name__}: {error}"))
+            logger.info("%s failed", cell, exc_info=True)
+        store.append(
+            Record(
+                schema=SCHEMA,
+                id=cell.config.id,
+                config=cell.config.as_json(),
+                finished=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.perf_counter() - started, 3),
+                batch_size=batch_size,
+                versions=dict(versions),
+                hardware=dict(hardware),
+                **record,  # type: ignore[typeddict-item]
+            )
+        )
+    return summary
+
+
+def _finished(record: Record | None, versions: Mapping[str, str]) -> bool:
+    """A refusal of another version is asked again: it may be supported by now."""
+    if record is None:
+        return False
+    if record["status"] == "not_applicable":
+        return record["versions"] == versions
+    return record["status"] == "ok"
+
+
+def _error(error: Exception) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+def _warn_of_changes(
+    records: Sequence[Record], versions: Mapping[str, str], hardware: Mapping[str, object]
+) -> None:
+    """Say so if finished cells come from other versions or another machine than this run."""
+    for what, now in (("versions", versions), ("hardware", hardware)):
+        changed: dict[str, set[str]] = {}
+        for record in records:
+            then: Mapping[str, object] = record[what]  # type: ignore[literal-required]
+            for key in {*now, *then}:
+                if then.get(key) != now.get(key):
+                    changed.setdefault(key, set()).add(f"{then.get(key)} -> {now.get(key)}")
+        if changed:
+            listed = "; ".join(f"{k} {', '.join(sorted(v))}" for k, v in sorted(changed.items()))
+            logger.warning(
+                "Finished cells were measured with other %s (%s): use another --output_path to "
+                "measure them again.",
+                what,
+                listed,
+            )

@@ -1,0 +1,148 @@
+"""Result records as a table: coloured in a terminal, Markdown where it is pasted or piped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from .environment import describe
+from .results import Record, budget_text, method_name, variant
+from .stats import Spread, paired_difference
+
+NOTES = (
+    "Accuracy with its 95 % interval; difference to dense paired question by question. Tokens: "
+    "visual tokens kept of those an image has, and the mean entering a decoder layer. Prefill: "
+    "decoder FLOPs with text (multiply-add = 2). Share: of the dense decoder FLOPs, visual tokens "
+    "only. Times: medians at batch 1."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and rows of text, numbers to the right from column `numbers_from` on."""
+
+    headers: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    numbers_from: int = 2
+    title: str | None = None
+    notes: str | None = None
+
+    def markdown(self) -> str:
+        """GitHub Markdown."""
+        marks = ["---" if i < self.numbers_from else "---:" for i in range(len(self.headers))]
+        lines = [list(self.headers), marks, *(list(row) for row in self.rows)]
+        body = "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+        parts = [self.title, body, self.notes]
+        return "\n\n".join(part for part in parts if part)
+
+    def print(self, console: Console) -> None:
+        if not console.is_terminal:
+            console.print(self.markdown(), markup=False)
+            return
+        if self.title:
+            console.print(self.title, markup=False, style="bold")
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, header in enumerate(self.headers):
+            table.add_column(header, justify="left" if index < self.numbers_from else "right")
+        for row in self.rows:
+            table.add_row(*(text.replace("[", "\\[") for text in row))
+        console.print(table, soft_wrap=False)
+        if self.notes:
+            console.print(self.notes, markup=False, style="dim", soft_wrap=False)
+
+
+def sweep_table(records: Sequence[Record]) -> Table:
+    """Every record of one setting: dense first, then by method, costliest budget first."""
+    ordered = in_order(records)
+    dense = next((r for r in ordered if method_name(r) == "dense" and r["status"] == "ok"), None)
+    headers = (
+        "Method",
+        "Budget",
+        "Accuracy %",
+        "vs dense",
+        "Tokens",
+        "Avg/layer",
+        "Prefill GFLOPs",
+        "Share %",
+        "First token ms",
+        "ms/token",
+        "KV KiB",
+    )
+    return Table(
+        headers=headers,
+        rows=[_row(record, dense, len(headers)) for record in ordered],
+        title=_title(ordered[0]) if ordered else None,
+        notes=NOTES,
+    )
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """Dense first, then methods as they first appeared, each by falling cost."""
+    methods = list(dict.fromkeys(variant(record) for record in records))
+
+    def key(record: Record) -> tuple[bool, int, float]:
+        share = record["flops"]["visual_share"] if record["status"] == "ok" else 2.0
+        return method_name(record) != "dense", methods.index(variant(record)), -share
+
+    return sorted(records, key=key)
+
+
+def _row(record: Record, dense: Record | None, width: int) -> tuple[str, ...]:
+    head = (variant(record), budget_text(record))
+    if record["status"] != "ok":
+        what = "not applicable" if record["status"] == "not_applicable" else "FAILED"
+        return (*head, what, *[""] * (width - 3))
+    accuracy, tokens, times = record["accuracy"], record["tokens"], record["times"]
+    value = (
+        f"{100 * accuracy['value']:.1f} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]"
+    )
+    return (
+        *head,
+        value,
+        _difference(record, dense),
+        f"{tokens['kept_per_image']:.4g}/{tokens['in_per_image']:.4g}",
+        f"{tokens['average_per_layer']:.1f}",
+        f"{record['flops']['prefill'] / 1e9:.3g}",
+        f"{100 * record['flops']['visual_share']:.1f}",
+        milliseconds(times["first_token"]),
+        milliseconds(times["per_decoded_token"]),
+        f"{record['kv_bytes'] / 1024:.0f}",
+    )
+
+
+def _difference(record: Record, dense: Record | None) -> str:
+    if dense is None or record is dense:
+        return ""
+    value, low, high = paired_difference(
+        record["accuracy"]["outcomes"], dense["accuracy"]["outcomes"]
+    )
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def milliseconds(spread: Spread | None) -> str:
+    return f"{1e3 * spread['median']:.1f}" if spread else ""
+
+
+def setting_line(config: Mapping[str, Any]) -> str:
+    """What was run, in one line."""
+    limit = config["limit"] if config["limit"] is not None else "all"
+    return (
+        f"model: {config['model']} ({config['dtype']}, {config['attn_implementation']}), "
+        f"task: {config['task']} v{config['task_version']}, limit: {limit}, seed: {config['seed']}"
+    )
+
+
+def _title(record: Record) -> str:
+    return (
+        f"{setting_line(record['config'])}, batch_size: {record['batch_size']}, "
+        f"on {describe(record['hardware'])}"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

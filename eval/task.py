@@ -1,0 +1,72 @@
+"""What a benchmark must offer to be swept, and the benchmark that ships with the package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from PIL.Image import Image
+
+
+class Question(Protocol):
+    """One question about one image. Scores are reported over all, and for every `kind`."""
+
+    @property
+    def id(self) -> str | int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def image(self) -> Image: ...
+
+
+class Task(Protocol):
+    """A benchmark. The same `limit` gives the same questions in the same order."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    def questions(self, limit: int | None) -> Sequence[Question]:
+        """`limit` questions, every kind represented (None: all)."""
+        ...
+
+    def prompt(self, processor: Any, question: Question) -> str:
+        """The text that goes to the processor, image placeholder included."""
+        ...
+
+    def is_correct(self, prediction: str, question: Question) -> bool: ...
+
+
+class EmbeddedTask:
+    """The benchmark in `eval/embedded`; any model answers it through its own chat template."""
+
+    max_new_tokens = 8
+
+    def __init__(self) -> None:
+        from . import embedded
+
+        self._embedded = embedded
+        self.name: str = embedded.TASK
+        self.version = str(embedded.TASK_VERSION)
+
+    def questions(self, limit: int | None) -> Sequence[Question]:
+        return self._embedded.questions(limit)
+
+    def prompt(self, processor: Any, question: Question) -> str:
+        return self._embedded.prompt(processor, question.question)
+
+    def is_correct(self, prediction: str, question: Question) -> bool:
+        return self._embedded.is_correct(normalise(prediction), question.answer)
+
+
+def normalise(text: str) -> str:
+    """Lower case, no punctuation, single spaces: what larger models add around a short answer."""
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
