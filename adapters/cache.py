@@ -7,7 +7,7 @@ made for the *physical* one, which differs from layer to layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache as memoise
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +43,25 @@ class Segment:
         return torch.cat([self.padding, ones], dim=1)
 
 
+class Ticket:
+    """Says whether the patch that pruned a cache or encoded an image is still on the model."""
+
+    def __init__(self) -> None:
+        self.active = True
+
+    def __deepcopy__(self, memo: object) -> Ticket:
+        return self  # a copied cache still belongs to the same patch
+
+
 @dataclass
 class PrunedState:
     """What a pruned cache carries: its segments, and the shift of re-packed positions (B, 1)."""
 
-    owner: Any
+    owner: Ticket
     segments: list[Segment]
     shift: Tensor | None = None
     uncroppable: int = 0
     """Physical length of layer 0 below which a dropped token would have to come back."""
-    masks: dict[Any, Any] = field(default_factory=dict)
 
     def segment(self, layer: int) -> Segment:
         return next(s for s in reversed(self.segments) if s.start <= layer)
@@ -129,7 +138,7 @@ def pruned_state(cache: Cache | None) -> PrunedState | None:
     return cache._pruned if isinstance(cache, PrunedCacheMixin) else None
 
 
-def make_pruned(cache: Cache, owner: Any, starts: list[int]) -> PrunedState:
+def make_pruned(cache: Cache, owner: Ticket, starts: list[int]) -> PrunedState:
     """Turn a cache into a pruned one (in place), or return the state it has already."""
     state = pruned_state(cache)
     if state is None:

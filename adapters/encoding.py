@@ -20,6 +20,7 @@ from ..prune.contract import (
     VisualTokens,
 )
 from ..prune.errors import MissingSignalError, VlmpruneError
+from .cache import Ticket
 from .report import Stopwatch
 
 
@@ -39,11 +40,11 @@ class Encoded:
 
     images: list[EncodedImage]
     stopwatch: Stopwatch
-    owner: object
+    owner: Ticket
 
 
 def encode(
-    owner: object,
+    owner: Ticket,
     calls: Sequence[MethodCall],
     shape: ModelShape,
     grids: Sequence[tuple[int, int]],
@@ -72,7 +73,9 @@ def encode(
 @torch.no_grad()
 def choose(stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch) -> Tensor:
     """The indices that `stage` keeps of `tokens`, (K,) ascending."""
-    with stopwatch:
+    device = stopwatch.device.type
+    # Scores are float32 whatever autocast the caller is in.
+    with stopwatch, torch.autocast(device, enabled=False):
         kept = stage.call.method.select(tokens, stage.keep).kept
     if kept.shape != (stage.keep,):
         raise VlmpruneError(

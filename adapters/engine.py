@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from ..prune.contract import (
 )
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from . import probes
-from .cache import PrunedState, make_pruned, pruned_state
+from .cache import PrunedState, Ticket, make_pruned, pruned_state
 from .encoding import (
     Encoded,
     EncodedImage,
@@ -115,6 +115,9 @@ class _Local(threading.local):
         self.encoded: Encoded | None = None
         self.prefill: _Prefill | None = None
         self.visual_mask: Tensor | None = None
+        self.chosen: dict[tuple[int, int], Tensor] | None = None
+        """Within generate(): what each cut (layer, image) left alive. Without a cache every step
+        prefills again, and must not choose anew with its newest token."""
         self.masks: dict[Any, Any] = {}
 
 
@@ -132,7 +135,7 @@ class Engine:
         self.shape: ModelShape = family.shape(model)
         self.core, self.text = family.core(model), family.text_model(model)
         self.config = self.text.config
-        self.active = True
+        self.ticket = Ticket()
         self.last: Last | None = None
         self._local = _Local()
         self._warned = False
@@ -216,20 +219,27 @@ class Engine:
 
     def remove(self) -> None:
         """Put the model back exactly as it was. A second call does nothing."""
-        self.active = False
+        self.ticket.active = False
         while self._undo:
             self._undo.pop()()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UnsupportedFeatureError(
+            "A patched model cannot be copied or pickled, because its hooks belong to this one "
+            "object: call vlmprune.unpatch(model) first. model.save_pretrained() works as it is."
+        )
 
     # --- generate() --------------------------------------------------------------------------
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         decoder = any(call.method.place is Place.DECODER for call in self.calls)
         check_generate(self.model, kwargs, scores_last_token=decoder)
-        self._local.visual_mask = kwargs.pop("visual_mask", None)
+        local = self._local
+        local.visual_mask, local.chosen = kwargs.pop("visual_mask", None), {}
         try:
             return original(*args, **kwargs)
         finally:
-            self._local.visual_mask = None
+            local.visual_mask, local.chosen = None, None
 
     def _refuse_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedFeatureError(
@@ -252,6 +262,7 @@ class Engine:
 
     # --- vision encoder ----------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         inputs = inspect.signature(original).bind(*args, **kwargs).arguments
         self._local.recording = recording = Recording()
@@ -274,11 +285,12 @@ class Engine:
                 self.family, self.model, self._needs, features, inputs, recording
             )
         device = features[0].device
-        encoded = encode(self, self.calls, self.shape, grids, signals, device)
+        encoded = encode(self.ticket, self.calls, self.shape, grids, signals, device)
         setattr(output, _MARK, encoded)
         self._local.encoded = encoded
         return output
 
+    @torch.compiler.disable
     def _hear_encoder(
         self, need: Signal, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> None:
@@ -296,6 +308,7 @@ class Engine:
 
     # --- multimodal core ---------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _before_core(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -321,7 +334,7 @@ class Engine:
                 local.visual = (embeds == row).all(-1)
             if outputs.get("image") is not None:
                 local.encoded = getattr(outputs["image"], _MARK, None)
-                if local.encoded is None or local.encoded.owner is not self:
+                if local.encoded is None or local.encoded.owner is not self.ticket:
                     raise UnsupportedFeatureError(
                         "mm_encoder_outputs was not made by this patch, so that nothing is known "
                         "of its images: pass pixel_values, or encode again on the patched model."
@@ -355,12 +368,14 @@ class Engine:
             self._warned = True
             warnings.warn(note, UserWarning, stacklevel=2)
 
+    @torch.compiler.disable
     def _after_core(self, module: nn.Module, args: Any, output: Any) -> None:
         local = self._local
         local.visual, local.encoded, local.prefill = None, None, None
 
     # --- text model: prefill -----------------------------------------------------------------
 
+    @torch.compiler.disable
     def _before_text(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -414,7 +429,7 @@ class Engine:
         if cache is not None:
             if state is None and mask is not None and mask.shape[1] > length:
                 past_padding = mask[:, :-length].to(embeds.device, torch.bool)
-            state = make_pruned(cache, self, self.starts)
+            state = make_pruned(cache, self.ticket, self.starts)
             for segment in state.segments:
                 segment.padding = past_padding if past_padding is not None else segment.padding
         prefill = _Prefill(
@@ -461,7 +476,7 @@ class Engine:
                     signals.append(merged_signals(self._needs, row[start:column]))
                     grids.append((1, column - start))
                     start = None
-        return encode(self, self.calls, self.shape, grids, signals, embeds.device)
+        return encode(self.ticket, self.calls, self.shape, grids, signals, embeds.device)
 
     def _place(self, encoded: Encoded, visual: Tensor) -> tuple[list[_Image], int]:
         """Find each image's columns; beams repeat a sample's rows and share its images."""
@@ -588,6 +603,7 @@ class Engine:
 
     # --- decoder layers ----------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _hear_decoder(
         self, layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> None:
@@ -600,6 +616,7 @@ class Engine:
             row = probes.last_row(query, key, mask, scaling, past + prefill.layout.length)
         prefill.rows[layer] = row[:, past:]
 
+    @torch.compiler.disable
     def _before_layer(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -659,9 +676,14 @@ class Engine:
         """Let the method of this layer choose, image by image; returns the shorter layout."""
         keep = prefill.layout.keep.clone()
         name = ""
-        for image in prefill.images:
+        chosen = self._local.chosen
+        for number, image in enumerate(prefill.images):
             stage = next((s for s in image.encoded.plan if s.layer == layer), None)
             if stage is None:
+                continue
+            name = stage.call.name
+            if chosen is not None and (layer, number) in chosen:
+                image.mark(keep, chosen[layer, number])
                 continue
             row = image.rows[0]
             place = prefill.layout.place[row, image.columns[image.alive]]
@@ -679,12 +701,14 @@ class Engine:
             )
             kept = choose(stage, tokens, prefill.encoded.stopwatch)
             image.mark(keep, image.alive[kept])
-            name = stage.call.name
+            if chosen is not None:
+                chosen[layer, number] = image.alive
         prefill.last.stages.append(StageReport(name, layer, [i.alive for i in prefill.images]))
         return Layout.of(keep)
 
     # --- text model: the way back ------------------------------------------------------------
 
+    @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
         prefill, self._local.prefill = self._local.prefill, None
         if prefill is None or output is None:

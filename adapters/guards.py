@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +43,4 @@ def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, scores_last_t
             "Assisted decoding feeds draft tokens together with the prompt, and a method inside "
             "the decoder would score with the last draft instead of the question: leave out "
             "assistant_model / prompt_lookup_num_tokens, or use a method that acts before the LLM."
-        )
-    if option("use_cache") is False:
-        warnings.warn(
-            "use_cache=False: a method inside the decoder chooses again at every step, with the "
-            "newest token, so that answers differ from cached generation.",
-            UserWarning,
-            stacklevel=3,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from PIL import Image
 from torch import nn
@@ -15,7 +15,6 @@ from ..prune.errors import (
     BudgetError,
     MethodFieldError,
     MissingSignalError,
-    UnsupportedFeatureError,
     UnsupportedModelError,
 )
 from ..prune.registry import method as make_call
@@ -51,7 +50,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the patch is still on the model."""
-        return self._engine.active
+        return self._engine.ticket.active
 
     @property
     def last(self) -> Last:
@@ -78,7 +77,7 @@ class Handle:
 
     def remove(self) -> None:
         """Take the patch off; the model is then as it was before. A second call does nothing."""
-        if self._engine.active:
+        if self._engine.ticket.active:
             self._engine.remove()
             self._engine.model.__dict__.pop(_HANDLE, None)
 
@@ -96,12 +95,6 @@ class Handle:
     def __repr__(self) -> str:
         state = "active" if self.active else "removed"
         return f"<vlmprune.Handle {', '.join(map(str, self.methods))} ({state})>"
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UnsupportedFeatureError(
-            "A patched model cannot be copied or pickled, because its hooks belong to this one "
-            "object: call vlmprune.unpatch(model) first. model.save_pretrained() works as it is."
-        )
 
 
 def patch(
@@ -215,15 +208,16 @@ def _positions(
     if family.mrope:
         if wanted == "repacked":
             raise MethodFieldError(
-                f"{family.name} has multi-axis rotary positions (M-RoPE), for which re-packing has "
-                f'no meaning: leave positions out or use "original".'
+                f'positions="repacked" has no meaning for {family.name}, whose rotary positions '
+                f'have several axes (M-RoPE): leave positions out or use "original".'
             )
         return "original"
     first = calls[0].method
     if first.place is Place.DECODER and wanted == "repacked":
         raise MethodFieldError(
-            f"{first.name} cuts inside the decoder and keeps the original positions of its paper: "
-            f'leave positions out or use "original".'
+            f'positions="repacked" is not what {first.name} does, which cuts inside the decoder '
+            f"and keeps the original positions as its paper does: leave positions out or use "
+            f'"original".'
         )
     return wanted or first.positions
 

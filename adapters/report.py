@@ -17,6 +17,7 @@ class Stopwatch:
     """Adds up the time inside `with` blocks; on CUDA through events, without a synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._cuda = device.type == "cuda"
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds = 0.0
