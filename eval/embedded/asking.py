@@ -6,7 +6,7 @@ digit of a colour), `exist`, `count`, `rel` (two hops: find one object, then its
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -183,17 +183,13 @@ def candidates(rng: np.random.Generator, scene: Scene) -> dict[str, list[Asked]]
 
 def pick(rng: np.random.Generator, kind: str, pool: list[Asked]) -> Asked:
     """One of the pool, with the answers of `count` and the relations of `rel` made even."""
-    group: Callable[[Asked], object] | None = None
-    if kind == "count":
-        group = lambda asked: asked.answer  # noqa: E731
-    elif kind == "rel":
-        group = lambda asked: asked.text.split()[2]  # noqa: E731
-    if group is not None:
-        groups = sorted({group(asked) for asked in pool})
-        if len(groups) > 1 and ("zero",) in groups and rng.random() < 0.6:
-            groups.remove(("zero",))
+    if kind in ("count", "rel"):
+        names = [asked.answer[0] if kind == "count" else asked.text.split()[2] for asked in pool]
+        groups = sorted(set(names))
+        if kind == "count" and len(groups) > 1 and "zero" in groups and rng.random() < 0.6:
+            groups.remove("zero")
         chosen = groups[rng.integers(len(groups))]
-        pool = [asked for asked in pool if group(asked) == chosen]
+        pool = [asked for asked, name in zip(pool, names, strict=True) if name == chosen]
     return pool[rng.integers(len(pool))]
 
 

@@ -51,7 +51,8 @@ def generate() -> list[dict[str, Any]]:
     """All scenes with their questions: `PER_KIND` of each kind, at most `PER_SCENE` a scene."""
     rng = np.random.default_rng(SEED)
     asked_of: Counter[str] = Counter()
-    records, total = [], 0
+    records: list[dict[str, Any]] = []
+    total = 0
     while total < PER_KIND * len(KINDS):
         scene = compose(rng, "test")
         pools = candidates(rng, scene)

@@ -223,13 +223,11 @@ def evaluate(folder: Path, limit: int | None, random_seeds: int, quick: bool) ->
                 rows[f"random {ratio} {positions}"] = mean
                 for name, select in methods.items():
                     rows[f"{name} {ratio} {positions}"] = score(select, count, positions)
-    covered = np.mean([benchmark.rendered(q.image_id).owned.any(0).mean() for q in asked])
-    on_objects = np.mean(
-        [
-            float(seen.cls_attention[q.image_id][benchmark.rendered(q.image_id).owned.any(0)].sum())
-            for q in asked
-        ]
+    objects = torch.from_numpy(
+        np.stack([benchmark.rendered(q.image_id).owned.any(0) for q in asked])
     )
+    looks = seen.cls_attention[[q.image_id for q in asked]]
+    on_objects = (looks * objects).sum(1).mean()
     return {
         "task_version": TASK_VERSION,
         "benchmark_sha256": benchmark.digest(),
@@ -239,8 +237,8 @@ def evaluate(folder: Path, limit: int | None, random_seeds: int, quick: bool) ->
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "seconds": round(time.time() - began),
-        "patches_with_objects_percent": round(100 * float(covered), 1),
-        "cls_attention_on_objects_percent": round(100 * float(on_objects), 1),
+        "patches_with_objects_percent": round(100 * objects.float().mean().item(), 1),
+        "cls_attention_on_objects_percent": round(100 * on_objects.item(), 1),
         "accuracy": rows,
     }
 

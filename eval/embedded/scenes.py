@@ -95,7 +95,7 @@ def _backdrop(rng: np.random.Generator, split: str) -> Backdrop:
         y=int(rng.integers(height - SIDE + 1)),
         x=int(rng.integers(width - SIDE + 1)),
         flip=bool(rng.random() < 0.5),
-        channels=tuple(int(c) for c in channels),
+        channels=(int(channels[0]), int(channels[1]), int(channels[2])),
         contrast=int(rng.integers(40, 81)),
         gain=int(rng.integers(55, 93)),
     )
@@ -164,10 +164,12 @@ def compose(rng: np.random.Generator, split: str = "train", dense: bool = False)
             continue
         boxes.append((*place, size))
         if cls < FIRST_GARMENT:
-            color, tint = -1, (int(rng.integers(85, 111)),) * 3
+            strength = int(rng.integers(85, 111))
+            color, tint = -1, (strength, strength, strength)
         else:
             color = int(rng.integers(len(_PALETTE)))
-            tint = tuple(int(c) for c in _PALETTE[color] + rng.integers(-16, 17, size=3))
+            red, green, blue = (_PALETTE[color] + rng.integers(-16, 17, size=3)).tolist()
+            tint = (red, green, blue)
         things.append(
             Thing(
                 cls=cls,

@@ -1,5 +1,7 @@
 """The tiny LLaVA: its shapes and how its weights start."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -57,7 +59,7 @@ def normalize(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def vision_body(tower: nn.Module) -> nn.Module:
+def vision_body(tower: nn.Module) -> Any:
     """The module that holds embeddings and encoder, wherever transformers has it."""
     return getattr(tower, "vision_model", tower)
 

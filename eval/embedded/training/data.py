@@ -73,7 +73,7 @@ def _stack(labels: list[PatchLabels]) -> dict[str, Tensor]:
     }
 
 
-class VisionBatches(Dataset):
+class VisionBatches(Dataset[dict[str, Tensor]]):
     """Pictures with patch labels; most scenes are crowded, for more labels per picture."""
 
     def __init__(self, seed: int, size: int, steps: int, crowded: float = 0.7):
@@ -93,7 +93,7 @@ class VisionBatches(Dataset):
         return {"pixels": torch.from_numpy(np.stack(pictures)), **_stack(labels)}
 
 
-def loader(batches: Dataset, start: int, workers: int) -> Iterator[Any]:
+def loader(batches: Dataset[Any], start: int, workers: int) -> Iterator[Any]:
     """The batches from `start` on, made in another process where `workers` says so."""
     steps = range(start, len(batches))  # type: ignore[arg-type]
     return iter(
@@ -136,6 +136,10 @@ class LanguageBatch:
         return LanguageBatch(**moved)
 
 
+def _any(kept: np.ndarray, things: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(kept[list(things)].any(0))
+
+
 def _drop(rng: np.random.Generator, owned: list[np.ndarray]) -> tuple[np.ndarray, bool]:
     """Random visual tokens to keep [B, K]; sometimes all, sometimes mostly those of objects."""
     size = len(owned)
@@ -159,7 +163,7 @@ def _first_tokens(owned: np.ndarray, coverage: np.ndarray, keep: np.ndarray) -> 
     return first
 
 
-class LanguageBatches(Dataset):
+class LanguageBatches(Dataset["LanguageBatch"]):
     """Pictures, each with a pack of questions."""
 
     def __init__(self, seed: int, size: int, steps: int):
@@ -204,10 +208,10 @@ def pack(
             if asked.kind == "count" or not asked.needs or not seen:
                 continue  # where to look for a number of things is left to the model
             at = begin + len(words) - 1
-            looks["word"].append(((row, at - 3), kept[list(asked.steps[0][0])].any(0)))
+            looks["word"].append(((row, at - 3), _any(kept, asked.steps[0][0])))
             for step, (reference, target) in enumerate(asked.steps):
-                looks["early"].append(((row, at + step), kept[list(reference)].any(0)))
-                looks["late"].append(((row, at + step), kept[list(target)].any(0)))
+                looks["early"].append(((row, at + step), _any(kept, reference)))
+                looks["late"].append(((row, at + step), _any(kept, target)))
         for name, values in line.items():
             columns[name].append(values)
     width = max(len(ids) for ids in columns["ids"])

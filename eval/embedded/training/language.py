@@ -105,7 +105,7 @@ def exact(batch: LanguageBatch, predicted: Tensor) -> tuple[Tensor, Tensor]:
     spoken = batch.label != IGNORED
     wrong = torch.zeros(len(batch.kinds), device=predicted.device)
     wrong.index_add_(0, batch.asked[spoken], (predicted[spoken] != batch.label[spoken]).float())
-    asked = torch.zeros_like(wrong).index_fill_(0, batch.asked[spoken].unique(), 1.0)
+    asked = torch.zeros_like(wrong).index_fill_(0, batch.asked[spoken], 1.0)
     right, total = torch.zeros(2, len(KINDS), device=predicted.device)
     right.index_add_(0, batch.kinds, asked * (wrong == 0))
     total.index_add_(0, batch.kinds, asked)
@@ -142,7 +142,7 @@ def train(
     file = out / f"{name}.pt"
     model = start(out).to(device)
     llava = model.llava
-    modules = {"model": model}
+    modules: dict[str, nn.Module] = {"model": model}
     parts = {
         "tower": llava.model.vision_tower,
         "projector": llava.model.multi_modal_projector,

@@ -31,7 +31,9 @@ class Optimizers:
         self.parameters: list[nn.Parameter] = []
         for prefix, module in modules.items():
             factor = scale.get(prefix, 1.0)
-            muon, decayed, plain = [], [], []
+            muon: list[nn.Parameter] = []
+            decayed: list[nn.Parameter] = []
+            plain: list[nn.Parameter] = []
             for name, parameter in module.named_parameters():
                 if not parameter.requires_grad:
                     continue
@@ -59,7 +61,7 @@ class Optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.all:
             optimizer.step()

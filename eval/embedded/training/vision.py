@@ -112,7 +112,8 @@ def train(
     modules = {"tower": tower, "heads": heads}
     optimizers = optimizer.Optimizers(modules)
     done = optimizer.load(file, modules, optimizers) if resume and file.exists() else 0
-    began, since, totals = time.time(), done, {}
+    began, since = time.time(), done
+    totals: dict[str, float] = {}
     stop = min(steps, stop or steps)
     batches = loader(VisionBatches(SEED, batch, stop), done, workers)
     for step in range(done, stop):
