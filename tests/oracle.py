@@ -124,7 +124,6 @@ class Truth:
 
     # --- one forward -----------------------------------------------------------------------
 
-    @torch.no_grad()
     def forward(self, row: int, new_ids: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Logits of all tokens alive after the last cut and of `new_ids`: (L' + T, V); and their
         places in the row (L' + T,)."""

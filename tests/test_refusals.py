@@ -15,14 +15,14 @@ CLIP, QWEN = zoo.CASES["llava-clip-llama"], zoo.CASES["qwen2_5_vl"]
 def refusal(error: type[Exception], *words: str, model=None, args=(), **options) -> str:
     """The message with which `patch` refuses; it holds all the words and leaves no trace."""
     model = CLIP.model() if model is None else model
+    before = zoo.hooks(model)
     with pytest.raises(error) as refused:
         vlmprune.patch(model, *args, **options)
     assert isinstance(refused.value, vlmprune.VlmpruneError)
     message = str(refused.value)
     missing = [word for word in words if word not in message]
     assert not missing, f"{missing} not in: {message}"
-    if isinstance(model, nn.Module):
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert zoo.hooks(model) == before, "a refused patch left something"
     return message
 
 
@@ -223,11 +223,8 @@ def test_missing_signals_name_what_works_instead():
 
 def test_official_is_for_golden_tests_only():
     """`official=True` reproduces a defect: `patch` refuses it, whoever defines it."""
-    takes = [
-        n
-        for n in vlmprune.methods()
-        if "official" in vlmprune.method(n, keep_ratio=0.5).method.fields()
-    ]
+    calls = [vlmprune.method(name, keep_ratio=0.5) for name in vlmprune.methods()]
+    takes = [call.name for call in calls if "official" in call.method.fields()]
     for name in takes:
         case = QWEN if name == "hiprune" else CLIP
         refusal(
@@ -241,15 +238,17 @@ def test_official_is_for_golden_tests_only():
     assert "hiprune" in takes
 
 
-@pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "layer"])
+@pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "text model", "a layer"])
 def test_a_model_that_is_compiled_already(how):
     model = CLIP.model()
     if how == "torch.compile":
         model = torch.compile(model, backend="eager")
     elif how == "Module.compile":
         model.compile(backend="eager")
-    else:
+    elif how == "text model":
         model.model.language_model.compile(backend="eager")
+    else:
+        model.model.language_model.layers[1].compile(backend="eager")
     with pytest.raises(vlmprune.UnsupportedModelError, match="compile") as refused:
         vlmprune.patch(model, "divprune", keep_ratio=0.5)
     assert "patch" in str(refused.value) and "first" in str(refused.value)

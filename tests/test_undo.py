@@ -303,11 +303,12 @@ def test_a_cache_that_was_not_pruned_serves_after_unpatch(case):
     model, inputs = case.model(), case.inputs((zoo.NONE,))
     with vlmprune.patch(model, METHODS["both"]):
         cache = model(**inputs).past_key_values
-    expected = case.reference()(**inputs).past_key_values
+    reference = case.model()
+    expected = reference(**inputs).past_key_values
     step = torch.tensor([[5]])
     assert torch.equal(
         model(input_ids=step, past_key_values=cache).logits,
-        case.reference()(input_ids=step, past_key_values=expected).logits,
+        reference(input_ids=step, past_key_values=expected).logits,
     )
 
 
