@@ -129,7 +129,7 @@ class PrunedCacheMixin:
 
 
 @memoise
-def _pruned_class(cls: type) -> type:
+def _pruned_class(cls: Any) -> type:
     return type(f"Pruned{cls.__name__}", (PrunedCacheMixin, cls), {})
 
 
@@ -142,6 +142,7 @@ def make_pruned(cache: Cache, owner: Ticket, starts: list[int]) -> PrunedState:
     """Turn a cache into a pruned one (in place), or return the state it has already."""
     state = pruned_state(cache)
     if state is None:
-        cache.__class__ = _pruned_class(type(cache))
-        state = cache._pruned = PrunedState(owner, [Segment(start) for start in starts])  # type: ignore[attr-defined]
+        cache.__class__ = _pruned_class(cache.__class__)
+        state = PrunedState(owner, [Segment(start) for start in starts])
+        cache._pruned = state  # type: ignore[attr-defined]
     return state

@@ -50,7 +50,7 @@ from .encoding import (
     image_signals,
     merged_signals,
 )
-from .family import Family
+from .family import Family, Model
 from .guards import check_generate
 from .masks import layer_mask
 from .report import Last, StageReport, Stopwatch
@@ -58,6 +58,11 @@ from .sequence import Layout, gather_columns
 
 _MARK = "_vlmprune_encoded"
 """Attribute of the encoder's output that carries `Encoded` through generate()."""
+
+_MASK_WITHOUT_EMBEDS = (
+    "visual_mask= marks visual tokens inside inputs_embeds, and none were given: leave it out, "
+    "input_ids and pixel_values tell by themselves."
+)
 
 
 @dataclass
@@ -126,14 +131,15 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         family: Family,
         calls: tuple[MethodCall, ...],
         positions: Positions,
     ) -> None:
         self.model, self.family, self.calls, self.positions = model, family, calls, positions
         self.shape: ModelShape = family.shape(model)
-        self.core, self.text = family.core(model), family.text_model(model)
+        self.core: Any = family.core(model)
+        self.text: Any = family.text_model(model)
         self.config = self.text.config
         self.ticket = Ticket()
         self.last: Last | None = None
@@ -234,6 +240,8 @@ class Engine:
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         decoder = any(call.method.place is Place.DECODER for call in self.calls)
         check_generate(self.model, kwargs, scores_last_token=decoder)
+        if kwargs.get("visual_mask") is not None and kwargs.get("inputs_embeds") is None:
+            raise UnsupportedFeatureError(_MASK_WITHOUT_EMBEDS)
         local = self._local
         local.visual_mask, local.chosen = kwargs.pop("visual_mask", None), {}
         try:
@@ -323,14 +331,16 @@ class Engine:
                 f"(vlmprune.unpatch(model)) for videos."
             )
         explicit = kwargs.pop("visual_mask", None)
-        if explicit is None and embeds is not None:
+        if embeds is not None and explicit is None:
             explicit, local.visual_mask = local.visual_mask, None
+        if embeds is None and explicit is not None:
+            raise UnsupportedFeatureError(_MASK_WITHOUT_EMBEDS)
         if outputs.get("image") is not None or kwargs.get("pixel_values") is not None:
             token = self.model.config.image_token_id
-            if ids is not None:
+            if embeds is None:
                 local.visual = ids == token
             else:
-                row = module.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+                row = self.core.get_input_embeddings()(torch.tensor(token, device=embeds.device))
                 local.visual = (embeds == row).all(-1)
             if outputs.get("image") is not None:
                 local.encoded = getattr(outputs["image"], _MARK, None)
@@ -339,7 +349,7 @@ class Engine:
                         "mm_encoder_outputs was not made by this patch, so that nothing is known "
                         "of its images: pass pixel_values, or encode again on the patched model."
                     )
-        elif explicit is not None and embeds is not None:
+        elif embeds is not None and explicit is not None:
             repeats = embeds.shape[0] // explicit.shape[0]
             local.visual = explicit.to(embeds.device, torch.bool).repeat_interleave(repeats, 0)
         elif embeds is not None and not _length(kwargs.get("past_key_values")):
@@ -582,10 +592,12 @@ class Engine:
         length = kwargs["inputs_embeds"].shape[1]
         if ids is not None:
             ids = ids[..., -length:]
-        elif state.shift is not None:
-            device = kwargs["inputs_embeds"].device
-            ids = torch.arange(length, device=device)[None] + cache.get_seq_length()
-        kwargs["position_ids"] = ids if state.shift is None else ids - state.shift
+        if state.shift is not None:
+            if ids is None:
+                device = kwargs["inputs_embeds"].device
+                ids = torch.arange(length, device=device)[None] + cache.get_seq_length()
+            ids = ids - state.shift
+        kwargs["position_ids"] = ids
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             return args, kwargs  # a static cache: built by `_create_masks`
         # A single new token is always real; more of them may be padded.

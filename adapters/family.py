@@ -6,9 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
+
+Model = Any
+"""A loaded `transformers` model; its modules are untyped attributes."""
+Grids = Sequence[tuple[int, int]]
 
 
 class Family(ABC):
@@ -22,30 +26,28 @@ class Family(ABC):
     mrope: ClassVar[bool] = False
     """Multi-axis rotary positions: kept tokens must keep their original positions."""
 
-    def core(self, model: nn.Module) -> nn.Module:
+    def core(self, model: Model) -> Any:
         """The module that owns the vision encoder and the text model."""
-        return model.base_model  # type: ignore[return-value]
+        return model.base_model
 
-    def text_model(self, model: nn.Module) -> nn.Module:
+    def text_model(self, model: Model) -> Any:
         """The LLM decoder without its head."""
-        return self.core(model).language_model  # type: ignore[return-value]
+        return self.core(model).language_model
 
     @abstractmethod
-    def vision_tower(self, model: nn.Module) -> nn.Module:
+    def vision_tower(self, model: Model) -> Any:
         """The vision encoder."""
 
     @abstractmethod
-    def vision_attention(self, model: nn.Module) -> Sequence[nn.Module]:
+    def vision_attention(self, model: Model) -> Sequence[Any]:
         """The attention module of each encoder layer."""
 
     @abstractmethod
-    def tower(self, model: nn.Module) -> Tower:
+    def tower(self, model: Model) -> Tower:
         """The properties of the vision encoder."""
 
     @abstractmethod
-    def grids(
-        self, model: nn.Module, features: Sequence[Tensor], inputs: Mapping[str, Any]
-    ) -> Grids:
+    def grids(self, model: Model, features: Sequence[Tensor], inputs: Mapping[str, Any]) -> Grids:
         """Rows and columns of each image's visual tokens.
 
         Args:
@@ -54,13 +56,13 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def pixels(self, model: nn.Module, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+    def pixels(self, model: Model, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         """The pixel values of each image, any shape."""
 
     @abstractmethod
     def per_image(
         self,
-        model: nn.Module,
+        model: Model,
         scores: Tensor,
         features: Sequence[Tensor],
         inputs: Mapping[str, Any],
@@ -71,14 +73,14 @@ class Family(ABC):
             scores: one value per encoder token, (B, S) as given to the attention modules.
         """
 
-    def check(self, model: nn.Module) -> None:  # noqa: B027  (most families have no variants)
+    def check(self, model: Model) -> None:  # noqa: B027  (most families have no variants)
         """Raise `UnsupportedModelError` for a variant that this family cannot prune."""
 
-    def fixed_tokens(self, model: nn.Module) -> int | None:
+    def fixed_tokens(self, model: Model) -> int | None:
         """Visual tokens of every image, where the model has one input size."""
         return None
 
-    def shape(self, model: nn.Module) -> ModelShape:
+    def shape(self, model: Model) -> ModelShape:
         """Sizes of encoder and decoder."""
         config = self.text_model(model).config
         decoder = Decoder(
@@ -87,6 +89,3 @@ class Family(ABC):
             intermediate_size=config.intermediate_size,
         )
         return ModelShape(tower=self.tower(model), decoder=decoder)
-
-
-Grids = Sequence[tuple[int, int]]

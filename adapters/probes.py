@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Listener = Callable[..., None]
@@ -31,7 +31,7 @@ _uses: Counter[str] = Counter()
 class Tap:
     """One attention module that shows its queries and keys to `listeners` until `remove()`."""
 
-    def __init__(self, module: nn.Module, listeners: list[Listener]) -> None:
+    def __init__(self, module: Any, listeners: list[Listener]) -> None:
         self._module = module
         self._config = module.config
         # "flash" must stay inside the name: transformers recognises flash attention by substring.
@@ -54,14 +54,14 @@ class Tap:
 
 
 def _tapped_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    config, listeners = module.config._vlmprune_tap  # type: ignore[union-attr]
+    config, listeners = module.config._vlmprune_tap
     for listener in listeners:
         listener(query, key, attention_mask, **kwargs)
     eager = sys.modules[type(module).__module__].eager_attention_forward

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...prune.contract import Tower
-from ..family import Family, Grids
+from ..family import Family, Grids, Model
 
 
 class Qwen25VL(Family):
     name = "qwen2_5_vl"
     mrope = True
 
-    def vision_tower(self, model: nn.Module) -> nn.Module:
-        return self.core(model).visual  # type: ignore[return-value]
+    def vision_tower(self, model: Model) -> Any:
+        return self.core(model).visual
 
-    def vision_attention(self, model: nn.Module) -> Sequence[nn.Module]:
+    def vision_attention(self, model: Model) -> Sequence[Any]:
         return [block.attn for block in self.vision_tower(model).blocks]
 
-    def tower(self, model: nn.Module) -> Tower:
+    def tower(self, model: Model) -> Tower:
         tower = self.vision_tower(model)
         return Tower(
             num_layers=tower.config.depth,
@@ -30,18 +30,16 @@ class Qwen25VL(Family):
             full_attention=tuple(sorted(tower.fullatt_block_indexes)),
         )
 
-    def grids(
-        self, model: nn.Module, features: Sequence[Tensor], inputs: Mapping[str, Any]
-    ) -> Grids:
+    def grids(self, model: Model, features: Sequence[Tensor], inputs: Mapping[str, Any]) -> Grids:
         merge = self.vision_tower(model).spatial_merge_size
         return [(t * h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()]
 
-    def pixels(self, model: nn.Module, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+    def pixels(self, model: Model, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
         return inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())
 
     def per_image(
         self,
-        model: nn.Module,
+        model: Model,
         scores: Tensor,
         features: Sequence[Tensor],
         inputs: Mapping[str, Any],

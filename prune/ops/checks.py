@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import MethodFieldError
 
 
-def check_int(field: str, value: object, *, at_least: int | None = None, hint: str) -> None:
+def check_int(field: str, value: Any, *, at_least: int | None = None, hint: str) -> None:
     """Refuse everything but a whole number; `hint` tells what to type."""
-    right_type = isinstance(value, int) and not isinstance(value, bool)
-    if not right_type or (at_least is not None and value < at_least):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or (at_least is not None and value < at_least):
         raise MethodFieldError(f"{field}={value!r} is not possible: {hint}.")
 
 
@@ -19,10 +21,10 @@ def check_layer(field: str, value: object) -> None:
         check_int(field, value, hint=hint)
 
 
-def check_fraction(field: str, value: object) -> None:
+def check_fraction(field: str, value: Any) -> None:
     """Refuse everything but a number in 0..1."""
-    right_type = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (right_type and 0 <= value <= 1):  # also refuses nan
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 <= value <= 1):  # also refuses nan
         raise MethodFieldError(f"{field}={value!r} is not possible: give a number, 0 to 1.")
 
 
