@@ -1,0 +1,76 @@
+"""The README's tables are generated: `python tests/test_readme.py --write` brings them up to date."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import vlmprune
+from test_generate_features import support_table
+from vlmprune.eval.listing import methods_table, models_table
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+GENERATED = {
+    "methods": lambda: methods_table().markdown(),
+    "models": lambda: models_table().markdown(),
+    "features": support_table,
+}
+
+
+def section(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- generated: {name} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    for name, table in GENERATED.items():
+        text = section(name).sub(lambda m, t=table: f"{m[1]}{t().strip()}\n{m[3]}", text)
+    return text
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_the_table_is_up_to_date(name):
+    (found,) = section(name).findall(README.read_text())
+    assert found[1].strip() == GENERATED[name]().strip(), (
+        "stale: run python tests/test_readme.py --write"
+    )
+
+
+def test_the_added_method_of_the_readme_works(tmp_path, monkeypatch):
+    """The example file, put where the README says, is found, listed and runs."""
+    import torch
+    import zoo
+    from vlmprune.prune import registry
+    from vlmprune.prune.methods import before_llm
+
+    (code,) = re.findall(r'```python\n("""Norm: .*?)```', README.read_text(), re.DOTALL)
+    (tmp_path / "norm.py").write_text(code)
+    monkeypatch.setattr(before_llm, "__path__", [*before_llm.__path__, str(tmp_path)])
+    registry._shipped.cache_clear()
+    try:
+        assert "norm" in vlmprune.methods()
+        case = zoo.CASES["llava-clip-llama"]
+        model = case.model()
+        with torch.no_grad(), vlmprune.patch(model, "norm", keep_ratio=0.25, order=1.0) as handle:
+            model(**case.inputs())
+        assert handle.last.tokens_kept == [case.num_tokens("C") // 4]
+    finally:
+        registry._classes.pop("norm", None)
+        sys.modules.pop(f"{before_llm.__name__}.norm", None)
+        registry._shipped.cache_clear()
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+    assert targets
+    missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
+    assert not missing
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit("usage: python tests/test_readme.py --write")
+    README.write_text(with_tables(README.read_text()))
