@@ -344,6 +344,21 @@ def copied_cache(bench):
         check_greedy(out, truth, steps=2, given=ids[:, -STEPS - 2 :])
 
 
+@feature("crop of the cache")
+def cropped_cache(bench):
+    inputs, truth = bench.prefill(zoo.SINGLE)
+    cache = bench.generate(inputs, **DETAILS).past_key_values  # all but the last new token
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="crop"):
+        copy.deepcopy(cache).crop(-STEPS - 10)  # into the image
+    for new in ([5, 9], [6]):
+        past = copy.deepcopy(cache)
+        past.crop(1 - STEPS)
+        assert past.get_seq_length() == inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            out = bench.model(input_ids=torch.tensor([new]), past_key_values=past)
+        torch.testing.assert_close(out.logits[0], truth.next_logits(0, new)[1:], **CLOSE)
+
+
 @feature("cached text prefix, then an image")
 def prefix(bench):
     inputs = bench.case.inputs(zoo.SINGLE)
@@ -426,6 +441,19 @@ def logits_to_keep(bench):
         which = torch.tensor([0, length // 2, length - 1])
         found = bench.model(**inputs, logits_to_keep=which).logits
         torch.testing.assert_close(found, full[:, which], **CLOSE)
+
+
+@feature("explicit position_ids")
+def explicit_positions(bench):
+    inputs, truth = bench.prefill()
+    given = {**inputs, **bench.positions(inputs)}
+    if not bench.case.qwen:
+        given["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        logits = bench.model(**given).logits
+    for b, row in enumerate(truth.rows):
+        torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
+    check_greedy(bench.generate(given, **DETAILS), truth)
 
 
 @feature("logits of the whole prompt")
@@ -655,6 +683,74 @@ def test_the_feature_works_or_is_refused_at_the_call(case, name, place):
     assert REFUSED[name][1] in str(refused.value)
     inputs, truth = bench.prefill(zoo.SINGLE)  # and the next call is right
     check_greedy(bench.generate(inputs, **DETAILS), truth)
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize(
+    ("option", "value", "place"),
+    [
+        ("prefill_chunk_size", 8, "before the LLM"),
+        ("prompt_lookup_num_tokens", 2, "in the decoder"),
+    ],
+)
+@pytest.mark.parametrize("where", ["argument", "generation_config", "the model's own"])
+def test_refused_options_are_found_wherever_they_are_set(case, option, value, place, where):
+    bench = Bench(case, place)
+    _ = bench.handle
+    options = {}
+    if where == "argument":
+        options[option] = value
+    elif where == "generation_config":
+        options["generation_config"] = copy.deepcopy(bench.model.generation_config)
+        setattr(options["generation_config"], option, value)
+    else:
+        setattr(bench.model.generation_config, option, value)
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match=option):
+        bench.generate(case.inputs(), **options)
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match=option):  # ids by position
+        inputs = case.inputs()
+        bench.model.generate(inputs.pop("input_ids"), **inputs, **options)
+
+
+def test_videos_are_refused():
+    bench = Bench(zoo.CASES["qwen2_5_vl"], "before the LLM")
+    _ = bench.handle
+    inputs = bench.case.inputs()
+    ids = inputs["input_ids"]
+    ids[ids == zoo.IMAGE] = zoo.VIDEO
+    video = {
+        "input_ids": ids,
+        "attention_mask": inputs["attention_mask"],
+        "mm_token_type_ids": 2 * (ids == zoo.VIDEO).int(),
+        "pixel_values_videos": inputs["pixel_values"],
+        "video_grid_thw": inputs["image_grid_thw"],
+    }
+    bench.reference(**video)
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match=r"[Vv]ideo"):
+        bench.model(**video)
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match=r"[Vv]ideo"):
+        bench.model.generate(**video, max_new_tokens=1)
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("place", PLACES)
+def test_training_with_gradient_checkpointing_is_right_or_refused(case, place):
+    bench = Bench(case, place)
+    inputs, truth = bench.prefill()
+    labels = text_labels(inputs)
+    bench.model.gradient_checkpointing_enable()
+    bench.model.train()
+    weight = bench.model.model.language_model.layers[0].self_attn.v_proj.weight
+    weight.requires_grad_(True)
+    try:
+        loss = bench.model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+    except vlmprune.UnsupportedFeatureError as refused:
+        assert "gradient_checkpointing_disable" in str(refused)
+        assert place != "before the LLM", "checkpointing does not meet a cut before the LLM"
+    else:
+        torch.testing.assert_close(loss.detach(), truth.loss(list(labels)), **CLOSE)
+        assert weight.grad.abs().max() > 1e-3
 
 
 def support_table() -> str:

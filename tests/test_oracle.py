@@ -7,6 +7,7 @@ import torch
 import vlmprune
 import zoo
 from oracle import Truth
+from PIL import Image
 from vlmprune.prune.contract import Place
 
 STEPS = 4
@@ -72,8 +73,10 @@ def check_against(truth: Truth, model, inputs, handle=None) -> None:
     torch.testing.assert_close(torch.stack(out.logits), logits, **TOLERANCE)
     assert torch.equal(out.sequences[:, -STEPS:], tokens)
     assert torch.equal(out.sequences[:, :-STEPS], inputs["input_ids"])
-    physical = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    cache = out.past_key_values
+    physical = [layer.keys.shape[-2] for layer in cache.layers]
     assert physical == [max(column) + STEPS - 1 for column in zip(*lengths, strict=True)]
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
 
 
 # --- the oracle itself -------------------------------------------------------------------------
@@ -243,6 +246,37 @@ def test_a_decoder_method_keeps_the_best_of_its_attention_row(case, layer):
 
 
 @zoo.ALL
+@pytest.mark.parametrize("which", ["before", "decoder", "both"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (("C", 4),),
+        (("A", "B", 3),),
+        ((2, "A", "A", 3), (3, "C", 1)),
+        ((1, "B", 1), (40,), ("A", 2, "B", 1, "C", 2)),
+        ((2, "A"), (5, "C")),
+    ],
+    ids=["image-first", "adjacent-images", "twice-the-same", "long-text-beside", "image-last"],
+)
+def test_unusual_prompts(case, which, rows):
+    calls = {
+        "before": [vlmprune.method("divprune", keep_tokens=5)],
+        "decoder": [vlmprune.method("fastv", keep_tokens=3, layer=1)],
+        "both": [
+            vlmprune.method("random", keep_tokens=9),
+            vlmprune.method("fastv", keep_tokens=1, layer=3),
+        ],
+    }[which]
+    model, inputs = case.model(), case.inputs(rows)
+    handle = vlmprune.patch(model, calls)
+    model(**inputs)
+    cuts = [(stage.layer, stage.kept) for stage in handle.last.stages]
+    assert [layer for layer, _ in cuts] == [cut_layers(case, call)[0] for call in calls]
+    truth = Truth(case.reference("eager"), inputs, cuts, handle.last.positions)
+    check_against(truth, model, inputs, handle)
+
+
+@zoo.ALL
 def test_budgets_that_count_cost_give_what_they_promise(case):
     n = case.num_tokens("C")
     for name, layer in (("divprune", 0), ("fastv", 2)):
@@ -272,3 +306,26 @@ def test_the_handle_describes_the_last_prefill_that_saw_images(case):
     assert handle.last.select_seconds >= 0
     model(**case.inputs((zoo.NONE,)))
     assert all(map(torch.equal, handle.last.kept, prefill)), "a text-only call overwrote it"
+
+
+@zoo.BOTH_FAMILIES
+def test_the_overlay_shows_what_was_kept(case):
+    model = case.model()
+    handle = vlmprune.patch(model, "divprune", keep_ratio=0.4)
+    with pytest.raises(Exception, match="run"):
+        handle.overlay(Image.new("RGB", (60, 60)))
+    model(**case.inputs(zoo.BATCH))
+    for index, name in enumerate(zoo.images(zoo.BATCH)):
+        rows, columns = case.grid(name)
+        colour = (250, 200, 150)
+        picture = Image.new("RGB", (columns * 20, rows * 20), colour)
+        shown = handle.overlay(picture, index=index)
+        assert picture.getcolors() == [(columns * rows * 400, colour)], "the caller's was changed"
+        height, width = shown.height / rows, shown.width / columns
+        kept = set(handle.last.kept[index].tolist())
+        for token in range(rows * columns):
+            row, column = divmod(token, columns)
+            middle = shown.getpixel((int((column + 0.5) * width), int((row + 0.5) * height)))
+            assert (middle == colour) == (token in kept), (index, token)
+    with pytest.raises(IndexError, match="3"):
+        handle.overlay(picture, index=3)

@@ -142,12 +142,11 @@ def test_received_attention(case, attention, rows):
     assert 0.5 < found.mean() < 1.5 and found.std() > 0.01
 
 
-@zoo.ALL
+@pytest.mark.parametrize("name", [n for n, c in zoo.CASES.items() if c.shape.tower.has_cls])
 @zoo.ATTENTION
 @LAYOUTS
-def test_cls_attention(case, attention, rows):
-    if not case.shape.tower.has_cls:
-        pytest.skip("no CLS token: test_refusals holds the refusal")
+def test_cls_attention(name, attention, rows):
+    case = zoo.CASES[name]
     wants = tuple(ClsAttention(layer) for layer in TOWER_LAYERS)
     (seen,) = record(case, attention, rows, Recorder(wants=wants))
     maps = tower_maps(case, rows)
