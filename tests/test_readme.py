@@ -1,4 +1,4 @@
-"""The README's tables are generated: `python tests/test_readme.py --write` brings them up to date."""
+"""The README's tables are generated; `python tests/test_readme.py --write` renews them."""
 
 from __future__ import annotations
 
