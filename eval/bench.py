@@ -13,13 +13,20 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
@@ -150,7 +157,7 @@ class Variant:
 
 @torch.inference_mode()
 def compare(
-    model: nn.Module,
+    model: PreTrainedModel,
     inputs: dict[str, Tensor],
     variants: Sequence[Variant],
     repeats: int,
@@ -163,6 +170,7 @@ def compare(
     tower = family_of(model).vision_tower(model)
     device = next(model.parameters()).device
     tokens = int((inputs["input_ids"] == _IMAGE_TOKEN).sum())
+    layers = family_of(model).shape(model).decoder.num_layers
 
     def clock(call: Callable[[], object]) -> tuple[float, float]:
         with module_seconds(tower, device) as vision:
@@ -179,19 +187,18 @@ def compare(
         dense = 0.0
         for variant in variants:
             variant.tokens_in = tokens
-            cuts: list[tuple[int, Tensor]] = []
             select = oracle = oracle_vision = 0.0
             if variant.call is None:
                 total, vision = clock(prefill)
                 dense = total
-                variant.per_layer = [tokens] * len(family_of(model).text_model(model).layers)
+                variant.per_layer = [tokens] * layers
             else:
                 with patch(model, variant.call) as handle:
                     total, vision = clock(prefill)
                     select = handle.last.select_seconds
                     cuts = _cuts(handle)
                     variant.per_layer = handle.last.tokens_per_layer[0]
-                oracle, oracle_vision = clock(lambda at=cuts: oracle_prefill(model, inputs, at))
+                oracle, oracle_vision = clock(partial(oracle_prefill, model, inputs, cuts))
             advance()
             if number == 0:
                 continue
@@ -205,7 +212,7 @@ def compare(
 
 
 def oracle_prefill(
-    model: nn.Module, inputs: dict[str, Tensor], cuts: Sequence[tuple[int, Tensor]]
+    model: PreTrainedModel, inputs: dict[str, Tensor], cuts: Sequence[tuple[int, Tensor]]
 ) -> Tensor:
     """Prefill with the kept tokens known beforehand; the logits are those of no real model where a
     cut lies inside the decoder (its final norm runs once more), their time is.
@@ -214,10 +221,11 @@ def oracle_prefill(
         cuts: (first layer that sees fewer tokens, original indices of those visual tokens).
     """
     family = family_of(model)
-    core, text_model = family.core(model), family.text_model(model)
+    core: Any = family.core(model)
+    text_model: Any = family.text_model(model)
     ids = inputs["input_ids"]
-    features = core.get_image_features(inputs["pixel_values"]).pooler_output[0]  # type: ignore[operator]
-    hidden = model.get_input_embeddings()(ids)  # type: ignore[operator]
+    features = core.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    hidden = model.get_input_embeddings()(ids)
     visual = ids[0] == _IMAGE_TOKEN
     hidden[0, visual] = features.to(hidden.dtype)
     alive = torch.arange(ids.shape[1], device=ids.device)
@@ -232,11 +240,11 @@ def oracle_prefill(
                 keep[index_at[start].to(ids.device) + first_visual] = True
                 hidden = hidden[:, keep[alive]]
                 alive = alive[keep[alive]]
-            text_model.layers = layers[start:stop]  # type: ignore[index]
+            text_model.layers = layers[start:stop]
             hidden = text_model(inputs_embeds=hidden, use_cache=True).last_hidden_state
     finally:
         text_model.layers = layers
-    return model.get_output_embeddings()(hidden[:, -1:])  # type: ignore[operator]
+    return model.get_output_embeddings()(hidden[:, -1:])
 
 
 def _cuts(handle: Handle) -> list[tuple[int, Tensor]]:
@@ -270,7 +278,7 @@ def mid_size_llava(*, layers: int, width: int, side: int) -> LlavaForConditional
     return LlavaForConditionalGeneration(config).eval()
 
 
-def _inputs(model: nn.Module, tokens: int, side: int) -> dict[str, Tensor]:
+def _inputs(model: PreTrainedModel, tokens: int, side: int) -> dict[str, Tensor]:
     """One picture between text tokens."""
     parameter = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -289,7 +297,7 @@ def _inputs(model: nn.Module, tokens: int, side: int) -> dict[str, Tensor]:
 
 def _table(report: dict[str, Any]) -> Table:
     model = report["model"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for variant in report["variants"]:
         seconds = variant["seconds"]
         rows.append(
@@ -319,7 +327,7 @@ def _table(report: dict[str, Any]) -> Table:
             "Speed-up",
             "Oracle total ms",
             "Oracle/patched %",
-            "without vision %",
+            "in the LLM %",
         ),
         rows=rows,
         numbers_from=1,

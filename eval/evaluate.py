@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
@@ -21,6 +20,9 @@ from .measure import measure
 from .results import Accuracy, FlopsRecord, Measured, Times, Tokens
 from .stats import wilson
 from .task import Question, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TIMED_QUESTIONS = 8
 _CACHED_BYTES = 2**30  # encoded questions are kept between cells up to this size
@@ -45,7 +47,7 @@ class Evaluator:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         processor: Any,
         task: Task,
         questions: Sequence[Question],
@@ -119,12 +121,12 @@ class Evaluator:
     def _answer(self, asked: Sequence[Question], start: int, handle: Handle | None) -> list[Sample]:
         inputs = self._encode(start, len(asked))
         prompt = inputs["input_ids"].shape[1]
-        output = self.model.generate(  # type: ignore[operator]
+        output = self.model.generate(
             **inputs, do_sample=False, max_new_tokens=self.task.max_new_tokens
         )
         new = output[:, prompt:]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        image_id = self.model.config.image_token_id  # type: ignore[union-attr]
+        image_id = self.model.config.image_token_id
         visual = (inputs["input_ids"] == image_id).sum(1).tolist()
         real = inputs["attention_mask"].sum(1).tolist()
         layers = len(self.cost.layers)
@@ -187,8 +189,8 @@ class Evaluator:
 
     def _length(self, new_tokens: list[int]) -> int:
         """Tokens generated up to the end of the answer, the end token included."""
-        ends = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ids = self.model.generation_config.eos_token_id
+        ends = {ids} if isinstance(ids, int) else set(ids or ())
         for count, token in enumerate(new_tokens, start=1):
             if token in ends:
                 return count

@@ -13,11 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..adapters.registry import family_of
 from ..prune.budget import layer_flops
 from ..prune.contract import Decoder, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,7 @@ class ModelCost:
             logits: positions whose logits are computed in prefill (`generate` computes one).
         """
         entering = [n + text_tokens for n in visual_per_layer]
-        places = grids or [None] * len(images)
+        places: Sequence[tuple[int, int] | None] = grids or [None] * len(images)
         return Flops(
             vision=sum(self.vision.encoder(n, g) for n, g in zip(images, places, strict=True)),
             projector=sum(self.vision.projector(n) for n in images),
@@ -152,47 +157,28 @@ def visual_share(visual_per_layer: Sequence[int], dense: int, decoder: Decoder) 
     )
 
 
-def model_cost(model: nn.Module) -> ModelCost:
+def model_cost(model: PreTrainedModel) -> ModelCost:
     """Read a loaded model's sizes off its modules; any family that vlmprune knows."""
-    from ..adapters.registry import family_of
-
     family = family_of(model)
-    return cost_of_parts(
-        core=family.core(model),
-        tower=family.vision_tower(model),
-        text_model=family.text_model(model),
-        lm_head=model.get_output_embeddings(),
-        shape=family.shape(model),
-    )
-
-
-def cost_of_parts(
-    *,
-    core: nn.Module,
-    tower: nn.Module,
-    text_model: nn.Module,
-    lm_head: nn.Module,
-    shape: ModelShape,
-) -> ModelCost:
-    """`model_cost` of a model whose parts are given."""
+    text_model: Any = family.text_model(model)
     config = text_model.config
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    layers = tuple(
-        Block(_matmuls(layer), 4 * config.num_attention_heads * head_size)
-        for layer in text_model.layers
-    )
+    shape = family.shape(model)
     return ModelCost(
-        vision=_vision_cost(core, tower, text_model, shape),
-        layers=layers,
-        lm_head=_matmuls(lm_head),
+        vision=_vision_cost(family.core(model), family.vision_tower(model), text_model, shape),
+        layers=tuple(
+            Block(_matmuls(layer), 4 * config.num_attention_heads * head_size)
+            for layer in text_model.layers
+        ),
+        lm_head=_matmuls(model.get_output_embeddings()),
         decoder=shape.decoder,
     )
 
 
 def _vision_cost(
-    core: nn.Module, tower: nn.Module, text_model: nn.Module, shape: ModelShape
+    core: nn.Module, tower: Any, text_model: nn.Module, shape: ModelShape
 ) -> VisionCost:
     config = tower.config
     width = getattr(config, "embed_dim", None) or config.hidden_size

@@ -18,7 +18,7 @@ _LLAVA_7B = ModelShape(
 
 def methods_table() -> Table:
     """Name, what it does, where it acts, what it reads, its positions and fields, its paper."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in method_names():
         cls = method_class(name)
         fields = ", ".join(f"{key}={value!r}" for key, value in cls().fields().items())
@@ -34,7 +34,7 @@ def methods_table() -> Table:
 
 def models_table() -> Table:
     """Model type, what it is, and the position modes it allows."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in model_names():
         found = family(name)
         what = _first_line(inspect.getmodule(type(found)).__doc__)

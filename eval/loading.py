@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..prune.errors import VlmpruneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
 
 EMBEDDED = "embedded"
 _SAMPLED = 64  # values of each parameter that go into the fingerprint
@@ -37,7 +39,7 @@ def resolve_device(name: str | None) -> str:
 
 def load(
     name: str, *, dtype: str = "auto", attn_implementation: str | None = None, device: str = "cpu"
-) -> tuple[nn.Module, Any]:
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model in evaluation mode and its processor.
 
     Args:
@@ -73,13 +75,13 @@ def short_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """12 hex digits over the configuration and a sample of every parameter's values.
 
     The same for a checkpoint loaded from a folder or from the Hub; another one after retraining.
     """
     digest = hashlib.sha256()
-    config = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
+    config = model.config.to_diff_dict()
     digest.update(json.dumps(_stable(config), sort_keys=True, default=str).encode())
     for key, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()

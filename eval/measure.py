@@ -12,13 +12,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from .stats import Spread, spread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def synchronise(device: torch.device) -> None:
@@ -27,8 +30,8 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Clock(LogitsProcessor):
-    """Notes the time of every generation step; changes no logits."""
+class Clock:
+    """A logits processor that notes the time of every generation step and changes no logits."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -87,7 +90,7 @@ class Measurement:
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     inputs: Sequence[Mapping[str, Any]],
     *,
     tower: nn.Module,
@@ -146,9 +149,12 @@ def kv_bytes(cache: Any) -> int:
 
 
 def _generate(
-    model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, processors: list[LogitsProcessor]
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    new_tokens: int,
+    processors: list[Clock],
 ) -> Any:
-    return model.generate(  # type: ignore[operator]
+    return model.generate(
         **inputs,
         do_sample=False,
         min_new_tokens=new_tokens,

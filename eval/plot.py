@@ -4,66 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .results import Record, method_name, variant
 from .table import in_order, setting_line
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MARKERS = "osD^vPX*<>ph"
+_SIDE_STEP = 0.45  # methods of equal cost stand this far apart, in points of the cost axis
 
 
 def frontier(records: Sequence[Record], path: Path) -> None:
-    """Draw accuracy over the share of dense FLOPs, a line a method; finished records only."""
-    import matplotlib
+    """Write a PNG: accuracy over the share of dense FLOPs, a line a method."""
+    draw(records).savefig(path)
 
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
+
+def draw(records: Sequence[Record]) -> Figure:
+    """The picture as a figure; only finished records are drawn."""
+    import matplotlib
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     done = [r for r in in_order(records) if r["status"] == "ok"]
-    dense = [r for r in done if method_name(r) == "dense"]
+    dense = next((r for r in done if method_name(r) == "dense"), None)
     methods = list(dict.fromkeys(variant(r) for r in done if method_name(r) != "dense"))
-    colors = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"].colors
+    colors = matplotlib.color_sequences["tab10" if len(methods) <= 10 else "tab20"]
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for record in dense:
-        accuracy = record["accuracy"]
-        axes.axhline(100 * accuracy["value"], color="black", linestyle="--", linewidth=1, zorder=1)
-        axes.axhspan(100 * accuracy["low"], 100 * accuracy["high"], color="black", alpha=0.06)
-        axes.annotate(
-            f"dense {100 * accuracy['value']:.1f} %",
-            (1, 100 * accuracy["value"]),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
+    if dense is not None:
+        _, value, below, above = _point(dense)
+        axes.axhspan(value - below, value + above, color="black", alpha=0.06, linewidth=0)
+        axes.axhline(
+            value, color="black", linestyle="--", linewidth=1, label=f"dense {value:.1f} %"
         )
     for index, method in enumerate(methods):
-        points = [r for r in done if variant(r) == method]
-        values = [100 * r["accuracy"]["value"] for r in points]
-        below = [v - 100 * r["accuracy"]["low"] for v, r in zip(values, points, strict=True)]
-        above = [100 * r["accuracy"]["high"] - v for v, r in zip(values, points, strict=True)]
+        points = [_point(r) for r in done if variant(r) == method]
+        cost, values, lower, upper = (list(column) for column in zip(*points, strict=True))
+        aside = _SIDE_STEP * (index - (len(methods) - 1) / 2)
         axes.errorbar(
-            [100 * r["flops"]["visual_share"] for r in points],
+            [x + aside for x in cost],
             values,
-            yerr=[below, above],
+            yerr=[lower, upper],
             label=method,
             color=colors[index % len(colors)],
             marker=_MARKERS[index % len(_MARKERS)],
             markersize=5,
-            linewidth=1.5,
-            elinewidth=0.8,
+            linewidth=1.4,
+            elinewidth=0.7,
             capsize=2,
         )
-    axes.set_xlabel("share of the dense model's prefill FLOPs, visual tokens (%)")
-    axes.set_ylabel("accuracy (%), 95 % interval")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("prefill FLOPs over visual tokens, % of dense (methods set apart for reading)")
+    axes.set_ylabel("accuracy, % (95 % interval)")
     axes.grid(alpha=0.25)
-    if methods:
-        axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
     if done:
         config = done[0]["config"]
-        n = done[0]["accuracy"]["n"]
-        axes.set_title(f"{config['model']} on {config['task']}, {n} questions", fontsize=11)
-        figure.text(0.005, 0.002, setting_line(config), fontsize=6, color="gray")
-    figure.savefig(path)
+        questions = done[0]["accuracy"]["n"]
+        figure.suptitle(
+            f"{config['model']} on {config['task']}, {questions} questions", fontsize=12
+        )
+        axes.set_title(setting_line(config), fontsize=7, color="gray")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
+    return figure
+
+
+def _point(record: Record) -> tuple[float, float, float, float]:
+    """Cost, accuracy and the interval's distance below and above it, in percent."""
+    accuracy = record["accuracy"]
+    return (
+        100 * record["flops"]["visual_share"],
+        100 * accuracy["value"],
+        100 * (accuracy["value"] - accuracy["low"]),
+        100 * (accuracy["high"] - accuracy["value"]),
+    )

@@ -178,6 +178,7 @@ def variant(record: Mapping[str, Any]) -> str:
     from ..prune.registry import method_class
 
     names = []
+    shared = record["config"]["seed"]
     for entry in record["config"]["methods"]:
         try:
             defaults = method_class(entry["name"])().fields()
@@ -186,7 +187,7 @@ def variant(record: Mapping[str, Any]) -> str:
         changed = [
             f"{key}={value}"
             for key, value in entry["fields"].items()
-            if key in defaults and value != defaults[key] and key != "seed"
+            if key in defaults and value != (shared if key == "seed" else defaults[key])
         ]
         names.append(f"{entry['name']}({', '.join(changed)})" if changed else entry["name"])
     positions = record["config"]["positions"]

@@ -27,7 +27,8 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     centre = share + _Z**2 / (2 * n)
     half = _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
     scale = 1 + _Z**2 / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # Rounding must not put the share itself outside.
+    return max(0.0, min(share, (centre - half) / scale)), max(share, (centre + half) / scale)
 
 
 def paired_difference(outcomes: str, baseline: str) -> tuple[float, float, float]:

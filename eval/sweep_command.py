@@ -68,7 +68,7 @@ def run(
         seed=seed,
         max_new_tokens=task.max_new_tokens,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        attn_implementation=model.config._attn_implementation,  # type: ignore[union-attr]
+        attn_implementation=model.config._attn_implementation,
     )
     cells = [_cell(base, call, positions) for call in calls]
 

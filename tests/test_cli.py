@@ -1,0 +1,265 @@
+"""The command line: quick help, exit codes, one-line errors, and whole commands on tiny models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import vlmprune
+from PIL import Image
+from test_measure import FakeProcessor, FakeTask
+from vlmprune.eval import cli
+from zoo import CASES
+
+COMMANDS = ("sweep", "ask", "bench", "methods", "models", "where")
+CLIP = CASES["llava-clip-llama"]
+
+
+def error_of(capsys, *argv: str) -> str:
+    """The one line that a wrong command writes; it must exit with 2."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:  # argparse's way out
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert "Traceback" not in line and line.startswith("vlmprune")
+    return line
+
+
+# --- Help ------------------------------------------------------------------------------------
+
+
+def test_no_help_imports_torch():
+    program = """
+import contextlib, io, sys
+from vlmprune.eval.cli import main
+for argv in [["--help"], ["--version"], *([c, "--help"] for c in sys.argv[1:])]:
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            main(argv)
+    except SystemExit as stop:
+        assert stop.code == 0, argv
+    assert "vlmprune" in out.getvalue(), argv
+heavy = {"torch", "transformers", "matplotlib", "rich", "numpy", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, *COMMANDS], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_command_has_help_with_its_defaults(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = capsys.readouterr().out
+        assert f"vlmprune {command}" in text and "--verbosity" in text
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "--help"])
+    text = capsys.readouterr().out
+    assert all(method in text for method in cli.DEFAULT_METHODS)
+    assert "./vlmprune_runs" in text and "examples:" in text
+    assert set(cli.DEFAULT_METHODS) <= set(vlmprune.methods())
+
+
+# --- Errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["swep"], "sweep"),
+        (["sweep", "--limit", "0"], "all"),
+        (["sweep", "--limit", "some"], "all"),
+        (["sweep", "-b", "none"], "at least 1"),
+        (["sweep", "--positions", "both"], "repacked"),
+        (["sweep", "--methods", "divprun"], "Did you mean: divprune"),
+        (["sweep", "--methods", "fastv:layr=2"], "Did you mean: layer"),
+        (["sweep", "--methods", "fastv:layer"], "field=value"),
+        (["sweep", "--methods", "grid:keep_ratio=0.5"], "--budgets"),
+        (["sweep", "--budgets", "1.5"], "0 < keep_ratio <= 1"),
+        (["sweep", "--budgets", "half"], "avg:64"),
+        (["sweep", "--device", "gpu"], "cpu, cuda"),
+        (["ask", "x.png", "why?", "--method", "grid"], "keep_ratio"),
+        (["ask", "no.png", "why?", "--method", "grid", "--keep_ratio", "0.5"], "no.png"),
+        (["ask", "no.png", "--method", "grid", "--keep_ratio", "0.5"], "QUESTION"),
+        (
+            ["ask", "x", "y", "--method", "grid", "--keep_ratio", "0.5", "--keep_tokens", "3"],
+            "not allowed with",
+        ),
+        (["ask", "x", "y", "--method", "fastv", "--method_args", "layer"], "field=value"),
+        (["bench", "model", "--tokens", "10"], "square"),
+        (["where", "weights"], "model"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in error_of(capsys, *argv)
+
+
+def test_debug_shows_the_traceback(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["sweep", "--methods", "divprun", "--verbosity", "debug"]
+    assert cli.main(argv) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_no_command_prints_the_help(capsys):
+    assert cli.main([]) == 2
+    assert "sweep" in capsys.readouterr().out
+
+
+# --- Small pieces ----------------------------------------------------------------------------
+
+
+def test_lists_take_commas_and_spaces():
+    assert cli.split_list(["a,b", "c", "d,"]) == ["a", "b", "c", "d"]
+    assert cli.parse_fields(["layer=3", "alpha=0.1", "mode=max", "official=true", "x=None"]) == {
+        "layer": 3,
+        "alpha": 0.1,
+        "mode": "max",
+        "official": True,
+        "x": None,
+    }
+
+
+def test_methods_and_models_are_listed_from_the_registries(capsys):
+    assert cli.main(["methods"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
+    assert rows[2:] == vlmprune.methods()
+    assert "2403.06764" in out  # FastV's paper
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"| {name} |" in out for name in vlmprune.models())
+
+
+def test_where_prints_folders_of_the_package(capsys):
+    assert cli.main(["where", "data"]) == 0
+    assert capsys.readouterr().out.strip().endswith("data")
+    assert cli.main(["where", "model"]) == 0
+    assert capsys.readouterr().out.strip().endswith("model")
+
+
+# --- Whole commands --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The embedded model and benchmark replaced by the zoo's."""
+    from vlmprune.eval import sweep_command
+
+    def use(case):
+        monkeypatch.setattr(
+            sweep_command, "load", lambda *_, **__: (case.model(), FakeProcessor(case))
+        )
+        monkeypatch.setattr(sweep_command, "EmbeddedTask", FakeTask)
+
+    use(CLIP)
+    return use
+
+
+def sweep(tmp_path, *argv: str) -> int:
+    return cli.main(
+        ["sweep", "-o", str(tmp_path), "--methods", "grid,fastv", "--budgets", "0.5", "9", *argv]
+    )
+
+
+def test_sweep_writes_results_table_and_picture(tiny, tmp_path, capsys):
+    assert sweep(tmp_path, "--limit", "4", "--log_samples") == 0
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "table.md").read_text()
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [r["status"] for r in records] == ["ok"] * 5
+    assert records[0]["config"]["methods"] == []
+    assert {r["accuracy"]["n"] for r in records} == {4}
+    assert records[0]["config"]["attn_implementation"] == "sdpa"
+    with Image.open(tmp_path / "frontier.png") as picture:
+        assert picture.format == "PNG"
+    samples = (tmp_path / "samples" / f"{records[1]['id']}.jsonl").read_text().splitlines()
+    assert len(samples) == 4 and json.loads(samples[0])["prediction"]
+    assert "5 run" in captured.err
+
+    assert sweep(tmp_path, "--limit", "4") == 0  # again: nothing to do, the same report
+    captured = capsys.readouterr()
+    assert captured.out == (tmp_path / "table.md").read_text()
+    assert "5 already there" in captured.err
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 5
+
+    assert sweep(tmp_path, "--limit", "6") == 0  # another setting: its own table
+    assert capsys.readouterr().out.count("| dense |") == 1
+
+
+def test_sweep_with_a_failing_cell_exits_1_and_reports_the_rest(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    from vlmprune.prune.registry import method_class
+
+    def broken(*_):
+        raise RuntimeError("a bug in the method")
+
+    monkeypatch.setattr(method_class("grid"), "select", broken)
+    assert sweep(tmp_path) == 1
+    captured = capsys.readouterr()
+    assert "failed: grid(keep_ratio=0.5): RuntimeError: a bug in the method" in captured.err
+    assert captured.out.count("FAILED") == 2 and captured.out.count("| fastv |") == 2
+    monkeypatch.undo()
+
+
+def test_sweep_of_a_method_that_lacks_its_signal_exits_0(tiny, tmp_path, capsys):
+    tiny(CASES["llava-siglip-qwen2"])
+    assert sweep(tmp_path, "--methods", "vtc_cls") == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("not applicable") == 2
+    assert "not applicable: vtc_cls(keep_ratio=0.5): " in captured.err and "CLS" in captured.err
+
+
+def test_an_interrupted_sweep_exits_130_and_goes_on(tiny, tmp_path, capsys, monkeypatch):
+    from vlmprune.prune.registry import method_class
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(method_class("fastv"), "select", interrupt)
+        assert sweep(tmp_path) == 130
+    captured = capsys.readouterr()
+    assert "interrupted" in captured.err and "Traceback" not in captured.err
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+    assert sweep(tmp_path) == 0
+    assert "2 run, 3 already there" in capsys.readouterr().err
+
+
+def test_the_seed_reaches_methods_that_have_one(tiny, tmp_path, capsys):
+    assert sweep(tmp_path, "--methods", "random", "random:seed=5", "--seed", "3") == 0
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    seeds = [m["fields"]["seed"] for r in records for m in r["config"]["methods"]]
+    assert seeds == [3, 3, 5, 5]
+    out = capsys.readouterr().out
+    assert out.count("| random |") == 2 and out.count("| random(seed=5) |") == 2
+
+
+def test_bench_compares_dense_oracle_and_patched(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    argv = ["--layers", "3", "--width", "128", "--tokens", "16", "--repeats", "2", "-o", str(path)]
+    methods = ["--methods", "grid,fastv", "--budgets", "0.25"]
+    assert cli.main(["bench", "model", *methods, *argv]) == 0
+    report = json.loads(path.read_text())
+    assert report["schema"] == 1 and report["versions"]["torch"] and report["hardware"]["cpu"]
+    dense, grid, fastv = report["variants"]
+    assert dense["method"] is None and dense["seconds"]["oracle_total"] is None
+    assert grid["kept"] == fastv["kept"] == 4
+    assert grid["average_per_layer"] == 4 and fastv["average_per_layer"] == 12
+    for variant in (grid, fastv):
+        assert variant["seconds"]["oracle_total"]["n"] == variant["seconds"]["total"]["n"] == 2
+        assert variant["first_token_flops"] < dense["first_token_flops"]
+        assert variant["oracle_over_patched"]["median"] > 0
+    assert "| grid(keep_ratio=0.25) |" in capsys.readouterr().out

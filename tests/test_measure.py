@@ -1,0 +1,214 @@
+"""Measuring `generate` and evaluating a cell, on tiny random models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import vlmprune
+from vlmprune.eval.evaluate import Evaluator
+from vlmprune.eval.loading import ModelLoadError, fingerprint, load, resolve_device
+from vlmprune.eval.measure import kv_bytes, measure
+from vlmprune.prune.budget import layer_flops
+from zoo import BOTH_FAMILIES, CASES, Case, hooks
+
+CLIP = CASES["llava-clip-llama"]
+HEAD_SIZE, KV_HEADS, LAYERS = 16, 4, 4  # of CLIP's decoder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question whose picture is a letter of the zoo."""
+
+    id: int
+    kind: str
+    question: str
+    answer: str
+    image: str
+
+
+class FakeTask:
+    """Prompts of different lengths over the zoo's images; the right answer is the dense model's."""
+
+    name, version, max_new_tokens = "fake", "1", 3
+
+    def __init__(self, answers: list[str] | None = None) -> None:
+        self.answers = answers or [""] * 6
+
+    def questions(self, limit: int | None) -> list[Asked]:
+        kinds = ("long", "short")
+        return [
+            Asked(i, kinds[i % 2], f"question {i}", self.answers[i], "ABC"[i % 3]) for i in range(6)
+        ][:limit]
+
+    def prompt(self, processor, question):
+        return question
+
+    def is_correct(self, prediction, question):
+        return prediction == question.answer
+
+
+class FakeProcessor:
+    """Turns the zoo's rows into model inputs, as a real processor does with text and pictures."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def __call__(self, text, images, **options):
+        assert options["padding_side"] == "left"
+        words = {"long": 9, "short": 4}
+        rows = [(words[q.kind], image, 2) for q, image in zip(text, images, strict=True)]
+        return self.case.inputs(rows)
+
+    def batch_decode(self, rows, **_):
+        return [" ".join(str(token) for token in row) for row in rows.tolist()]
+
+
+def evaluator(case: Case, batch_size: int = 4, answers: list[str] | None = None) -> Evaluator:
+    task = FakeTask(answers)
+    return Evaluator(
+        case.model(),
+        FakeProcessor(case),
+        task,
+        task.questions(None),
+        batch_size=batch_size,
+        timed_questions=2,
+    )
+
+
+# --- measure ---------------------------------------------------------------------------------
+
+
+def test_the_cache_is_measured_layer_by_layer():
+    model, inputs = CLIP.model(), CLIP.inputs([(4, "A", 6)])
+    text, visual = 10, CLIP.num_tokens("A")
+    per_token = 2 * KV_HEADS * HEAD_SIZE * 4  # keys and values, float32
+    tower = model.model.vision_tower
+    dense = measure(model, [inputs], tower=tower)
+    assert dense.kv_bytes == (visual + text) * LAYERS * per_token
+    with vlmprune.patch(model, "fastv", keep_tokens=5, layer=3) as handle:
+        pruned = measure(model, [inputs], tower=tower, handle=handle)
+    assert pruned.kv_bytes == (3 * (visual + text) + 5 + text) * per_token
+
+
+def test_times_have_all_parts_and_nothing_stays_on_the_model():
+    model, inputs = CLIP.model(), CLIP.inputs([(4, "A", 6)])
+    model.generate(**inputs, max_new_tokens=1)  # transformers installs its own hooks once
+    before = hooks(model)
+    with vlmprune.patch(model, "divprune", keep_tokens=5) as handle:
+        found = measure(
+            model,
+            [inputs] * 3,
+            tower=model.model.vision_tower,
+            handle=handle,
+            new_tokens=4,
+            warmup=1,
+        )
+    times = found.timings
+    assert {len(part) for part in vars(times).values()} == {3}
+    for total, vision, select, rest in zip(
+        times.first_token, times.vision, times.select, times.prefill, strict=True
+    ):
+        assert 0 < vision < total and 0 < select < total
+        assert vision + select + rest == pytest.approx(total)
+    assert all(step > 0 for step in times.per_decoded_token)
+    assert set(times.summary()) == set(vars(times))
+    assert found.peak_memory_bytes is None  # on the CPU nothing is claimed
+    assert hooks(model) == before
+
+
+def test_kv_bytes_of_a_cache_that_was_never_used():
+    from transformers import DynamicCache
+
+    assert kv_bytes(DynamicCache()) == 0
+
+
+# --- Evaluator -------------------------------------------------------------------------------
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("name", [None, "grid", "fastv"])
+def test_left_padded_batches_answer_like_single_questions(case: Case, name):
+    call = vlmprune.method(name, keep_ratio=0.3) if name else None
+    alone, together = (evaluator(case, batch).run(call) for batch in (1, 6))
+    assert [s.prediction for s in alone[1]] == [s.prediction for s in together[1]]
+    assert alone[0]["tokens"] == together[0]["tokens"]
+    assert alone[0]["flops"] == together[0]["flops"]
+
+
+@BOTH_FAMILIES
+def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
+    bench = evaluator(case)
+    dense, samples = bench.run(None)
+    images = [case.num_tokens(letter) for letter in "ABCABC"]
+    assert [s.images for s in samples] == [[n] for n in images]
+    assert dense["tokens"]["in_per_image"] == dense["tokens"]["kept_per_image"]
+    assert dense["tokens"]["text"] == {False: 8.5, True: 10.5}[case.qwen]
+    assert dense["flops"]["visual_share"] == dense["flops"]["prefill_share"] == 1
+    answers = [s.prediction for s in samples]
+
+    bench = evaluator(case, answers=answers)
+    assert bench.run(None)[0]["accuracy"]["outcomes"] == "111111"
+    pruned, _ = bench.run(vlmprune.method("fastv", keep_tokens=6, layer=1))
+    tokens = pruned["tokens"]
+    mean = sum(images) / 6
+    assert tokens["in_per_image"] == pytest.approx(mean)
+    assert tokens["kept_per_image"] == 6
+    assert tokens["per_layer"] == pytest.approx([mean, 6, 6, 6])
+    assert tokens["average_per_layer"] == pytest.approx((mean + 18) / 4)
+    decoder = case.shape.decoder
+    shares = [
+        (layer_flops(n, decoder) + 3 * layer_flops(6, decoder)) / (4 * layer_flops(n, decoder))
+        for n in images
+    ]
+    assert pruned["flops"]["visual_share"] == pytest.approx(sum(shares) / 6)
+    assert pruned["flops"]["visual_share"] < pruned["flops"]["prefill_share"] < 1  # text stays
+    assert pruned["flops"]["vision"] == dense["flops"]["vision"]
+    assert pruned["kv_bytes"] < dense["kv_bytes"]
+    assert pruned["positions"] == "original"
+    accuracy = pruned["accuracy"]
+    assert accuracy["n"] == 6 and accuracy["correct"] == accuracy["outcomes"].count("1")
+    assert {kind: entry["n"] for kind, entry in accuracy["by_kind"].items()} == {
+        "long": 3,
+        "short": 3,
+    }
+
+
+def test_a_failing_method_leaves_the_model_unpatched():
+    bench = evaluator(CASES["llava-siglip-qwen2"])
+    before = hooks(bench.model)
+    with pytest.raises(vlmprune.MissingSignalError):
+        bench.run(vlmprune.method("vtc_cls", keep_ratio=0.5))
+    assert hooks(bench.model) == before
+
+
+def test_answers_end_with_their_end_token():
+    bench = evaluator(CLIP)
+    bench.model.generation_config.eos_token_id = [7, 9]
+    assert bench._length([3, 9, 0, 0]) == 2
+    assert bench._length([3, 4, 5]) == 3
+    bench.model.generation_config.eos_token_id = 4
+    assert bench._length([3, 4, 4]) == 2
+
+
+# --- Loading ---------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_the_object(tmp_path):
+    model = CLIP.model()
+    same = fingerprint(model)
+    assert fingerprint(CLIP.model("eager")) == same
+    model.save_pretrained(tmp_path)
+    assert fingerprint(type(model).from_pretrained(tmp_path)) == same
+    with torch.no_grad():
+        model.lm_head.weight += 1e-3
+    assert fingerprint(model) != same
+    assert fingerprint(CASES["llava-clip-mistral"].model()) != same
+
+
+def test_what_cannot_be_loaded_is_a_clean_error(tmp_path):
+    with pytest.raises(ModelLoadError, match="--model"):
+        load(str(tmp_path))
+    with pytest.raises(ModelLoadError, match="cpu, cuda"):
+        resolve_device("gpu")
