@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
+from .overlay import Fit
 
 Model = Any
 """A loaded `transformers` model; its modules are untyped attributes."""
@@ -23,6 +24,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     """The `model_type` of the configuration, which is also the file's name."""
+    fit: ClassVar[Fit] = "stretch"
+    """How the family's processors bring pictures to the token grid."""
     mrope: ClassVar[bool] = False
     """Multi-axis rotary positions: kept tokens must keep their original positions."""
 

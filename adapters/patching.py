@@ -21,7 +21,7 @@ from ..prune.registry import method as make_call
 from ..prune.registry import method_class, method_names
 from .engine import Engine
 from .family import Family
-from .overlay import overlay
+from .overlay import Fit, overlay
 from .registry import family_of
 from .report import Last
 
@@ -63,17 +63,19 @@ class Handle:
             raise RuntimeError("Nothing to report yet: run the patched model on an image first.")
         return self._engine.last
 
-    def overlay(self, image: Image.Image, index: int = 0) -> Image.Image:
+    def overlay(self, image: Image.Image, index: int = 0, *, fit: Fit | None = None) -> Image.Image:
         """A picture of what was kept of image `index` of the last prefill.
 
         Args:
             image: the picture that was asked about.
             index: its place among the images of the batch.
+            fit: how the processor brought the picture to the model's shape: `crop` (centre, as
+                CLIP processors do) or `stretch`. Default: as the family's processors do.
         """
         last = self.last
         if not 0 <= index < len(last.kept):
             raise IndexError(f"index={index}: the last prefill had {len(last.kept)} images.")
-        return overlay(image, last.grids[index], last.kept[index])
+        return overlay(image, last.grids[index], last.kept[index], fit or self._engine.family.fit)
 
     def remove(self) -> None:
         """Take the patch off; the model is then as it was before. A second call does nothing."""

@@ -16,6 +16,7 @@ _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 class Llava(Family):
     name = "llava"
+    fit = "crop"  # CLIP processors cut the centre out
 
     def vision_tower(self, model: Model) -> Any:
         return self.core(model).vision_tower
