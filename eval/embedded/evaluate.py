@@ -170,6 +170,45 @@ def answers(
     return spoken
 
 
+@torch.no_grad()
+def generated(model: Any, processor: Any, asked: list[Question], batch: int = 32) -> list[str]:
+    """Answers by the model's own `generate`, as a user gets them (also on a patched model)."""
+    texts = [prompt(processor, question.question) for question in asked]
+    by_length = defaultdict(list)
+    for index, text in enumerate(texts):
+        by_length[len(text.split())].append(index)
+    spoken = [""] * len(asked)
+    for same in by_length.values():
+        for start in range(0, len(same), batch):
+            rows = same[start : start + batch]
+            inputs = processor(
+                images=[asked[i].image for i in rows],
+                text=[texts[i] for i in rows],
+                return_tensors="pt",
+            )
+            out = model.generate(**inputs, max_new_tokens=LONGEST, do_sample=False)
+            out = out[:, inputs["input_ids"].shape[1] :]
+            said = processor.batch_decode(out, skip_special_tokens=True)
+            for index, words in zip(rows, said, strict=True):
+                spoken[index] = words
+    return spoken
+
+
+def library(
+    model: Any, processor: Any, asked: list[Question], names: list[str]
+) -> dict[str, dict[str, float]]:
+    """Accuracy with methods of this library, patched in with their own defaults."""
+    from ... import patch
+
+    rows = {"dense, generate()": accuracy(asked, generated(model, processor, asked))}
+    for name in names:
+        for ratio in RATIOS[1:]:
+            with patch(model, name, keep_ratio=ratio) as handle:
+                spoken = generated(model, processor, asked)
+                rows[f"vlmprune {name} {ratio} {handle.positions}"] = accuracy(asked, spoken)
+    return rows
+
+
 def accuracy(asked: list[Question], spoken: list[str]) -> dict[str, float]:
     """Percent right: `all`, then each kind."""
     right: dict[str, list[bool]] = defaultdict(list)
@@ -194,7 +233,9 @@ def blind(asked: list[Question], scenes: int = 2000) -> dict[str, float]:
     return accuracy(asked, said)
 
 
-def evaluate(folder: Path, limit: int | None, random_seeds: int, quick: bool) -> dict[str, Any]:
+def evaluate(
+    folder: Path, limit: int | None, random_seeds: int, quick: bool, methods: list[str]
+) -> dict[str, Any]:
     """Every row of the card for one model folder."""
     model, processor = load_model(folder=folder)
     asked = questions(limit)
@@ -223,6 +264,9 @@ def evaluate(folder: Path, limit: int | None, random_seeds: int, quick: bool) ->
                 rows[f"random {ratio} {positions}"] = mean
                 for name, select in methods.items():
                     rows[f"{name} {ratio} {positions}"] = score(select, count, positions)
+    if methods:
+        model, processor = load_model(folder=folder)  # its fast attention again
+        rows |= library(model, processor, asked, methods)
     objects = torch.from_numpy(
         np.stack([benchmark.rendered(q.image_id).owned.any(0) for q in asked])
     )
@@ -258,12 +302,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--random-seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="dense and baselines only")
+    parser.add_argument("--library", nargs="*", default=[], help="methods of vlmprune to add")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = evaluate(args.model, args.limit, args.random_seeds, args.quick)
+    result = evaluate(args.model, args.limit, args.random_seeds, args.quick, args.library)
     facts = {key: value for key, value in result.items() if key != "accuracy"}
     sys.stdout.write(f"{facts}\n{table(result['accuracy'])}\n")
     if args.json:
