@@ -359,6 +359,38 @@ def cropped_cache(bench):
         torch.testing.assert_close(out.logits[0], truth.next_logits(0, new)[1:], **CLOSE)
 
 
+@feature("rows of the cache chosen")
+def chosen_rows(bench):
+    inputs, truth = bench.prefill()
+    first = bench.generate(inputs, **DETAILS)
+    tail = torch.tensor([[5], [6], [8]])
+    ids = torch.cat([first.sequences, tail], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, STEPS + 1).long()], 1)
+    changes = {
+        (2, 0): lambda cache: cache.batch_select_indices(torch.tensor([2, 0])),
+        (1, 2, 0): lambda cache: cache.reorder_cache(torch.tensor([1, 2, 0])),
+        (0, 0, 1, 1, 2, 2): lambda cache: cache.batch_repeat_interleave(2),
+    }
+    for rows, change in changes.items():
+        cache = copy.deepcopy(first.past_key_values)
+        change(cache)
+        order = torch.tensor(rows)
+        if bench.case.qwen:  # transformers keeps the rows' offsets on the module
+            offsets = [truth.rows[b].next_position - len(truth.rows[b].ids) for b in rows]
+            bench.model.model.rope_deltas = torch.tensor(offsets)[:, None]
+        out = bench.model.generate(
+            input_ids=ids[order],
+            attention_mask=mask[order],
+            past_key_values=cache,
+            max_new_tokens=2,
+            do_sample=False,
+            **DETAILS,
+        )
+        twin = copy.copy(truth)
+        twin.rows = [truth.rows[b] for b in rows]
+        check_greedy(out, twin, steps=2, given=ids[order, -STEPS - 1 :])
+
+
 @feature("cached text prefix, then an image")
 def prefix(bench):
     inputs = bench.case.inputs(zoo.SINGLE)
