@@ -152,6 +152,7 @@ class Truth:
         rotary = positions if len(positions) > 1 else positions[0]
         cos, sin = self.decoder.rotary_emb(hidden, rotary)
         length = len(self.rows[row].ids)
+        window = getattr(self.decoder.config, "sliding_window", None)
         for number, layer in enumerate(self.decoder.layers):
             alive = self.alive(row, number)[places.clamp(max=length - 1)] | (places >= length)
             hidden, places = hidden[:, alive], places[alive]
@@ -159,7 +160,8 @@ class Truth:
             if number == stop:
                 return hidden, (cos, sin), places
             square = (hidden.shape[1], hidden.shape[1])
-            mask = torch.full(square, torch.finfo(hidden.dtype).min).triu(1)[None, None]
+            mask = torch.full(square, torch.finfo(hidden.dtype).min)
+            mask = (mask.triu(1) + mask.tril(-(window or square[0])))[None, None]
             hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
         return self.decoder.norm(hidden), places
 

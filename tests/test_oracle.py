@@ -276,6 +276,38 @@ def test_unusual_prompts(case, which, rows):
     check_against(truth, model, inputs, handle)
 
 
+@pytest.mark.parametrize("which", ["before", "decoder", "both"])
+@pytest.mark.parametrize("rows", [zoo.SINGLE, zoo.BATCH], ids=["single", "batch"])
+def test_sliding_windows_count_the_tokens_that_are_left(which, rows):
+    case = zoo.SLIDING
+    calls = {
+        "before": [vlmprune.method("divprune", keep_ratio=0.8)],
+        "decoder": [vlmprune.method("fastv", keep_ratio=0.6, layer=2)],
+        "both": [
+            vlmprune.method("divprune", keep_ratio=0.8),
+            vlmprune.method("fastv", keep_ratio=0.6, layer=2),
+        ],
+    }[which]
+    model, inputs = case.model(), case.inputs(rows)
+    plain = Truth(case.reference("eager"), inputs, by_layer=True)
+    torch.testing.assert_close(
+        model(**inputs).logits[:, -1], plain.decode(1)[1][0], **TOLERANCE, msg="the oracle itself"
+    )
+    handle = vlmprune.patch(model, calls)
+    try:
+        model(**inputs)
+    except vlmprune.UnsupportedFeatureError as refused:
+        assert "sliding" in str(refused)
+        return
+    cuts = [(stage.layer, stage.kept) for stage in handle.last.stages]
+    truth = Truth(case.reference("eager"), inputs, cuts, handle.last.positions)
+    tokens, logits = truth.decode(STEPS)
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    out = model.generate(**inputs, max_new_tokens=STEPS, **options)
+    torch.testing.assert_close(torch.stack(out.logits), logits, **TOLERANCE)
+    assert torch.equal(out.sequences[:, -STEPS:], tokens)
+
+
 @zoo.ALL
 def test_budgets_that_count_cost_give_what_they_promise(case):
     n = case.num_tokens("C")

@@ -245,6 +245,27 @@ def test_two_models_with_different_methods_do_not_disturb_each_other(case):
     assert sorted(ALL_ATTENTION_FUNCTIONS.keys()) == before
 
 
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("which", ["tower", "decoder"])
+def test_the_probes_global_name_goes_with_the_last_handle(case, which):
+    """Under an attention of its own name, which no patch that another test forgot can hold."""
+    name = f"mine_{case.name}_{which}"
+    ALL_ATTENTION_FUNCTIONS.register(name, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = set(ALL_ATTENTION_FUNCTIONS.keys())
+    models = [case.model(), case.model()]
+    for model in models:
+        model.set_attn_implementation(name)
+    handles = [vlmprune.patch(model, METHODS[which]) for model in models]
+    new = set(ALL_ATTENTION_FUNCTIONS.keys()) - before
+    assert len(new) == 1 and "vlmprune" in new.pop()
+    handles[0].remove()
+    pruned = outputs(models[1], case)
+    assert not same(pruned, outputs(models[0], case))
+    handles[1].remove()
+    assert set(ALL_ATTENTION_FUNCTIONS.keys()) == before
+
+
 def _deepcopy(model):
     return copy.deepcopy(model)
 

@@ -203,6 +203,11 @@ def _clip_mistral() -> PreTrainedModel:
     return _llava(CLIPVisionConfig(**TOWER), text)
 
 
+def _clip_mistral_sliding() -> PreTrainedModel:
+    text = MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=20)
+    return _llava(CLIPVisionConfig(**TOWER), text)
+
+
 def _siglip_qwen2() -> PreTrainedModel:
     text = Qwen2Config(**DECODER, num_key_value_heads=2)
     vision = SiglipVisionConfig(**TOWER, vision_use_head=False)
@@ -266,6 +271,10 @@ CASES = {
     )
 }
 
+SLIDING = Case(
+    "llava-clip-mistral-sliding", _clip_mistral_sliding, _shape(has_cls=True), False, False
+)
+"""Windows shorter than the prompts: tokens drop out of sight, and of the cache."""
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 BOTH_FAMILIES = pytest.mark.parametrize(
     "case", [CASES["llava-clip-llama"], CASES["qwen2_5_vl"]], ids=lambda case: case.name
