@@ -15,7 +15,7 @@ from ..prune.registry import method
 from .console import stdout
 from .evaluate import Evaluator, Sample
 from .loading import EMBEDDED, load, resolve_device, short_name
-from .results import Measured
+from .results import Measured, call_text
 from .stats import Spread
 from .table import Table, milliseconds
 from .task import EmbeddedTask, Question
@@ -74,6 +74,7 @@ def run(
 ) -> int:
     """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
     call = method(method_name, **fields, **budget)
+    _check_save(save)
     asked = _read(image, question)
     device = resolve_device(device)
     model, processor = load(
@@ -90,7 +91,7 @@ def run(
         positions=positions,
         inspect=lambda handle: pictures.append(handle.overlay(asked.image)),
     )
-    table = _table(str(call), (dense, dense_sample), (pruned, pruned_sample))
+    table = _table(call_text(call), (dense, dense_sample), (pruned, pruned_sample))
     console = stdout()
     console.print(f"{short_name(model_name)}: {asked.question}", markup=False)
     if asked.answer:
@@ -99,12 +100,20 @@ def run(
     for note in pruned["notes"]:
         sys.stderr.write(f"note: {note}\n")
     if save:
-        try:
-            pictures[0].save(save)
-        except (OSError, ValueError) as error:
-            raise InputError(f"The overlay cannot be written to {save!r}: {error}.") from error
+        pictures[0].save(save)
         sys.stderr.write(f"kept tokens: {save}\n")
     return 0
+
+
+def _check_save(save: str | None) -> None:
+    """Refuse a file that cannot be written before any work is done."""
+    if save is None:
+        return
+    path = Path(save)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--save {save!r} has no suffix of a picture: write for example kept.png.")
+    if not path.parent.is_dir():
+        raise InputError(f"--save {save!r}: the folder {str(path.parent)!r} does not exist.")
 
 
 def _read(image: str, question: str | None) -> _Asked | Question:

@@ -37,7 +37,7 @@ from .environment import describe, hardware, versions
 from .flops import ModelCost, model_cost, visual_share
 from .loading import resolve_device
 from .measure import module_seconds, synchronise
-from .results import ResultsError, method_record
+from .results import ResultsError, call_text, method_record
 from .stats import Spread, spread
 from .sweep import grid
 from .sweep_command import parse_method
@@ -119,7 +119,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return str(self.call) if self.call else "dense"
+        return call_text(self.call) if self.call else "dense"
 
     def as_json(self, cost: ModelCost) -> dict[str, Any]:
         vision = [*self.vision, *self.oracle_vision]

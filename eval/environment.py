@@ -44,6 +44,14 @@ def hardware(device: str | torch.device) -> dict[str, object]:
     return record
 
 
+def load_average() -> float | None:
+    """Processes that wanted to run during the last minute: above the core count, times are long."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
 def describe(record: dict[str, object]) -> str:
     """One line for the head of a table."""
     cpu = f"{record['cpu']}, {record['cpu_cores']} cores, {record['torch_threads']} torch threads"

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters.patching import Handle, patch
-from ..adapters.registry import family_of
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
 from .flops import Flops, model_cost, visual_flops, visual_share
 from .measure import measure
-from .results import Accuracy, FlopsRecord, Measured, Times, Tokens
+from .results import Accuracy, FlopsRecord, Measured, Tokens
 from .stats import wilson
 from .task import Question, Task
 
@@ -65,7 +64,6 @@ class Evaluator:
         self.seed = seed
         self.timed_questions = timed_questions
         self.repeats = repeats
-        self.family = family_of(model)
         self.cost = model_cost(model)
         self.device = next(model.parameters()).device
         self._encoded: dict[tuple[int, int], Any] = {}
@@ -99,18 +97,18 @@ class Evaluator:
                 progress(len(asked))
             if handle is not None:
                 inspect(handle)
-            few = range(min(self.timed_questions, len(self.questions)))
-            measured = measure(
-                self.model,
-                [self._encode(i, 1) for i in few] * self.repeats,
-                tower=self.family.vision_tower(self.model),
-                handle=handle,
-            )
+        few = range(min(self.timed_questions, len(self.questions)))
+        measured = measure(
+            self.model,
+            [self._encode(i, 1) for i in few] * self.repeats,
+            call=call,
+            positions=positions,
+        )
         return Measured(
             accuracy=self._accuracy(samples),
             tokens=_tokens(samples),
             flops=self._flops(samples),
-            times=Times(**measured.timings.summary()),  # type: ignore[typeddict-item]
+            times=measured.timings.summary(),
             kv_bytes=measured.kv_bytes,
             peak_memory_bytes=measured.peak_memory_bytes,
             positions=" ".join(sorted(modes)) or None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from .stats import Spread, spread
+from ..adapters.patching import Handle, patch
+from ..adapters.registry import family_of
+from ..prune.budget import MethodCall
+from ..prune.contract import Positions
+from .results import Times
+from .stats import spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,16 +72,22 @@ def module_seconds(module: nn.Module, device: torch.device) -> Iterator[list[flo
 
 @dataclass(kw_only=True)
 class Timings:
-    """Seconds of each measured call, part by part."""
+    """Seconds of each measured call, part by part.
+
+    `dense_first_token` is the unpatched model's time on the same input just before, and
+    `share_of_dense` the ratio of the two: on a busy machine it is steadier than the times.
+    """
 
     first_token: list[float] = field(default_factory=list)
     vision: list[float] = field(default_factory=list)
     select: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
     per_decoded_token: list[float] = field(default_factory=list)
+    dense_first_token: list[float] = field(default_factory=list)
+    share_of_dense: list[float] = field(default_factory=list)
 
-    def summary(self) -> dict[str, Spread | None]:
-        return {part: spread(values) for part, values in vars(self).items()}
+    def summary(self) -> Times:
+        return Times(**{part: spread(values) for part, values in vars(self).items()})  # type: ignore[typeddict-item]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,44 +104,53 @@ def measure(
     model: PreTrainedModel,
     inputs: Sequence[Mapping[str, Any]],
     *,
-    tower: nn.Module,
-    handle: Any = None,
+    call: MethodCall | None = None,
+    positions: Positions | None = None,
     new_tokens: int = 8,
-    warmup: int = 2,
 ) -> Measurement:
-    """Time `generate` on each of `inputs` (batch 1, on the model's device), after `warmup` calls.
+    """Time `generate` on each of `inputs` (batch 1, on the model's device), after a warm-up.
 
     Args:
-        tower: the vision encoder, timed on its own.
-        handle: what `vlmprune.patch` returned, for the time spent choosing; None when dense.
+        model: not patched; it is patched for the measured calls and left as it was.
+        call: the method to measure, each time next to the dense model; None measures that alone.
         new_tokens: length of every generation; the time per decoded token is a call's mean over
             the steps after the first.
 
     Peak memory is what CUDA's allocator reports; on CPU it is not attributable to a call: None.
     """
     device = next(model.parameters()).device
+    tower = family_of(model).vision_tower(model)
     timings = Timings()
-    cache_bytes = [kv_bytes(_generate(model, one, 1, []).past_key_values) for one in inputs]
-    for step in range(warmup):
-        _generate(model, inputs[step % len(inputs)], new_tokens, [])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    peak: int | None = None
+
+    def patched() -> AbstractContextManager[Handle | None]:
+        return patch(model, call, positions=positions) if call else nullcontext()
+
+    with patched():
+        caches = [_generate(model, one, 1, []).past_key_values for one in inputs]
+        cache_bytes = [kv_bytes(cache) for cache in caches]
+        del caches
+        _generate(model, inputs[0], new_tokens, [])
     for one in inputs:
-        clock = Clock(device)
-        with module_seconds(tower, device) as vision:
-            synchronise(device)
-            start = time.perf_counter()
-            _generate(model, one, new_tokens, [clock])
-        first = clock.stamps[0] - start
-        select = handle.last.select_seconds if handle is not None else 0.0
+        if call:
+            stamps, start = _timed(model, one, 1, device)
+            timings.dense_first_token.append(stamps[0] - start)
+        with patched() as handle, module_seconds(tower, device) as vision:
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            stamps, start = _timed(model, one, new_tokens, device)
+            select = handle.last.select_seconds if handle else 0.0
+            if device.type == "cuda":
+                peak = max(peak or 0, torch.cuda.max_memory_allocated(device))
+        first = stamps[0] - start
         timings.first_token.append(first)
         timings.vision.append(sum(vision))
         timings.select.append(select)
         timings.prefill.append(first - sum(vision) - select)
-        if len(clock.stamps) > 1:
-            steps = len(clock.stamps) - 1
-            timings.per_decoded_token.append((clock.stamps[-1] - clock.stamps[0]) / steps)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        if call:
+            timings.share_of_dense.append(first / timings.dense_first_token[-1])
+        if len(stamps) > 1:
+            timings.per_decoded_token.append((stamps[-1] - stamps[0]) / (len(stamps) - 1))
     return Measurement(
         timings=timings,
         kv_bytes=sum(cache_bytes) / len(cache_bytes) if cache_bytes else 0.0,
@@ -146,6 +166,17 @@ def kv_bytes(cache: Any) -> int:
         for tensor in (layer.keys, layer.values)
         if isinstance(tensor, Tensor)
     )
+
+
+def _timed(
+    model: PreTrainedModel, inputs: Mapping[str, Any], new_tokens: int, device: torch.device
+) -> tuple[list[float], float]:
+    """When each step's logits were there, and when the call began."""
+    clock = Clock(device)
+    synchronise(device)
+    start = time.perf_counter()
+    _generate(model, inputs, new_tokens, [clock])
+    return clock.stamps, start
 
 
 def _generate(

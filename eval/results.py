@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict
 
 from ..prune.budget import MethodCall
 from ..prune.errors import VlmpruneError
+from ..prune.registry import method_class
 from .stats import Spread
 
 SCHEMA = 1
@@ -118,13 +119,18 @@ class FlopsRecord(TypedDict):
 
 
 class Times(TypedDict):
-    """Seconds at batch 1; None where nothing could be measured."""
+    """Seconds at batch 1; None where nothing could be measured.
+
+    `dense_first_token` and the ratio `share_of_dense` come from dense runs between the cell's own.
+    """
 
     first_token: Spread | None
     vision: Spread | None
     select: Spread | None
     prefill: Spread | None
     per_decoded_token: Spread | None
+    dense_first_token: Spread | None
+    share_of_dense: Spread | None
 
 
 class Measured(TypedDict):
@@ -150,6 +156,7 @@ class Record(TypedDict, total=False):
     finished: str
     seconds: float
     batch_size: int
+    load_average: float | None
     accuracy: Accuracy
     tokens: Tokens
     flops: FlopsRecord
@@ -175,23 +182,28 @@ def method_name(record: Mapping[str, Any]) -> str:
 
 def variant(record: Mapping[str, Any]) -> str:
     """The method, with the fields that differ from their defaults and the positions if given."""
-    from ..prune.registry import method_class
-
+    config = record["config"]
     names = []
-    shared = record["config"]["seed"]
-    for entry in record["config"]["methods"]:
-        try:
-            defaults = method_class(entry["name"])().fields()
-        except (VlmpruneError, TypeError):  # recorded by a version that knew this method
-            defaults = {}
-        changed = [
-            f"{key}={value}"
-            for key, value in entry["fields"].items()
-            if key in defaults and value != (shared if key == "seed" else defaults[key])
-        ]
+    for entry in config["methods"]:
+        changed = changed_fields(entry["name"], entry["fields"], config["seed"])
         names.append(f"{entry['name']}({', '.join(changed)})" if changed else entry["name"])
-    positions = record["config"]["positions"]
-    return "+".join(names or ["dense"]) + (f" [{positions}]" if positions and names else "")
+    positions = f" [{config['positions']}]" if config["positions"] and names else ""
+    return ("+".join(names) or "dense") + positions
+
+
+def call_text(call: MethodCall, seed: int = 0) -> str:
+    """A method with its changed fields and its budget, e.g. `fastv(layer=3, keep_ratio=0.25)`."""
+    parts = changed_fields(call.name, call.method.fields(), seed)
+    return f"{call.name}({', '.join([*parts, *([str(call.budget)] if call.budget else [])])})"
+
+
+def changed_fields(name: str, fields: Mapping[str, object], seed: int) -> list[str]:
+    """`field=value` of every field that is not at its default (a `seed`: not the sweep's)."""
+    try:
+        usual = method_class(name)().fields() | {"seed": seed}
+    except (VlmpruneError, TypeError):  # recorded by a version that knew this method
+        return []
+    return [f"{k}={v}" for k, v in fields.items() if k in usual and v != usual[k]]
 
 
 def budget_text(record: Mapping[str, Any]) -> str:

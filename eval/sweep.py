@@ -17,7 +17,8 @@ from ..prune.errors import (
     MissingSignalError,
     UnsupportedFeatureError,
 )
-from .results import SCHEMA, Config, Measured, Record, Store
+from .environment import load_average
+from .results import SCHEMA, Config, Measured, Record, Store, call_text
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Cell:
     call: MethodCall | None
 
     def __str__(self) -> str:
-        return str(self.call) if self.call else "dense"
+        return call_text(self.call, self.config.seed) if self.call else "dense"
 
 
 @dataclass
@@ -104,6 +105,7 @@ def sweep(
                 finished=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(time.perf_counter() - started, 3),
                 batch_size=batch_size,
+                load_average=load_average(),
                 versions=dict(versions),
                 hardware=dict(hardware),
                 **record,  # type: ignore[typeddict-item]

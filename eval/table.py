@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from .environment import describe
-from .results import Record, budget_text, method_name, variant
+from .results import Record, Times, budget_text, method_name, variant
 from .stats import Spread, paired_difference
 
 NOTES = (
     "Accuracy with its 95 % interval; difference to dense paired question by question. Tokens: "
     "visual tokens kept of those an image has, and the mean entering a decoder layer. Prefill: "
     "decoder FLOPs with text (multiply-add = 2). Share: of the dense decoder FLOPs, visual tokens "
-    "only. Times: medians at batch 1."
+    "only. Times: medians at batch 1; (%) of dense on the same questions in turn."
 )
 
 
@@ -109,10 +109,16 @@ def _row(record: Record, dense: Record | None, width: int) -> tuple[str, ...]:
         f"{tokens['average_per_layer']:.1f}",
         f"{record['flops']['prefill'] / 1e9:.3g}",
         f"{100 * record['flops']['visual_share']:.1f}",
-        milliseconds(times["first_token"]),
+        _first_token(times),
         milliseconds(times["per_decoded_token"]),
         f"{record['kv_bytes'] / 1024:.0f}",
     )
+
+
+def _first_token(times: Times) -> str:
+    share = times["share_of_dense"]
+    beside = f" ({100 * share['median']:.0f} %)" if share else ""
+    return milliseconds(times["first_token"]) + beside
 
 
 def _difference(record: Record, dense: Record | None) -> str:

@@ -84,11 +84,9 @@ def test_the_cache_is_measured_layer_by_layer():
     model, inputs = CLIP.model(), CLIP.inputs([(4, "A", 6)])
     text, visual = 10, CLIP.num_tokens("A")
     per_token = 2 * KV_HEADS * HEAD_SIZE * 4  # keys and values, float32
-    tower = model.model.vision_tower
-    dense = measure(model, [inputs], tower=tower)
+    dense = measure(model, [inputs])
     assert dense.kv_bytes == (visual + text) * LAYERS * per_token
-    with vlmprune.patch(model, "fastv", keep_tokens=5, layer=3) as handle:
-        pruned = measure(model, [inputs], tower=tower, handle=handle)
+    pruned = measure(model, [inputs], call=vlmprune.method("fastv", keep_tokens=5, layer=3))
     assert pruned.kv_bytes == (3 * (visual + text) + 5 + text) * per_token
 
 
@@ -96,15 +94,8 @@ def test_times_have_all_parts_and_nothing_stays_on_the_model():
     model, inputs = CLIP.model(), CLIP.inputs([(4, "A", 6)])
     model.generate(**inputs, max_new_tokens=1)  # transformers installs its own hooks once
     before = hooks(model)
-    with vlmprune.patch(model, "divprune", keep_tokens=5) as handle:
-        found = measure(
-            model,
-            [inputs] * 3,
-            tower=model.model.vision_tower,
-            handle=handle,
-            new_tokens=4,
-            warmup=1,
-        )
+    call = vlmprune.method("divprune", keep_tokens=5)
+    found = measure(model, [inputs] * 3, call=call, new_tokens=4)
     times = found.timings
     assert {len(part) for part in vars(times).values()} == {3}
     for total, vision, select, rest in zip(
@@ -113,6 +104,11 @@ def test_times_have_all_parts_and_nothing_stays_on_the_model():
         assert 0 < vision < total and 0 < select < total
         assert vision + select + rest == pytest.approx(total)
     assert all(step > 0 for step in times.per_decoded_token)
+    for pruned, dense, share in zip(
+        times.first_token, times.dense_first_token, times.share_of_dense, strict=True
+    ):
+        assert share == pytest.approx(pruned / dense)
+    assert not measure(model, [inputs]).timings.share_of_dense
     assert set(times.summary()) == set(vars(times))
     assert found.peak_memory_bytes is None  # on the CPU nothing is claimed
     assert hooks(model) == before

@@ -74,9 +74,7 @@ def measured(outcomes: str = "1101", share: float = 1.0) -> dict:
             "prefill_share": share,
             "first_token_share": share,
         },
-        "times": dict.fromkeys(
-            ("first_token", "vision", "select", "prefill", "per_decoded_token"), spread
-        ),
+        "times": dict.fromkeys(results.Times.__annotations__, spread),
         "kv_bytes": 2048.0,
         "peak_memory_bytes": None,
         "positions": None,
@@ -303,7 +301,7 @@ def test_the_table_pastes_as_markdown(tmp_path):
     dense, fastv = rows[0], rows[5]
     assert dense[2] == "75.0 [30.1, 95.4]" and dense[3] == ""
     assert fastv[3].startswith("+0.0 [")
-    assert fastv[4:] == ["98/196", "98.0", "1", "50.0", "11.0", "11.0", "2"]
+    assert fastv[4:] == ["98/196", "98.0", "1", "50.0", "11.0 (1 %)", "11.0", "2"]
     assert "limit: 4" in table.title and "a processor" in table.title
 
 
