@@ -276,6 +276,28 @@ def test_unusual_prompts(case, which, rows):
     check_against(truth, model, inputs, handle)
 
 
+@zoo.ALL
+@zoo.ATTENTION
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+def test_gaps_in_the_positions_are_not_taken_for_packed_sequences(case, attention, name):
+    """Without mask and cache, transformers reads a jump of the positions as a new sequence."""
+    model, inputs = case.model(attention), case.inputs(zoo.SINGLE)
+    handle = vlmprune.patch(model, name, keep_ratio=0.4, positions="original")
+    del inputs["attention_mask"]
+    first = model(**inputs, use_cache=False)
+    truth = Truth(
+        case.reference("eager"),
+        inputs,
+        [(stage.layer, stage.kept) for stage in handle.last.stages],
+    )
+    tokens, logits = truth.decode(STEPS)
+    torch.testing.assert_close(first.logits[:, -1], logits[0], **TOLERANCE)
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    out = model.generate(**inputs, use_cache=False, max_new_tokens=STEPS, **options)
+    torch.testing.assert_close(torch.stack(out.logits), logits, **TOLERANCE)
+    assert torch.equal(out.sequences[:, -STEPS:], tokens)
+
+
 @pytest.mark.parametrize("which", ["before", "decoder", "both"])
 @pytest.mark.parametrize("rows", [zoo.SINGLE, zoo.BATCH], ids=["single", "batch"])
 def test_sliding_windows_count_the_tokens_that_are_left(which, rows):
