@@ -185,4 +185,5 @@ def _table(
             ),
         ],
         numbers_from=1,
+        wrapping=(1, 2),
     )

@@ -331,6 +331,7 @@ def _table(report: dict[str, Any]) -> Table:
         ),
         rows=rows,
         numbers_from=1,
+        droppable=(2, 1, 3, 4),
         title=(
             f"LLaVA, random weights: {model['layers']} layers, width {model['width']}, "
             f"{model['visual_tokens']} visual + {model['text_tokens']} text tokens, "

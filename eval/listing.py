@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 
 from ..adapters.registry import family, model_names
@@ -21,7 +22,9 @@ def methods_table() -> Table:
     rows: list[tuple[str, ...]] = []
     for name in method_names():
         cls = method_class(name)
-        fields = ", ".join(f"{key}={value!r}" for key, value in cls().fields().items())
+        fields = ", ".join(
+            key if value is None else f"{key}={value!r}" for key, value in cls().fields().items()
+        )
         rows.append(
             (name, _what(cls), cls.place.value, _reads(cls), cls.positions, fields, _paper(cls))
         )
@@ -29,6 +32,8 @@ def methods_table() -> Table:
         headers=("Method", "Keeps", "Acts", "Reads", "Positions", "Fields", "Paper"),
         rows=rows,
         numbers_from=7,
+        wrapping=(1, 3, 5),
+        droppable=(4, 6, 5),
     )
 
 
@@ -39,7 +44,9 @@ def models_table() -> Table:
         found = family(name)
         what = _first_line(inspect.getmodule(type(found)).__doc__)
         rows.append((name, what, "original" if found.mrope else "original, repacked"))
-    return Table(headers=("Model type", "What", "Positions"), rows=rows, numbers_from=3)
+    return Table(
+        headers=("Model type", "What", "Positions"), rows=rows, numbers_from=3, wrapping=(1,)
+    )
 
 
 def _what(cls: type[Method]) -> str:
@@ -50,8 +57,9 @@ def _what(cls: type[Method]) -> str:
 
 
 def _reads(cls: type[Method]) -> str:
-    signals = cls().needs(_LLAVA_7B)
-    return ", ".join(dict.fromkeys(type(signal).__name__ for signal in signals)) or "sizes only"
+    names = dict.fromkeys(type(signal).__name__ for signal in cls().needs(_LLAVA_7B))
+    words = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names)
+    return ", ".join(words).replace("cls", "CLS") or "sizes only"
 
 
 def _paper(cls: type[Method]) -> str:

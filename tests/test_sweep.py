@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 
 import pytest
 import vlmprune
+from rich.console import Console
 from vlmprune.eval import results, stats
 from vlmprune.eval.results import Config, ResultsError, Store, method_record
 from vlmprune.eval.sweep import Cell, grid, sweep
@@ -303,6 +305,20 @@ def test_the_table_pastes_as_markdown(tmp_path):
     assert fastv[3].startswith("+0.0 [")
     assert fastv[4:] == ["98/196", "98.0", "1", "50.0", "11.0 (1 %)", "11.0", "2"]
     assert "limit: 4" in table.title and "a processor" in table.title
+
+
+@pytest.mark.parametrize(("width", "all_columns"), [(80, False), (160, True)])
+def test_a_narrow_terminal_leaves_columns_out_instead_of_cutting_them(tmp_path, width, all_columns):
+    go(cells("fastv"), Runner(), tmp_path)
+    out = io.StringIO()
+    sweep_table(Store(tmp_path).read()).print(
+        Console(file=out, width=width, force_terminal=True, color_system=None)
+    )
+    text = out.getvalue()
+    assert "75.0 [30.1, 95.4]" in text and "50.0" in text
+    assert "…" not in text
+    assert ("ms/token" in text.split("No room for")[0]) == all_columns
+    assert ("No room for: ms/token" in text) != all_columns
 
 
 def test_fields_and_positions_show_in_the_table():
