@@ -341,7 +341,7 @@ def _table(report: dict[str, Any]) -> Table:
         notes=(
             "Medians over rounds; ratios are taken within a round. Total: one forward up to the "
             "first token's logits. Oracle: the unpatched language model on the kept tokens, after "
-            "the full vision encoder."
+            "the full vision encoder. Choice: without reading scores, a part of vision or prefill."
         ),
     )
 

@@ -28,7 +28,9 @@ examples:
   vlmprune sweep --methods fastv:layer=3 fastv:layer=1 --budgets 0.25 -o ./layers
   vlmprune sweep --model llava-hf/llava-1.5-7b-hf --device cuda --batch_size 16
 
-Interrupt it when you like: the same command goes on where it stopped.
+Interrupt it when you like: the same command goes on where it stopped. The table and the picture
+show every cell in the folder with the same model, questions and seed, so that a later call with
+other methods or budgets adds to them. Exit code: 0, or 1 if a cell failed.
 """
 _ASK_EXAMPLES = """\
 examples:
@@ -237,7 +239,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=_positive, default=576, help="visual tokens, a square (default: 576)"
     )
-    parser.add_argument("--repeats", type=_positive, default=10, help="rounds (default: 10)")
+    parser.add_argument("--repeats", type=_positive, default=5, help="rounds (default: 5)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
     parser.add_argument(
         "--dtype",
