@@ -423,10 +423,12 @@ class Engine:
         if state is None and not any(image.encoded.plan for image in images):
             self.last = last
             return None
-        if self.text.training and getattr(self.text, "gradient_checkpointing", False):
+        in_decoder = any(stage.layer for image in images for stage in image.encoded.plan)
+        if in_decoder and self.text.training and self.text.gradient_checkpointing:
             raise UnsupportedFeatureError(
-                "Pruning inside the decoder cannot be combined with gradient checkpointing: call "
-                "model.gradient_checkpointing_disable() or model.eval()."
+                "Pruning inside the decoder cannot be combined with gradient checkpointing, which "
+                "runs layers a second time: call model.activation_checkpointing_disable() or "
+                "model.eval(), or use a method that acts before the LLM."
             )
 
         keep = real.clone()

@@ -229,7 +229,8 @@ def _refuse_compiled(model: nn.Module, family: Family) -> None:
         getattr(part, "_compiled_call_impl", None)
         for part in (model, family.core(model), family.text_model(model))
     ]
-    if any(call is not None for call in compiled) or "_compiled_call" in model.__dict__:
+    wrapped = "_orig_mod" in model._modules  # what torch.compile(model) returns
+    if wrapped or "_compiled_call" in model.__dict__ or any(call is not None for call in compiled):
         raise UnsupportedModelError(
             "This model is compiled already, and compiled code would ignore the hooks: patch the "
             "freshly loaded model first, then compile it."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,8 @@ class Tap:
         with _lock:
             _uses[self._name] += 1
             ALL_ATTENTION_FUNCTIONS.register(self._name, _tapped_attention)
+        # A model that is thrown away while patched must not leave the name behind either.
+        self._release = weakref.finalize(module, _release, self._name)
         config = copy.copy(self._config)
         config._attn_implementation_internal = self._name
         config._vlmprune_tap = (self._config, listeners)
@@ -46,11 +49,15 @@ class Tap:
 
     def remove(self) -> None:
         self._module.config = self._config
-        with _lock:
-            _uses[self._name] -= 1
-            if not _uses[self._name]:
-                del _uses[self._name]
-                ALL_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
+        self._release()
+
+
+def _release(name: str) -> None:
+    with _lock:
+        _uses[name] -= 1
+        if not _uses[name]:
+            del _uses[name]
+            ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 def _tapped_attention(

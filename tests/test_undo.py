@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,22 @@ METHODS = {
         vlmprune.method("fastv", keep_ratio=0.25, layer=2),
     ],
 }
+
+
+@pytest.fixture(autouse=True)
+def no_garbage():
+    """Models that other tests dropped while patched take their global names along now."""
+    gc.collect()
+
+
+def test_a_model_dropped_while_patched_leaves_no_global_name():
+    before = sorted(ALL_ATTENTION_FUNCTIONS.keys())
+    model = zoo.CASES["llava-clip-llama"].model()
+    vlmprune.patch(model, "fastv", keep_ratio=0.5)
+    assert sorted(ALL_ATTENTION_FUNCTIONS.keys()) != before
+    del model
+    gc.collect()
+    assert sorted(ALL_ATTENTION_FUNCTIONS.keys()) == before
 
 
 def snapshot(model) -> dict:
