@@ -15,7 +15,7 @@ from vlmprune.eval.embedded.vocabulary import CATEGORIES, COLOR_NAMES, DIGITS, K
 BENCHMARK = "ad0ab13477eebe8e648391d282dd7bc9a6e88e45eb8a56f7714656d6ff16c8ee"
 MOST_BYTES = 12 * 2**20
 DENSE_FLOOR = 86  # percent; the model card states what was measured
-GROUNDING_GAP = 25  # points between dropping random tokens and dropping the asked objects'
+GROUNDING_GAP = 40  # points between dropping random tokens and dropping the asked objects'
 
 
 def test_benchmark_is_the_generated_one():
@@ -158,7 +158,7 @@ def test_dropping_the_asked_objects_costs_accuracy(loaded, seen):
 def test_both_position_modes_work(loaded, seen, positions):
     asked = embedded.questions(210)
     kept = percent(loaded, seen, asked, evaluate.pick_diverse, PATCHES // 2, positions)
-    assert kept >= DENSE_FLOOR - 15
+    assert kept >= DENSE_FLOOR - 3
 
 
 def same(left, right):
@@ -181,3 +181,9 @@ def test_training_resumes_exactly(tmp_path):
         one, two = (torch.load(folder / f"{name}.pt") for folder in (at_once, in_steps))
         assert one["step"] == two["step"] == 2
         assert same(one, two)
+
+
+def test_a_quarter_chosen_well_beats_random_by_ten_points(loaded, seen):
+    asked, count = embedded.questions(140), PATCHES // 4
+    chosen = percent(loaded, seen, asked, evaluate.pick_diverse, count)
+    assert chosen >= percent(loaded, seen, asked, evaluate.pick_random(0), count) + 10

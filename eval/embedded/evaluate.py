@@ -234,7 +234,7 @@ def blind(asked: list[Question], scenes: int = 2000) -> dict[str, float]:
 
 
 def evaluate(
-    folder: Path, limit: int | None, random_seeds: int, quick: bool, methods: list[str]
+    folder: Path, limit: int | None, random_seeds: int, ratios: list[float], methods: list[str]
 ) -> dict[str, Any]:
     """Every row of the card for one model folder."""
     model, processor = load_model(folder=folder)
@@ -252,17 +252,17 @@ def evaluate(
         "blind": blind(asked),
         "chance": {"all": round(float(np.mean([chance[q.kind] for q in asked])), 1), **chance},
     }
-    if not quick:
+    if ratios:
         half = round(PATCHES * 0.5)
         rows["asked object dropped, 50 %"] = score(drop_asked, half)
-        methods = {"grid": pick_grid, "cls": pick_cls, "diverse": pick_diverse}
+        choices = {"grid": pick_grid, "cls": pick_cls, "diverse": pick_diverse}
         for positions in ("original", "repacked"):
-            for ratio in RATIOS:
+            for ratio in ratios:
                 count = round(PATCHES * ratio)
                 draws = [score(pick_random(s), count, positions) for s in range(random_seeds)]
                 mean = {k: round(float(np.mean([d[k] for d in draws])), 1) for k in draws[0]}
                 rows[f"random {ratio} {positions}"] = mean
-                for name, select in methods.items():
+                for name, select in choices.items():
                     rows[f"{name} {ratio} {positions}"] = score(select, count, positions)
     if methods:
         model, processor = load_model(folder=folder)  # its fast attention again
@@ -301,14 +301,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--random-seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="dense and baselines only")
+    parser.add_argument(
+        "--ratios", type=float, nargs="*", default=RATIOS, help="kept; none: dense and baselines"
+    )
     parser.add_argument("--library", nargs="*", default=[], help="methods of vlmprune to add")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = evaluate(args.model, args.limit, args.random_seeds, args.quick, args.library)
+    result = evaluate(args.model, args.limit, args.random_seeds, args.ratios, args.library)
     facts = {key: value for key, value in result.items() if key != "accuracy"}
     sys.stdout.write(f"{facts}\n{table(result['accuracy'])}\n")
     if args.json:
