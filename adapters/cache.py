@@ -42,6 +42,13 @@ class Segment:
         ones = self.padding.new_ones(self.padding.shape[0], grow)
         return torch.cat([self.padding, ones], dim=1)
 
+    def extended(self, stored: int, new: Tensor) -> Tensor:
+        """Padding of `stored` columns followed by those of `new` (B, K) bool: (B, stored + K)."""
+        before = self.padding_to(stored)
+        if before is None:
+            before = new.new_ones(new.shape[0], stored)
+        return torch.cat([before, new], dim=1)
+
 
 class Ticket:
     """Says whether the patch that pruned a cache or encoded an image is still on the model."""

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..prune.budget import MethodCall, Stage, plan
+from ..prune.budget import Stage, plan
 from ..prune.contract import (
     ClsAttention,
     Features,
-    ModelShape,
     PixelSeed,
     ReceivedAttention,
     Signal,
@@ -22,6 +21,7 @@ from ..prune.contract import (
 from ..prune.errors import MissingSignalError, VlmpruneError
 from .cache import Ticket
 from .report import Stopwatch
+from .setup import Setup
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,16 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Encoded:
-    """All images of a call, in batch order. `owner` is the patch that encoded them."""
+    """All images of a call, in batch order."""
 
     images: list[EncodedImage]
     stopwatch: Stopwatch
     owner: Ticket
+    """The patch that encoded them."""
 
 
 def encode(
-    owner: Ticket,
-    calls: Sequence[MethodCall],
-    shape: ModelShape,
+    setup: Setup,
     grids: Sequence[tuple[int, int]],
     signals: Sequence[Mapping[Signal, Tensor]],
     device: torch.device,
@@ -61,13 +60,13 @@ def encode(
     images = []
     for grid, seen in zip(grids, signals, strict=True):
         num_tokens = grid[0] * grid[1]
-        stages = plan(num_tokens, calls, shape)
+        stages = plan(num_tokens, setup.calls, setup.shape)
         kept = torch.arange(num_tokens, device=device)
         if stages and stages[0].layer == 0:
-            tokens = VisualTokens(num_tokens=num_tokens, grid=grid, shape=shape, signals=seen)
+            tokens = VisualTokens(num_tokens=num_tokens, grid=grid, shape=setup.shape, signals=seen)
             kept = choose(stages[0], tokens, stopwatch)
         images.append(EncodedImage(num_tokens, grid, stages, kept))
-    return Encoded(images, stopwatch, owner)
+    return Encoded(images, stopwatch, setup.ticket)
 
 
 @torch.no_grad()
@@ -85,7 +84,25 @@ def choose(stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch) -> Tensor:
     return kept
 
 
-def merged_signals(needs: Sequence[Signal], features: Tensor) -> dict[Signal, Tensor]:
+def encode_merged(setup: Setup, needs: Sequence[Signal], embeds: Tensor, visual: Tensor) -> Encoded:
+    """Images that the caller merged into `embeds` (B, L, D) itself, at the columns `visual`.
+
+    Each run of visual tokens counts as one image of a single row.
+    """
+    signals, grids = [], []
+    for row, marks in zip(embeds.detach(), visual.tolist(), strict=True):
+        start = None
+        for column, mark in enumerate([*marks, False]):
+            if mark and start is None:
+                start = column
+            elif not mark and start is not None:
+                signals.append(_merged_signals(needs, row[start:column]))
+                grids.append((1, column - start))
+                start = None
+    return encode(setup, grids, signals, embeds.device)
+
+
+def _merged_signals(needs: Sequence[Signal], features: Tensor) -> dict[Signal, Tensor]:
     """Signals of visual tokens that the caller merged into `inputs_embeds`: features only."""
     for need in needs:
         if not isinstance(need, Features):

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
 
+def layer_kind(config: PreTrainedConfig, layer: int) -> str:
+    """`full_attention` or `sliding_attention`; layers of one kind can share a mask."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return kinds[layer]
+    window = getattr(config, "sliding_window", None)
+    return "full_attention" if window is None else "sliding_attention"
+
+
 def layer_mask(
     config: PreTrainedConfig,
     layer: int,
@@ -24,11 +33,7 @@ def layer_mask(
         hidden_states: (B, L, D), the layer's input.
         padding: (B, P + L) bool over stored and new columns, or `None` where nothing is padded.
     """
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        sliding = kinds[layer] == "sliding_attention"
-    else:
-        sliding = getattr(config, "sliding_window", None) is not None
+    sliding = layer_kind(config, layer) == "sliding_attention"
     create = create_sliding_window_causal_mask if sliding else create_causal_mask
     return create(
         config=config,

@@ -40,17 +40,17 @@ class Handle:
     @property
     def methods(self) -> tuple[MethodCall, ...]:
         """The methods in effect, in order of depth, with their budgets."""
-        return self._engine.calls
+        return self._engine.setup.calls
 
     @property
     def positions(self) -> Positions:
         """`original` or `repacked`."""
-        return self._engine.positions
+        return self._engine.setup.positions
 
     @property
     def active(self) -> bool:
         """Whether the patch is still on the model."""
-        return self._engine.ticket.active
+        return self._engine.setup.ticket.active
 
     @property
     def last(self) -> Last:
@@ -79,7 +79,7 @@ class Handle:
 
     def remove(self) -> None:
         """Take the patch off; the model is then as it was before. A second call does nothing."""
-        if self._engine.ticket.active:
+        if self._engine.setup.ticket.active:
             self._engine.remove()
             self._engine.model.__dict__.pop(_HANDLE, None)
 

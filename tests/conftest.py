@@ -1,5 +1,11 @@
 """Settings for all tests: few threads, repeatable property tests."""
 
+import os
+
+# Threads of this process and of the commands that tests start: one each, and no busy waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from hypothesis import HealthCheck, settings
 

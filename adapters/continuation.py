@@ -1,0 +1,76 @@
+"""Calls after a pruned prefill: decoding and further text on a cache that stores less.
+
+The caller counts logically (positions, 2-D masks as long as everything it fed); the cache stores
+less, and not the same in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import PrunedState, pruned_state
+from .masks import layer_kind, layer_mask
+
+
+def continue_text(state: PrunedState, kwargs: dict[str, Any]) -> None:
+    """Translate positions and mask of the text model's arguments, in place."""
+    embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
+    mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    length = embeds.shape[1]
+    if ids is not None:
+        ids = ids[..., -length:]
+    if state.shift is not None:
+        if ids is None:
+            ids = torch.arange(length, device=embeds.device)[None] + cache.get_seq_length()
+        ids = ids - state.shift
+    kwargs["position_ids"] = ids
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        return  # a static cache: its mask was built by `static_padding`
+    # A single new token is always real; more of them may be padded.
+    if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
+        new = mask[:, -length:].to(embeds.device, torch.bool)
+        for segment in state.segments:
+            segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
+    kwargs["attention_mask"] = state.segments[0].padding_to(_mask_length(cache, length, 0))
+
+
+def continue_layer(
+    config: Any,
+    layer: int,
+    hidden: Tensor,
+    kwargs: Mapping[str, Any],
+    masks: dict[Any, Any],
+) -> dict[str, Any] | None:
+    """Arguments of a layer that stores less than the first, for which the model made its mask.
+
+    Args:
+        masks: those made for earlier layers of the same call; added to.
+
+    Returns:
+        new keyword arguments, or None where the given ones serve.
+    """
+    cache = kwargs.get("past_key_values")
+    state = pruned_state(cache)
+    if kwargs.get("attention_mask") is None or state is None or state.segment(layer).start == 0:
+        return None
+    segment = state.segment(layer)
+    key = (segment.start, layer_kind(config, layer))
+    if key not in masks:
+        padding = segment.padding_to(_mask_length(cache, hidden.shape[1], layer))
+        masks[key] = layer_mask(config, layer, hidden, padding, cache)
+    return {**kwargs, "attention_mask": masks[key]}
+
+
+def static_padding(state: PrunedState, cache: Any, queries: int) -> Tensor | None:
+    """The 2-D mask from which generate() builds its 4-D one for a static cache."""
+    return state.segments[0].padding_to(_mask_length(cache, queries, 0))
+
+
+def _mask_length(cache: Any, queries: int, layer: int) -> int:
+    """Columns that a mask over stored and new tokens has in `layer`."""
+    length, offset = cache.get_mask_sizes(queries, layer)
+    return int(length + offset)
