@@ -91,7 +91,7 @@ def run(
         "versions": versions(),
         "variants": [v.as_json(model_cost(model)) for v in variants],
     }
-    _table(report).print(stdout())
+    bench_table(report).print(stdout())
     if output_path:
         try:
             Path(output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -295,7 +295,8 @@ def _inputs(model: PreTrainedModel, tokens: int, side: int) -> dict[str, Tensor]
 # --- The table -------------------------------------------------------------------------------
 
 
-def _table(report: dict[str, Any]) -> Table:
+def bench_table(report: dict[str, Any]) -> Table:
+    """The report of one run, as written to the result file."""
     model = report["model"]
     rows: list[tuple[str, ...]] = []
     for variant in report["variants"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,12 +10,30 @@ from pathlib import Path
 import pytest
 import vlmprune
 from test_generate_features import support_table
+from vlmprune.eval.bench import bench_table
 from vlmprune.eval.listing import methods_table, models_table
+from vlmprune.eval.table import sweep_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
+RESULTS = ROOT / "eval" / "embedded" / "results"
+
+
+def sweep_results() -> str:
+    """The table of the stored run of `vlmprune sweep`."""
+    lines = (RESULTS / "sweep.jsonl").read_text().splitlines()
+    return sweep_table([json.loads(line) for line in lines]).markdown()
+
+
+def bench_results() -> str:
+    """The table of the stored run of `vlmprune bench model`."""
+    return bench_table(json.loads((RESULTS / "bench_model.json").read_text())).markdown()
+
+
 GENERATED = {
+    "results": sweep_results,
+    "speed": bench_results,
     "methods": lambda: methods_table().markdown(),
     "models": lambda: models_table().markdown(),
     "features": support_table,
