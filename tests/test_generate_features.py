@@ -580,7 +580,7 @@ def merged(bench, rows) -> dict:
     return given | bench.positions(inputs)
 
 
-@feature("merged inputs_embeds")
+@feature("merged inputs_embeds (warns, prunes nothing)")
 def merged_embeds(bench):
     given = merged(bench, zoo.BATCH)
     handle = bench.handle
