@@ -111,17 +111,28 @@ class MethodCall:
     def name(self) -> str:
         return self.method.name
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the method finds the number of tokens itself, image by image."""
+        rule = type(self.method).select_adaptive
+        return self.budget is None and rule is not Method.select_adaptive
+
     def __str__(self) -> str:
         return f"{self.name}({self.budget})" if self.budget else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One cut of one method, with its count for an image: layer `layer` sees `keep` tokens."""
+    """One cut of one method, with its count for an image: layer `layer` sees `keep` tokens.
+
+    Where the method finds its own count in the tensors (`adaptive`), `keep` is the most it may
+    keep; the stage of a finished choice has the count that was found.
+    """
 
     call: MethodCall
     layer: int
     keep: int
+    adaptive: bool = False
 
 
 def round_tokens(ratio: float, num_tokens: int) -> int:
@@ -170,11 +181,12 @@ def plan(num_tokens: int, calls: Sequence[MethodCall], shape: ModelShape) -> tup
 
 def _stages(call: MethodCall, cuts: Sequence[Cut], keep: int, alive: int) -> tuple[Stage, ...]:
     """The method's cuts with `keep` tokens after the last one, never more than are alive."""
+    adaptive = call.adaptive
     stages: list[Stage] = []
     for cut in cuts:
         count = min(alive, max(1, round(keep * cut.share)))
-        if count < alive:
-            stages.append(Stage(call, cut.layer, count))
+        if count < alive or adaptive:
+            stages.append(Stage(call, cut.layer, count, adaptive))
             alive = count
     return tuple(stages)
 
@@ -189,7 +201,9 @@ def _last_count(
     """Tokens alive after the method's last cut."""
     budget = call.budget
     if budget is None:
-        raise BudgetError(f"{call.name} needs a budget, e.g. keep_ratio=0.25.")
+        if call.method.needs_budget:
+            raise BudgetError(f"{call.name} needs a budget, e.g. keep_ratio=0.25.")
+        return call.method.most(num_tokens)
     if budget.word == "keep_ratio":
         return round_tokens(budget.value, num_tokens)
     if budget.word == "keep_tokens":

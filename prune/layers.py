@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from .contract import Tower
 from .errors import MethodFieldError
 
 
@@ -33,3 +34,30 @@ def nearest_layer(layer: int, allowed: Iterable[int] | None) -> int:
     if allowed is None:
         return layer
     return min(allowed, key=lambda candidate: (abs(candidate - layer), candidate))
+
+
+def encoder_layer(
+    given: int | None, published: int, tower: Tower, *, depth_published: int = 24, field: str
+) -> int:
+    """The ViT layer that a rule reads: the user's, or the published one at the same place.
+
+    Args:
+        given: the user's layer, or None. It must see the whole image.
+        published: the paper's layer on `depth_published` layers; negative counts from the end on
+            every depth. In a windowed encoder it snaps to the nearest layer that sees it all.
+        field: the name of the user's field, for the error.
+    """
+    depth = tower.num_layers
+    if given is None:
+        if published < 0:
+            layer = max(published + depth, 0)
+        else:
+            layer = scale_layer(published, depth_published=depth_published, depth=depth)
+        return nearest_layer(layer, tower.full_attention)
+    layer = user_layer(given, depth=depth, field=field)
+    if tower.full_attention is not None and layer not in tower.full_attention:
+        raise MethodFieldError(
+            f"{field}={given} is a layer with windowed attention in this model: use one of "
+            f"{', '.join(map(str, tower.full_attention))}."
+        )
+    return layer

@@ -7,47 +7,26 @@ settings are used, so that other cases of the same keys run as well.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
+import golden_greedy
+import golden_merging
+import golden_tiles
 import torch
+from golden_kit import CLIP_L, LLAMA_7B, MERGING, Golden, Runner, assert_equal, choose, load
 from torch import Tensor
 from vlmprune.prune.contract import (
     ClsAttention,
-    Decoder,
     Features,
     LastRowAttention,
     Method,
     ModelShape,
-    Signal,
     Tower,
-    VisualTokens,
 )
 from vlmprune.prune.ops.maxmin import greedy_max_min
 from vlmprune.prune.registry import method_class
-
-
-class Golden(NamedTuple):
-    """One file: arrays as tensors, and its settings."""
-
-    arrays: Mapping[str, Tensor]
-    params: Mapping[str, Any]
-
-
-class Runner(NamedTuple):
-    method: str
-    fields: Callable[[Mapping[str, Any]], dict[str, Any]]
-    compare: Callable[[Golden, Method], None]
-
-
-def load(path: Path) -> Golden:
-    with np.load(path) as file:
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "params"}
-        return Golden(arrays, json.loads(str(file["params"])))
+from vlmprune.prune.tiling import Tiling
 
 
 def run(path: Path) -> None:
@@ -70,7 +49,7 @@ def _divprune(golden: Golden, method: Method) -> None:
         """Any member of the duplicates stands for all of them."""
         return indices.where((indices < low) | (indices >= high), low)
 
-    kept = _select(method, {Features(): features}, len(order))
+    kept = choose(method, {Features(): features}, len(order)).kept
     assert_equal(canonical(kept), canonical(golden.arrays["kept"]))
     assert_equal(canonical(greedy_max_min(features, len(order))), canonical(order))
 
@@ -83,7 +62,7 @@ def _hiprune_tiles(golden: Golden, method: Method) -> None:
     for tile in range(len(objects)):
         received = [a[tile].mean(0).sum(0)[1:] for a in (objects, deep)]
         signals = dict(zip(method.needs(CLIP_L), received, strict=True))
-        kept = _select(method, signals, budget)
+        kept = choose(method, signals, budget).kept
         masks.append(torch.zeros(len(received[0]), dtype=torch.bool).index_fill(0, kept, True))
     masks = torch.stack(masks)
     assert_equal(masks, kept_mask)
@@ -103,9 +82,9 @@ def _hiprune_tiles(golden: Golden, method: Method) -> None:
 def _hiprune_merged(golden: Golden, method: Method) -> None:
     received = (golden.arrays["shallow_colsum"], golden.arrays["deep_colsum"])
     signals = dict(zip(method.needs(MERGING), received, strict=True))
-    grid = (golden.params["grid_h"], golden.params["grid_w"])
-    kept = _select(method, signals, golden.params["budget"], shape=MERGING, grid=grid)
-    assert_equal(kept, golden.arrays["kept"])
+    tiling = Tiling.single(golden.params["grid_h"], golden.params["grid_w"])
+    chosen = choose(method, signals, golden.params["budget"], shape=MERGING, tiling=tiling)
+    assert_equal(chosen.kept, golden.arrays["kept"])
 
 
 def _vtc_cls(golden: Golden, method: Method) -> None:
@@ -113,15 +92,16 @@ def _vtc_cls(golden: Golden, method: Method) -> None:
     tower = Tower(num_layers=golden.params["layers"], has_cls=True)
     shape = ModelShape(tower=tower, decoder=LLAMA_7B)
     signals = {ClsAttention(i): row.mean(0)[1:] for i, row in enumerate(rows)}
-    kept = _select(method, signals, golden.params["token_num"], shape=shape)
-    assert_equal(kept, golden.arrays["kept"])
+    chosen = choose(method, signals, golden.params["token_num"], shape=shape)
+    assert_equal(chosen.kept, golden.arrays["kept"])
 
 
 def _fastv(golden: Golden, method: Method) -> None:
     row, params = golden.arrays["attn_last_row"], golden.params
     start, length = params["image_token_start_index"], params["image_token_length"]
     signal = LastRowAttention(params["fastv_k"] - 1)
-    kept = _select(method, {signal: row.mean(0)[start : start + length]}, params["keep"])
+    row_of_image = row.mean(0)[start : start + length]
+    kept = choose(method, {signal: row_of_image}, params["keep"]).kept
     assert_equal(kept, golden.arrays["kept"])
     text = (torch.arange(start), torch.arange(start + length, row.shape[1]))
     assert_equal(torch.cat([text[0], kept + start, text[1]]), golden.arrays["kept_all"])
@@ -141,39 +121,7 @@ RUNNERS: dict[str, Runner] = {
     ),
     "vtccls": Runner("vtc_cls", lambda p: {"layer": p["start_layer"]}, _vtc_cls),
     "fastv": Runner("fastv", lambda p: {"layer": p["fastv_k"]}, _fastv),
+    **golden_tiles.RUNNERS,
+    **golden_merging.RUNNERS,
+    **golden_greedy.RUNNERS,
 }
-
-
-# --- Shared ----------------------------------------------------------------------------------
-
-LLAMA_7B = Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008)
-CLIP_L = ModelShape(tower=Tower(num_layers=24, has_cls=True), decoder=LLAMA_7B)
-MERGING = ModelShape(
-    tower=Tower(num_layers=32, has_cls=False, merge_unit=4),
-    decoder=LLAMA_7B,
-)
-
-
-def _select(
-    method: Method,
-    signals: Mapping[Signal, Tensor],
-    keep: int,
-    *,
-    shape: ModelShape = CLIP_L,
-    grid: tuple[int, int] | None = None,
-) -> Tensor:
-    """The method's choice; the grid is square, or one row, unless given."""
-    wanted: Iterable[Signal] = method.needs(shape)
-    num_tokens = len(next(iter(signals.values())))
-    side = math.isqrt(num_tokens)
-    tokens = VisualTokens(
-        num_tokens=num_tokens,
-        grid=grid or ((side, side) if side * side == num_tokens else (1, num_tokens)),
-        shape=shape,
-        signals={signal: signals[signal] for signal in wanted},
-    )
-    return method.select(tokens, keep).kept
-
-
-def assert_equal(ours: Tensor, golden: Tensor) -> None:
-    torch.testing.assert_close(ours, golden, rtol=0, atol=0)

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from golden_runners import RUNNERS, load, run
+from golden_kit import load
+from golden_runners import RUNNERS, run
 from vlmprune.prune.registry import method_names
 
 FOLDER = Path(os.environ.get("VLMPRUNE_GOLDEN") or Path(__file__).parent / "golden")

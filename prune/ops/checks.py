@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import MethodFieldError
@@ -32,3 +33,10 @@ def check_flag(field: str, value: object) -> None:
     """Refuse everything but True and False."""
     if not isinstance(value, bool):
         raise MethodFieldError(f"{field}={value!r} is not possible: give True or False.")
+
+
+def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse everything but one of the words `allowed`."""
+    if value not in allowed:
+        words = " or ".join(map(repr, allowed))
+        raise MethodFieldError(f"{field}={value!r} is not possible: use {words}.")

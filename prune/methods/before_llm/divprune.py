@@ -15,7 +15,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...contract import Features, Method, ModelShape, Place, Selection, Signal, VisualTokens
+from ...contract import (
+    BeforeLLM,
+    Features,
+    ModelShape,
+    Newlines,
+    Scope,
+    Selection,
+    Signal,
+    VisualTokens,
+)
 from ...ops.maxmin import greedy_max_min
 from ...ops.topk import ascending
 from ...registry import register
@@ -23,10 +32,11 @@ from ...registry import register
 
 @register("divprune")
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(Method):
-    """Greedy max-min diversity of the projected features."""
+class DivPrune(BeforeLLM):
+    """Greedy max-min diversity of the projected features, newlines among them."""
 
-    place: ClassVar[Place] = Place.BEFORE_LLM
+    newline_policies: ClassVar[tuple[Newlines, ...]] = ("compete", "drop", "keep")
+    scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (Features(),)

@@ -12,20 +12,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 
-from ...contract import Method, ModelShape, Place, Selection, Signal, VisualTokens
+from ...contract import BeforeLLM, ModelShape, Selection, Signal, VisualTokens
 from ...registry import register
 
 
 @register("grid")
 @dataclass(frozen=True, kw_only=True)
-class Grid(Method):
+class Grid(BeforeLLM):
     """Rows spread evenly over the image, tokens spread evenly over each row."""
-
-    place: ClassVar[Place] = Place.BEFORE_LLM
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return ()

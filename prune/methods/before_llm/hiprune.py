@@ -18,23 +18,20 @@ Differs: anchors and buffers are excluded from the registers. On encoders that m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...contract import (
-    Method,
+    BeforeLLM,
     ModelShape,
-    Place,
     ReceivedAttention,
     Selection,
     Signal,
     Tower,
     VisualTokens,
 )
-from ...errors import MethodFieldError
-from ...layers import nearest_layer, scale_layer, user_layer
+from ...layers import encoder_layer
 from ...ops.checks import check_flag, check_fraction, check_layer
 from ...ops.topk import ascending, top_k
 from ...registry import register
@@ -42,20 +39,20 @@ from ...registry import register
 
 @register("hiprune")
 @dataclass(frozen=True, kw_only=True)
-class HiPrune(Method):
+class HiPrune(BeforeLLM):
     """Anchors and buffers (share `alpha` of the budget) from one layer, registers from another.
 
     `object_layer` and `deep_layer` are ViT layer indices; None takes the published ones: 8 and -2
     of 24, or 15 and -1 of 32 on an encoder that merges patches.
     """
 
-    place: ClassVar[Place] = Place.BEFORE_LLM
     alpha: float = 0.1
     object_layer: int | None = None
     deep_layer: int | None = None
     official: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_fraction("alpha", self.alpha)
         check_layer("object_layer", self.object_layer)
         check_layer("deep_layer", self.deep_layer)
@@ -74,30 +71,15 @@ class HiPrune(Method):
         return Selection(kept=ascending(top_k(deep.masked_fill(certain, torch.inf), keep)))
 
     def _signals(self, tower: Tower) -> tuple[ReceivedAttention, ReceivedAttention]:
-        depth = tower.num_layers
         if tower.merge_unit > 1:
-            deep = depth - 1
-            objects = scale_layer(15, depth_published=32, depth=depth)
+            objects = encoder_layer(
+                self.object_layer, 15, tower, depth_published=32, field="object_layer"
+            )
+            deep = encoder_layer(self.deep_layer, -1, tower, field="deep_layer")
         else:
-            deep = max(depth - 2, 0)
-            objects = min(scale_layer(8, depth_published=24, depth=depth), max(deep - 1, 0))
-        return (
-            ReceivedAttention(_layer("object_layer", self.object_layer, objects, tower)),
-            ReceivedAttention(_layer("deep_layer", self.deep_layer, deep, tower)),
-        )
-
-
-def _layer(field: str, given: int | None, published: int, tower: Tower) -> int:
-    """The user's layer, which must see the whole image; else the published one, snapped to such."""
-    if given is None:
-        return nearest_layer(published, tower.full_attention)
-    layer = user_layer(given, depth=tower.num_layers, field=field)
-    if tower.full_attention is not None and layer not in tower.full_attention:
-        raise MethodFieldError(
-            f"{field}={given} is a layer with windowed attention in this model: use one of "
-            f"{', '.join(map(str, tower.full_attention))}."
-        )
-    return layer
+            objects = encoder_layer(self.object_layer, 8, tower, field="object_layer")
+            deep = encoder_layer(self.deep_layer, -2, tower, field="deep_layer")
+        return ReceivedAttention(objects), ReceivedAttention(deep)
 
 
 def _with_neighbours(anchors: Tensor, columns: int, num_tokens: int) -> Tensor:

@@ -14,7 +14,16 @@ from typing import ClassVar
 
 import torch
 
-from ...contract import Method, ModelShape, PixelSeed, Place, Selection, Signal, VisualTokens
+from ...contract import (
+    BeforeLLM,
+    ModelShape,
+    Newlines,
+    PixelSeed,
+    Scope,
+    Selection,
+    Signal,
+    VisualTokens,
+)
 from ...ops.checks import check_int
 from ...ops.topk import ascending
 from ...registry import register
@@ -22,13 +31,15 @@ from ...registry import register
 
 @register("random")
 @dataclass(frozen=True, kw_only=True)
-class Random(Method):
-    """A random subset. `seed` chooses another one for every image."""
+class Random(BeforeLLM):
+    """A random subset of the image, or of each tile. `seed` chooses another one for every image."""
 
-    place: ClassVar[Place] = Place.BEFORE_LLM
+    newline_policies: ClassVar[tuple[Newlines, ...]] = ("compete", "drop", "keep")
+    scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("seed", self.seed, hint="give a whole number")
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
@@ -37,7 +48,8 @@ class Random(Method):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         pixel_seed = tokens.signals[PixelSeed()]
         # The CPU generator reads 32 bits of its seed: hash, so that all bits of both count.
-        digest = hashlib.sha256(f"{self.seed},{int(pixel_seed)}".encode()).digest()
+        numbers = (self.seed, int(pixel_seed), tokens.tile)
+        digest = hashlib.sha256(repr(numbers).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
         kept = torch.randperm(tokens.num_tokens, generator=generator)[:keep]
         return Selection(kept=ascending(kept).to(pixel_seed.device))

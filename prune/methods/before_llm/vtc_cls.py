@@ -10,11 +10,10 @@ Differs: the start layer, 16 of 24, scales with the depth of other encoders. Tie
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from ...contract import ClsAttention, Method, ModelShape, Place, Selection, Signal, VisualTokens
+from ...contract import BeforeLLM, ClsAttention, ModelShape, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
 from ...layers import scale_layer, user_layer
 from ...ops.checks import check_layer
@@ -24,13 +23,13 @@ from ...registry import register
 
 @register("vtc_cls")
 @dataclass(frozen=True, kw_only=True)
-class VtcCls(Method):
+class VtcCls(BeforeLLM):
     """CLS attention of layers `layer` to the last but one (None: the published 16 of 24)."""
 
-    place: ClassVar[Place] = Place.BEFORE_LLM
     layer: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_layer("layer", self.layer)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:

@@ -1,0 +1,218 @@
+"""One image, one method, one count: newlines and tiles are dealt with here, for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .contract import BeforeLLM, EncoderFeatures, Features, Method, Selection, VisualTokens
+from .errors import BudgetError, VlmpruneError
+from .tiling import Tiling
+
+
+def select(method: Method, tokens: VisualTokens, keep: int | None) -> Selection:
+    """What `method` keeps of `tokens`, checked: exactly `keep`, or as many as it decides (None).
+
+    Args:
+        tokens: all tokens of an image, or those alive in the decoder. Before the LLM, signals per
+            token cover the patches, or all tokens where newlines compete.
+
+    Raises:
+        BudgetError: the newlines that the method keeps leave no room for a patch.
+        VlmpruneError: the method returned something else than it was asked for.
+    """
+    if isinstance(method, BeforeLLM):
+        selection = _with_newlines(method, tokens, keep)
+    else:
+        selection = _ask(method, tokens, keep)
+    if keep is not None and selection.count != keep:
+        raise VlmpruneError(
+            f"{method.name}.select kept {selection.count} tokens for a count of {keep}: a method "
+            f"must keep exactly what it was asked to."
+        )
+    return selection
+
+
+def share(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` in whole numbers proportional to `sizes`, none above its size.
+
+    What is left by rounding down goes to the largest remainders, the first of equal ones.
+    """
+    quotas = [total * size / sum(sizes) for size in sizes]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - quotas[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _ask(method: Method, tokens: VisualTokens, keep: int | None) -> Selection:
+    if keep is None:
+        return method.select_adaptive(tokens)
+    if keep >= tokens.num_tokens:
+        return Selection(kept=torch.arange(tokens.num_tokens, device=tokens.device))
+    return method.select(tokens, keep)
+
+
+# --- Newlines ----------------------------------------------------------------------------------
+
+
+def _with_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> Selection:
+    """Choose among the patches, then place the newlines as the policy says."""
+    tiling, policy = tokens.tiling, method.newline_policy
+    if not tiling.num_newlines or policy == "compete":
+        return _in_scope(method, tokens, keep)
+    patches = replace(tokens, num_tokens=tiling.num_patches, tiling=tiling.without_newlines())
+    newlines = tiling.newlines(tokens.device)
+    if policy == "drop":
+        spare = max(0, (keep or 0) - tiling.num_patches)
+        newlines = newlines[:spare]
+    elif keep is not None and keep <= tiling.num_newlines:
+        least = tiling.num_newlines + 1
+        raise BudgetError(
+            f"{method.name} keeps all {tiling.num_newlines} newline tokens of an image, which "
+            f"leaves nothing of a budget of {keep}. The nearest that can is keep_tokens={least}; "
+            f"or set newlines='drop'."
+        )
+    among = None if keep is None else keep - len(newlines)
+    chosen = _in_scope(method, patches, among)
+    return _merged_in(_renumbered(chosen, tiling.patches(tokens.device)), newlines)
+
+
+def _merged_in(chosen: Selection, newlines: Tensor) -> Selection:
+    """Add newline tokens, each before the first row that lies behind it.
+
+    Where the rows are not in raster order, a row lies as far as the farthest row so far.
+    """
+    if not len(newlines):
+        return chosen
+    kept = torch.cat([chosen.kept, newlines]).sort().values
+    if chosen.order is None and chosen.features is None:
+        return Selection(kept=kept)
+    order = chosen.kept if chosen.order is None else chosen.order
+    reach = torch.cat([order.cummax(0).values, newlines])
+    arranged = reach.argsort(stable=True)
+    place = arranged.argsort()[: len(order)]  # where each row of the method went
+    rows = torch.arange(len(order), device=place.device) if chosen.rows is None else chosen.rows
+    return replace(
+        chosen,
+        kept=kept,
+        order=None if chosen.order is None else torch.cat([order, newlines])[arranged],
+        rows=None if chosen.features is None else place[rows],
+        groups=_regrouped(chosen.groups, place),
+    )
+
+
+# --- Tiles -------------------------------------------------------------------------------------
+
+
+def _in_scope(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> Selection:
+    """Ask the method once for the image, or once for each of its tiles."""
+    tiles = tokens.tiling.tiles
+    if method.scope_used == "image" or len(tiles) == 1:
+        return _ask(method, tokens, keep)
+    counts: Sequence[int | None]
+    if keep is None:
+        counts = [None] * len(tiles)
+    else:
+        counts = share(keep, [tile.num_patches for tile in tiles])
+    parts, features = [], []
+    for number, places in enumerate(tokens.tiling.tile_patches(tokens.device)):
+        if counts[number] == 0:
+            continue
+        tile = _tile(tokens, number, places)
+        chosen = _ask(method, tile, counts[number])
+        parts.append(_renumbered(chosen, places))
+        features.append((tile, chosen))
+    return _joined(_with_features(features, parts))
+
+
+def _tile(tokens: VisualTokens, number: int, places: Tensor) -> VisualTokens:
+    tile = tokens.tiling.tiles[number]
+    signals = {}
+    for signal, tensor in tokens.signals.items():
+        if signal.per == "token":
+            tensor = tensor[places]
+        elif signal.per == "tile":
+            tensor = tensor[number : number + 1]
+        signals[signal] = tensor
+    return VisualTokens(
+        num_tokens=tile.num_patches,
+        tiling=Tiling.single(tile.rows, tile.columns),
+        shape=tokens.shape,
+        signals=signals,
+        tile=number,
+    )
+
+
+def _with_features(
+    asked: Sequence[tuple[VisualTokens, Selection]], parts: list[Selection]
+) -> list[Selection]:
+    """Where some tiles were merged, a tile that was kept whole gives its features as well."""
+    merged = next((part for part in parts if part.features is not None), None)
+    if merged is None:
+        return parts
+    source = Features() if merged.projected else EncoderFeatures()
+    return [
+        part
+        if part.features is not None
+        else replace(part, features=tokens.signals[source][chosen.kept], projected=merged.projected)
+        for part, (tokens, chosen) in zip(parts, asked, strict=True)
+    ]
+
+
+def _joined(parts: Sequence[Selection]) -> Selection:
+    """Selections of one image's tiles as one: tile after tile if any of them has an order of its
+    own, else in raster order."""
+    kept, arranged = torch.cat([part.kept for part in parts]).sort()
+    ordered = any(part.order is not None for part in parts)
+    order = None
+    if ordered:
+        order = torch.cat([p.kept if p.order is None else p.order for p in parts])
+    if parts[0].features is None:
+        return Selection(kept=kept, order=order)
+    total = sum(part.count for part in parts)
+    device = kept.device
+    place = torch.arange(total, device=device) if ordered else arranged.argsort()
+    rows, groups, start = [], [], 0
+    for part in parts:
+        here = place[start : start + part.count]
+        rows.append(here if part.rows is None else here[part.rows])
+        if part.groups is not None:
+            groups.append(_regrouped(part.groups, here))
+        start += part.count
+    return Selection(
+        kept=kept,
+        order=order,
+        features=torch.cat([part.features for part in parts if part.features is not None]),
+        rows=torch.cat(rows),
+        projected=parts[0].projected,
+        groups=_by_row(torch.cat(groups, 1)) if groups else None,
+    )
+
+
+# --- Numbers -----------------------------------------------------------------------------------
+
+
+def _renumbered(selection: Selection, numbers: Tensor) -> Selection:
+    """Token i becomes token `numbers[i]`; ascending numbers stay ascending."""
+    order, groups = selection.order, selection.groups
+    if order is not None:
+        order = torch.where(order >= 0, numbers[order.clamp_min(0)], -1)
+    if groups is not None:
+        groups = torch.stack([groups[0], numbers[groups[1]]])
+    return replace(selection, kept=numbers[selection.kept], order=order, groups=groups)
+
+
+def _regrouped(groups: Tensor | None, place: Tensor) -> Tensor | None:
+    """Row i becomes row `place[i]`."""
+    if groups is None:
+        return None
+    return _by_row(torch.stack([place[groups[0]], groups[1]]))
+
+
+def _by_row(groups: Tensor) -> Tensor:
+    return groups[:, groups[0].argsort(stable=True)]

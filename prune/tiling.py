@@ -1,0 +1,156 @@
+"""How the visual tokens of one image lie: rectangles, the tiles they were encoded in, newlines.
+
+LLaVA-NeXT shows the encoder a thumbnail and several crops, joins the crops to one canvas, cuts its
+padding away and ends every row with a newline token. A `Tiling` describes this by sizes alone.
+
+Two numberings: *tokens* are the image's places in the prompt, newlines included (N of them);
+*patches* are the tokens without newlines, in the same order (P of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of patches in raster order, made of rows and columns of tiles.
+
+    `row_sizes` are the heights of its rows of tiles and `column_sizes` the widths of their
+    columns, in patches; a tile of which padding was cut away is smaller, possibly empty. A newline
+    token follows each row of patches, or the last one, or none.
+    """
+
+    row_sizes: tuple[int, ...]
+    column_sizes: tuple[int, ...]
+    newline: Literal["none", "rows", "end"] = "none"
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_sizes)
+
+    @property
+    def columns(self) -> int:
+        return sum(self.column_sizes)
+
+    @property
+    def num_patches(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_newlines(self) -> int:
+        return {"none": 0, "rows": self.rows, "end": 1}[self.newline]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What the encoder saw as one picture: a rectangle of patches, all of them still there.
+
+    `block` is the number of its block, `place` its row and column among the tiles of the block,
+    `origin` its first row and column of patches in the block.
+    """
+
+    rows: int
+    columns: int
+    block: int = 0
+    place: tuple[int, int] = (0, 0)
+    origin: tuple[int, int] = (0, 0)
+
+    @property
+    def num_patches(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The blocks of an image in the order of their tokens.
+
+    One block for a plain image; thumbnail and canvas for tiles; one block per frame of a video.
+    """
+
+    blocks: tuple[Block, ...]
+
+    @classmethod
+    def single(cls, rows: int, columns: int) -> Tiling:
+        """A plain image: one tile."""
+        return cls((Block((rows,), (columns,)),))
+
+    @property
+    def num_patches(self) -> int:
+        return sum(block.num_patches for block in self.blocks)
+
+    @property
+    def num_newlines(self) -> int:
+        return sum(block.num_newlines for block in self.blocks)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches + self.num_newlines
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All tiles that have patches: block by block, in reading order."""
+        return _tiles(self)
+
+    def without_newlines(self) -> Tiling:
+        return Tiling(tuple(replace(block, newline="none") for block in self.blocks))
+
+    def patches(self, device: torch.device) -> Tensor:
+        """Token number of every patch: (P,) int64, ascending."""
+        return (~_is_newline(self)).nonzero()[:, 0].to(device)
+
+    def newlines(self, device: torch.device) -> Tensor:
+        """Token number of every newline: (N - P,) int64, ascending."""
+        return _is_newline(self).nonzero()[:, 0].to(device)
+
+    def tile_patches(self, device: torch.device) -> Sequence[Tensor]:
+        """Per tile, the numbers of its patches in raster order: (rows * columns,) int64 each."""
+        return [indices.to(device) for indices in _tile_patches(self)]
+
+
+@lru_cache(maxsize=4096)
+def _tiles(tiling: Tiling) -> tuple[Tile, ...]:
+    tiles = []
+    for number, block in enumerate(tiling.blocks):
+        tops = [0, *accumulate(block.row_sizes)]
+        lefts = [0, *accumulate(block.column_sizes)]
+        tiles += [
+            Tile(rows, columns, number, (i, j), (tops[i], lefts[j]))
+            for i, rows in enumerate(block.row_sizes)
+            for j, columns in enumerate(block.column_sizes)
+            if rows and columns
+        ]
+    return tuple(tiles)
+
+
+@lru_cache(maxsize=256)
+def _is_newline(tiling: Tiling) -> Tensor:
+    """(N,) bool."""
+    parts = []
+    for block in tiling.blocks:
+        marks = torch.zeros(block.rows, block.columns + (block.newline == "rows"), dtype=torch.bool)
+        if block.newline == "rows":
+            marks[:, -1] = True
+        parts.append(marks.flatten())
+        if block.newline == "end":
+            parts.append(torch.ones(1, dtype=torch.bool))
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=256)
+def _tile_patches(tiling: Tiling) -> tuple[Tensor, ...]:
+    starts = [0, *accumulate(block.num_patches for block in tiling.blocks)]
+    found = []
+    for tile in tiling.tiles:
+        block = tiling.blocks[tile.block]
+        rows = torch.arange(tile.origin[0], tile.origin[0] + tile.rows)
+        columns = torch.arange(tile.origin[1], tile.origin[1] + tile.columns)
+        found.append((starts[tile.block] + rows[:, None] * block.columns + columns).flatten())
+    return tuple(found)

@@ -1,0 +1,79 @@
+"""What the golden runners share: files, sizes of the published models, one call of a method."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from vlmprune.prune.contract import (
+    Decoder,
+    Method,
+    ModelShape,
+    Selection,
+    Signal,
+    Tower,
+    VisualTokens,
+)
+from vlmprune.prune.tiling import Tiling
+
+LLAMA_7B = Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008)
+CLIP_L = ModelShape(tower=Tower(num_layers=24, has_cls=True, text_twin=True), decoder=LLAMA_7B)
+MERGING = ModelShape(
+    tower=Tower(num_layers=32, has_cls=False, merge_unit=4),
+    decoder=LLAMA_7B,
+)
+
+
+class Golden(NamedTuple):
+    """One file: arrays as tensors, and its settings."""
+
+    arrays: Mapping[str, Tensor]
+    params: Mapping[str, Any]
+
+
+class Runner(NamedTuple):
+    """Which method a key belongs to, its fields from the settings, and the comparison."""
+
+    method: str
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]]
+    compare: Callable[[Golden, Method], None]
+
+
+def load(path: Path) -> Golden:
+    with np.load(path) as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "params"}
+        return Golden(arrays, json.loads(str(file["params"])))
+
+
+def choose(
+    method: Method,
+    signals: Mapping[Signal, Tensor],
+    keep: int,
+    *,
+    shape: ModelShape = CLIP_L,
+    tiling: Tiling | None = None,
+) -> Selection:
+    """The method's selection; the tokens are one square tile, or one row, unless given."""
+    wanted = method.needs(shape)
+    if tiling is None:
+        num_tokens = len(next(iter(signals.values())))
+        side = math.isqrt(num_tokens)
+        square = side * side == num_tokens
+        tiling = Tiling.single(*((side, side) if square else (1, num_tokens)))
+    tokens = VisualTokens(
+        num_tokens=tiling.num_tokens,
+        tiling=tiling,
+        shape=shape,
+        signals={signal: signals[signal] for signal in wanted},
+    )
+    return method.select(tokens, keep)
+
+
+def assert_equal(ours: Tensor, golden: Tensor) -> None:
+    torch.testing.assert_close(ours, golden, rtol=0, atol=0)
