@@ -92,6 +92,32 @@ def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return total
 
 
+def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Scaled q k^T of the first query before the softmax, averaged over heads: (B, S)."""
+    return _logits(query[:, :, :1], key, scaling).mean(1).squeeze(1)
+
+
+def cls_row_one_head(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Softmaxed attention of the first query with all heads taken as one of full width: (B, S).
+
+    `scaling` belongs to the split heads and is not used.
+    """
+    q = query[:, :, :1].transpose(1, 2).flatten(2).float()
+    k = key.transpose(1, 2).flatten(2).float()
+    return (q @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1).squeeze(1)
+
+
+def to_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention that each query gives to the first key, averaged over heads: (B, S)."""
+    chunks = query.split(_QUERY_CHUNK, dim=2)
+    return torch.cat([_rows(q, key, None, scaling)[..., 0].mean(1) for q in chunks], dim=1)
+
+
+def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """The keys themselves, heads behind the sequence: (B, S, H, D_head)."""
+    return key.transpose(1, 2)
+
+
 def last_row(
     query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, length: int
 ) -> Tensor:
@@ -107,13 +133,18 @@ def last_row(
 
 def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """softmax(q k^T) in float32 for grouped-query attention: (B, H, Q, S)."""
-    batch, heads, queries, width = query.shape
-    groups = key.shape[1]
-    q = query.reshape(batch, groups, heads // groups * queries, width)
-    logits = (q @ key.transpose(-1, -2)).float().view(batch, heads, queries, -1) * scaling
+    logits = _logits(query, key, scaling)
     if mask is not None:
         if mask.dtype == torch.bool:
             logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
         else:
             logits = logits + mask
     return logits.softmax(-1)
+
+
+def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Scaled q k^T in float32 for grouped-query attention: (B, H, Q, S)."""
+    batch, heads, queries, width = query.shape
+    groups = key.shape[1]
+    q = query.reshape(batch, groups, heads // groups * queries, width)
+    return (q @ key.transpose(-1, -2)).float().view(batch, heads, queries, -1) * scaling
