@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adapters.clip_text import ClipText
     from .adapters.patching import Handle, patch, unpatch
     from .adapters.registry import model_names as models
     from .prune.errors import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ClipText": ("adapters.clip_text", "ClipText"),
     "patch": ("adapters.patching", "patch"),
     "unpatch": ("adapters.patching", "unpatch"),
     "Handle": ("adapters.patching", "Handle"),
@@ -48,6 +50,7 @@ _HOME = {
 
 __all__ = [
     "BudgetError",
+    "ClipText",
     "Handle",
     "MethodFieldError",
     "MissingSignalError",

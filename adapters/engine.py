@@ -28,24 +28,20 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from ..prune.budget import MethodCall
-from ..prune.contract import (
-    ClsAttention,
-    LastRowAttention,
-    Place,
-    Positions,
-    ReceivedAttention,
-    Signal,
-)
+from ..prune.contract import BeforeLLM, LastRowAttention, Place, Positions, Signal
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from . import probes
 from .cache import Ticket, pruned_state
+from .clip_text import ClipText
 from .continuation import continue_layer, continue_text, static_padding
-from .encoding import Encoded, Recording, encode, encode_merged, image_signals
-from .family import Family, Model
+from .encoding import Encoded, encode, encode_merged
+from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .guards import check_generate
 from .prefill import Chosen, Prefill, begin
-from .report import Last, Stopwatch
+from .prompt import Prompt
+from .report import Last
 from .setup import Setup
+from .signals import READERS, Reader, Recording
 
 _MARK = "_vlmprune_encoded"
 """Attribute of the encoder's output that carries `Encoded` through generate()."""
@@ -61,14 +57,20 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.recording: Recording | None = None
-        self.visual: Tensor | None = None
-        self.encoded: Encoded | None = None
+        self.prompt: Prompt | None = None
+        """What the images that are encoded next belong to."""
+        self.visual: dict[Modality, Tensor] = {}
+        self.encoded: dict[Modality, Encoded] = {}
         self.prefill: Prefill | None = None
         self.visual_mask: Tensor | None = None
         self.chosen: Chosen | None = None
         """Within generate(): without a cache every step prefills again, and must not choose anew
         with its newest token."""
         self.masks: dict[Any, Any] = {}
+
+    def forget(self) -> None:
+        """What belongs to one call of the multimodal core."""
+        self.visual, self.encoded, self.prefill, self.prompt = {}, {}, None, None
 
 
 class Engine:
@@ -80,8 +82,9 @@ class Engine:
         family: Family,
         calls: tuple[MethodCall, ...],
         positions: Positions,
+        clip: ClipText | None = None,
     ) -> None:
-        self.model, self.family = model, family
+        self.model, self.family, self.clip = model, family, clip
         self.core: Any = family.core(model)
         self.text: Any = family.text_model(model)
         shape = family.shape(model)
@@ -98,12 +101,8 @@ class Engine:
         self._local = _Local()
         self._warned = False
         self._undo: list[Callable[[], None]] = []
-        self._needs: tuple[Signal, ...] = tuple(
-            need
-            for call in calls
-            if call.method.place is Place.BEFORE_LLM
-            for need in call.method.needs(shape)
-        )
+        self._first = next((c.method for c in calls if isinstance(c.method, BeforeLLM)), None)
+        self._needs = self._first.needs(shape) if self._first is not None else ()
         try:
             self._install()
         except BaseException:
@@ -113,7 +112,9 @@ class Engine:
     # --- installing and removing -------------------------------------------------------------
 
     def _install(self) -> None:
-        self._override(self.core, "get_image_features", self._encode)
+        for modality in self.family.modalities:
+            encode_one = functools.partial(self._encode, modality)
+            self._override(self.core, modality.encode, encode_one)
         self._override(self.model, "generate", self._generate)
         make_masks = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
         self._override(
@@ -140,9 +141,9 @@ class Engine:
         encoder = self.family.vision_attention(self.model)
         listeners: dict[nn.Module, list[probes.Listener]] = {}
         for need in self._needs:
-            if isinstance(need, ClsAttention | ReceivedAttention):
+            if type(need) in READERS:
                 listen = functools.partial(self._hear_encoder, need)
-                listeners.setdefault(encoder[need.layer], []).append(listen)
+                listeners.setdefault(encoder[need.layer], []).append(listen)  # type: ignore[attr-defined]
         for call in self.setup.calls:
             for need in call.method.needs(self.setup.shape):
                 if isinstance(need, LastRowAttention):
@@ -193,10 +194,13 @@ class Engine:
             raise UnsupportedFeatureError(_MASK_WITHOUT_EMBEDS)
         local = self._local
         local.visual_mask, local.chosen = kwargs.pop("visual_mask", None), {}
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if ids is not None:
+            local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
         try:
             return original(*args, **kwargs)
         finally:
-            local.visual_mask, local.chosen = None, None
+            local.visual_mask, local.chosen, local.prompt = None, None, None
 
     def _refuse_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedFeatureError(
@@ -220,8 +224,11 @@ class Engine:
     # --- vision encoder ----------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _encode(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         inputs = inspect.signature(original).bind(*args, **kwargs).arguments
+        inputs = {**inputs, **inputs.pop("kwargs", {})}
         self._local.recording = recording = Recording()
         try:
             output = original(*args, **kwargs)
@@ -230,38 +237,52 @@ class Engine:
         features = getattr(output, "pooler_output", None)
         if features is None:  # return_dict=False: a plain tuple cannot carry the choice
             return output
-        grids = self.family.grids(self.model, features, inputs)
-        for grid, feature in zip(grids, features, strict=True):
-            if grid[0] * grid[1] != len(feature):
+        tilings = self.family.tilings(self.model, modality, features, inputs)
+        for tiling, feature in zip(tilings, features, strict=True):
+            if tiling.num_tokens != len(feature):
                 raise UnsupportedModelError(
-                    f"An image gave {len(feature)} visual tokens, but its grid is {grid[0]} x "
-                    f"{grid[1]}: this variant of {self.family.name} is not supported."
+                    f"An {modality.name} gave {len(feature)} visual tokens, but its layout has "
+                    f"{tiling.num_tokens}: this variant of {self.family.name} is not supported."
                 )
-        with torch.no_grad():
-            signals = image_signals(
-                self.family, self.model, self._needs, features, inputs, recording
+        signals: list[dict[Signal, Tensor]] = [{} for _ in features]
+        if self._first is not None:
+            reader = Reader(
+                self.family,
+                self.model,
+                modality,
+                output=output,
+                inputs=inputs,
+                features=features,
+                tilings=tilings,
+                recording=recording,
+                prompt=self._local.prompt,
+                clip=self.clip,
             )
-        device = features[0].device
-        encoded = encode(self.setup, grids, signals, device)
+            signals = reader.read(self._first)
+        encoded = encode(self.setup, tilings, signals, features[0].device)
+        output.pooler_output = self._emit(features, encoded)
         setattr(output, _MARK, encoded)
-        self._local.encoded = encoded
+        self._local.encoded[modality] = encoded
         return output
+
+    def _emit(self, features: Any, encoded: Encoded) -> Any:
+        """The encoder's features with merged and moved rows in their slots."""
+        emitted = []
+        for feature, image in zip(features, encoded.images, strict=True):
+            chosen = image.selection
+            projected = chosen.features
+            if projected is not None and not chosen.projected:
+                projected = self.family.project(self.model, projected.to(feature.dtype))
+            emitted.append(image.emit(feature, projected))
+        return torch.stack(emitted) if isinstance(features, Tensor) else type(features)(emitted)
 
     @torch.compiler.disable
     def _hear_encoder(
         self, need: Signal, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> None:
-        recording = self._local.recording
-        if recording is None:
-            return
-        read = probes.cls_row if isinstance(need, ClsAttention) else probes.received
-        bounds = kwargs.get("cu_seq_lens_q")
-        if bounds is None:
-            recording.add(need, read(query, key, scaling))
-        else:  # flash attention: all images in one packed sequence
-            sizes = bounds.diff().tolist()
-            for q, k in zip(query.split(sizes, 2), key.split(sizes, 2), strict=True):
-                recording.add(need, read(q, k, scaling))
+        if self._local.recording is not None:
+            with torch.no_grad():
+                self._local.recording.hear(need, query, key, scaling, **kwargs)
 
     # --- multimodal core ---------------------------------------------------------------------
 
@@ -270,67 +291,81 @@ class Engine:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         local = self._local
-        local.visual, local.encoded, local.prefill = None, None, None
+        local.forget()
         outputs: Mapping[str, Any] = kwargs.get("mm_encoder_outputs") or {}
         ids = args[0] if args else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
-        if kwargs.get("pixel_values_videos") is not None or outputs.get("video") is not None:
-            raise UnsupportedFeatureError(
-                f"Video inputs of {self.family.name} are not supported yet: unpatch the model "
-                f"(vlmprune.unpatch(model)) for videos."
-            )
         explicit = kwargs.pop("visual_mask", None)
         if embeds is not None and explicit is None:
             explicit, local.visual_mask = local.visual_mask, None
         if embeds is None and explicit is not None:
             raise UnsupportedFeatureError(_MASK_WITHOUT_EMBEDS)
-        if outputs.get("image") is not None or kwargs.get("pixel_values") is not None:
-            token = self.model.config.image_token_id
-            if embeds is None:
-                local.visual = ids == token
-            else:
-                row = self.core.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-                local.visual = (embeds == row).all(-1)
-            if outputs.get("image") is not None:
-                local.encoded = getattr(outputs["image"], _MARK, None)
-                if local.encoded is None or local.encoded.owner is not self.setup.ticket:
-                    raise UnsupportedFeatureError(
-                        "mm_encoder_outputs was not made by this patch, so that nothing is known "
-                        "of its images: pass pixel_values, or encode again on the patched model."
-                    )
+        for modality in MODALITIES:
+            output, pixels = outputs.get(modality.name), kwargs.get(modality.pixels)
+            if output is None and pixels is None:
+                continue
+            self._refuse_modality(modality)
+            local.visual[modality] = self._placeholders(modality, ids, embeds)
+            if output is not None:
+                local.encoded[modality] = self._own(output)
+            elif ids is not None:
+                local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
+        if local.visual:
+            pass
         elif embeds is not None and explicit is not None:
             repeats = embeds.shape[0] // explicit.shape[0]
-            local.visual = explicit.to(embeds.device, torch.bool).repeat_interleave(repeats, 0)
+            marked = explicit.to(embeds.device, torch.bool).repeat_interleave(repeats, 0)
+            local.visual[IMAGE] = marked
         elif embeds is not None and not _seen(kwargs.get("past_key_values")):
             self._not_pruned()
         return args, kwargs
+
+    def _refuse_modality(self, modality: Modality) -> None:
+        if modality not in self.family.modalities:
+            raise UnsupportedFeatureError(
+                f"{modality.name.capitalize()} inputs of {self.family.name} are not supported yet: "
+                f"unpatch the model (vlmprune.unpatch(model)) for {modality.name}s."
+            )
+
+    def _placeholders(
+        self, modality: Modality, ids: Tensor | None, embeds: Tensor | None
+    ) -> Tensor:
+        """(B, L) bool: the columns of the modality's placeholders."""
+        token = getattr(self.model.config, modality.token)
+        if embeds is None:
+            return ids == token  # type: ignore[return-value]
+        row = self.core.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        marked: Tensor = (embeds == row).all(-1)
+        return marked
+
+    def _own(self, output: Any) -> Encoded:
+        """What this patch knows of an encoder output that it is handed."""
+        encoded: Encoded | None = getattr(output, _MARK, None)
+        if encoded is None or encoded.owner is not self.setup.ticket:
+            raise UnsupportedFeatureError(
+                "mm_encoder_outputs was not made by this patch, so that nothing is known "
+                "of its images: pass pixel_values, or encode again on the patched model."
+            )
+        return encoded
+
+    def _prompt(self, ids: Tensor, mask: Tensor | None) -> Prompt:
+        config = self.model.config
+        placeholders = {m: getattr(config, m.token) for m in self.family.modalities}
+        return Prompt(ids, mask, placeholders)
 
     def _not_pruned(self) -> None:
         note = (
             "inputs_embeds came without pixel_values, so that visual tokens cannot be told from "
             "text: nothing was pruned. Pass visual_mask= (B, L) bool to mark them."
         )
-        self.last = Last(
-            grids=[],
-            tokens_in=[],
-            kept=[],
-            image_sample=[],
-            text_tokens=[],
-            plans=[],
-            positions=self.setup.positions,
-            num_layers=self.setup.shape.decoder.num_layers,
-            layers_read={},
-            stopwatch=Stopwatch(torch.device("cpu")),
-            note=note,
-        )
+        self.last = Last.nothing(self.setup.positions, self.setup.shape.decoder.num_layers, note)
         if not self._warned:
             self._warned = True
             warnings.warn(note, UserWarning, stacklevel=2)
 
     @torch.compiler.disable
     def _after_core(self, module: nn.Module, args: Any, output: Any) -> None:
-        local = self._local
-        local.visual, local.encoded, local.prefill = None, None, None
+        self._local.forget()
 
     # --- text model: prefill -----------------------------------------------------------------
 
@@ -339,7 +374,7 @@ class Engine:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         local = self._local
-        if local.visual is None:
+        if not local.visual:
             state = pruned_state(kwargs.get("past_key_values"))
             if state is None:
                 return None
@@ -347,18 +382,20 @@ class Engine:
             continue_text(state, kwargs)
             return args, kwargs
         kwargs = dict(kwargs)
-        visual = local.visual.to(kwargs["inputs_embeds"].device)
-        encoded = local.encoded
-        if encoded is None:
-            encoded = encode_merged(self.setup, self._needs, kwargs["inputs_embeds"], visual)
+        embeds = kwargs["inputs_embeds"]
+        visual = {m: marks.to(embeds.device) for m, marks in local.visual.items()}
+        encoded = local.encoded or {
+            m: encode_merged(self.setup, self._needs, embeds, marks) for m, marks in visual.items()
+        }
         self._refuse_checkpointing(encoded)
         local.prefill, last = begin(self.setup, encoded, visual, kwargs, local.chosen)
         if local.prefill is None:
             self.last = last
         return args, kwargs
 
-    def _refuse_checkpointing(self, encoded: Encoded) -> None:
-        in_decoder = any(stage.layer for image in encoded.images for stage in image.plan)
+    def _refuse_checkpointing(self, encoded: Mapping[Modality, Encoded]) -> None:
+        images = [image for of_call in encoded.values() for image in of_call.images]
+        in_decoder = any(stage.layer for image in images for stage in image.plan)
         if in_decoder and self.text.training and self.text.gradient_checkpointing:
             raise UnsupportedFeatureError(
                 "Pruning inside the decoder cannot be combined with gradient checkpointing, which "

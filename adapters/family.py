@@ -4,26 +4,58 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
+from ..prune.tiling import Tiling
 from .overlay import Fit
 
 Model = Any
 """A loaded `transformers` model; its modules are untyped attributes."""
-Grids = Sequence[tuple[int, int]]
+Inputs = Mapping[str, Any]
+"""The arguments of `get_image_features` or `get_video_features`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """What a prompt may hold beside text, in the words of `transformers`."""
+
+    name: str
+
+    @property
+    def encode(self) -> str:
+        """The method of the core that encodes it."""
+        return f"get_{self.name}_features"
+
+    @property
+    def pixels(self) -> str:
+        """The argument that brings it."""
+        return "pixel_values" if self.name == "image" else f"pixel_values_{self.name}s"
+
+    @property
+    def token(self) -> str:
+        """The configuration's name for the id of its placeholders."""
+        return f"{self.name}_token_id"
+
+
+IMAGE, VIDEO = Modality("image"), Modality("video")
+MODALITIES = (IMAGE, VIDEO)
 
 
 class Family(ABC):
     """Where the visual tokens of one family of models are. One file in `families/` each.
 
     The modules that a family names belong to `transformers`' own classes; nothing is copied.
+    Videos count as images in all words below.
     """
 
     name: ClassVar[str]
     """The `model_type` of the configuration, which is also the file's name."""
+    modalities: ClassVar[tuple[Modality, ...]] = (IMAGE,)
+    """What can be pruned; the rest is refused."""
     fit: ClassVar[Fit] = "stretch"
     """How the family's processors bring pictures to the token grid."""
     mrope: ClassVar[bool] = False
@@ -50,31 +82,52 @@ class Family(ABC):
         """The properties of the vision encoder."""
 
     @abstractmethod
-    def grids(self, model: Model, features: Sequence[Tensor], inputs: Mapping[str, Any]) -> Grids:
-        """Rows and columns of each image's visual tokens.
+    def tilings(
+        self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
+    ) -> Sequence[Tiling]:
+        """How the tokens of each image lie.
 
         Args:
             features: per image, (N, D).
-            inputs: the arguments of `get_image_features`.
         """
 
     @abstractmethod
-    def pixels(self, model: Model, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
-        """The pixel values of each image, any shape."""
+    def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
+        """The pixel values of each image without padding, any shape."""
+
+    @abstractmethod
+    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
+        """How many pictures the encoder saw of each image: tiles or frames."""
+
+    @abstractmethod
+    def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:
+        """What the projector reads, as the encoder gives it: (B, S, C), CLS included.
+
+        Args:
+            output: what `get_image_features` returned.
+        """
+
+    @abstractmethod
+    def project(self, model: Model, rows: Tensor) -> Tensor:
+        """Rows (K, C) of `EncoderFeatures` through the projector: (K, D)."""
 
     @abstractmethod
     def per_image(
-        self,
-        model: Model,
-        scores: Tensor,
-        features: Sequence[Tensor],
-        inputs: Mapping[str, Any],
+        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
     ) -> Sequence[Tensor]:
-        """Encoder scores as the attention modules saw them -> (N,) per image, in token order.
+        """Values of encoder tokens -> (P, ...) per image, one per patch in the prompt's order.
+
+        Values of encoder tokens that the model averages are averaged alike.
 
         Args:
-            scores: one value per encoder token, (B, S) as given to the attention modules.
+            values: (B, S, ...) as the attention modules saw the tokens, CLS included.
         """
+
+    def merged_patches(
+        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
+    ) -> Sequence[Tensor]:
+        """As `per_image`, but patches that the projector merges are concatenated: (P, C)."""
+        return self.per_image(model, modality, values, inputs)
 
     def check(self, model: Model) -> None:  # noqa: B027  (most families have no variants)
         """Raise `UnsupportedModelError` for a variant that this family cannot prune."""

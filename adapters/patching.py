@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..prune.budget import BUDGET_WORDS, MethodCall, plan
-from ..prune.contract import ClsAttention, ModelShape, Place, Positions
+from ..prune.contract import ModelShape, Place, Positions
 from ..prune.errors import (
     BudgetError,
     MethodFieldError,
@@ -19,6 +19,7 @@ from ..prune.errors import (
 )
 from ..prune.registry import method as make_call
 from ..prune.registry import method_class, method_names
+from .clip_text import ClipText
 from .engine import Engine
 from .family import Family
 from .overlay import Fit, overlay
@@ -63,11 +64,17 @@ class Handle:
             raise RuntimeError("Nothing to report yet: run the patched model on an image first.")
         return self._engine.last
 
-    def overlay(self, image: Image.Image, index: int = 0, *, fit: Fit | None = None) -> Image.Image:
+    def overlay(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        index: int = 0,
+        *,
+        fit: Fit | None = None,
+    ) -> Image.Image:
         """A picture of what was kept of image `index` of the last prefill.
 
         Args:
-            image: the picture that was asked about.
+            image: the picture that was asked about; for a video, a list of its frames.
             index: its place among the images of the batch.
             fit: how the processor brought the picture to the model's shape: `crop` (centre, as
                 CLIP processors do) or `stretch`. Default: as the family's processors do.
@@ -75,7 +82,9 @@ class Handle:
         last = self.last
         if not 0 <= index < len(last.kept):
             raise IndexError(f"index={index}: the last prefill had {len(last.kept)} images.")
-        return overlay(image, last.grids[index], last.kept[index], fit or self._engine.family.fit)
+        pictures = [image] if isinstance(image, Image.Image) else image
+        fit = fit or self._engine.family.fit
+        return overlay(pictures, last.tilings[index], last.kept[index], fit)
 
     def remove(self) -> None:
         """Take the patch off; the model is then as it was before. A second call does nothing."""
@@ -104,6 +113,7 @@ def patch(
     method: str | MethodCall | Sequence[str | MethodCall],
     *,
     positions: Positions | None = None,
+    clip: ClipText | None = None,
     **fields_and_budget: object,
 ) -> Handle:
     """Make a loaded vision-language model answer on fewer visual tokens, in place.
@@ -117,6 +127,7 @@ def patch(
             gaps), `repacked` renumbers 0..n-1. Default: that of the (first) method's paper; models
             with M-RoPE always keep the original ones. Cuts in the decoder keep the positions that
             their tokens came with.
+        clip: the text encoder of the model's CLIP vision tower, for methods that compare the two.
         **fields_and_budget: exactly one of `keep_ratio`, `keep_tokens`, `average_tokens`,
             `flops_ratio`, and fields of the method. Only with a single name.
 
@@ -131,7 +142,7 @@ def patch(
     calls = _calls(method, fields_and_budget)
     shape = family.shape(model)
     for call in calls:
-        _check_signals(call, shape)
+        _check_signals(call, shape, clip)
         if getattr(call.method, "official", False):
             raise MethodFieldError(
                 f"{call.name}(official=True) reproduces a defect of the published code on golden "
@@ -141,8 +152,10 @@ def patch(
     _refuse_compiled(model, family)
     if (tokens := family.fixed_tokens(model)) is not None:
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
+    if clip is not None:
+        _check_clip(clip, family, model)
     unpatch(model)
-    handle = Handle(Engine(model, family, calls, mode))
+    handle = Handle(Engine(model, family, calls, mode, clip))
     model.__dict__[_HANDLE] = handle
     return handle
 
@@ -184,22 +197,53 @@ def _calls(
     return tuple(sorted(calls, key=lambda call: list(Place).index(call.method.place)))
 
 
-def _check_signals(call: MethodCall, shape: ModelShape) -> None:
+def _check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) -> None:
     """Refuse a method whose signal the model does not compute, naming those that work."""
     needs = call.method.needs(shape)
     call.method.cuts(shape)
-    if shape.tower.has_cls or not any(isinstance(need, ClsAttention) for need in needs):
-        return
-    others = [name for name in method_names() if _works(name, shape)]
-    raise MissingSignalError(
-        f"{call.name} reads the attention of the CLS token, which this vision tower does not have. "
-        f"Methods that work on it: {', '.join(others)}."
-    )
+    missing = [need for need in needs if shape.lacks(need)]
+    if any(need.of_cls for need in missing):
+        field = next((f for f in ("scores", "pivot") if f in call.method.fields()), None)
+        instead = (
+            f"Set {field}='received' to use the mean attention that each token receives instead, "
+            f"or use a method that works on it: "
+            if field
+            else "Methods that work on it: "
+        )
+        raise MissingSignalError(
+            f"{call.name} reads the CLS token, which this vision tower does not have. "
+            f"{instead}{', '.join(_working(shape))}."
+        )
+    if missing:
+        raise MissingSignalError(
+            f"{call.name} compares image and question in the space of a CLIP text encoder, which "
+            f"this vision tower was not trained with. Methods that work on it: "
+            f"{', '.join(_working(shape))}."
+        )
+    if clip is None and any(need.of_text_twin for need in needs):
+        raise MissingSignalError(
+            f"{call.name} compares image and question in CLIP's space, and needs the text encoder "
+            f"of the checkpoint that the vision tower comes from: pass clip=vlmprune.ClipText."
+            f'from_pretrained("openai/clip-vit-large-patch14-336", processor).'
+        )
 
 
-def _works(name: str, shape: ModelShape) -> bool:
-    needs = method_class(name)().needs(shape)
-    return shape.tower.has_cls or not any(isinstance(need, ClsAttention) for need in needs)
+def _working(shape: ModelShape) -> list[str]:
+    """Methods that find all their signals on a model, as they are by default."""
+    return [
+        name
+        for name in method_names()
+        if not any(shape.lacks(need) for need in method_class(name)().needs(shape))
+    ]
+
+
+def _check_clip(clip: ClipText, family: Family, model: nn.Module) -> None:
+    width = family.vision_tower(model).config.hidden_size
+    if clip.vision_width != width:
+        raise UnsupportedModelError(
+            f"clip= belongs to a vision tower of width {clip.vision_width}, and this model's is "
+            f"{width} wide: load the CLIP checkpoint that the model's tower comes from."
+        )
 
 
 def _positions(

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..prune.contract import LastRowAttention, Signal, VisualTokens
+from ..prune.contract import LastRowAttention, Positions, Signal, VisualTokens
 from ..prune.errors import UnsupportedFeatureError
 from . import probes
 from .cache import PrunedState, make_pruned, pruned_state
 from .encoding import Encoded, EncodedImage, choose
+from .family import Modality
 from .masks import layer_kind, layer_mask
-from .report import Last, StageReport
+from .report import Last, StageReport, Stopwatch
 from .sequence import Layout, gather_columns
 from .setup import Setup
 
@@ -30,15 +31,16 @@ Chosen = dict[tuple[int, int], Tensor]
 
 @dataclass
 class PlacedImage:
-    """An image in the batch. `rows` are its sample's rows (several under beam search)."""
+    """An image or video in the batch. `rows` are its sample's rows (several under beam search)."""
 
     encoded: EncodedImage
     sample: int
     rows: Tensor
     columns: Tensor
-    """Columns of its tokens in the caller's sequence, (N,)."""
+    """Columns of its placeholders in the caller's sequence, (N,)."""
     alive: Tensor
-    """Original indices alive so far, ascending."""
+    """Slots that are alive so far, numbers of placeholders, ascending."""
+    stopwatch: Stopwatch
 
     def mark(self, keep: Tensor, alive: Tensor) -> None:
         """Make exactly `alive` of this image's tokens survive in `keep` (B, L), in place."""
@@ -47,13 +49,17 @@ class PlacedImage:
         keep[rows, self.columns[alive]] = True
         self.alive = alive
 
+    @property
+    def tokens(self) -> Tensor:
+        """Numbers of the tokens alive, ascending."""
+        return self.encoded.tokens_at(self.alive)
+
 
 @dataclass
 class Prefill:
     """The state of one prefill. `cache` and `state` are None where nothing is cached."""
 
     setup: Setup
-    encoded: Encoded
     images: list[PlacedImage]
     length: int
     """L of the caller's sequence."""
@@ -118,7 +124,7 @@ class Prefill:
 
     def restore(self, hidden: Tensor) -> Tensor:
         """Final hidden states at the caller's length, (B, L, D)."""
-        self.last.kept = [image.alive for image in self.images]
+        _report_alive(self.last, self.images)
         return self.layout.restore(hidden)
 
     def _enter_segment(self, start: int) -> None:
@@ -153,30 +159,30 @@ class Prefill:
                 }
                 tokens = VisualTokens(
                     num_tokens=len(image.alive),
-                    grid=image.encoded.grid,
+                    tiling=image.encoded.tiling,
                     shape=self.setup.shape,
                     signals=signals,
                     alive=image.alive,
                 )
-                alive = image.alive[choose(stage, tokens, self.encoded.stopwatch)]
+                alive = image.alive[choose(stage, tokens, image.stopwatch).kept]
             if self.chosen is not None:
                 self.chosen[layer, number] = alive
             image.mark(keep, alive)
-        self.last.stages.append(StageReport(name, layer, [i.alive for i in self.images]))
+        self.last.stages.append(StageReport(name, layer, [i.tokens for i in self.images]))
         return Layout.of(keep)
 
 
 def begin(
     setup: Setup,
-    encoded: Encoded,
-    visual: Tensor,
+    encoded: Mapping[Modality, Encoded],
+    visual: Mapping[Modality, Tensor],
     kwargs: dict[str, Any],
     chosen: Chosen | None,
 ) -> tuple[Prefill | None, Last]:
     """Shorten the text model's keyword arguments, in place.
 
     Args:
-        visual: (B, L) bool, the columns of visual tokens.
+        visual: (B, L) bool, the columns of the placeholders of each modality.
         kwargs: arguments of the text model.
         chosen: selections made earlier in the same generate(), reused and added to.
 
@@ -195,14 +201,15 @@ def begin(
     if mask is not None:
         real = mask[:, -length:].to(embeds.device, torch.bool)
     images, samples = _place(encoded, visual)
-    last = _report(setup, encoded, images, (real & ~visual).sum(1)[:: batch // samples])
+    somewhere = torch.stack(list(visual.values())).any(0)
+    last = _report(setup, images, (real & ~somewhere).sum(1)[:: batch // samples])
     state = pruned_state(cache)
     if state is None and not any(image.encoded.plan for image in images):
         return None, last
 
     keep = real.clone()
     for image in images:
-        image.mark(keep, image.encoded.kept.to(embeds.device))
+        image.mark(keep, image.encoded.slots)
     first = Layout.of(keep)
     if cache is None and _wants_cache(kwargs, setup.config):
         cache = kwargs["past_key_values"] = DynamicCache(config=setup.config)
@@ -213,16 +220,18 @@ def begin(
             for segment in state.segments:  # a text prefix, cached before the image came
                 segment.padding = mask[:, :-length].to(embeds.device, torch.bool)
         stored = int(cache.physical_length())
-        state.uncroppable = stored + first.length - min(_trailing_text(real, visual), first.length)
+        state.uncroppable = (
+            stored + first.length - min(_trailing_text(real, somewhere), first.length)
+        )
     ids = kwargs.get("position_ids")
     if ids is None:
         seen = cache.get_seq_length() if cache is not None else 0
         ids = torch.arange(length, device=embeds.device)[None] + seen
-    kwargs["position_ids"] = _positions(setup, ids[..., -length:], first, real, state)
+    ids = _sources(ids[..., -length:], images, setup.positions, batch)
+    kwargs["position_ids"] = _positions(setup, ids, first, real, state)
     kwargs["inputs_embeds"] = first.shorten(embeds)
     prefill = Prefill(
         setup=setup,
-        encoded=encoded,
         images=images,
         length=length,
         first=first,
@@ -238,19 +247,34 @@ def begin(
     return prefill, last
 
 
-def _place(encoded: Encoded, visual: Tensor) -> tuple[list[PlacedImage], int]:
+def _place(
+    encoded: Mapping[Modality, Encoded], visual: Mapping[Modality, Tensor]
+) -> tuple[list[PlacedImage], int]:
+    """All images in the order of the prompts, and the number of samples."""
+    placed, samples = [], 1
+    for modality, of_call in encoded.items():
+        images, samples = _place_one(modality, of_call, visual[modality])
+        placed += images
+    placed.sort(key=lambda image: (image.sample, int(image.columns[0])))
+    return placed, samples
+
+
+def _place_one(
+    modality: Modality, encoded: Encoded, visual: Tensor
+) -> tuple[list[PlacedImage], int]:
     """Find each image's columns, and the number of samples.
 
     Beams repeat a sample's rows, which share its images.
     """
+    what = modality.name
     counts = visual.sum(1).tolist()
     tokens = sum(image.num_tokens for image in encoded.images)
     repeats, rest = divmod(sum(counts), tokens) if tokens else (1, sum(counts))
     repeats = max(1, repeats)
     if rest or len(counts) % repeats:
         raise UnsupportedFeatureError(
-            f"The batch has {sum(counts)} image placeholders for {tokens} visual tokens: "
-            f"input_ids and images do not belong together."
+            f"The batch has {sum(counts)} {what} placeholders for {tokens} visual tokens: "
+            f"input_ids and {what}s do not belong together."
         )
     columns = visual.nonzero()[:, 1].split(counts)
     placed: list[PlacedImage] = []
@@ -259,20 +283,20 @@ def _place(encoded: Encoded, visual: Tensor) -> tuple[list[PlacedImage], int]:
         rows = torch.arange(row, row + repeats, device=visual.device)
         used = 0
         while used < counts[row]:
-            image = next(todo)
+            image = next(todo).to(visual.device)
             cols = columns[row][used : used + image.num_tokens]
             alive = torch.arange(image.num_tokens, device=visual.device)
-            placed.append(PlacedImage(image, sample, rows, cols, alive))
+            placed.append(PlacedImage(image, sample, rows, cols, alive, encoded.stopwatch))
             used += image.num_tokens
         if used != counts[row]:
             raise UnsupportedFeatureError(
-                f"Row {row} has {counts[row]} image placeholders, which is no whole number of "
-                f"its images' tokens: input_ids and images do not belong together."
+                f"Row {row} has {counts[row]} {what} placeholders, which is no whole number of "
+                f"its {what}s' tokens: input_ids and {what}s do not belong together."
             )
     return placed, len(counts) // repeats
 
 
-def _report(setup: Setup, encoded: Encoded, images: list[PlacedImage], text: Tensor) -> Last:
+def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
     """What is known before the decoder runs; `text` (samples,) counts the text tokens."""
     read: dict[str, list[int]] = {}
     for call in setup.calls:
@@ -280,21 +304,55 @@ def _report(setup: Setup, encoded: Encoded, images: list[PlacedImage], text: Ten
             if hasattr(need, "layer"):
                 read.setdefault(f"{call.name}: {type(need).__name__}", []).append(need.layer)
     last = Last(
-        grids=[image.encoded.grid for image in images],
-        tokens_in=[image.encoded.num_tokens for image in images],
-        kept=[image.encoded.kept for image in images],
+        tilings=[image.encoded.tiling for image in images],
+        kept=[image.encoded.tokens_at(image.encoded.slots) for image in images],
+        order=[image.encoded.selection.order for image in images],
+        tokens_kept=[len(image.encoded.slots) for image in images],
+        members=[image.encoded.selection.groups for image in images],
         image_sample=[image.sample for image in images],
         text_tokens=text.tolist(),
         plans=[image.encoded.plan for image in images],
         positions=setup.positions,
         num_layers=setup.shape.decoder.num_layers,
         layers_read=read,
-        stopwatch=encoded.stopwatch,
+        stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
     )
     before = [stage for image in images for stage in image.encoded.plan if stage.layer == 0]
     if before:
         last.stages.append(StageReport(before[0].call.name, 0, list(last.kept)))
     return last
+
+
+def _report_alive(last: Last, images: list[PlacedImage]) -> None:
+    """What is alive after the last cut, once the decoder has run."""
+    last.kept = [image.tokens for image in images]
+    last.tokens_kept = [len(image.alive) for image in images]
+    last.members = [image.encoded.members_at(image.alive) for image in images]
+    last.order = [
+        None if image.encoded.selection.order is None else image.encoded.rows_at(image.alive)
+        for image in images
+    ]
+
+
+def _sources(ids: Tensor, images: list[PlacedImage], positions: Positions, batch: int) -> Tensor:
+    """Position ids where each row has that of its own token, not that of its slot.
+
+    Re-packed positions follow the order of the rows, whatever tokens they were.
+    """
+    moved = [image for image in images if image.encoded.selection.order is not None]
+    if not moved or positions == "repacked":
+        return ids
+    length = ids.shape[-1]
+    columns = torch.arange(length, device=ids.device).repeat(batch, 1)
+    for image in moved:
+        slots = image.columns[image.encoded.slots]
+        columns[image.rows[:, None], slots] = image.columns[image.encoded.sources]
+    if ids.dim() == 2:
+        return gather_columns(ids, columns)
+    axes = [gather_columns(axis, columns) for axis in ids]
+    if len(axes) == 4:  # row 0 only tells packed sequences
+        axes[0] = ids[0]
+    return torch.stack(axes)
 
 
 def _positions(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..prune.budget import Stage, tokens_per_layer
 from ..prune.contract import Positions
+from ..prune.tiling import Tiling
 
 
 class Stopwatch:
@@ -55,8 +56,8 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """One cut: decoder layer `layer` is the first that sees only `kept` (per image, original
-    indices, ascending)."""
+    """One cut: decoder layer `layer` is the first that sees only `kept` (per image, numbers of
+    tokens, ascending)."""
 
     method: str
     layer: int
@@ -67,14 +68,20 @@ class StageReport:
 class Last:
     """What the last prefill that saw visual tokens did.
 
-    Images are in batch order (beams not expanded). Indices are 0-based places among the image's
-    visual tokens in the prompt.
+    Images and videos are in the order of the prompts (beams not expanded). Tokens are numbered by
+    their places among the visual tokens of their image in the prompt, newline tokens included.
     """
 
-    grids: list[tuple[int, int]]
-    tokens_in: list[int]
+    tilings: list[Tiling]
+    """How the tokens of each image lie."""
     kept: list[Tensor]
-    """Per image, sorted original indices alive after the last cut (int64)."""
+    """Per image, sorted numbers of the tokens alive after the last cut (int64). Rows that stand for
+    no token of the prompt (CLS, aggregates) are not among them."""
+    order: list[Tensor | None]
+    """Per image, its rows in the order in which the LLM sees them, where that is not `kept`: -1
+    for rows that stand for no token."""
+    tokens_kept: list[int]
+    """Per image, rows alive after the last cut."""
     image_sample: list[int]
     """The row of the batch that each image belongs to."""
     text_tokens: list[int]
@@ -85,19 +92,51 @@ class Last:
     num_layers: int
     layers_read: dict[str, list[int]]
     """Layers that each method reads on this model, by signal."""
-    stopwatch: Stopwatch = field(repr=False)
+    stopwatches: list[Stopwatch] = field(repr=False)
+    members: list[Tensor | None] = field(repr=False)
+    """Per image, (2, G) pairs of a row and a token merged into it; see `groups`."""
     stages: list[StageReport] = field(default_factory=list)
     note: str | None = None
+
+    @classmethod
+    def nothing(cls, positions: Positions, num_layers: int, note: str) -> Last:
+        """A prefill in which no visual token was known."""
+        return cls(
+            tilings=[],
+            kept=[],
+            order=[],
+            tokens_kept=[],
+            image_sample=[],
+            text_tokens=[],
+            plans=[],
+            positions=positions,
+            num_layers=num_layers,
+            layers_read={},
+            stopwatches=[],
+            members=[],
+            note=note,
+        )
+
+    @property
+    def tokens_in(self) -> list[int]:
+        """Per image, its visual tokens before any cut."""
+        return [tiling.num_tokens for tiling in self.tilings]
+
+    @property
+    def groups(self) -> list[list[Tensor] | None]:
+        """Per image, the tokens that each row was merged from (empty: the row is one token as it
+        was); None where nothing was merged."""
+        return [
+            None
+            if pairs is None
+            else list(pairs[1].split(pairs[0].bincount(minlength=rows).tolist()))
+            for pairs, rows in zip(self.members, self.tokens_kept, strict=True)
+        ]
 
     @property
     def pruned(self) -> bool:
         """Whether any token was removed."""
         return bool(self.stages)
-
-    @property
-    def tokens_kept(self) -> list[int]:
-        """Per image, tokens alive after the last cut."""
-        return [len(kept) for kept in self.kept]
 
     @property
     def tokens_per_layer(self) -> list[list[int]]:
@@ -111,7 +150,7 @@ class Last:
     @property
     def select_seconds(self) -> float:
         """Time spent choosing tokens, probes not included."""
-        return self.stopwatch.seconds
+        return sum(stopwatch.seconds for stopwatch in self.stopwatches)
 
     def __repr__(self) -> str:
         counts = ", ".join(

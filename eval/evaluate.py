@@ -131,7 +131,7 @@ class Evaluator:
         grids = self._grids(inputs)
         last = handle.last if handle is not None else None
         entering = last.tokens_per_layer if last else [[n] * layers for n in visual]
-        kept = [len(k) for k in last.kept] if last else visual
+        kept = last.tokens_kept if last else visual
         samples = []
         for row, question in enumerate(asked):  # one image a question
             samples.append(

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from . import methods as _methods_package
 from .budget import BUDGET_WORDS, Budget, MethodCall
-from .contract import Method
+from .contract import BeforeLLM, Method, Place
 from .errors import BudgetError, MethodFieldError, UnknownMethodError, did_you_mean
 
 ENTRY_POINT_GROUP = "vlmprune.methods"
@@ -27,6 +27,8 @@ def register(name: str) -> Callable[[_M], _M]:
     def decorate(cls: _M) -> _M:
         if not issubclass(cls, Method) or not dataclasses.is_dataclass(cls):
             raise TypeError(f"{cls!r} cannot be registered: derive a frozen dataclass from Method.")
+        if getattr(cls, "place", None) is Place.BEFORE_LLM and not issubclass(cls, BeforeLLM):
+            raise TypeError(f"{cls!r} acts before the LLM: derive it from BeforeLLM.")
         this = (cls.__module__, cls.__qualname__)
         known = _classes.get(name)
         if known is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...prune.contract import Tower
 from ...prune.errors import UnsupportedModelError
-from ..family import Family, Grids, Model
+from ...prune.tiling import Tiling
+from ..family import Family, Inputs, Modality, Model
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
@@ -29,34 +31,55 @@ class Llava(Family):
         return Tower(
             num_layers=tower.config.num_hidden_layers,
             has_cls=hasattr(tower.embeddings, "class_embedding"),
+            text_twin=tower.config.model_type == "clip_vision_model",
         )
 
-    def grids(self, model: Model, features: Sequence[Tensor], inputs: Mapping[str, Any]) -> Grids:
-        config = self.vision_tower(model).config
+    def tilings(
+        self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
+    ) -> Sequence[Tiling]:
+        patch = self.vision_tower(model).config.patch_size
         _, _, height, width = inputs["pixel_values"].shape
-        return [(height // config.patch_size, width // config.patch_size)] * len(features)
+        return [Tiling.single(height // patch, width // patch)] * len(features)
 
-    def pixels(self, model: Model, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+    def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
         return list(inputs["pixel_values"])
 
+    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
+        return [1] * len(inputs["pixel_values"])
+
+    def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:
+        layers = inputs.get("vision_feature_layer")
+        layers = model.config.vision_feature_layer if layers is None else layers
+        if isinstance(layers, int):
+            layers = [layers]
+        return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+
+    def project(self, model: Model, rows: Tensor) -> Tensor:
+        projected: Tensor = self.core(model).multi_modal_projector(rows[None])[0]
+        return projected
+
     def per_image(
-        self,
-        model: Model,
-        scores: Tensor,
-        features: Sequence[Tensor],
-        inputs: Mapping[str, Any],
+        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
     ) -> Sequence[Tensor]:
-        return list(scores[:, 1:] if self.tower(model).has_cls else scores)
+        return list(self.patches(model, values))
+
+    def patches(self, model: Model, values: Tensor) -> Tensor:
+        """Values without those of CLS: (B, P, ...)."""
+        return values[:, 1:] if self.tower(model).has_cls else values
 
     def fixed_tokens(self, model: Model) -> int | None:
+        return self.side(model) ** 2
+
+    def side(self, model: Model) -> int:
+        """Rows and columns of patches of one tile."""
         config = self.vision_tower(model).config
-        return (config.image_size // config.patch_size) ** 2
+        return int(config.image_size // config.patch_size)
 
     def check(self, model: Model) -> None:
         kind = self.vision_tower(model).config.model_type
         if kind not in _TOWERS:
             raise UnsupportedModelError(
-                f"LLaVA with a {kind!r} vision tower is not supported: use one of "
+                f"{type(model).__name__} with a {kind!r} vision tower is not supported: use one of "
                 f"{', '.join(_TOWERS)}."
             )
         strategy = model.config.vision_feature_select_strategy

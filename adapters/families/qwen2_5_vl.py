@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ...prune.contract import Tower
-from ..family import Family, Grids, Model
+from ...prune.tiling import Tiling
+from ..family import Family, Inputs, Modality, Model
 
 
 class Qwen25VL(Family):
@@ -30,21 +31,42 @@ class Qwen25VL(Family):
             full_attention=tuple(sorted(tower.fullatt_block_indexes)),
         )
 
-    def grids(self, model: Model, features: Sequence[Tensor], inputs: Mapping[str, Any]) -> Grids:
+    def tilings(
+        self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
+    ) -> Sequence[Tiling]:
         merge = self.vision_tower(model).spatial_merge_size
-        return [(t * h // merge, w // merge) for t, h, w in inputs["image_grid_thw"].tolist()]
+        thw = inputs["image_grid_thw"].tolist()
+        return [Tiling.single(t * h // merge, w // merge) for t, h, w in thw]
 
-    def pixels(self, model: Model, inputs: Mapping[str, Any]) -> Sequence[Tensor]:
+    def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
         return inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())
 
+    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
+        return [1] * len(inputs["image_grid_thw"])
+
+    def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:
+        return output.last_hidden_state[None]
+
+    def project(self, model: Model, rows: Tensor) -> Tensor:
+        merger = self.vision_tower(model).merger
+        projected: Tensor = merger(rows.reshape(-1, merger.ln_q.weight.shape[0]))
+        return projected
+
     def per_image(
-        self,
-        model: Model,
-        scores: Tensor,
-        features: Sequence[Tensor],
-        inputs: Mapping[str, Any],
+        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
     ) -> Sequence[Tensor]:
-        # The blocks run in window order; `window_index[i]` is the token at place i.
+        return [unit.mean(1) for unit in self._units(model, values, inputs)]
+
+    def merged_patches(
+        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
+    ) -> Sequence[Tensor]:
+        return [unit.flatten(1) for unit in self._units(model, values, inputs)]
+
+    def _units(self, model: Model, values: Tensor, inputs: Inputs) -> Sequence[Tensor]:
+        """The patches behind each token, per image: (P, merge_unit, ...).
+
+        The blocks run in window order; `window_index[i]` is the token at place i.
+        """
         from transformers.vision_utils import get_vision_window_index
 
         tower = self.vision_tower(model)
@@ -54,6 +76,7 @@ class Qwen25VL(Family):
             window_size=tower.window_size,
             patch_size=tower.patch_size,
         )
-        tokens = scores.flatten().view(-1, tower.spatial_merge_unit).mean(1)
-        tokens = tokens[window_index.to(tokens.device).argsort()]
-        return tokens.split([len(f) for f in features])
+        units = values.flatten(0, 1).unflatten(0, (-1, tower.spatial_merge_unit))
+        units = units[window_index.to(units.device).argsort()]
+        counts = inputs["image_grid_thw"].prod(-1) // tower.spatial_merge_unit
+        return units.split(counts.tolist())

@@ -1,0 +1,108 @@
+"""LLaVA-NeXT (1.6): a thumbnail and crops on a canvas without its padding, a newline a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+)
+
+from ...prune.tiling import Block, Tiling
+from ..family import Inputs, Modality, Model
+from .llava import Llava
+
+
+class LlavaNext(Llava):
+    name = "llava_next"
+    fit = "stretch"  # the thumbnail is the whole picture, and so is the canvas without padding
+
+    def tilings(
+        self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
+    ) -> Sequence[Tiling]:
+        """Read off where the model's own packing puts the coordinates of each patch."""
+        side, sizes = self.side(model), inputs["image_sizes"].tolist()
+        counts = self.tile_counts(model, modality, inputs)
+        found = []
+        for size, tiles in zip(sizes, counts, strict=True):
+            coordinates = self._coordinates(model, size, tiles)
+            mark = torch.full((2,), -1.0)
+            (packed,) = self.pack(model, [coordinates], torch.tensor([size]), mark)
+            thumbnail = Block((side,), (side,))
+            canvas = packed[side * side :]
+            if tiles == 1:  # no crops: at most one newline at the end
+                found.append(Tiling((Block((side,), (side,), "end" if len(canvas) else "none"),)))
+                continue
+            rows = int((canvas[:, 0] < 0).sum())
+            # Where the canvas was scaled down, so were the borders between its tiles.
+            tile = (canvas.view(rows, -1, 2)[:, :-1] + 0.5).floor().long() // side
+            grid = self._grid(model, size)
+            found.append(
+                Tiling(
+                    (
+                        thumbnail,
+                        Block(
+                            tuple(tile[:, 0, 0].bincount(minlength=grid[0]).tolist()),
+                            tuple(tile[0, :, 1].bincount(minlength=grid[1]).tolist()),
+                            "rows",
+                        ),
+                    )
+                )
+            )
+        return found
+
+    def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
+        pixels, counts = inputs["pixel_values"], self.tile_counts(model, modality, inputs)
+        if pixels.dim() == 5:
+            return [image[:count] for image, count in zip(pixels, counts, strict=True)]
+        return list(pixels.split(list(counts)))
+
+    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
+        return [
+            image_size_to_num_patches(
+                size, model.config.image_grid_pinpoints, self.vision_tower(model).config.image_size
+            )
+            for size in inputs["image_sizes"].tolist()
+        ]
+
+    def per_image(
+        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
+    ) -> Sequence[Tensor]:
+        patches = self.patches(model, values)
+        counts = self.tile_counts(model, modality, inputs)
+        tiles = patches.flatten(2).split(list(counts))
+        packed = self.pack(model, tiles, inputs["image_sizes"], None)
+        return [image.view(-1, *patches.shape[2:]) for image in packed]
+
+    def pack(
+        self, model: Model, tiles: Sequence[Tensor], sizes: Tensor, newline: Tensor | None
+    ) -> Sequence[Tensor]:
+        """The model's own packing of (tiles, P, C) per image, with any newline: (N, C) each."""
+        strategy = model.config.vision_feature_select_strategy
+        packed: Sequence[Tensor]
+        packed, _ = self.core(model).pack_image_features(
+            tiles, sizes, vision_feature_select_strategy=strategy, image_newline=newline
+        )
+        return packed
+
+    def fixed_tokens(self, model: Model) -> int | None:
+        return None
+
+    def _grid(self, model: Model, size: list[int]) -> tuple[int, int]:
+        """Rows and columns of crops."""
+        rows, columns = get_anyres_image_grid_shape(
+            size, model.config.image_grid_pinpoints, self.vision_tower(model).config.image_size
+        )
+        return rows, columns
+
+    def _coordinates(self, model: Model, size: list[int], tiles: int) -> Tensor:
+        """Row and column of each patch, on its tile (thumbnail) or the canvas: (tiles, P, 2)."""
+        side = self.side(model)
+        line = torch.arange(side, dtype=torch.float32)
+        patch = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).view(1, -1, 2)
+        rows, columns = self._grid(model, size) if tiles > 1 else (0, 0)
+        crops = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)) * side
+        return torch.cat([patch, patch + crops.view(-1, 1, 2)])

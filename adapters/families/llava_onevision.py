@@ -1,0 +1,64 @@
+"""LLaVA-OneVision: SigLIP, up to 9 tiles' worth of tokens, plain images among several, videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...prune.tiling import Block, Tiling
+from ..family import IMAGE, VIDEO, Inputs, Modality, Model
+from .llava_next import LlavaNext
+
+
+class LlavaOnevision(LlavaNext):
+    name = "llava_onevision"
+    modalities = (IMAGE, VIDEO)
+
+    def tilings(
+        self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
+    ) -> Sequence[Tiling]:
+        if modality is IMAGE:
+            return super().tilings(model, modality, features, inputs)
+        side = (self.side(model) + 1) // 2  # frames are pooled to half of it
+        frames = inputs["pixel_values_videos"].shape[1]
+        frame, last = Block((side,), (side,)), Block((side,), (side,), "end")
+        return [Tiling((*[frame] * (frames - 1), last))] * len(features)
+
+    def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
+        if modality is VIDEO:
+            return list(inputs["pixel_values_videos"])
+        return super().pixels(model, modality, inputs)
+
+    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
+        if modality is VIDEO:
+            videos, frames = inputs["pixel_values_videos"].shape[:2]
+            return [frames] * videos
+        counts = super().tile_counts(model, modality, inputs)
+        per_sample = inputs.get("batch_num_images")
+        if per_sample is None:
+            return counts
+        alone = [int(number) == 1 for number in per_sample for _ in range(int(number))]
+        return [count if single else 1 for count, single in zip(counts, alone, strict=True)]
+
+    def per_image(
+        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
+    ) -> Sequence[Tensor]:
+        if modality is IMAGE:
+            return super().per_image(model, modality, values, inputs)
+        patches = self.patches(model, values)
+        pooled = self.core(model).apply_pooling(patches.flatten(2))
+        videos = inputs["pixel_values_videos"].shape[0]
+        return list(pooled.reshape(videos, -1, *patches.shape[2:]))
+
+    def pack(
+        self, model: Model, tiles: Sequence[Tensor], sizes: Tensor, newline: Tensor | None
+    ) -> Sequence[Tensor]:
+        packed: Sequence[Tensor]
+        packed, _ = self.core(model).pack_image_features(
+            tiles,
+            sizes,
+            image_newline=newline,
+            vision_aspect_ratio=model.config.vision_aspect_ratio,
+        )
+        return packed
