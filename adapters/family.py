@@ -96,8 +96,11 @@ class Family(ABC):
         """The pixel values of each image without padding, any shape."""
 
     @abstractmethod
-    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
-        """How many pictures the encoder saw of each image: tiles or frames."""
+    def pictures(
+        self, model: Model, modality: Modality, inputs: Inputs
+    ) -> Sequence[Sequence[tuple[int, int]]]:
+        """Per image, the pictures that the encoder saw of it (tiles, frames): rows and columns of
+        what the projector makes a token of, padding included."""
 
     @abstractmethod
     def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:

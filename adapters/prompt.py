@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..prune.errors import UnsupportedFeatureError
@@ -33,7 +34,7 @@ class Prompt:
             ids = self.ids[row]
             if self.mask is not None:
                 ids = ids[self.mask[row].bool()]
-            visual = sum((ids == token for token in self.placeholders.values()), ids != ids)
+            visual = torch.isin(ids, torch.tensor(list(self.placeholders.values())).to(ids))
             columns = (ids == self.placeholders.get(modality)).nonzero()[:, 0].tolist()
             while columns:
                 count = todo.pop(0) if todo else 0

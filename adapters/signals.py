@@ -110,7 +110,7 @@ class Reader:
                     self._model, self._modality, self._encoder_features(), self._inputs
                 )
             case ClsFeatures():
-                return self._encoder_features()[:, 0].split(list(self._tile_counts()))
+                return self._encoder_features()[:, 0].split(self._tile_counts())
             case PixelSeed():
                 pixels = self._family.pixels(self._model, self._modality, self._inputs)
                 return [pixel_seed(image) for image in pixels]
@@ -135,8 +135,9 @@ class Reader:
     def _encoder_features(self) -> Tensor:
         return self._family.encoder_features(self._model, self._output, self._inputs).detach()
 
-    def _tile_counts(self) -> Sequence[int]:
-        return self._family.tile_counts(self._model, self._modality, self._inputs)
+    def _tile_counts(self) -> list[int]:
+        pictures = self._family.pictures(self._model, self._modality, self._inputs)
+        return [len(tiles) for tiles in pictures]
 
     def _llm_features(self, *, with_newlines: bool) -> Sequence[Tensor]:
         features = [image.detach() for image in self._features]

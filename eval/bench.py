@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..adapters.family import IMAGE
 from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
 from ..prune.budget import Budget, MethodCall
@@ -115,7 +116,8 @@ class Variant:
     oracle_vision: list[float] = field(default_factory=list)
     vs_dense: list[float] = field(default_factory=list)
     per_layer: list[int] = field(default_factory=list)
-    tokens_in: int = 0
+    grid: tuple[int, int] = (0, 0)
+    """Rows and columns of the image's tokens."""
 
     @property
     def name(self) -> str:
@@ -124,7 +126,7 @@ class Variant:
     def as_json(self, cost: ModelCost) -> dict[str, Any]:
         vision = [*self.vision, *self.oracle_vision]
         flops = cost.sample(
-            images=[self.tokens_in], visual_per_layer=self.per_layer, text_tokens=_TEXT_TOKENS
+            pictures=[self.grid], visual_per_layer=self.per_layer, text_tokens=_TEXT_TOKENS
         )
         rest = [t - v - s for t, v, s in zip(self.total, self.vision, self.select, strict=True)]
         oracle_rest = [t - v for t, v in zip(self.oracle, self.oracle_vision, strict=True)]
@@ -134,7 +136,7 @@ class Variant:
             "kept": self.per_layer[-1],
             "average_per_layer": sum(self.per_layer) / len(self.per_layer),
             "first_token_flops": flops.first_token,
-            "visual_share": visual_share(self.per_layer, self.tokens_in, cost.decoder),
+            "visual_share": visual_share(self.per_layer, self.grid[0] * self.grid[1], cost.decoder),
             "seconds": {
                 "total": spread(self.total),
                 "vision": spread(vision),
@@ -167,10 +169,12 @@ def compare(
 
     One more round, the first, warms up and is thrown away.
     """
-    tower = family_of(model).vision_tower(model)
+    family = family_of(model)
+    tower = family.vision_tower(model)
+    (grid,) = family.pictures(model, IMAGE, inputs)[0]
     device = next(model.parameters()).device
     tokens = int((inputs["input_ids"] == _IMAGE_TOKEN).sum())
-    layers = family_of(model).shape(model).decoder.num_layers
+    layers = family.shape(model).decoder.num_layers
 
     def clock(call: Callable[[], object]) -> tuple[float, float]:
         with module_seconds(tower, device) as vision:
@@ -186,7 +190,7 @@ def compare(
     for number in range(repeats + 1):
         dense = 0.0
         for variant in variants:
-            variant.tokens_in = tokens
+            variant.grid = grid
             select = oracle = oracle_vision = 0.0
             if variant.call is None:
                 total, vision = clock(prefill)
@@ -214,11 +218,11 @@ def compare(
 def oracle_prefill(
     model: PreTrainedModel, inputs: dict[str, Tensor], cuts: Sequence[tuple[int, Tensor]]
 ) -> Tensor:
-    """Prefill with the kept tokens known beforehand; the logits are those of no real model where a
-    cut lies inside the decoder (its final norm runs once more), their time is.
+    """Prefill with as many tokens as were kept, known beforehand: the time is that of the kept
+    ones, the logits are not (inside the decoder the final norm even runs once more).
 
     Args:
-        cuts: (first layer that sees fewer tokens, original indices of those visual tokens).
+        cuts: (first layer that sees fewer tokens, numbers of visual tokens that are left).
     """
     family = family_of(model)
     core: Any = family.core(model)
@@ -248,7 +252,8 @@ def oracle_prefill(
 
 
 def _cuts(handle: Handle) -> list[tuple[int, Tensor]]:
-    return [(stage.layer, stage.kept[0]) for stage in handle.last.stages]
+    """Counts decide: rows of merged tokens have no number of their own."""
+    return [(stage.layer, torch.arange(stage.keep)) for stage in handle.last.plans[0]]
 
 
 # --- The model -------------------------------------------------------------------------------

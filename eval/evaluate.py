@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..adapters.family import IMAGE
 from ..adapters.patching import Handle, patch
+from ..adapters.registry import family_of
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
 from .flops import Flops, model_cost, visual_flops, visual_share
@@ -38,7 +40,8 @@ class Sample:
     per_layer: list[int]
     text: int
     generated: int
-    grids: list[tuple[int, int]] | None
+    pictures: list[tuple[int, int]]
+    """Rows and columns of what the vision encoder saw."""
 
 
 class Evaluator:
@@ -128,7 +131,7 @@ class Evaluator:
         visual = (inputs["input_ids"] == image_id).sum(1).tolist()
         real = inputs["attention_mask"].sum(1).tolist()
         layers = len(self.cost.layers)
-        grids = self._grids(inputs)
+        pictures = family_of(self.model).pictures(self.model, IMAGE, inputs)
         last = handle.last if handle is not None else None
         entering = last.tokens_per_layer if last else [[n] * layers for n in visual]
         kept = last.tokens_kept if last else visual
@@ -143,7 +146,7 @@ class Evaluator:
                     per_layer=entering[row],
                     text=real[row] - visual[row],
                     generated=self._length(new[row].tolist()),
-                    grids=[grids[row]] if grids else None,
+                    pictures=list(pictures[row]),
                 )
             )
         return samples
@@ -176,14 +179,6 @@ class Evaluator:
             else tensor.to(self.device)
             for name, tensor in inputs.items()
         }
-
-    def _grids(self, inputs: dict[str, Any]) -> list[tuple[int, int]] | None:
-        """(rows, columns) of each image's visual tokens, where the encoder's cost depends on it."""
-        sizes = inputs.get("image_grid_thw")
-        if sizes is None:
-            return None
-        merge = round(self.cost.vision.merge_unit**0.5)
-        return [(rows // merge, columns // merge) for _, rows, columns in sizes.tolist()]
 
     def _length(self, new_tokens: list[int]) -> int:
         """Tokens generated up to the end of the answer, the end token included."""
@@ -227,11 +222,10 @@ class Evaluator:
             ):
                 target.append(
                     cost.sample(
-                        images=sample.images,
+                        pictures=sample.pictures,
                         visual_per_layer=per_layer,
                         text_tokens=sample.text,
                         new_tokens=sample.generated,
-                        grids=sample.grids,
                     )
                 )
             visual.append(visual_flops(sample.per_layer, decoder))

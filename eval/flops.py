@@ -54,21 +54,21 @@ class VisionCost:
     head_per_token: int = 0
     head_fixed: int = 0
 
-    def encoder(self, num_tokens: int, grid: tuple[int, int] | None = None) -> int:
-        """FLOPs of the encoder for an image of `num_tokens` tokens, `grid` rows by columns."""
-        patches = num_tokens * self.merge_unit
+    def encoder(self, grid: tuple[int, int]) -> int:
+        """FLOPs of the encoder for a picture of `grid` rows by columns of future tokens."""
+        patches = grid[0] * grid[1] * self.merge_unit
         sequence = patches + self.has_cls
         total = self.per_patch * patches + self.head_per_token * sequence + self.head_fixed
-        windows = [n * self.merge_unit for n in _windows(grid, self.window)] if grid else [sequence]
+        windows = [n * self.merge_unit for n in _windows(grid, self.window)]
         for index, block in enumerate(self.blocks):
             full = self.full_attention is None or index in self.full_attention
             spans = [sequence] if full else windows
             total += sum(block.flops(n, n) for n in spans)
         return total
 
-    def projector(self, num_tokens: int) -> int:
-        """FLOPs of the projector or merger for one image."""
-        return self.per_token * num_tokens
+    def projector(self, grid: tuple[int, int]) -> int:
+        """FLOPs of the projector or merger for one picture."""
+        return self.per_token * grid[0] * grid[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,28 +115,25 @@ class ModelCost:
     def sample(
         self,
         *,
-        images: Sequence[int],
+        pictures: Sequence[tuple[int, int]],
         visual_per_layer: Sequence[int],
         text_tokens: int,
         new_tokens: int = 1,
-        grids: Sequence[tuple[int, int]] | None = None,
         logits: int = 1,
     ) -> Flops:
         """FLOPs of one sample.
 
         Args:
-            images: visual tokens of each image before pruning.
+            pictures: rows and columns of every picture that the encoder saw (`Family.pictures`).
             visual_per_layer: visual tokens that entered each decoder layer.
             text_tokens: real text tokens of the prompt, pads not counted.
             new_tokens: tokens generated.
-            grids: (rows, columns) of visual tokens of each image; needed by windowed encoders.
             logits: positions whose logits are computed in prefill (`generate` computes one).
         """
         entering = [n + text_tokens for n in visual_per_layer]
-        places: Sequence[tuple[int, int] | None] = grids or [None] * len(images)
         return Flops(
-            vision=sum(self.vision.encoder(n, g) for n, g in zip(images, places, strict=True)),
-            projector=sum(self.vision.projector(n) for n in images),
+            vision=sum(map(self.vision.encoder, pictures)),
+            projector=sum(map(self.vision.projector, pictures)),
             prefill=self.prefill(entering),
             lm_head=self.lm_head * logits,
             decode=self.decode(entering, new_tokens),

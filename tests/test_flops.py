@@ -6,6 +6,8 @@ import pytest
 import torch
 import vlmprune
 from torch.utils.flop_counter import FlopCounterMode
+from vlmprune.adapters.family import IMAGE
+from vlmprune.adapters.registry import family_of
 from vlmprune.eval.flops import _windows, model_cost, visual_flops, visual_share
 from vlmprune.prune.contract import Decoder
 from zoo import ALL, ATTENTION, BOTH_FAMILIES, CASES, Case
@@ -17,8 +19,7 @@ TEXT = 10
 def analytic(case: Case, model, visual_per_layer, **options):
     extra = 2 if case.qwen else 0  # start and end of vision
     return model_cost(model).sample(
-        images=[case.num_tokens("B")],
-        grids=[case.grid("B")],
+        pictures=family_of(model).pictures(model, IMAGE, case.inputs([ROW]))[0],
         visual_per_layer=visual_per_layer,
         text_tokens=TEXT + extra,
         **options,
@@ -73,9 +74,9 @@ def test_several_images_and_none_add_up():
     n = case.num_tokens("B")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(**case.inputs([(3, "A", 2, "B", 5)]), logits_to_keep=1)
-    two = cost.sample(images=[n, n], visual_per_layer=[2 * n] * 4, text_tokens=10)
+    two = cost.sample(pictures=[case.grid("A")] * 2, visual_per_layer=[2 * n] * 4, text_tokens=10)
     assert two.first_token == counter.get_total_flops()
-    none = cost.sample(images=[], visual_per_layer=[0] * 4, text_tokens=10)
+    none = cost.sample(pictures=[], visual_per_layer=[0] * 4, text_tokens=10)
     assert none.vision == none.projector == 0
     assert none.prefill == cost.prefill([10] * 4)
 

@@ -5,7 +5,8 @@ initialisation all tokens look alike and a wrong position or mask would not show
 
 A prompt is written as a tuple: numbers are runs of text tokens, letters are images, so
 `(3, "A", 2, "B", 5)` is three text tokens, image A, two text tokens, image B, five text tokens. The
-same letter is the same image and the same tuple the same text in every batch.
+same letter is the same image and the same tuple the same text in every batch. V and W are videos,
+for the models that take them; "images" in names below are images and videos.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -24,6 +25,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -31,7 +36,8 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
-from vlmprune.prune.contract import ClsAttention, Decoder, ModelShape, Tower
+from vlmprune.prune.contract import Decoder, ModelShape, Tower
+from vlmprune.prune.tiling import Block, Tiling
 
 Row = tuple[int | str, ...]
 
@@ -67,6 +73,153 @@ TOWER = {
 QWEN_GRIDS = {"A": (1, 8, 12), "B": (1, 6, 10), "C": (1, 8, 8), "D": (1, 12, 12)}
 """Patches of the images (time, height, width): 24, 15, 16 and 36 visual tokens."""
 
+PIXELS = TOWER["image_size"]
+SIDE = PIXELS // TOWER["patch_size"]
+FRAMES = {"V": 3, "W": 3}
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [24, 72], [72, 24]]
+"""Canvases of tiles (height, width in pixels): 1x2, 2x1, 2x2, 1x3 and 3x1 tiles."""
+
+
+# --- Layouts: what the processors of a family give, and where the tokens lie -------------------
+
+
+class Plain:
+    """LLaVA-1.5: every image is one square of tokens."""
+
+    takes_videos = False
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        """How the tokens of an image lie; `alone`: no other image in its prompt."""
+        return Tiling.single(SIDE, SIDE)
+
+    def framed(self, tokens: list[int]) -> list[int]:
+        """The placeholders of an image and what a processor puts around them."""
+        return tokens
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict:
+        """All inputs but `input_ids` and `attention_mask`."""
+        if not images(rows):
+            return {}
+        return {"pixel_values": torch.cat([self.pixels(name) for name in images(rows)])}
+
+    def pixels(self, image: str) -> torch.Tensor:
+        """One image as the encoder sees it: (1, 3, H, W)."""
+        return noise(image, 1, 3, PIXELS, PIXELS)
+
+
+class Qwen(Plain):
+    """Qwen2.5-VL: grids of any size, patches of all images packed, two marks around an image."""
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        _, height, width = QWEN_GRIDS[image]
+        return Tiling.single(height // 2, width // 2)
+
+    def framed(self, tokens: list[int]) -> list[int]:
+        return [VISION_START, *tokens, VISION_END]
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict:
+        inputs = {"mm_token_type_ids": (ids == IMAGE).int(), **super().extra(rows, ids)}
+        if images(rows):
+            inputs["image_grid_thw"] = torch.tensor([QWEN_GRIDS[name] for name in images(rows)])
+        return inputs
+
+    def pixels(self, image: str) -> torch.Tensor:
+        """Patches of one image: (P, 3 * 2 * 4 * 4)."""
+        return noise(image, torch.tensor(QWEN_GRIDS[image]).prod().item(), 3 * 2 * 4 * 4)
+
+
+class Tiles(Plain):
+    """LLaVA-NeXT: a thumbnail and crops; `images`: sizes (height, width), and what is left of the
+    canvas of crops."""
+
+    def __init__(self, images: Mapping[str, tuple[tuple[int, int], Block]]) -> None:
+        self.images = images
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        return Tiling((Block((SIDE,), (SIDE,)), self.images[image][1]))
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict:
+        found = [(name, alone) for name, alone in _placed(rows) if name not in FRAMES]
+        if not found:
+            return {}
+        pixels = [self.tiles(name, alone) for name, alone in found]
+        most = max(map(len, pixels))
+        padded = [torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in pixels]
+        return {
+            "pixel_values": torch.stack(padded),
+            "image_sizes": torch.tensor([self.images[name][0] for name, _ in found]),
+        }
+
+    def tiles(self, image: str, alone: bool) -> torch.Tensor:
+        """The pictures that the encoder sees of one image: (tiles, 3, H, W)."""
+        blocks = self.tiling(image, alone).blocks
+        count = sum(len(block.row_sizes) * len(block.column_sizes) for block in blocks)
+        return noise(image, count, 3, PIXELS, PIXELS)
+
+
+class TilesAndVideos(Tiles):
+    """LLaVA-OneVision: one of several images is plain with one newline; frames are pooled."""
+
+    takes_videos = True
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        if image in FRAMES:
+            side = -(-SIDE // 2)
+            frames = [Block((side,), (side,))] * (FRAMES[image] - 1)
+            return Tiling((*frames, Block((side,), (side,), "end")))
+        if not alone:
+            return Tiling((Block((SIDE,), (SIDE,), "end"),))
+        return super().tiling(image, alone)
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict:
+        inputs = super().extra(rows, ids)
+        stills = [sum(name not in FRAMES for name in images([row])) for row in rows]
+        if any(stills):  # the processor leaves out rows without images
+            inputs["batch_num_images"] = torch.tensor([n for n in stills if n])
+        videos = [name for name in images(rows) if name in FRAMES]
+        if videos:
+            clips = [noise(name, FRAMES[name], 3, PIXELS, PIXELS) for name in videos]
+            inputs["pixel_values_videos"] = torch.stack(clips)
+        return inputs
+
+
+def noise(name: str, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(ord(name)))
+
+
+def _placed(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """Letters in batch order, and whether each is the only image (not video) of its prompt."""
+    found = []
+    for row in rows:
+        names = images([row])
+        alone = sum(name not in FRAMES for name in names) == 1
+        found += [(name, alone) for name in names]
+    return found
+
+
+PLAIN, QWEN = Plain(), Qwen()
+NEXT = Tiles(
+    {  # 140, 96, 114 and 192 tokens
+        "A": ((30, 48), Block((4, 4), (6, 6), "rows")),
+        "B": ((48, 16), Block((6, 6), (4,), "rows")),
+        "C": ((24, 50), Block((6,), (3, 6, 3), "rows")),
+        "D": ((48, 48), Block((6, 6), (6, 6), "rows")),
+    }
+)
+ONEVISION = TilesAndVideos(
+    {  # 114, 96, 102 and 96 tokens where they are alone; C and D are scaled down
+        "A": ((24, 50), Block((6,), (3, 6, 3), "rows")),
+        "B": ((48, 16), Block((6, 6), (4,), "rows")),
+        "C": ((30, 48), Block((3, 3), (5, 5), "rows")),
+        "D": ((24, 72), Block((4,), (5, 4, 5), "rows")),
+    }
+)
+ASPECT_RATIO = "anyres_max_2"
+"""More than 87 patches are scaled down to 72: as anyres_max_9 does it, on fewer tiles."""
+
+
+# --- Cases -------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Case:
@@ -75,9 +228,13 @@ class Case:
     name: str
     build: Callable[[], PreTrainedModel]
     shape: ModelShape
-    fixed_positions: bool
+    layout: Plain = PLAIN
+    fixed_positions: bool = False
     """Whether the rotary positions are two-dimensional, so that only `original` is allowed."""
-    qwen: bool
+
+    @property
+    def qwen(self) -> bool:
+        return self.layout is QWEN
 
     def model(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
         """A new model with the same weights every time."""
@@ -90,28 +247,38 @@ class Case:
         """The shared model that nobody patches."""
         return _build(self, attn_implementation)
 
-    def num_tokens(self, image: str) -> int:
-        """N of an image."""
-        return self.grid(image)[0] * self.grid(image)[1]
+    def tiling(self, image: str, alone: bool = True) -> Tiling:
+        """How the tokens of an image lie, in a prompt where it is the only one or is not."""
+        return self.layout.tiling(image, alone)
+
+    def tilings(self, rows: Sequence[Row]) -> list[Tiling]:
+        """Those of all images of a batch, in batch order."""
+        return [self.tiling(name, alone) for name, alone in _placed(rows)]
+
+    def num_tokens(self, image: str, alone: bool = True) -> int:
+        """N of an image, newlines included."""
+        return self.tiling(image, alone).num_tokens
+
+    def counts(self, rows: Sequence[Row]) -> list[int]:
+        """N of all images of a batch, in batch order."""
+        return [tiling.num_tokens for tiling in self.tilings(rows)]
 
     def grid(self, image: str) -> tuple[int, int]:
-        """Rows and columns of visual tokens of an image."""
-        if self.qwen:
-            _, height, width = QWEN_GRIDS[image]
-            return height // 2, width // 2
-        side = TOWER["image_size"] // TOWER["patch_size"]
-        return side, side
+        """Rows and columns of visual tokens of an image that is one rectangle."""
+        (tile,) = self.tiling(image).tiles
+        return tile.rows, tile.columns
 
     def row_ids(self, row: Row) -> torch.Tensor:
         """Token ids of one prompt (L,), without padding."""
         words = torch.Generator().manual_seed(zlib.crc32(repr(row).encode()))
+        counts = iter(self.counts([row]))
         ids: list[int] = []
         for part in row:
             if isinstance(part, int):
                 ids += torch.randint(FIRST_WORD, LAST_WORD, (part,), generator=words).tolist()
             else:
-                image = [IMAGE] * self.num_tokens(part)
-                ids += [VISION_START, *image, VISION_END] if self.qwen else image
+                token = VIDEO if part in FRAMES else IMAGE
+                ids += self.layout.framed([token] * next(counts))
         return torch.tensor(ids)
 
     def inputs(self, rows: Sequence[Row] = SINGLE, padding: str = "left") -> dict:
@@ -124,28 +291,27 @@ class Case:
             at = slice(length - len(x), None) if padding == "left" else slice(0, len(x))
             input_ids[b, at], mask[b, at] = x, 1
         inputs = {"input_ids": input_ids, "attention_mask": mask}
-        names = images(rows)
-        if self.qwen:
-            inputs["mm_token_type_ids"] = (input_ids == IMAGE).int()
-            if names:
-                inputs["image_grid_thw"] = torch.tensor([QWEN_GRIDS[name] for name in names])
-        if names:
-            pixels = [self.pixels(name) for name in names]
-            inputs["pixel_values"] = torch.cat(pixels)
-        return inputs
-
-    def pixels(self, image: str) -> torch.Tensor:
-        """Pixels of one image, batched over images (LLaVA) or patches (Qwen)."""
-        noise = torch.Generator().manual_seed(ord(image))
-        if self.qwen:
-            patches = torch.tensor(QWEN_GRIDS[image]).prod().item()
-            return torch.randn(patches, 3 * 2 * 4 * 4, generator=noise)
-        return torch.randn(1, 3, TOWER["image_size"], TOWER["image_size"], generator=noise)
+        return inputs | self.layout.extra(rows, input_ids)
 
 
 def images(rows: Sequence[Row]) -> list[str]:
     """Letters of the images of a batch, in batch order."""
     return [part for row in rows for part in row if isinstance(part, str)]
+
+
+def is_visual(ids: torch.Tensor) -> torch.Tensor:
+    """Which token ids are placeholders of images or videos."""
+    return (ids == IMAGE) | (ids == VIDEO)
+
+
+def encoder_inputs(inputs: dict) -> dict[str, dict]:
+    """The arguments of `get_image_features` and of `get_video_features` among a model's inputs."""
+    of = {
+        "image": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
+    found = {name: {k: inputs[k] for k in keys if k in inputs} for name, keys in of.items()}
+    return {name: given for name, given in found.items() if given}
 
 
 @functools.cache
@@ -167,6 +333,8 @@ def _weight(name: str, shape: torch.Size, draw: torch.Generator) -> torch.Tensor
     noise = torch.randn(shape, generator=draw)
     if "norm" in name or "ln_q" in name:
         return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+    if "image_newline" in name:
+        return noise
     if len(shape) == 1:
         return 0.3 * noise
     if "embed_tokens" in name:
@@ -214,6 +382,29 @@ def _siglip_qwen2() -> PreTrainedModel:
     return _llava(vision, text, vision_feature_select_strategy="full", vision_feature_layer=-1)
 
 
+def _llava_next() -> PreTrainedModel:
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=None),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=SIDE**2,
+    )
+    return LlavaNextForConditionalGeneration(config)
+
+
+def _llava_onevision() -> PreTrainedModel:
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Qwen2Config(**DECODER, num_key_value_heads=2),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio=ASPECT_RATIO,
+    )
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
 def _qwen2_5_vl() -> PreTrainedModel:
     text = {
         **DECODER,
@@ -255,25 +446,22 @@ def _shape(**tower) -> ModelShape:
     )
 
 
+CLIP = _shape(has_cls=True, text_twin=True)
+SIGLIP = _shape(has_cls=False)
+WINDOWED = _shape(has_cls=False, merge_unit=4, full_attention=(1, 3))
 CASES = {
     case.name: case
     for case in (
-        Case("llava-clip-llama", _clip_llama, _shape(has_cls=True), False, False),
-        Case("llava-clip-mistral", _clip_mistral, _shape(has_cls=True), False, False),
-        Case("llava-siglip-qwen2", _siglip_qwen2, _shape(has_cls=False), False, False),
-        Case(
-            "qwen2_5_vl",
-            _qwen2_5_vl,
-            _shape(has_cls=False, merge_unit=4, full_attention=(1, 3)),
-            True,
-            True,
-        ),
+        Case("llava-clip-llama", _clip_llama, CLIP),
+        Case("llava-clip-mistral", _clip_mistral, CLIP),
+        Case("llava-siglip-qwen2", _siglip_qwen2, SIGLIP),
+        Case("llava_next", _llava_next, CLIP, NEXT),
+        Case("llava_onevision", _llava_onevision, SIGLIP, ONEVISION),
+        Case("qwen2_5_vl", _qwen2_5_vl, WINDOWED, QWEN, fixed_positions=True),
     )
 }
 
-SLIDING = Case(
-    "llava-clip-mistral-sliding", _clip_mistral_sliding, _shape(has_cls=True), False, False
-)
+SLIDING = Case("llava-clip-mistral-sliding", _clip_mistral_sliding, CLIP)
 """Windows shorter than the prompts: tokens drop out of sight, and of the cache."""
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 BOTH_FAMILIES = pytest.mark.parametrize(
@@ -284,12 +472,12 @@ ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def lacks_signal(case: Case, call) -> bool:
-    """Whether the method asks for CLS attention of a tower without CLS."""
+    """Whether the method asks for something that the model's encoder does not have."""
     try:
         needs = call.method.needs(case.shape)
     except vlmprune.MissingSignalError:
         return True
-    return not case.shape.tower.has_cls and any(isinstance(s, ClsAttention) for s in needs)
+    return any(case.shape.lacks(signal) or signal.of_text_twin for signal in needs)
 
 
 def hooks(model) -> list[tuple[int, int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,13 +12,14 @@ from ...prune.contract import Tower
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
 from ..family import Family, Inputs, Modality, Model
+from ..overlay import Fit
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class Llava(Family):
     name = "llava"
-    fit = "crop"  # CLIP processors cut the centre out
+    fit: ClassVar[Fit] = "crop"  # CLIP processors cut the centre out
 
     def vision_tower(self, model: Model) -> Any:
         return self.core(model).vision_tower
@@ -37,15 +38,17 @@ class Llava(Family):
     def tilings(
         self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
     ) -> Sequence[Tiling]:
-        patch = self.vision_tower(model).config.patch_size
-        _, _, height, width = inputs["pixel_values"].shape
-        return [Tiling.single(height // patch, width // patch)] * len(features)
+        return [Tiling.single(*grid) for (grid,) in self.pictures(model, modality, inputs)]
 
     def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
         return list(inputs["pixel_values"])
 
-    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
-        return [1] * len(inputs["pixel_values"])
+    def pictures(
+        self, model: Model, modality: Modality, inputs: Inputs
+    ) -> Sequence[Sequence[tuple[int, int]]]:
+        patch = self.vision_tower(model).config.patch_size
+        images, _, height, width = inputs["pixel_values"].shape
+        return [[(height // patch, width // patch)]] * images
 
     def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:
         layers = inputs.get("vision_feature_layer")

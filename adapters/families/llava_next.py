@@ -58,22 +58,28 @@ class LlavaNext(Llava):
         pixels, counts = inputs["pixel_values"], self.tile_counts(model, modality, inputs)
         if pixels.dim() == 5:
             return [image[:count] for image, count in zip(pixels, counts, strict=True)]
-        return list(pixels.split(list(counts)))
+        return list(pixels.split(counts))
 
-    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
+    def pictures(
+        self, model: Model, modality: Modality, inputs: Inputs
+    ) -> Sequence[Sequence[tuple[int, int]]]:
+        side, pinpoints = self.side(model), model.config.image_grid_pinpoints
+        tile = self.vision_tower(model).config.image_size
         return [
-            image_size_to_num_patches(
-                size, model.config.image_grid_pinpoints, self.vision_tower(model).config.image_size
-            )
+            [(side, side)] * image_size_to_num_patches(size, pinpoints, tile)
             for size in inputs["image_sizes"].tolist()
         ]
+
+    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> list[int]:
+        """Tiles of each image."""
+        return [len(tiles) for tiles in self.pictures(model, modality, inputs)]
 
     def per_image(
         self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
     ) -> Sequence[Tensor]:
         patches = self.patches(model, values)
         counts = self.tile_counts(model, modality, inputs)
-        tiles = patches.flatten(2).split(list(counts))
+        tiles = patches.flatten(2).split(counts)
         packed = self.pack(model, tiles, inputs["image_sizes"], None)
         return [image.view(-1, *patches.shape[2:]) for image in packed]
 

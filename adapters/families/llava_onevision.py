@@ -30,16 +30,18 @@ class LlavaOnevision(LlavaNext):
             return list(inputs["pixel_values_videos"])
         return super().pixels(model, modality, inputs)
 
-    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
+    def pictures(
+        self, model: Model, modality: Modality, inputs: Inputs
+    ) -> Sequence[Sequence[tuple[int, int]]]:
         if modality is VIDEO:
             videos, frames = inputs["pixel_values_videos"].shape[:2]
-            return [frames] * videos
-        counts = super().tile_counts(model, modality, inputs)
+            return [[(self.side(model), self.side(model))] * frames] * videos
+        tiles = super().pictures(model, modality, inputs)
         per_sample = inputs.get("batch_num_images")
         if per_sample is None:
-            return counts
+            return tiles
         alone = [int(number) == 1 for number in per_sample for _ in range(int(number))]
-        return [count if single else 1 for count, single in zip(counts, alone, strict=True)]
+        return [all_ if single else all_[:1] for all_, single in zip(tiles, alone, strict=True)]
 
     def per_image(
         self, model: Model, modality: Modality, values: Tensor, inputs: Inputs

@@ -34,18 +34,20 @@ class Qwen25VL(Family):
     def tilings(
         self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
     ) -> Sequence[Tiling]:
-        merge = self.vision_tower(model).spatial_merge_size
-        thw = inputs["image_grid_thw"].tolist()
-        return [Tiling.single(t * h // merge, w // merge) for t, h, w in thw]
+        return [Tiling.single(*grid) for (grid,) in self.pictures(model, modality, inputs)]
 
     def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
         return inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())
 
-    def tile_counts(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[int]:
-        return [1] * len(inputs["image_grid_thw"])
+    def pictures(
+        self, model: Model, modality: Modality, inputs: Inputs
+    ) -> Sequence[Sequence[tuple[int, int]]]:
+        merge = self.vision_tower(model).spatial_merge_size
+        return [[(t * h // merge, w // merge)] for t, h, w in inputs["image_grid_thw"].tolist()]
 
     def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:
-        return output.last_hidden_state[None]
+        hidden: Tensor = output.last_hidden_state[None]
+        return hidden
 
     def project(self, model: Model, rows: Tensor) -> Tensor:
         merger = self.vision_tower(model).merger
