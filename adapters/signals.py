@@ -110,7 +110,7 @@ class Reader:
                     self._model, self._modality, self._encoder_features(), self._inputs
                 )
             case ClsFeatures():
-                return self._encoder_features()[:, 0].split(self._tile_counts())
+                return self._cls_features()
             case PixelSeed():
                 pixels = self._family.pixels(self._model, self._modality, self._inputs)
                 return [pixel_seed(image) for image in pixels]
@@ -135,9 +135,13 @@ class Reader:
     def _encoder_features(self) -> Tensor:
         return self._family.encoder_features(self._model, self._output, self._inputs).detach()
 
-    def _tile_counts(self) -> list[int]:
+    def _cls_features(self) -> Sequence[Tensor]:
         pictures = self._family.pictures(self._model, self._modality, self._inputs)
-        return [len(tiles) for tiles in pictures]
+        per_image = self._encoder_features()[:, 0].split([len(seen) for seen in pictures])
+        return [
+            seen[[tile.picture for tile in tiling.tiles]]  # not those of which nothing is left
+            for seen, tiling in zip(per_image, self._tilings, strict=True)
+        ]
 
     def _llm_features(self, *, with_newlines: bool) -> Sequence[Tensor]:
         features = [image.detach() for image in self._features]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Literal
 
 import torch
@@ -54,7 +54,8 @@ class Tile:
     """What the encoder saw as one picture: a rectangle of patches, all of them still there.
 
     `block` is the number of its block, `place` its row and column among the tiles of the block,
-    `origin` its first row and column of patches in the block.
+    `origin` its first row and column of patches in the block, `picture` its number among all tiles
+    that the encoder saw, empty ones included.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class Tile:
     block: int = 0
     place: tuple[int, int] = (0, 0)
     origin: tuple[int, int] = (0, 0)
+    picture: int = 0
 
     @property
     def num_patches(self) -> int:
@@ -118,16 +120,16 @@ class Tiling:
 @lru_cache(maxsize=4096)
 def _tiles(tiling: Tiling) -> tuple[Tile, ...]:
     tiles = []
+    picture = count()
     for number, block in enumerate(tiling.blocks):
         tops = [0, *accumulate(block.row_sizes)]
         lefts = [0, *accumulate(block.column_sizes)]
         tiles += [
-            Tile(rows, columns, number, (i, j), (tops[i], lefts[j]))
+            Tile(rows, columns, number, (i, j), (tops[i], lefts[j]), next(picture))
             for i, rows in enumerate(block.row_sizes)
             for j, columns in enumerate(block.column_sizes)
-            if rows and columns
         ]
-    return tuple(tiles)
+    return tuple(tile for tile in tiles if tile.num_patches)
 
 
 @lru_cache(maxsize=256)

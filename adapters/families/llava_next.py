@@ -79,7 +79,7 @@ class LlavaNext(Llava):
     ) -> Sequence[Tensor]:
         patches = self.patches(model, values)
         counts = self.tile_counts(model, modality, inputs)
-        tiles = patches.flatten(2).split(counts)
+        tiles = patches.reshape(*patches.shape[:2], -1).split(counts)
         packed = self.pack(model, tiles, inputs["image_sizes"], None)
         return [image.view(-1, *patches.shape[2:]) for image in packed]
 

@@ -49,7 +49,7 @@ class LlavaOnevision(LlavaNext):
         if modality is IMAGE:
             return super().per_image(model, modality, values, inputs)
         patches = self.patches(model, values)
-        pooled = self.core(model).apply_pooling(patches.flatten(2))
+        pooled = self.core(model).apply_pooling(patches.reshape(*patches.shape[:2], -1))
         videos = inputs["pixel_values_videos"].shape[0]
         return list(pooled.reshape(videos, -1, *patches.shape[2:]))
 
