@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .contract import BeforeLLM, EncoderFeatures, Features, Method, Selection, VisualTokens
+from .contract import BeforeLLM, Method, Selection, VisualTokens
 from .errors import BudgetError, VlmpruneError
 from .tiling import Tiling
 
@@ -47,6 +47,16 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+def most(method: Method, tiling: Tiling) -> int:
+    """The largest number of tokens that `method` may keep of an image without a budget."""
+    if not isinstance(method, BeforeLLM) or method.newline_policy == "compete":
+        return method.most(tiling.num_tokens)
+    newlines = tiling.num_newlines if method.newline_policy == "keep" else 0
+    if method.scope_used == "image":
+        return newlines + method.most(tiling.num_patches)
+    return newlines + sum(method.most(tile.num_patches) for tile in tiling.tiles)
 
 
 def _ask(method: Method, tokens: VisualTokens, keep: int | None) -> Selection:
@@ -90,8 +100,6 @@ def _merged_in(chosen: Selection, newlines: Tensor) -> Selection:
     if not len(newlines):
         return chosen
     kept = torch.cat([chosen.kept, newlines]).sort().values
-    if chosen.order is None and chosen.features is None:
-        return Selection(kept=kept)
     order = chosen.kept if chosen.order is None else chosen.order
     reach = torch.cat([order.cummax(0).values, newlines])
     arranged = reach.argsort(stable=True)
@@ -102,7 +110,7 @@ def _merged_in(chosen: Selection, newlines: Tensor) -> Selection:
         kept=kept,
         order=None if chosen.order is None else torch.cat([order, newlines])[arranged],
         rows=None if chosen.features is None else place[rows],
-        groups=_regrouped(chosen.groups, place),
+        groups=None if chosen.groups is None else _regrouped(chosen.groups, place),
     )
 
 
@@ -119,15 +127,13 @@ def _in_scope(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> Sele
         counts = [None] * len(tiles)
     else:
         counts = share(keep, [tile.num_patches for tile in tiles])
-    parts, features = [], []
+    parts = []
     for number, places in enumerate(tokens.tiling.tile_patches(tokens.device)):
         if counts[number] == 0:
             continue
-        tile = _tile(tokens, number, places)
-        chosen = _ask(method, tile, counts[number])
+        chosen = _ask(method, _tile(tokens, number, places), counts[number])
         parts.append(_renumbered(chosen, places))
-        features.append((tile, chosen))
-    return _joined(_with_features(features, parts))
+    return _joined(parts)
 
 
 def _tile(tokens: VisualTokens, number: int, places: Tensor) -> VisualTokens:
@@ -148,48 +154,27 @@ def _tile(tokens: VisualTokens, number: int, places: Tensor) -> VisualTokens:
     )
 
 
-def _with_features(
-    asked: Sequence[tuple[VisualTokens, Selection]], parts: list[Selection]
-) -> list[Selection]:
-    """Where some tiles were merged, a tile that was kept whole gives its features as well."""
-    merged = next((part for part in parts if part.features is not None), None)
-    if merged is None:
-        return parts
-    source = Features() if merged.projected else EncoderFeatures()
-    return [
-        part
-        if part.features is not None
-        else replace(part, features=tokens.signals[source][chosen.kept], projected=merged.projected)
-        for part, (tokens, chosen) in zip(parts, asked, strict=True)
-    ]
-
-
 def _joined(parts: Sequence[Selection]) -> Selection:
     """Selections of one image's tiles as one: tile after tile if any of them has an order of its
-    own, else in raster order."""
+    own, else in raster order. Features of rows that no tile gave stay those of their tokens."""
     kept, arranged = torch.cat([part.kept for part in parts]).sort()
-    ordered = any(part.order is not None for part in parts)
-    order = None
-    if ordered:
-        order = torch.cat([p.kept if p.order is None else p.order for p in parts])
-    if parts[0].features is None:
-        return Selection(kept=kept, order=order)
-    total = sum(part.count for part in parts)
-    device = kept.device
-    place = torch.arange(total, device=device) if ordered else arranged.argsort()
-    rows, groups, start = [], [], 0
-    for part in parts:
-        here = place[start : start + part.count]
-        rows.append(here if part.rows is None else here[part.rows])
+    order, place = None, arranged.argsort()  # where each row of the parts went
+    if any(part.order is not None for part in parts):
+        order = torch.cat([part.kept if part.order is None else part.order for part in parts])
+        place = torch.arange(len(order), device=order.device)
+    features, rows, groups = [], [], []
+    for part, here in zip(parts, place.split([part.count for part in parts]), strict=True):
+        if part.features is not None:
+            features.append(part.features)
+            rows.append(here if part.rows is None else here[part.rows])
         if part.groups is not None:
             groups.append(_regrouped(part.groups, here))
-        start += part.count
     return Selection(
         kept=kept,
         order=order,
-        features=torch.cat([part.features for part in parts if part.features is not None]),
-        rows=torch.cat(rows),
-        projected=parts[0].projected,
+        features=torch.cat(features) if features else None,
+        rows=torch.cat(rows) if rows else None,
+        projected=any(part.projected for part in parts),
         groups=_by_row(torch.cat(groups, 1)) if groups else None,
     )
 
@@ -207,11 +192,9 @@ def _renumbered(selection: Selection, numbers: Tensor) -> Selection:
     return replace(selection, kept=numbers[selection.kept], order=order, groups=groups)
 
 
-def _regrouped(groups: Tensor | None, place: Tensor) -> Tensor | None:
+def _regrouped(groups: Tensor, place: Tensor) -> Tensor:
     """Row i becomes row `place[i]`."""
-    if groups is None:
-        return None
-    return _by_row(torch.stack([place[groups[0]], groups[1]]))
+    return torch.stack([place[groups[0]], groups[1]])
 
 
 def _by_row(groups: Tensor) -> Tensor:
