@@ -54,12 +54,15 @@ def load(path: Path) -> Golden:
 def choose(
     method: Method,
     signals: Mapping[Signal, Tensor],
-    keep: int,
+    keep: int | None,
     *,
     shape: ModelShape = CLIP_L,
     tiling: Tiling | None = None,
 ) -> Selection:
-    """The method's selection; the tokens are one square tile, or one row, unless given."""
+    """The method's selection (None: of as many tokens as it finds).
+
+    The tokens are one square tile, or one row, unless given.
+    """
     wanted = method.needs(shape)
     if tiling is None:
         num_tokens = len(next(iter(signals.values())))
@@ -72,7 +75,7 @@ def choose(
         shape=shape,
         signals={signal: signals[signal] for signal in wanted},
     )
-    return method.select(tokens, keep)
+    return method.select_adaptive(tokens) if keep is None else method.select(tokens, keep)
 
 
 def assert_equal(ours: Tensor, golden: Tensor) -> None:

@@ -9,13 +9,12 @@ Differs: nothing to differ from. Counts that form no regular lattice are spread 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
 from ...contract import BeforeLLM, ModelShape, Selection, Signal, VisualTokens
+from ...ops.spread import even_shares, lattice_rows
 from ...registry import register
 
 
@@ -29,20 +28,13 @@ class Grid(BeforeLLM):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         rows, columns = tokens.grid
-        used = round(math.sqrt(keep * rows / columns))  # as far apart in height as in width
-        used = min(max(used, math.ceil(keep / columns), 1), rows, keep)
+        used = lattice_rows(keep, rows, columns)
         shifts = (2, 2)  # quarters of a step before a row's first token
         if 4 * keep > rows * columns and 1 < rows <= keep:
             used, shifts = rows, (1, 3)
         kept = []
-        for i, in_row in enumerate(_shares(keep, used)):
+        for i, in_row in enumerate(even_shares(keep, used)):
             start = columns * ((2 * i + 1) * rows // (2 * used))
             steps = (4 * j + shifts[i % 2] for j in range(in_row))
             kept += [start + step * columns // (4 * in_row) for step in steps]
         return Selection(kept=torch.tensor(kept))
-
-
-def _shares(total: int, parts: int) -> list[int]:
-    """`total` as `parts` whole numbers that differ by at most 1, evenly mixed."""
-    edges = [(2 * i * total + parts) // (2 * parts) for i in range(parts + 1)]
-    return [high - low for low, high in pairwise(edges)]

@@ -1,0 +1,41 @@
+"""Tokens merged into rows: the tokens that are left, and sums or means over bags of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+
+def complement(indices: Tensor, num_tokens: int) -> Tensor:
+    """The tokens that are not among the unique `indices` (k,): (num_tokens - k,), ascending.
+
+    The length is known from sizes alone, so that the host need not wait.
+    """
+    mask = torch.zeros(num_tokens, dtype=torch.int8, device=indices.device)
+    mask = mask.index_fill(0, indices, 1)
+    return mask.argsort(stable=True)[: num_tokens - len(indices)]
+
+
+def bags(
+    features: Tensor, members: Tensor, starts: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """One row per bag of tokens: the mean of its members, or their sum weighted by `weights`.
+
+    Summed in float32, member after member, so that a result does not depend on the run. A bag
+    without members is zero.
+
+    Args:
+        features: (N, C).
+        members: (G,) int64, the bags one after the other.
+        starts: (K,) int64, ascending: where each bag begins in `members`.
+        weights: (G,), or None.
+
+    Returns:
+        (K, C) in the dtype of `features`.
+    """
+    if weights is not None:
+        weights = weights.float()
+    mode = "mean" if weights is None else "sum"
+    rows = embedding_bag(members, features.float(), starts, mode=mode, per_sample_weights=weights)
+    return rows.to(features.dtype)
