@@ -42,6 +42,11 @@ class ClipText:
         clip = CLIPModel.from_pretrained(name, **kwargs)
         return cls(clip, AutoTokenizer.from_pretrained(name), processor)
 
+    def to(self, device: str | torch.device) -> ClipText:
+        """Move the weights, in place."""
+        self._clip.to(device)
+        return self
+
     @property
     def vision_width(self) -> int:
         """C of the vision tower that belongs to the text encoder."""

@@ -14,7 +14,7 @@ from ..prune.errors import VlmpruneError
 from ..prune.registry import method
 from .console import stdout
 from .evaluate import Evaluator, Sample
-from .loading import EMBEDDED, load, resolve_device, short_name
+from .loading import EMBEDDED, load, load_clip, resolve_device, short_name
 from .results import Measured, call_text
 from .stats import Spread
 from .table import Table, milliseconds
@@ -71,6 +71,7 @@ def run(
     device: str | None,
     dtype: str,
     attn_implementation: str | None,
+    clip: str | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
     call = method(method_name, **fields, **budget)
@@ -82,7 +83,14 @@ def run(
     )
     task = _OneQuestion(asked, max_new_tokens)
     evaluator = Evaluator(
-        model, processor, task, [asked], batch_size=1, timed_questions=1, repeats=_REPEATS
+        model,
+        processor,
+        task,
+        [asked],
+        batch_size=1,
+        timed_questions=1,
+        repeats=_REPEATS,
+        clip=load_clip(clip, processor, device=device),
     )
     dense, (dense_sample,) = evaluator.run(None)
     pictures: list[Image.Image] = []

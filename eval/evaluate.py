@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..adapters.clip_text import ClipText
 from ..adapters.family import IMAGE
 from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
 from .flops import Flops, model_cost, visual_flops, visual_share
-from .measure import measure
+from .measure import PatchOptions, measure
 from .results import Accuracy, FlopsRecord, Measured, Tokens
 from .stats import wilson
 from .task import Question, Task
@@ -58,6 +59,7 @@ class Evaluator:
         seed: int = 0,
         timed_questions: int = TIMED_QUESTIONS,
         repeats: int = 1,
+        clip: ClipText | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -67,6 +69,7 @@ class Evaluator:
         self.seed = seed
         self.timed_questions = timed_questions
         self.repeats = repeats
+        self.clip = clip
         self.cost = model_cost(model)
         self.device = next(model.parameters()).device
         self._encoded: dict[tuple[int, int], Any] = {}
@@ -90,7 +93,8 @@ class Evaluator:
         samples: list[Sample] = []
         notes: set[str] = set()
         modes: set[str] = set()
-        with patch(self.model, call, positions=positions) if call else nullcontext() as handle:
+        options: PatchOptions = {"positions": positions, "clip": self.clip}
+        with patch(self.model, call, **options) if call else nullcontext() as handle:
             for start in range(0, len(self.questions), self.batch_size):
                 asked = self.questions[start : start + self.batch_size]
                 samples += self._answer(asked, start, handle)
@@ -105,7 +109,7 @@ class Evaluator:
             self.model,
             [self._encode(i, 1) for i in few] * self.repeats,
             call=call,
-            positions=positions,
+            options=options,
         )
         return Measured(
             accuracy=self._accuracy(samples),

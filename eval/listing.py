@@ -5,35 +5,48 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 
 from ..adapters.registry import family, model_names
-from ..prune.contract import Decoder, Method, ModelShape, Tower
+from ..prune.contract import BeforeLLM, Decoder, Method, ModelShape, Tower
 from ..prune.registry import method_class, method_names
 from .table import Table
 
 _LLAVA_7B = ModelShape(
-    tower=Tower(num_layers=24, has_cls=True),
+    tower=Tower(num_layers=24, has_cls=True, text_twin=True),
     decoder=Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008),
 )
 
 
 def methods_table() -> Table:
-    """Name, what it does, where it acts, what it reads, its positions and fields, its paper."""
+    """Name, what it does, where it acts, what it reads, what it does on tiles, its positions and
+    fields, its paper."""
     rows: list[tuple[str, ...]] = []
     for name in method_names():
         cls = method_class(name)
         fields = ", ".join(
-            key if value is None else f"{key}={value!r}" for key, value in cls().fields().items()
+            key if value is None else f"{key}={value!r}"
+            for key, value in cls().fields().items()
+            if key not in ("newlines", "scope")
         )
         rows.append(
-            (name, _what(cls), cls.place.value, _reads(cls), cls.positions, fields, _paper(cls))
+            (
+                name,
+                _what(cls),
+                cls.place.value,
+                _reads(cls),
+                _on_tiles(cls),
+                cls.positions,
+                fields,
+                _paper(cls),
+            )
         )
     return Table(
-        headers=("Method", "Keeps", "Acts", "Reads", "Positions", "Fields", "Paper"),
+        headers=("Method", "Keeps", "Acts", "Reads", "On tiles", "Positions", "Fields", "Paper"),
         rows=rows,
-        numbers_from=7,
-        wrapping=(1, 3, 5),
-        droppable=(4, 6, 5),
+        numbers_from=8,
+        wrapping=(1, 3, 4, 6),
+        droppable=(5, 7, 4, 6),
     )
 
 
@@ -60,6 +73,20 @@ def _reads(cls: type[Method]) -> str:
     names = dict.fromkeys(type(signal).__name__ for signal in cls().needs(_LLAVA_7B))
     words = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names)
     return ", ".join(words).replace("cls", "CLS") or "sizes only"
+
+
+def _on_tiles(cls: type[Method]) -> str:
+    """Scope and newline policy; allowed overrides in brackets."""
+    if not issubclass(cls, BeforeLLM):
+        return "all tokens"
+    scopes = {"tile": "each tile", "image": "whole image"}
+    scope, *other_scopes = (scopes[word] for word in cls.scopes)
+    policy, *other_policies = cls.newline_policies
+    return f"{scope}{_or(other_scopes)}, newlines {policy}{_or(other_policies)}"
+
+
+def _or(words: Sequence[str]) -> str:
+    return f" (or {', '.join(words)})" if words else ""
 
 
 def _paper(cls: type[Method]) -> str:

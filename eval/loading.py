@@ -14,6 +14,8 @@ from ..prune.errors import VlmpruneError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from ..adapters.clip_text import ClipText
+
 EMBEDDED = "embedded"
 _SAMPLED = 64  # values of each parameter that go into the fingerprint
 
@@ -67,6 +69,21 @@ def load(
         raise ModelLoadError(
             f"Model {name!r} cannot be loaded: {first} Give a folder, a name on the Hugging Face "
             f"Hub, or leave --model out for the embedded model."
+        ) from error
+
+
+def load_clip(name: str | None, processor: Any, *, device: str) -> ClipText | None:
+    """The text encoder of a CLIP checkpoint, a folder or a hub name; None without a name."""
+    if name is None:
+        return None
+    from ..adapters.clip_text import ClipText
+
+    try:
+        return ClipText.from_pretrained(name, processor).to(device)
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"--clip {name!r} cannot be loaded: {error} Give the CLIP checkpoint that the model's "
+            f"vision tower comes from, e.g. openai/clip-vit-large-patch14-336."
         ) from error
 
 

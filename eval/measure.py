@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
+from ..adapters.clip_text import ClipText
 from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
 from ..prune.budget import MethodCall
@@ -90,6 +91,13 @@ class Timings:
         return Times(**{part: spread(values) for part, values in vars(self).items()})  # type: ignore[typeddict-item]
 
 
+class PatchOptions(TypedDict, total=False):
+    """Arguments of `patch` beside the method."""
+
+    positions: Positions | None
+    clip: ClipText | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """What `measure` found. `kv_bytes` is the prompt's cache, a mean over the inputs."""
@@ -105,7 +113,7 @@ def measure(
     inputs: Sequence[Mapping[str, Any]],
     *,
     call: MethodCall | None = None,
-    positions: Positions | None = None,
+    options: PatchOptions | None = None,
     new_tokens: int = 8,
 ) -> Measurement:
     """Time `generate` on each of `inputs` (batch 1, on the model's device), after a warm-up.
@@ -113,6 +121,7 @@ def measure(
     Args:
         model: not patched; it is patched for the measured calls and left as it was.
         call: the method to measure, each time next to the dense model; None measures that alone.
+        options: further arguments of `patch`.
         new_tokens: length of every generation; the time per decoded token is a call's mean over
             the steps after the first.
 
@@ -124,7 +133,7 @@ def measure(
     peak: int | None = None
 
     def patched() -> AbstractContextManager[Handle | None]:
-        return patch(model, call, positions=positions) if call else nullcontext()
+        return patch(model, call, **(options or {})) if call else nullcontext()
 
     with patched():
         caches = [_generate(model, one, 1, []).past_key_values for one in inputs]

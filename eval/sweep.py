@@ -47,11 +47,21 @@ class Summary:
     skipped: list[Cell] = field(default_factory=list)
 
 
-def grid(methods: Sequence[MethodCall], budgets: Sequence[Budget]) -> list[MethodCall | None]:
-    """The dense model first, then every method with every budget."""
+def grid(
+    methods: Sequence[MethodCall], budgets: Sequence[Budget | None]
+) -> list[MethodCall | None]:
+    """The dense model first, then every method with every budget.
+
+    The budget None stands for a method's own schedule or rule; methods without one skip it.
+    """
     return [
         None,
-        *(MethodCall(call.method, budget) for call in methods for budget in budgets),
+        *(
+            MethodCall(call.method, budget)
+            for call in methods
+            for budget in budgets
+            if budget is not None or not call.method.needs_budget
+        ),
     ]
 
 

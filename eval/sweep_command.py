@@ -13,11 +13,11 @@ from ..prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
 from ..prune.registry import method, method_class
-from .cli import parse_fields
+from .cli import PUBLISHED, parse_fields
 from .console import progress, stdout
 from .environment import hardware, versions
 from .evaluate import Evaluator, Sample
-from .loading import fingerprint, load, resolve_device, short_name
+from .loading import fingerprint, load, load_clip, resolve_device, short_name
 from .plot import frontier
 from .results import Config, Measured, Store, method_record, setting_of
 from .sweep import Cell, Summary, grid, sweep
@@ -41,12 +41,13 @@ def run(
     device: str | None,
     dtype: str,
     attn_implementation: str | None,
+    clip: str | None = None,
     task: Task | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code."""
     calls = grid(
         [parse_method(text, seed) for text in methods if text != "dense"],
-        [Budget.parse(text) for text in budgets],
+        [None if text == PUBLISHED else Budget.parse(text) for text in budgets],
     )
     folder = Path(output_path)
     store = Store(folder)
@@ -56,7 +57,15 @@ def run(
     )
     task = task or EmbeddedTask()
     questions = task.questions(limit)
-    evaluator = Evaluator(model, processor, task, questions, batch_size=batch_size, seed=seed)
+    evaluator = Evaluator(
+        model,
+        processor,
+        task,
+        questions,
+        batch_size=batch_size,
+        seed=seed,
+        clip=load_clip(clip, processor, device=device),
+    )
     base = Config(
         model=short_name(model_name),
         fingerprint=fingerprint(model),
