@@ -18,7 +18,9 @@ from typing import NoReturn
 from .. import __version__
 
 DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
-DEFAULT_BUDGETS = ("0.5", "0.25", "0.11")
+PUBLISHED = "published"
+"""Among budgets: each method's own schedule or rule, where it has one."""
+DEFAULT_BUDGETS = (PUBLISHED, "0.5", "0.25", "0.11")
 
 _SWEEP_EXAMPLES = """\
 examples:
@@ -45,6 +47,8 @@ examples:
   vlmprune bench model
       12 layers of width 1024 and 576 visual tokens, random weights
   vlmprune bench model --methods divprune fastv --budgets 0.25 --layers 4 --repeats 5
+  vlmprune bench select
+      time of choosing, of every method before the LLM, beside a plain transcription
 """
 
 
@@ -101,13 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument(
-            "--verbosity",
-            type=str.upper,
-            choices=("DEBUG", "INFO", "WARNING", "ERROR"),
-            default="WARNING",
-            help="log level on stderr; DEBUG shows tracebacks (default: WARNING)",
-        )
+        _verbosity_argument(sub, "WARNING")
         sub.set_defaults(run=run)
         return sub
 
@@ -117,10 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     _ask_arguments(
         command("ask", _ask, "ask one question, dense and pruned, and compare", _ASK_EXAMPLES)
     )
-    bench = command(
-        "bench", _bench, "time dense, oracle and patched models side by side", _BENCH_EXAMPLES
-    )
-    _bench_arguments(bench)
+    bench = command("bench", _bench, "time models, or the choice of tokens alone", _BENCH_EXAMPLES)
+    _bench_commands(bench)
     command("methods", _methods, "list the pruning methods")
     command("models", _models, "list the supported model families")
     where = command("where", _where, "print the folder of the embedded model or benchmark")
@@ -129,6 +125,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # --- Arguments -------------------------------------------------------------------------------
+
+
+def _verbosity_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--verbosity",
+        type=str.upper,
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        default=default,
+        help="log level on stderr; DEBUG shows tracebacks (default: WARNING)",
+    )
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +151,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--attn_implementation", metavar="NAME", help="sdpa, eager, ... (default: transformers')"
+    )
+    group.add_argument(
+        "--clip",
+        metavar="DIR_OR_NAME",
+        help="the CLIP checkpoint of the model's vision tower, for methods that read its text "
+        "encoder (cdpruner)",
     )
 
 
@@ -172,7 +184,8 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(DEFAULT_BUDGETS),
         metavar="BUDGET",
         help="0.25: ratio kept; 64: tokens kept; avg:64: mean tokens per layer; flops:0.3: share "
-        f"of dense FLOPs (default: {','.join(DEFAULT_BUDGETS)})",
+        "of dense FLOPs; published: the method's own schedule or rule, where it has one (default: "
+        f"{','.join(DEFAULT_BUDGETS)})",
     )
     _positions_argument(group)
     group = parser.add_argument_group("evaluation")
@@ -223,8 +236,29 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
 
 
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=("model",), help="a mid-size LLaVA with random weights")
+def _bench_commands(parser: argparse.ArgumentParser) -> None:
+    whats = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    for what, arguments, run, text in (
+        (
+            "model",
+            _bench_model_arguments,
+            _bench,
+            "dense, oracle and patched prefill of a mid-size LLaVA with random weights",
+        ),
+        (
+            "select",
+            _bench_select_arguments,
+            _bench_select,
+            "choosing alone, beside a plain transcription of each method's official steps",
+        ),
+    ):
+        sub = whats.add_parser(what, help=text, description=text[0].upper() + text[1:] + ".")
+        arguments(sub)
+        _verbosity_argument(sub, argparse.SUPPRESS)
+        sub.set_defaults(run=run)
+
+
+def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", nargs="+", default=["divprune", "vtc_cls", "fastv"], metavar="NAME"
     )
@@ -255,6 +289,32 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _bench_select_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods", nargs="+", default=[], metavar="NAME", help="default: all before the LLM"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_positives,
+        default=[576, 2880],
+        metavar="N,...",
+        help="visual tokens of an image, tiles of 576 (default: 576,2880)",
+    )
+    parser.add_argument(
+        "--batch", type=_positives, default=[1, 8], metavar="N,...", help="images (default: 1,8)"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=5, help="after one that warms up (default: 5)"
+    )
+    parser.add_argument("--threads", type=_positive, help="of torch (default: torch's)")
+    parser.add_argument(
+        "--width", type=_positive, default=4096, help="of the LLM's features (default: 4096)"
+    )
+    parser.add_argument(
+        "--output_path", "-o", metavar="FILE", help="also write the numbers as JSON"
+    )
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -263,6 +323,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _positives(text: str) -> list[int]:
+    return [_positive(word) for word in split_list([text])]
 
 
 def _limit(text: str) -> int | None:
@@ -316,6 +380,7 @@ def _sweep(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        clip=args.clip,
     )
 
 
@@ -336,6 +401,7 @@ def _ask(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        clip=args.clip,
     )
 
 
@@ -352,6 +418,20 @@ def _bench(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        output_path=args.output_path,
+    )
+
+
+def _bench_select(args: argparse.Namespace) -> int:
+    from .bench_select import run
+
+    return run(
+        methods=split_list(args.methods),
+        tokens=args.tokens,
+        batches=args.batch,
+        rounds=args.rounds,
+        threads=args.threads,
+        width=args.width,
         output_path=args.output_path,
     )
 
