@@ -3,8 +3,10 @@
 Reference: [CLS] Token Tells Everything Needed for Training-free Efficient MLLMs, arXiv 2412.05819.
 Upstream: THU-MIG/VTC-CLS, llava/model/multimodal_encoder/clip_encoder.py (cls_token_only) and
     llava/model/llava_arch.py (encode_images), commit e41ac9b4c0db235b3f68a84dbd6bd35f24156a7c.
-Differs: the start layer, 16 of 24, scales with the depth of other encoders. Ties go to the lower
-    index (official: open).
+Differs: the start layer, 16 of 24, scales with the depth of other encoders; of windowed encoders
+    only the layers that see the whole image are summed.
+    `scores="received"`, for encoders without CLS, sums the mean attention received.
+    Ties go to the lower index (official: open).
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...contract import BeforeLLM, ClsAttention, ModelShape, Selection, Signal, VisualTokens
+from ...contract import BeforeLLM, ModelShape, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
-from ...layers import scale_layer, user_layer
+from ...layers import encoder_layer
 from ...ops.checks import check_layer
+from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register
 
@@ -27,24 +30,27 @@ class VtcCls(BeforeLLM):
     """CLS attention of layers `layer` to the last but one (None: the published 16 of 24)."""
 
     layer: int | None = None
+    scores: Scores = "cls"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layer("layer", self.layer)
+        check_scores(self.scores)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        depth = shape.tower.num_layers
-        last = max(depth - 2, 0)
+        tower = shape.tower
+        first = encoder_layer(self.layer, 16, tower, field="layer")
+        last = encoder_layer(None, -2, tower, field="layer")
         if self.layer is None:
-            first = min(scale_layer(16, depth_published=24, depth=depth), last)
-        else:
-            first = user_layer(self.layer, depth=depth, field="layer")
-        if first > last:
+            first = min(first, last)
+        elif first > last:
             raise MethodFieldError(
                 f"layer={self.layer} leaves no layer to sum: vtc_cls reads layers `layer` to the "
-                f"last but one of {depth}; use 0..{last}."
+                f"last but one of {tower.num_layers}; use 0..{last}."
             )
-        return tuple(ClsAttention(layer) for layer in range(first, last + 1))
+        layers = range(first, last + 1)
+        seen = [i for i in layers if tower.full_attention is None or i in tower.full_attention]
+        return tuple(salience(self.scores, layer) for layer in seen)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         rows = [tokens.signals[signal].float() for signal in self.needs(tokens.shape)]

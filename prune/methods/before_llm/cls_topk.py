@@ -1,0 +1,44 @@
+"""Keep the visual tokens that CLS attends to most: the baseline FasterVLM.
+
+Reference: [CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM
+    Inference Faster, arXiv 2412.01818 v1 (later versions are another method, vispruner).
+Upstream: no golden data of the official code.
+Differs: `scores="received"`, for encoders without CLS, ranks by the mean attention received.
+    Ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...contract import BeforeLLM, ModelShape, Scope, Selection, Signal, VisualTokens
+from ...layers import encoder_layer
+from ...ops.checks import check_layer
+from ...ops.salience import Scores, check_scores, salience
+from ...ops.topk import ascending, top_k
+from ...registry import register
+
+
+@register("cls_topk")
+@dataclass(frozen=True, kw_only=True)
+class ClsTopK(BeforeLLM):
+    """The top tokens by one ViT layer, `layer` (None: the last but one)."""
+
+    scopes: ClassVar[tuple[Scope, ...]] = ("tile", "image")
+
+    layer: int | None = None
+    scores: Scores = "cls"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layer("layer", self.layer)
+        check_scores(self.scores)
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        layer = encoder_layer(self.layer, -2, shape.tower, field="layer")
+        return (salience(self.scores, layer),)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        (signal,) = self.needs(tokens.shape)
+        return Selection(kept=ascending(top_k(tokens.signals[signal], keep)))
