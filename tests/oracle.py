@@ -1,8 +1,8 @@
 """What a pruned model must compute, the slow and obvious way: no cache, no padding, one row.
 
 Written against the unpatched model and `transformers` alone; nothing of `vlmprune` is used. A
-`Truth` is given the kept tokens of every image after every cut. It builds each row's embeddings by
-hand and runs the decoder on the tokens that are left:
+`Truth` is given the kept tokens of every image after every cut ("images" are images and videos). It
+builds each row's embeddings by hand and runs the decoder on the tokens that are left:
 
 * cuts before the LLM only: the language model is called directly on the shortened embeddings;
 * cuts inside the decoder: layer by layer, with an explicit causal mask.
@@ -12,15 +12,36 @@ Token choice after the last layer is by hand as well (greedy, sampling, beams).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Cuts = Sequence[tuple[int, Sequence[Tensor]]]
-"""(layer, kept indices per image in batch order) of every cut, ascending: layer `layer` is the
-first that sees fewer tokens, 0 is before the LLM. Indices count the image's own tokens."""
+
+@dataclass(frozen=True)
+class Rows:
+    """What enters the LLM of one image, where it is more than a choice of tokens in their order.
+
+    `order` (K,) are numbers of tokens, or -1 for a row that stands for none; `embeds` (K, D) are
+    the rows, None those of the tokens. Row j takes the j-th slot: a slot is the place of a kept
+    token, or of one of the first other tokens, as many as there are rows of no token.
+    """
+
+    order: Tensor
+    embeds: Tensor | None = None
+
+    def slots(self, num_tokens: int) -> Tensor:
+        kept = set(self.order.tolist()) - {-1}
+        others = [i for i in range(num_tokens) if i not in kept]
+        return torch.tensor(sorted([*kept, *others[: len(self.order) - len(kept)]]))
+
+
+Cuts = Sequence[tuple[int, Sequence[Tensor | Rows]]]
+"""(layer, what is kept of each image in batch order) of every cut, ascending: layer `layer` is the
+first that sees fewer tokens, 0 is before the LLM. A tensor holds numbers of the image's own tokens,
+ascending; of slots where the image entered the LLM as `Rows`."""
 
 
 @dataclass
@@ -32,7 +53,7 @@ class RowTruth:
     positions: Tensor  # (axes, L)
     next_position: int
     columns: Tensor  # (L,) columns of the batch's input behind the tokens
-    images: list[Tensor]  # columns of the row's images
+    images: list[Tensor]  # places of the row's images
     numbers: list[int]  # which images of the batch they are
 
 
@@ -50,7 +71,9 @@ class Truth:
         self.model = model
         self.core = model.base_model
         self.decoder = self.core.language_model
-        self.cuts = [(layer, [k.long() for k in kept]) for layer, kept in cuts]
+        self.cuts = [
+            (layer, [k if isinstance(k, Rows) else k.long() for k in kept]) for layer, kept in cuts
+        ]
         self.repacked = positions == "repacked"
         self.by_layer = any(layer > 0 for layer, _ in self.cuts) if by_layer is None else by_layer
         self.rows = list(self._rows(inputs))
@@ -63,29 +86,39 @@ class Truth:
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         grids = inputs.get("image_grid_thw")
-        features: list[Tensor] = []
-        if inputs.get("pixel_values") is not None:
-            extra = {} if grids is None else {"image_grid_thw": grids}
-            output = self.core.get_image_features(inputs["pixel_values"], return_dict=True, **extra)
-            features = list(output.pooler_output)
+        config = self.model.config
+        features = {config.image_token_id: self._features("image", "pixel_values", inputs)}
+        if hasattr(config, "video_token_id"):
+            videos = self._features("video", "pixel_values_videos", inputs)
+            features[config.video_token_id] = videos
 
         number = 0
         for b in range(len(ids)):
             columns = mask[b].bool().nonzero()[:, 0]
             row_ids = ids[b, columns]
             embeds = self.model.get_input_embeddings()(row_ids).clone()
-            places = (row_ids == self.model.config.image_token_id).nonzero()[:, 0].tolist()
-            row_images, numbers = [], []
-            while places:
-                image = features[number]
-                here = torch.tensor(places[: len(image)])
-                del places[: len(image)]
-                embeds[here] = image
-                row_images.append(here)
-                numbers.append(number)
-                number += 1
+            found = []
+            for token, waiting in features.items():
+                places = (row_ids == token).nonzero()[:, 0].tolist()
+                while places:
+                    image = waiting.pop(0)
+                    here = torch.tensor(places[: len(image)])
+                    del places[: len(image)]
+                    embeds[here] = image
+                    found.append(here)
+            found.sort(key=lambda here: int(here[0]))
+            numbers = list(range(number, number + len(found)))
+            number += len(found)
             positions, following = self._positions(row_ids, grids, numbers)
-            yield RowTruth(row_ids, embeds, positions, following, columns, row_images, numbers)
+            yield RowTruth(row_ids, embeds, positions, following, columns, found, numbers)
+
+    def _features(self, kind: str, pixels: str, inputs: dict) -> list[Tensor]:
+        """Those of each image, or each video, in batch order: (N, D)."""
+        if inputs.get(pixels) is None:
+            return []
+        encode = getattr(self.core, f"get_{kind}_features")
+        given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
+        return list(encode(**given, return_dict=True).pooler_output)
 
     def _positions(self, ids: Tensor, grids: Tensor | None, numbers: list[int]):
         """Positions of a whole row (axes, L), and that of the token after it."""
@@ -98,6 +131,10 @@ class Truth:
         )
         return index[:, 0], len(ids) + int(delta)
 
+    def slots(self, places: Tensor, kept: Tensor | Rows) -> Tensor:
+        """The places, among those of one image, at which something is left."""
+        return places[kept.slots(len(places)) if isinstance(kept, Rows) else kept]
+
     def alive(self, row: int, after_layer: int | None = None) -> Tensor:
         """Which of the row's L tokens enter layer `after_layer` (default: the last): (L,) bool."""
         truth = self.rows[row]
@@ -107,7 +144,7 @@ class Truth:
                 break
             for places, number in zip(truth.images, truth.numbers, strict=True):
                 alive[places] = False
-                alive[places[kept[number]]] = True
+                alive[self.slots(places, kept[number])] = True
         return alive
 
     def layer_lengths(self, row: int) -> list[int]:
@@ -117,10 +154,19 @@ class Truth:
     def cut_inputs(self, row: int) -> tuple[Tensor, Tensor]:
         """The row's embeddings (1, L', D) and positions (axes, 1, L') after the cuts at layer 0."""
         truth, alive = self.rows[row], self.alive(row, 0)
-        positions = truth.positions[:, alive]
+        embeds, positions = truth.embeds.clone(), truth.positions.clone()
+        for layer, kept in self.cuts:
+            for places, number in zip(truth.images, truth.numbers, strict=True):
+                rows = kept[number]
+                if layer == 0 and isinstance(rows, Rows):
+                    here = self.slots(places, rows)
+                    own = torch.where(rows.order >= 0, places[rows.order.clamp_min(0)], here)
+                    embeds[here] = truth.embeds[own] if rows.embeds is None else rows.embeds
+                    positions[:, here] = truth.positions[:, own]
+        positions = positions[:, alive]
         if self.repacked:
             positions = torch.arange(int(alive.sum())).expand(len(positions), -1)
-        return truth.embeds[None, alive], positions[:, None]
+        return embeds[None, alive], positions[:, None]
 
     # --- one forward -----------------------------------------------------------------------
 

@@ -36,7 +36,9 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
+from vlmprune.prune.budget import MethodCall
 from vlmprune.prune.contract import Decoder, ModelShape, Tower
+from vlmprune.prune.registry import method_class
 from vlmprune.prune.tiling import Block, Tiling
 
 Row = tuple[int | str, ...]
@@ -46,6 +48,9 @@ TWO: Row = (3, "A", 2, "B", 5)
 NONE: Row = (9,)
 SINGLE = (ONE,)
 BATCH = (TWO, ONE, NONE)
+CLIP_ONLY: tuple[Row, ...] = ((4, "V", 3),)
+MIXED: tuple[Row, ...] = ((3, "D", 2, "W", 4), ONE, (2, "V", "B", 1, "W", 1, "A", 3), NONE)
+"""Prompts with videos, for models that take them."""
 
 VOCAB = 120
 PAD, VISION_START, VISION_END, IMAGE, VIDEO = 0, 112, 113, 118, 119
@@ -480,6 +485,15 @@ def lacks_signal(case: Case, call) -> bool:
     return any(case.shape.lacks(signal) or signal.of_text_twin for signal in needs)
 
 
+def fields_for(case: Case, name: str) -> dict | None:
+    """The fields with which a method runs on a model: none, those that replace the CLS token by
+    attention that every encoder has, or None where it cannot run."""
+    cls = method_class(name)
+    choices = [{}, *({f: "received"} for f in ("scores", "pivot") if f in cls().fields())]
+    works = (f for f in choices if not lacks_signal(case, MethodCall(cls(**f), None)))
+    return next(works, None)
+
+
 def hooks(model) -> list[tuple[int, int, int]]:
     """How many hooks and attributes each module has."""
     return [
@@ -488,16 +502,17 @@ def hooks(model) -> list[tuple[int, int, int]]:
 
 
 def patch_or_refusal(model, case: Case, name: str, **options):
-    """The handle; or None after the method was refused as it should be."""
-    budget = {k: v for k, v in options.items() if k != "positions"}
-    call = vlmprune.method(name, **budget)
-    if not lacks_signal(case, call):
-        return vlmprune.patch(model, name, **options)
-    before = hooks(model)
-    with pytest.raises(vlmprune.MissingSignalError) as refused:
-        vlmprune.patch(model, name, **options)
-    message = str(refused.value)
-    others = set(vlmprune.methods()) - {name}
-    assert any(other in message for other in others), f"names no alternative: {message}"
-    assert hooks(model) == before, "a refused patch left hooks"
-    return None
+    """The handle; or None where the method cannot run and was refused as it should be."""
+    fields = fields_for(case, name)
+    if fields != {}:
+        before = hooks(model)
+        with pytest.raises(vlmprune.MissingSignalError) as refused:
+            vlmprune.patch(model, name, **options)
+        message = str(refused.value)
+        others = set(vlmprune.methods()) - {name}
+        alternatives = [*others, *(f"{k}='{v}'" for k, v in (fields or {}).items()), "clip="]
+        assert any(other in message for other in alternatives), f"no alternative: {message}"
+        assert hooks(model) == before, "a refused patch left hooks"
+    if fields is None:
+        return None
+    return vlmprune.patch(model, name, **fields, **options)
