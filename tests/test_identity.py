@@ -9,7 +9,11 @@ import torch
 import vlmprune
 import zoo
 
-ROWS = {"single": zoo.SINGLE, "padded-batch": zoo.BATCH}
+ROWS = {"single": zoo.SINGLE, "padded-batch": zoo.BATCH, "videos": zoo.MIXED}
+
+
+def layouts(case: zoo.Case) -> list[str]:
+    return [name for name in ROWS if name != "videos" or case.layout.takes_videos]
 
 
 @functools.cache
@@ -41,27 +45,36 @@ def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, 
         handle = zoo.patch_or_refusal(model, case, name, **budget)
         if handle is None:
             continue
-        for layout, rows in ROWS.items():
+        for layout in layouts(case):
+            rows = ROWS[layout]
             found, expected = run(model, case.inputs(rows)), dense(case, attention, layout)
             assert torch.equal(found[0], expected[0])
             assert torch.equal(found[1], expected[1])
             assert torch.equal(found[2], expected[2])
             assert found[3] == expected[3]
-            counts = [case.num_tokens(image) for image in zoo.images(rows)]
-            for indices, count in zip(handle.last.kept, counts, strict=True):
+            for indices, count in zip(handle.last.kept, case.counts(rows), strict=True):
                 assert torch.equal(indices, torch.arange(count))
+            assert handle.last.tokens_kept == case.counts(rows)
             assert handle.last.pruned is False
         handle.remove()
 
 
-@pytest.mark.parametrize("name", ["divprune", "fastv"])
-def test_an_image_within_its_budget_is_left_alone_beside_one_that_is_not(name):
-    case = zoo.CASES["qwen2_5_vl"]  # images of different sizes
+@pytest.mark.parametrize(
+    ("case", "keep"),
+    [(zoo.CASES["qwen2_5_vl"], 16), (zoo.CASES["llava_next"], 100)],
+    ids=["qwen2_5_vl", "llava_next"],
+)
+@zoo.METHODS
+def test_an_image_within_its_budget_is_left_alone_beside_one_that_is_not(case, keep, name):
     model, rows = case.model(), ((4, "D", 3), (7, "B", 3))
-    handle = vlmprune.patch(model, name, keep_tokens=16)  # D has 36 tokens, B has 15
-    model(**case.inputs(rows))
-    assert [len(kept) for kept in handle.last.kept] == [16, 15]
+    large, small = case.counts(rows)
+    assert large > keep > small
+    if (handle := zoo.patch_or_refusal(model, case, name, keep_tokens=keep)) is None:
+        return
     together = model(**case.inputs(rows)).logits[1, -1]
+    assert handle.last.tokens_kept == [keep, small]
+    assert torch.equal(handle.last.kept[1], torch.arange(small))
+    assert handle.last.order[1] is None and handle.last.groups[1] is None
     alone = case.reference()(**case.inputs(rows[1:])).logits[0, -1]
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
