@@ -35,7 +35,7 @@ class Prompt:
             if self.mask is not None:
                 ids = ids[self.mask[row].bool()]
             visual = torch.isin(ids, torch.tensor(list(self.placeholders.values())).to(ids))
-            columns = (ids == self.placeholders.get(modality)).nonzero()[:, 0].tolist()
+            columns = (ids == self.placeholders[modality]).nonzero()[:, 0].tolist()
             while columns:
                 count = todo.pop(0) if todo else 0
                 if not 0 < count <= len(columns):

@@ -10,16 +10,23 @@ import pytest
 import torch
 from vlmprune.prune import registry
 from vlmprune.prune.budget import Budget
-from vlmprune.prune.contract import Method, ModelShape, Place, Selection, Signal, VisualTokens
+from vlmprune.prune.contract import (
+    BeforeLLM,
+    Method,
+    ModelShape,
+    Place,
+    Selection,
+    Signal,
+    VisualTokens,
+)
 from vlmprune.prune.errors import MethodFieldError, UnknownMethodError
 from vlmprune.prune.registry import method, method_class, method_names, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class First(Method):
+class First(BeforeLLM):
     """Keeps the first tokens."""
 
-    place: ClassVar[Place] = Place.BEFORE_LLM
     step: int = 1
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
@@ -170,3 +177,18 @@ def test_entry_point(own_registry, monkeypatch, tmp_path):
     assert method("fastv", keep_tokens=3).name == "fastv"
     assert asked == ["vlmprune.methods"]
     monkeypatch.delitem(sys.modules, "somebodys_methods")
+
+
+def test_a_method_before_the_llm_without_the_words_for_tiles_is_refused():
+    @dataclass(frozen=True, kw_only=True)
+    class Bare(Method):
+        place: ClassVar[Place] = Place.BEFORE_LLM
+
+        def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+            return ()
+
+        def select(self, tokens: VisualTokens, keep: int) -> Selection:
+            raise NotImplementedError
+
+    with pytest.raises(TypeError, match="derive it from BeforeLLM"):
+        register("bare")(Bare)
