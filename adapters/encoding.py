@@ -33,6 +33,11 @@ class EncodedImage:
         return self.tiling.num_tokens
 
     @property
+    def as_is(self) -> bool:
+        """Whether the rows are tokens of the image, unchanged and in its order."""
+        return self.selection.order is None and self.selection.features is None
+
+    @property
     def sources(self) -> Tensor:
         """(K,) the placeholder whose position each row has: its token's, else its own slot's."""
         order = self.selection.order
@@ -79,13 +84,12 @@ class EncodedImage:
         Args:
             projected: (R, D), the selection's own features as the LLM sees them.
         """
-        chosen = self.selection
-        if chosen.order is None and projected is None:
+        if self.as_is:
             return features
         rows = features[self.sources]
         if projected is not None:
             everywhere = torch.arange(len(rows), device=rows.device)
-            at = everywhere if chosen.rows is None else chosen.rows
+            at = everywhere if self.selection.rows is None else self.selection.rows
             rows = rows.index_copy(0, at, projected.to(rows))
         return features.index_copy(0, self.slots, rows)
 

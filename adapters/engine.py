@@ -276,6 +276,13 @@ class Engine:
             emitted.append(image.emit(feature, projected))
         return torch.stack(emitted) if isinstance(features, Tensor) else type(features)(emitted)
 
+    def _emit_merged(self, embeds: Tensor, visual: Tensor, encoded: Encoded) -> Tensor:
+        """`embeds` (B, L, D) with merged and moved rows in their slots."""
+        if all(image.as_is for image in encoded.images):
+            return embeds
+        features = embeds[visual].split([image.num_tokens for image in encoded.images])
+        return embeds.masked_scatter(visual[..., None], torch.cat(self._emit(features, encoded)))
+
     @torch.compiler.disable
     def _hear_encoder(
         self, need: Signal, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
@@ -384,9 +391,12 @@ class Engine:
         kwargs = dict(kwargs)
         embeds = kwargs["inputs_embeds"]
         visual = {m: marks.to(embeds.device) for m, marks in local.visual.items()}
-        encoded = local.encoded or {
-            m: encode_merged(self.setup, self._needs, embeds, marks) for m, marks in visual.items()
-        }
+        encoded: Mapping[Modality, Encoded] = local.encoded
+        if not encoded:  # the caller merged images into its embeddings and marked them
+            marks = visual[IMAGE]
+            merged = encode_merged(self.setup, self._needs, embeds, marks)
+            kwargs["inputs_embeds"] = self._emit_merged(embeds, marks, merged)
+            encoded = {IMAGE: merged}
         self._refuse_checkpointing(encoded)
         local.prefill, last = begin(self.setup, encoded, visual, kwargs, local.chosen)
         if local.prefill is None:
