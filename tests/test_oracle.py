@@ -10,8 +10,9 @@ import pytest
 import torch
 import vlmprune
 import zoo
-from oracle import Rows, Truth
+from oracle import Truth
 from PIL import Image
+from reported import TOLERANCE, features_of, rows_that_enter, truth_of
 from vlmprune.prune.budget import Budget, MethodCall
 from vlmprune.prune.contract import (
     BeforeLLM,
@@ -27,9 +28,6 @@ from vlmprune.prune.select import most
 from vlmprune.prune.tiling import Tiling
 
 STEPS = 4
-TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
-"""Peaky random weights amplify rounding: the two orders of operations differ by about 1e-5."""
-
 RUNS = pytest.mark.parametrize(
     ("attention", "budget"),
     [("sdpa", {"keep_ratio": 0.4}), ("eager", {"keep_tokens": 17})],
@@ -126,50 +124,6 @@ def check_against(truth: Truth, model, inputs, handle=None) -> None:
         assert list(handle.last.text_tokens) == text
 
 
-def features_of(model, rows, inputs) -> list[torch.Tensor]:
-    """Features of each image as the model's public encoder functions give them: (N, D)."""
-    found = {}
-    for kind, given in zoo.encoder_inputs(inputs).items():
-        with torch.no_grad():
-            encode = getattr(model.base_model, f"get_{kind}_features")
-            found[kind] = iter(encode(**given, return_dict=True).pooler_output)
-    return [next(found["video" if name in zoo.FRAMES else "image"]) for name in zoo.images(rows)]
-
-
-def rows_that_enter(case: zoo.Case, rows, model, handle) -> list[Rows]:
-    """Of each image, the rows that a method before the LLM lets in: their tokens as the handle
-    reports them, their embeddings from the encoder functions of the patched model.
-
-    Rows that were not merged must be their tokens' features on the unpatched model.
-    """
-    inputs = case.inputs(rows)
-    dense = features_of(case.reference(model.config._attn_implementation), rows, inputs)
-    found = []
-    last = handle.last
-    for i, given in enumerate(features_of(model, rows, inputs)):
-        order = last.kept[i] if last.order[i] is None else last.order[i]
-        entering = Rows(order)
-        slots = entering.slots(len(given))
-        embeds, groups = given[slots], last.groups[i]
-        own = torch.ones(len(order), dtype=torch.bool)
-        if groups is not None:
-            own = torch.tensor([not len(members) for members in groups])
-        own &= order >= 0
-        torch.testing.assert_close(embeds[own], dense[i][order[own]], **TOLERANCE)
-        found.append(Rows(order, embeds))
-    return found
-
-
-def truth_of(case: zoo.Case, rows, model, handle) -> Truth:
-    """What a model patched with one method must compute of the prompts that it saw last."""
-    last = handle.last
-    cuts = [(stage.layer, stage.kept) for stage in last.stages]
-    plain = all(order is None for order in last.order) and all(g is None for g in last.groups)
-    if not plain:
-        cuts = [(0, rows_that_enter(case, rows, model, handle))]
-    return Truth(case.reference("eager"), case.inputs(rows), cuts, last.positions)
-
-
 # --- the oracle itself -------------------------------------------------------------------------
 
 
@@ -244,7 +198,7 @@ def test_equals_the_oracle(case, attention, budget, name, positions):
             assert torch.equal(alone.setdefault(image, indices), indices), "depends on the batch"
         if rows != (zoo.TWO,):
             assert positions_of(case, handle) == positions
-            check_against(truth_of(case, rows, model, handle), model, inputs, handle)
+            check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
 @zoo.ALL
@@ -260,7 +214,7 @@ def test_default_positions_are_those_of_the_method(case, name):
     expected = "original" if case.fixed_positions else call.method.positions
     assert handle.last.positions == expected
     assert [stage.layer for stage in handle.last.stages] == cut_layers(case, call)
-    check_against(truth_of(case, zoo.SINGLE, model, handle), model, inputs, handle)
+    check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
 @zoo.ALL
@@ -278,7 +232,7 @@ def test_methods_that_need_no_budget_equal_the_oracle(case, name):
         check_kept(case, rows, handle, lambda _, found=found: next(found))
         for tiling, count in zip(case.tilings(rows), handle.last.tokens_kept, strict=True):
             assert 0 < count <= most(method, tiling)
-        check_against(truth_of(case, rows, model, handle), model, inputs, handle)
+        check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
 @VIDEO
@@ -292,7 +246,7 @@ def test_videos_equal_the_oracle(case, name):
         inputs = case.inputs(rows)
         model(**inputs)
         check_kept(case, rows, handle, lambda n: budget_of({"keep_ratio": 0.4}, n))
-        check_against(truth_of(case, rows, model, handle), model, inputs, handle)
+        check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
 @zoo.ALL
@@ -402,7 +356,7 @@ def test_merged_and_moved_rows_enter_as_the_method_says(case, positions, project
     model(**inputs)
     check_kept(case, zoo.BATCH, handle, lambda n: budget_of({"keep_ratio": 0.3}, n))
     emitted = list(method.seen)
-    cuts = rows_that_enter(case, zoo.BATCH, model, handle)
+    cuts = rows_that_enter(case, inputs, model, handle)
     assert len(emitted) == len(cuts)
     for chosen, entered, tiling in zip(emitted, cuts, case.tilings(zoo.BATCH), strict=True):
         # Newlines are no rows here, as their policy is "drop": row j is the method's row j.
@@ -428,7 +382,7 @@ def test_merged_rows_of_tiles_and_newlines_join(case, scope, newlines):
     for kept, tiling in zip(handle.last.kept, case.tilings(zoo.BATCH), strict=True):
         line = tiling.newlines(kept.device)
         assert int(torch.isin(line, kept).sum()) == (len(line) if newlines == "keep" else 0)
-    check_against(truth_of(case, zoo.BATCH, model, handle), model, inputs, handle)
+    check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
 @zoo.ALL
@@ -439,22 +393,24 @@ def test_a_decoder_method_cuts_merged_and_moved_rows(case, layer):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
     with vlmprune.patch(model, first) as handle:
         model(**inputs)
-        entered = rows_that_enter(case, zoo.BATCH, model, handle)
+        entered = rows_that_enter(case, inputs, model, handle)
     handle = vlmprune.patch(model, [first, second])
     model(**inputs)
     check_kept(case, zoo.BATCH, handle, lambda n: budget_of({"keep_ratio": 0.2}, n))
     positions = positions_of(case, handle)
     truth = Truth(case.reference("eager"), inputs, [(0, entered)], positions)
-    rows = [image for b in range(len(zoo.BATCH)) for image in truth.last_row(b, layer - 1)]
-    alive = []
-    for i, (count, scores) in enumerate(zip(handle.last.tokens_kept, rows, strict=True)):
-        best = scores.topk(count).indices.sort().values
-        order = entered[i].order[best]
+    scores = [image for b in range(len(zoo.BATCH)) for image in truth.last_row(b, layer - 1)]
+    counts, alive = case.counts(zoo.BATCH), []
+    for i, rows in enumerate(entered):
+        best = scores[i].topk(handle.last.tokens_kept[i]).indices.sort().values
+        order = rows.order[best]
         assert torch.equal(handle.last.order[i], order)
         assert torch.equal(handle.last.kept[i], order[order >= 0].sort().values)
-        alive.append(entered[i].slots(case.counts(zoo.BATCH)[i])[best])
+        alive.append(rows.slots(counts[i])[best])
     truth = Truth(case.reference("eager"), inputs, [(0, entered), (layer, alive)], positions)
     check_against(truth, model, inputs, handle)
+    found = truth_of(case, inputs, model, handle)
+    assert all(torch.equal(found.alive(b), truth.alive(b)) for b in range(len(zoo.BATCH)))
 
 
 @zoo.ALL
@@ -462,8 +418,8 @@ def test_pooled_rows_are_means_of_the_features_that_the_unpatched_model_gives(ca
     model, inputs = case.model(), case.inputs(zoo.BATCH)
     handle = vlmprune.patch(model, "pool", keep_ratio=0.2)
     model(**inputs)
-    entered = rows_that_enter(case, zoo.BATCH, model, handle)
-    dense = features_of(case.reference(), zoo.BATCH, inputs)
+    entered = rows_that_enter(case, inputs, model, handle)
+    dense = features_of(case.reference(), inputs)
     assert any(len(members) > 1 for groups in handle.last.groups for members in groups)
     for rows, features, groups in zip(entered, dense, handle.last.groups, strict=True):
         for embedding, members in zip(rows.embeds, groups, strict=True):

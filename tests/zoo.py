@@ -477,7 +477,7 @@ ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def lacks_signal(case: Case, call) -> bool:
-    """Whether the method asks for something that the model's encoder does not have."""
+    """Whether the method, as it is, asks for something that the model's encoder does not have."""
     try:
         needs = call.method.needs(case.shape)
     except vlmprune.MissingSignalError:
@@ -485,13 +485,19 @@ def lacks_signal(case: Case, call) -> bool:
     return any(case.shape.lacks(signal) or signal.of_text_twin for signal in needs)
 
 
-def fields_for(case: Case, name: str) -> dict | None:
-    """The fields with which a method runs on a model: none, those that replace the CLS token by
-    attention that every encoder has, or None where it cannot run."""
+def options_for(case: Case, name: str) -> dict | None:
+    """What `patch` needs beside the budget to run a method on a model: nothing; a field that
+    replaces the CLS token by attention that every encoder has; the text encoder of the model's
+    CLIP. None where the method cannot run."""
+    from test_text import clip
+
     cls = method_class(name)
     choices = [{}, *({f: "received"} for f in ("scores", "pivot") if f in cls().fields())]
     works = (f for f in choices if not lacks_signal(case, MethodCall(cls(**f), None)))
-    return next(works, None)
+    found = next(works, None)
+    if found is None and not any(map(case.shape.lacks, cls().needs(case.shape))):
+        return {"clip": clip()}
+    return found
 
 
 def hooks(model) -> list[tuple[int, int, int]]:
@@ -503,16 +509,18 @@ def hooks(model) -> list[tuple[int, int, int]]:
 
 def patch_or_refusal(model, case: Case, name: str, **options):
     """The handle; or None where the method cannot run and was refused as it should be."""
-    fields = fields_for(case, name)
-    if fields != {}:
+    needed = options_for(case, name)
+    if needed != {}:
         before = hooks(model)
         with pytest.raises(vlmprune.MissingSignalError) as refused:
             vlmprune.patch(model, name, **options)
         message = str(refused.value)
         others = set(vlmprune.methods()) - {name}
-        alternatives = [*others, *(f"{k}='{v}'" for k, v in (fields or {}).items()), "clip="]
-        assert any(other in message for other in alternatives), f"no alternative: {message}"
+        assert any(other in message for other in others), f"names no other method: {message}"
+        for option, value in (needed or {}).items():  # what would make it work
+            word = f"{option}={value!r}" if isinstance(value, str) else f"{option}="
+            assert word in message
         assert hooks(model) == before, "a refused patch left hooks"
-    if fields is None:
+    if needed is None:
         return None
-    return vlmprune.patch(model, name, **fields, **options)
+    return vlmprune.patch(model, name, **needed, **options)
