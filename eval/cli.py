@@ -18,9 +18,7 @@ from typing import NoReturn
 from .. import __version__
 
 DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
-PUBLISHED = "published"
-"""Among budgets: each method's own schedule or rule, where it has one."""
-DEFAULT_BUDGETS = (PUBLISHED, "0.5", "0.25", "0.11")
+DEFAULT_BUDGETS = ("published", "0.5", "0.25", "0.11")
 
 _SWEEP_EXAMPLES = """\
 examples:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from ..prune.budget import MethodCall
+from ..prune.budget import PUBLISHED, MethodCall
 from ..prune.errors import VlmpruneError
 from ..prune.registry import method_class
 from .stats import Spread
@@ -211,7 +211,7 @@ def budget_text(record: Mapping[str, Any]) -> str:
     prefix = {"average_tokens": "avg:", "flops_ratio": "flops:"}
     budgets = [m["budget"] for m in record["config"]["methods"]]
     return "+".join(
-        f"{prefix.get(b['word'], '')}{b['value']:g}" if b else "as published" for b in budgets
+        f"{prefix.get(b['word'], '')}{b['value']:g}" if b else PUBLISHED for b in budgets
     )
 
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..prune.budget import BUDGET_WORDS, Budget, MethodCall
+from ..prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
 from ..prune.registry import method, method_class
-from .cli import PUBLISHED, parse_fields
+from .cli import parse_fields
 from .console import progress, stdout
 from .environment import hardware, versions
 from .evaluate import Evaluator, Sample

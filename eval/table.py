@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from ..prune.budget import PUBLISHED
 from .environment import describe
 from .results import Record, Times, budget_text, method_name, variant
 from .stats import Spread, paired_difference
@@ -117,6 +118,32 @@ def sweep_table(records: Sequence[Record]) -> Table:
         notes=NOTES,
         droppable=(9, 6, 5, 3, 8),
     )
+
+
+def accuracy_table(records: Sequence[Record]) -> Table:
+    """One row per method, one column per budget: accuracy, and tokens kept where the method found
+    their number itself."""
+    ordered = [r for r in in_order(records) if method_name(r) != "dense"]
+    budgets = list(dict.fromkeys(budget_text(r) for r in ordered if budget_text(r) != PUBLISHED))
+    if any(budget_text(r) == PUBLISHED for r in ordered):
+        budgets.append(PUBLISHED)
+    cells = {(variant(r), budget_text(r)): _accuracy(r) for r in ordered}
+    return Table(
+        headers=("Method", *budgets),
+        rows=[
+            (name, *(cells.get((name, budget), "") for budget in budgets))
+            for name in dict.fromkeys(variant(r) for r in ordered)
+        ],
+        title=_title(ordered[0]) if ordered else None,
+    )
+
+
+def _accuracy(record: Record) -> str:
+    if record["status"] != "ok":
+        return "not applicable" if record["status"] == "not_applicable" else "FAILED"
+    own = f" ({record['tokens']['kept_per_image']:.4g} tokens)"
+    value = f"{100 * record['accuracy']['value']:.1f}"
+    return value + own * (budget_text(record) == PUBLISHED)
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:

@@ -17,6 +17,8 @@ BUDGET_WORDS: tuple[BudgetWord, ...] = (
     "average_tokens",
     "flops_ratio",
 )
+PUBLISHED = "published"
+"""Among budgets on the command line: none, the method's own schedule or rule."""
 
 
 @dataclass(frozen=True, slots=True)
