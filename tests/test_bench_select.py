@@ -206,7 +206,7 @@ SAME_BUDGETS = ("divprune", "hiprune", "vtc_cls", "cls_topk", "fopru", "cdpruner
 @pytest.fixture(scope="module")
 def scenes() -> dict[int, Scene]:
     return {
-        tiles: Scene.random(tiles=tiles, images=2 if tiles == 1 else 1, width=64)
+        tiles: Scene.random(tiles=tiles, images=2 if tiles == 1 else 1, width=256)
         for tiles in (1, 3, 5)
     }
 
