@@ -1,4 +1,4 @@
-"""Tokens merged into rows: the tokens that are left, and sums or means over bags of tokens."""
+"""Tokens merged into rows: which are left, which are nearest, sums and means over bags of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,27 @@ def complement(indices: Tensor, num_tokens: int) -> Tensor:
     mask = torch.zeros(num_tokens, dtype=torch.int8, device=indices.device)
     mask = mask.index_fill(0, indices, 1)
     return mask.argsort(stable=True)[: num_tokens - len(indices)]
+
+
+def top_set(scores: Tensor, k: int) -> Tensor:
+    """The indices of the `k` largest scores of each row, ascending; ties go to the lower index.
+
+    What sorting the rows would find, several times as fast for the few of many.
+
+    Args:
+        scores: (K, N).
+        k: 0 <= k <= N.
+
+    Returns:
+        (K, k) int64.
+    """
+    if k == 0:
+        return scores.new_empty(len(scores), 0, dtype=torch.int64)
+    least = scores.topk(k).values[:, -1:]
+    above, tied = scores > least, scores == least
+    room = k - above.sum(1, keepdim=True)
+    among = above | (tied & (tied.cumsum(1) <= room))  # k of each row
+    return among.to(torch.int8).topk(k).indices.sort().values
 
 
 def bags(

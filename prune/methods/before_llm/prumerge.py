@@ -37,7 +37,7 @@ from ...contract import (
 )
 from ...layers import encoder_layer
 from ...ops.checks import check_int, check_layer
-from ...ops.merge import bags, complement
+from ...ops.merge import bags, complement, top_set
 from ...ops.salience import Scores, check_scores
 from ...ops.topk import ascending, top_k
 from ...registry import register
@@ -119,12 +119,12 @@ class PruMerge(BeforeLLM):
 
 
 def _nearest(keys: Tensor, centres: Tensor, count: int) -> Tensor:
-    """For each of `centres` (K,), the `count` other tokens with the most similar keys: (K, k)."""
+    """For each of `centres` (K,), the `count` other tokens whose keys are most similar: (K, k)."""
     unit = normalize(keys.flatten(1).float(), dim=-1)
     found = []
     for block in centres.split(_BLOCK):
         similarity = (unit[block] @ unit.T).scatter_(1, block[:, None], -torch.inf)
-        found.append(top_k(similarity, min(count, len(keys) - 1)))
+        found.append(top_set(similarity, min(count, len(keys) - 1)))
     return torch.cat(found)
 
 

@@ -91,7 +91,7 @@ class VisionZip(BeforeLLM):
         cls_row = None
         if cls and count > 1:
             cls_row = _Rows(patches.new_full((1,), -1), cls[0][number : number + 1])
-        dominant = ascending(top_k(scores[patches], count - merged - (cls_row is not None)))
+        dominant = top_k(scores[patches], count - merged - (cls_row is not None))
         rest = patches[complement(dominant, len(patches))]
         contextual = _contextual(features, keys, rest, merged) if merged else None
         return _Parts(cls_row, patches[dominant], contextual)
@@ -113,7 +113,7 @@ class _Parts(NamedTuple):
     """The rows of one tile."""
 
     cls: _Rows | None
-    dominant: Tensor
+    dominant: Tensor  # in any order
     contextual: _Rows | None
 
 
