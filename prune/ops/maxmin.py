@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .cosine import STORE_UP_TO as _STORE_UP_TO
+from .cosine import gram
+
 _BLOCK = 256
-_STORE_UP_TO = 8192  # tokens; their distances take 256 MiB. Beyond, a pick computes its own row
 
 
 def greedy_max_min(features: Tensor, count: int) -> Tensor:
@@ -25,7 +27,7 @@ def greedy_max_min(features: Tensor, count: int) -> Tensor:
         (count,) int64 indices in the order of picking.
     """
     unit = normalize(features.float(), dim=-1)
-    stored = _distances(unit) if len(unit) <= _STORE_UP_TO else None
+    stored = gram(unit).neg_().add_(1) if len(unit) <= _STORE_UP_TO else None
     nearest = _nearest_other(unit) if stored is None else stored.fill_diagonal_(torch.inf).amin(0)
     if stored is not None:
         stored.fill_diagonal_(-torch.inf)  # a pick takes itself out of the race
@@ -42,18 +44,6 @@ def greedy_max_min(features: Tensor, count: int) -> Tensor:
         torch.minimum(nearest, row, out=nearest)
         torch.argmax(nearest, dim=0, keepdim=True, out=picks[i : i + 1])
     return picks
-
-
-def _distances(unit: Tensor) -> Tensor:
-    """Cosine distances (N, N) of unit rows (N, D). Symmetric: only half of it is multiplied."""
-    n = len(unit)
-    distances = unit.new_empty(n, n)
-    for start in range(0, n, _BLOCK):
-        stop = min(start + _BLOCK, n)
-        rows = 1 - unit[start:stop] @ unit[start:].T
-        distances[start:stop, start:] = rows
-        distances[stop:, start:stop] = rows[:, stop - start :].T
-    return distances
 
 
 def _nearest_other(unit: Tensor) -> Tensor:
