@@ -18,7 +18,8 @@ import pytest
 import torch
 import vlmprune
 import zoo
-from oracle import Truth
+from oracle import Rows, Truth
+from reported import features_of, truth_of
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -30,6 +31,24 @@ PLACES = {
         vlmprune.method("fastv", keep_ratio=0.25, layer=2),
     ],
 }
+MOVED = {
+    "before the LLM": [vlmprune.method("visionzip", keep_ratio=0.4, scores="cls")],
+    "in the decoder": PLACES["in the decoder"],
+    "both": [
+        vlmprune.method("visionzip", keep_ratio=0.5, scores="cls"),
+        vlmprune.method("fastv", keep_ratio=0.25, layer=2),
+    ],
+}
+"""The same places with rows that are merged, moved, or no token (CLS of every tile)."""
+MERGED = {
+    place: [
+        vlmprune.method("pool", keep_ratio=call.budget.value) if call.name == "divprune" else call
+        for call in calls
+    ]
+    for place, calls in PLACES.items()
+}
+"""The same places with rows that are merged."""
+CALLS = {"llava_next": MOVED, "llava_onevision": MERGED}
 STEPS = 3
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -62,6 +81,13 @@ class Bench:
 
     case: zoo.Case
     place: str
+    plain: bool = False
+    """Whether tokens must enter as they are."""
+    rows: tuple[zoo.Row, ...] = zoo.BATCH
+
+    @property
+    def calls(self):
+        return (PLACES if self.plain else CALLS.get(self.case.name, PLACES))[self.place]
 
     @functools.cached_property
     def model(self):
@@ -69,25 +95,23 @@ class Bench:
 
     @functools.cached_property
     def handle(self):
-        return vlmprune.patch(self.model, PLACES[self.place])
+        return vlmprune.patch(self.model, self.calls)
 
     @property
     def reference(self):
         return self.case.reference()
 
-    def prefill(self, rows=zoo.BATCH) -> tuple[dict, Truth]:
+    def prefill(self, rows=None) -> tuple[dict, Truth]:
         """Inputs, and the truth for the tokens that the patched model keeps of them."""
-        inputs = self.case.inputs(rows)
+        inputs = self.case.inputs(rows or self.rows)
         _ = self.handle
         with torch.no_grad():
             self.model(**inputs)
         return inputs, self.truth(inputs)
 
     def truth(self, inputs: dict) -> Truth:
-        last = self.handle.last
-        assert last.stages
-        cuts = [(stage.layer, stage.kept) for stage in last.stages]
-        return Truth(self.case.reference("eager"), inputs, cuts, last.positions)
+        assert self.handle.last.stages
+        return truth_of(self.case, inputs, self.model, self.handle)
 
     def generate(self, inputs: dict, **options):
         options = {"max_new_tokens": STEPS, "do_sample": False, **options}
@@ -184,20 +208,23 @@ def second_turn(bench):
 
 @feature("second turn with a new image")
 def second_turn_with_an_image(bench):
+    bench = Bench(bench.case, bench.place, plain=True)
     rows = (zoo.ONE,)
     follow_up = bench.case.inputs(((4, "A", 3),))
 
     def turns(model):
         inputs = bench.case.inputs(rows)
         first = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, **DETAILS)
-        merged = {k: torch.cat([inputs[k], follow_up[k]]) for k in inputs if k.startswith("pixel")}
-        merged["input_ids"] = torch.cat([first.sequences, follow_up["input_ids"]], 1)
+        images = [zoo.encoder_inputs(x)["image"] for x in (inputs, follow_up)]
+        merged = {"input_ids": torch.cat([first.sequences, follow_up["input_ids"]], 1)}
         merged["attention_mask"] = torch.ones_like(merged["input_ids"])
-        new = {**merged, **{k: v for k, v in follow_up.items() if k.startswith("pixel")}}
         if bench.case.qwen:
             merged["mm_token_type_ids"] = (merged["input_ids"] == zoo.IMAGE).int()
-            merged["image_grid_thw"] = torch.cat([x["image_grid_thw"] for x in (inputs, follow_up)])
-            new |= {k: merged[k] for k in ("mm_token_type_ids", "image_grid_thw")}
+        together = zoo.joined(*images)
+        new = {**merged, **images[1]}
+        if bench.case.qwen:
+            new["image_grid_thw"] = together["image_grid_thw"]
+        merged |= together
         kept = copy.copy(bench.handle.last.stages) if model is bench.model else []
         out = model.generate(
             **new,
@@ -264,7 +291,7 @@ def assistant(bench):
         bench.generate(inputs, assistant_model=dense, max_new_tokens=6), truth.decode(6)[0]
     )
     twin = bench.case.model()
-    vlmprune.patch(twin, PLACES[bench.place])
+    vlmprune.patch(twin, bench.calls)
     check_tokens(bench.generate(inputs, assistant_model=twin, max_new_tokens=6), truth.decode(6)[0])
 
 
@@ -501,7 +528,7 @@ def text_labels(inputs) -> torch.Tensor:
     """Every text token but the first of a row, which has nothing before it to be told from."""
     labels, mask = inputs["input_ids"].clone(), inputs["attention_mask"]
     first = mask.cumsum(-1) == 1
-    labels[(labels == zoo.IMAGE) | (mask == 0) | first] = -100
+    labels[zoo.is_visual(labels) | (mask == 0) | first] = -100
     return labels
 
 
@@ -598,11 +625,12 @@ def merged_embeds(bench):
 
 @feature("merged inputs_embeds with visual_mask=")
 def visual_mask(bench):
+    bench = Bench(bench.case, bench.place, plain=True)
     for rows in (zoo.SINGLE, zoo.BATCH):
         given = merged(bench, rows)
         inputs, truth = bench.prefill(rows)
         kept = bench.handle.last.kept
-        mask = inputs["input_ids"] == zoo.IMAGE
+        mask = zoo.is_visual(inputs["input_ids"])
         with torch.no_grad():
             logits = bench.model(**given, visual_mask=mask).logits
         assert all(map(torch.equal, bench.handle.last.kept, kept))
@@ -615,8 +643,7 @@ def visual_mask(bench):
 @feature("precomputed mm_encoder_outputs")
 def encoder_outputs(bench):
     inputs, truth = bench.prefill()
-    names = ("pixel_values", "image_grid_thw")
-    pixels = {k: inputs.pop(k) for k in names if k in inputs}
+    pixels = {k: inputs.pop(k) for k in zoo.encoder_inputs(inputs)["image"]}
     kept = bench.handle.last.kept
     with torch.no_grad():
         features = bench.model.model.get_image_features(**pixels, return_dict=True)
@@ -702,7 +729,7 @@ def matrix():
             yield pytest.param(name, place, marks=marks, id=f"{name}-{place}".replace(" ", "_"))
 
 
-@zoo.BOTH_FAMILIES
+@zoo.FAMILIES
 @pytest.mark.parametrize(("name", "place"), list(matrix()))
 def test_the_feature_works_or_is_refused_at_the_call(case, name, place):
     bench = Bench(case, place)
@@ -742,6 +769,57 @@ def test_refused_options_are_found_wherever_they_are_set(case, option, value, pl
     with pytest.raises(vlmprune.UnsupportedFeatureError, match=option):  # ids by position
         inputs = case.inputs()
         bench.model.generate(inputs.pop("input_ids"), **inputs, **options)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "greedy search",
+        "beam search",
+        "second turn on the same cache",
+        "use_cache=False",
+        "logits of the whole prompt",
+        "labels",
+        "inputs_embeds with pixels",
+    ],
+)
+def test_features_with_videos_beside_images(name, place):
+    FEATURES[name](Bench(zoo.CASES["llava_onevision"], place, rows=zoo.MIXED))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_precomputed_encoder_outputs_of_images_and_videos(place):
+    bench = Bench(zoo.CASES["llava_onevision"], place, rows=zoo.MIXED)
+    inputs, truth = bench.prefill()
+    outputs = {}
+    with torch.no_grad():
+        for kind, given in zoo.encoder_inputs(inputs).items():
+            encode = getattr(bench.model.model, f"get_{kind}_features")
+            outputs[kind] = encode(**given, return_dict=True)
+            for key in given:
+                del inputs[key]
+        logits = bench.model(**inputs, mm_encoder_outputs=outputs).logits
+    for b, row in enumerate(truth.rows):
+        torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
+
+
+@zoo.FAMILIES
+def test_merged_rows_of_embeddings_that_the_caller_merged(case):
+    bench = Bench(case, "before the LLM")
+    given, inputs = merged(bench, zoo.BATCH), case.inputs(zoo.BATCH)
+    handle = vlmprune.patch(bench.model, "pool", keep_tokens=5)
+    with torch.no_grad():
+        logits = bench.model(**given, visual_mask=zoo.is_visual(inputs["input_ids"])).logits
+    rows = []
+    everything = zip(
+        features_of(case.reference(), inputs), handle.last.kept, handle.last.groups, strict=True
+    )
+    for dense, kept, groups in everything:
+        rows.append(Rows(kept, torch.stack([dense[members].mean(0) for members in groups])))
+    truth = Truth(case.reference("eager"), inputs, [(0, rows)], handle.last.positions)
+    for b, row in enumerate(truth.rows):
+        torch.testing.assert_close(logits[b, row.columns], truth.full_logits(b), **CLOSE)
 
 
 def test_videos_are_refused():
