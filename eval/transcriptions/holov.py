@@ -20,8 +20,9 @@ def read(picture: Picture, attention: Tensor) -> Tensor:
 
 
 def choose(picture: Picture, scores: Tensor, keep: int) -> Tensor:
-    """16 chunks, as the released code for this encoder has them."""
-    return spread(picture.packed, scores, 16, keep)
+    """As many chunks as the released code sets by the budget: 16 at 64 of 576 tokens."""
+    tokens = len(picture.packed)
+    return spread(picture.packed, scores, max(1, int(1024 / 576 * tokens / keep)), keep)
 
 
 def spread(
