@@ -2,7 +2,7 @@
 
 Reference: [CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM
     Inference Faster, arXiv 2412.01818 v1 (later versions are another method, vispruner).
-Upstream: no golden data of the official code.
+Upstream: none compared, there is no golden data of it.
 Differs: `scores="received"`, for encoders without CLS, ranks by the mean attention received.
     Ties go to the lower index.
 """

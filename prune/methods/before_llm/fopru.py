@@ -1,7 +1,7 @@
 """FoPru: keep the visual tokens, or the rows of them, that the encoder attends to most.
 
 Reference: FoPru: Focal Pruning for Efficient Large Vision-Language Models, arXiv 2411.14164.
-Upstream: no code was published.
+Upstream: none, no code was published.
 Differs: CLS is dropped from both axes of the attention map, which the paper leaves open: with it
     every row sums to one, and the attention given would be the same for all tokens.
     The default takes the attention received; the paper's rule, the axis of larger variance, is

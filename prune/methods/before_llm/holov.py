@@ -88,8 +88,7 @@ class HoloV(BeforeLLM):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         features, attention = (tokens.signals[s].float() for s in self.needs(tokens.shape))
-        number = self.num_chunks or max(1, 1024 * tokens.num_tokens // (576 * keep))
-        number = min(number, tokens.num_tokens)
+        number = self._number(tokens.num_tokens, keep)
         if self.official:
             return self._official(features, attention, number, keep)
         parts = on_device(_crops(tokens.tiling, number), attention.device)
@@ -102,6 +101,12 @@ class HoloV(BeforeLLM):
         counts = apportion(keep, weights, sizes, priority=weights)
         order = top_of_each(attention, parts, counts, keep)
         return Selection(kept=ascending(order), order=order)
+
+    def _number(self, num_tokens: int, keep: int) -> int:
+        """How many crops."""
+        if self.num_chunks is None:
+            return max(1, min(1024 * num_tokens // (576 * keep), num_tokens))
+        return min(self.num_chunks, num_tokens)
 
     def _official(self, features: Tensor, attention: Tensor, number: int, keep: int) -> Selection:
         """As released: flat chunks, a diversity that cancels, -1 where a chunk is too small."""
@@ -124,7 +129,7 @@ class HoloV(BeforeLLM):
             whole = count >= len(chunk)
             order.append(start + (torch.arange(len(chunk)) if whole else top_k(chunk, count)))
             start += len(chunk)
-        found = torch.cat(order)[:keep]
+        found = torch.cat(order)
         pads = found.new_full((keep - len(found),), -1)
         return Selection(kept=ascending(found), order=torch.cat([found, pads]))
 
