@@ -205,7 +205,8 @@ def _last_count(
     if budget is None:
         if call.method.needs_budget:
             raise BudgetError(f"{call.name} needs a budget, e.g. keep_ratio=0.25.")
-        return call.method.most(num_tokens)
+        # How many an adaptive rule finds at most depends on the tiles (`select.most`).
+        return num_tokens if call.adaptive else call.method.most(num_tokens)
     if budget.word == "keep_ratio":
         return round_tokens(budget.value, num_tokens)
     if budget.word == "keep_tokens":
