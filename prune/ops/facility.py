@@ -63,11 +63,14 @@ def _changed(before: Tensor, after: Tensor) -> Sequence[Tensor]:
 
 
 def _reader(unit: Tensor) -> Callable[[Tensor], Tensor]:
-    """Cosines of the tokens with given numbers (m,) to all others: (m, N), a new tensor."""
-    if len(unit) > cosine.STORE_UP_TO:
-        return lambda numbers: unit.index_select(0, numbers) @ unit.T
-    stored = cosine.gram(unit)
-    return lambda numbers: stored.index_select(0, numbers)
+    """Cosines of the tokens with given numbers (m,) to all others: (m, N), a new tensor.
+
+    With itself a token has 1 to the last bit, so that rounding breaks no tie.
+    """
+    if len(unit) <= cosine.STORE_UP_TO:
+        stored = cosine.gram(unit).fill_diagonal_(1)
+        return lambda numbers: stored.index_select(0, numbers)
+    return lambda numbers: (unit.index_select(0, numbers) @ unit.T).scatter_(1, numbers[:, None], 1)
 
 
 def _lost(rows: Tensor, before: Tensor, after: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Differs: this is the paper's first stage, which makes half of its cuts. The seco
     decoder, is a method of another place and not part of this one.
     An image without any text is chosen for by coverage alone.
     Tokens enter in positional order and newlines are dropped, which the paper leaves open.
-    A token of all zeros, or a text whose embeddings cancel, is half like everything.
+    A token of all zeros is half like every other, as is a text whose embeddings cancel.
 """
 
 from __future__ import annotations
