@@ -223,6 +223,85 @@ def test_missing_signals_name_what_works_instead():
         vlmprune.patch(siglip.model(), name, keep_ratio=0.5).remove()
 
 
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava-siglip-qwen2", "llava_next"])
+def test_an_encoder_whose_output_is_no_grid_of_patches(name):
+    """CLS among the features, or a first patch cut off in its place."""
+    model = zoo.CASES[name].model()
+    config = model.config
+    right = config.vision_feature_select_strategy
+    config.vision_feature_select_strategy = {"full": "default", "default": "full"}[right]
+    refusal(
+        vlmprune.UnsupportedModelError,
+        *("vision_feature_select_strategy", f"{right!r}"),
+        model=model,
+        args=("divprune",),
+        keep_ratio=0.5,
+    )
+
+
+@pytest.mark.parametrize("newlines", ["drop", "keep"])
+def test_newlines_that_are_kept_need_room(newlines):
+    case = zoo.CASES["llava_next"]
+    (count,) = (tiling.num_newlines for tiling in case.tilings(zoo.SINGLE))
+    model = case.model()
+    handle = vlmprune.patch(model, "cls_topk", keep_tokens=count, newlines=newlines)
+    if newlines == "drop":
+        model(**case.inputs())
+        assert handle.last.tokens_kept == [count]
+        return
+    with pytest.raises(vlmprune.BudgetError, match=f"keep_tokens={count + 1}") as refused:
+        model(**case.inputs())
+    assert "newlines='drop'" in str(refused.value)
+    handle = vlmprune.patch(model, "cls_topk", keep_tokens=count + 1, newlines=newlines)
+    model(**case.inputs())
+    assert handle.last.tokens_kept == [count + 1]
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_newlines_that_compete_belong_to_no_tile(name):
+    refusal(
+        vlmprune.MethodFieldError,
+        *("newlines='compete'", "scope='image'"),
+        model=zoo.CASES[name].model(),
+        args=("divprune",),
+        keep_ratio=0.5,
+        scope="tile",
+        newlines="compete",
+    )
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava_next", "llava_onevision"])
+def test_encoder_outputs_of_another_model(name):
+    case = zoo.CASES[name]
+    model, inputs = case.model(), case.inputs(zoo.BATCH)
+    vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    pixels = zoo.encoder_inputs(inputs)["image"]
+    features = case.reference().model.get_image_features(**pixels, return_dict=True)
+    for key in pixels:
+        del inputs[key]
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="mm_encoder_outputs"):
+        model(**inputs, mm_encoder_outputs={"image": features})
+
+
+@pytest.mark.parametrize("signal", ["attention", "pixels"])
+def test_signals_that_merged_embeddings_do_not_have(signal):
+    model, inputs = CLIP.model(), CLIP.inputs()
+    mask = zoo.is_visual(inputs["input_ids"])
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    vlmprune.patch(model, "cls_topk" if signal == "attention" else "random", keep_ratio=0.5)
+    with pytest.raises(vlmprune.MissingSignalError, match="visual_mask"):
+        model(inputs_embeds=embeds, visual_mask=mask)
+
+
+@pytest.mark.parametrize("where", ["forward", "generate"])
+def test_a_visual_mask_without_embeddings(where):
+    model, inputs = CLIP.model(), CLIP.inputs()
+    mask = zoo.is_visual(inputs["input_ids"])
+    vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="visual_mask"):
+        (model if where == "forward" else model.generate)(**inputs, visual_mask=mask)
+
+
 def test_official_is_for_golden_tests_only():
     """`official=True` reproduces a defect: `patch` refuses it, whoever defines it."""
     calls = [vlmprune.method(name, keep_ratio=0.5) for name in vlmprune.methods()]
