@@ -350,7 +350,7 @@ class BeforeLLM(Method):
             if value is not None and value not in allowed:
                 choice = " or ".join(map(repr, allowed))
                 raise MethodFieldError(f"{field}={value!r} is not possible: use {choice}.")
-        if self.newline_policy == "compete" and self.scope_used == "tile":
+        if self.newlines == "compete" and self.scope_used == "tile":
             raise MethodFieldError(
                 "newlines='compete' is not possible with scope='tile', as newlines belong to no "
                 "tile: use scope='image', or newlines='drop'."
@@ -358,7 +358,10 @@ class BeforeLLM(Method):
 
     @property
     def newline_policy(self) -> Newlines:
-        return self.newlines or self.newline_policies[0]
+        """The user's, or the first allowed one; in the scope of a tile newlines cannot compete."""
+        in_tile = self.scope_used == "tile"
+        fitting = [p for p in self.newline_policies if not (in_tile and p == "compete")]
+        return self.newlines or fitting[0]
 
     @property
     def scope_used(self) -> Scope:
