@@ -1,30 +1,45 @@
 """What every method's selection must hold, whatever it is given; and what single ones must do."""
 
+import itertools
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vlmprune.prune.contract import (
+    AttentionToCls,
+    BeforeLLM,
+    ClipImage,
+    ClipText,
     ClsAttention,
+    ClsAttentionOneHead,
+    ClsFeatures,
+    ClsLogits,
     Decoder,
+    EncoderFeatures,
     Features,
+    Keys,
     LastRowAttention,
     ModelShape,
     PixelSeed,
     Place,
     ReceivedAttention,
+    Selection,
+    TextEmbeddings,
     Tower,
     VisualTokens,
 )
-from vlmprune.prune.errors import MethodFieldError
+from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.layers import scale_layer
 from vlmprune.prune.ops import maxmin
 from vlmprune.prune.ops.maxmin import greedy_max_min
 from vlmprune.prune.ops.topk import top_k
 from vlmprune.prune.registry import method_class, method_names
+from vlmprune.prune.select import most
+from vlmprune.prune.select import select as select_image
+from vlmprune.prune.tiling import Block, Tiling
 
 NAMES = method_names()
 DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)
@@ -35,45 +50,76 @@ TOWERS = {
     "tiny": Tower(num_layers=2, has_cls=True),
     "one layer": Tower(num_layers=1, has_cls=True),
 }
+RANKING = ["cls_topk", "divprune", "fastv", "hiprune", "vtc_cls"]
+"""Methods that keep the first tokens where all tokens are alike."""
 GRIDS = [(1, 2), (1, 7), (9, 1), (2, 3), (5, 4), (12, 12), (7, 30)]
+THUMBNAIL = Block((4,), (4,))
+TILINGS = {
+    "plain, newline": Tiling((Block((4,), (5,), "end"),)),
+    "2 x 2": Tiling((THUMBNAIL, Block((4, 4), (4, 4), "rows"))),
+    "2 x 2, uneven": Tiling((THUMBNAIL, Block((1, 3), (2, 4), "rows"))),
+    "1 x 3, one gone": Tiling((THUMBNAIL, Block((4,), (4, 2, 0), "rows"))),
+    "3 x 1": Tiling((THUMBNAIL, Block((4, 4, 2), (3,), "rows"))),
+    "video": Tiling((Block((3,), (2,)), Block((3,), (2,)), Block((3,), (2,), "end"))),
+}
 
 
 def shape_of(tower: str = "clip") -> ModelShape:
     return ModelShape(tower=TOWERS[tower], decoder=DECODER)
 
 
-def draw_signal(signal, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
+def draw_signal(signal, count: int, generator: torch.Generator) -> torch.Tensor:
+    """A random one with `count` rows, which are tokens or tiles."""
     match signal:
         case Features():
-            return torch.randn(num_tokens, 16, generator=generator)
-        case ClsAttention() | ReceivedAttention() | LastRowAttention():
-            return torch.rand(num_tokens, generator=generator)
+            return torch.randn(count, 16, generator=generator)
+        case EncoderFeatures() | ClsFeatures():
+            return torch.randn(count, 12, generator=generator)
+        case Keys():
+            return torch.randn(count, 2, 6, generator=generator)
+        case ClipImage():
+            return torch.randn(count, 8, generator=generator)
+        case ClipText():
+            return torch.randn(2, 8, generator=generator)
+        case TextEmbeddings():
+            return torch.randn(5, 16, generator=generator)
+        case ClsLogits():
+            return torch.randn(count, generator=generator)
+        case ClsAttention() | ClsAttentionOneHead():
+            return torch.randn(count, generator=generator).softmax(0)
+        case AttentionToCls() | ReceivedAttention() | LastRowAttention():
+            return torch.rand(count, generator=generator)
         case PixelSeed():
             return torch.randint(2**62, (), generator=generator)
     raise NotImplementedError(f"{signal}: say here how a random one is drawn")
 
 
-def constant_signal(signal, num_tokens: int) -> torch.Tensor:
-    match signal:
-        case Features():
-            return torch.tensor([1.0, 0, 0, 0]).repeat(num_tokens, 1)
-        case PixelSeed():
-            return torch.tensor(7)
-    return torch.full((num_tokens,), 0.5)
-
-
-def make_tokens(method, grid, *, seed: int = 0, tower: str = "clip", constant: bool = False):
-    shape, num_tokens = shape_of(tower), math.prod(grid)
+def make_tokens(
+    method, tiling, *, seed: int = 0, tower: str = "clip", constant: bool = False
+) -> VisualTokens:
+    """What `method` may see of an image, which is a `Tiling` or the size of its grid."""
+    if isinstance(tiling, tuple):
+        tiling = Tiling.single(*tiling)
+    shape = shape_of(tower)
+    before, num_tokens = method.place is Place.BEFORE_LLM, tiling.num_tokens
+    candidates = num_tokens
+    if before and method.newline_policy != "compete":
+        candidates = tiling.num_patches
     generator = torch.Generator().manual_seed(seed)
-    signals = {
-        s: constant_signal(s, num_tokens) if constant else draw_signal(s, num_tokens, generator)
-        for s in method.needs(shape)
-    }
+    signals = {}
+    for signal in method.needs(shape):
+        count = len(tiling.tiles) if signal.per == "tile" else candidates
+        drawn = draw_signal(signal, count, generator)
+        if constant and drawn.dim():  # all tokens alike
+            drawn = drawn[:1].expand_as(drawn).clone()
+        signals[signal] = drawn
     alive = None
-    if method.place is Place.DECODER:  # some tokens of a larger image are gone already
+    if not before:  # some tokens of a larger image are gone already
         alive = torch.arange(num_tokens) * 2
-        grid = (grid[0], grid[1] * 2)
-    return VisualTokens(num_tokens=num_tokens, grid=grid, shape=shape, signals=signals, alive=alive)
+        tiling = Tiling.single(2, num_tokens)
+    return VisualTokens(
+        num_tokens=num_tokens, tiling=tiling, shape=shape, signals=signals, alive=alive
+    )
 
 
 def counts(num_tokens: int) -> list[int]:
@@ -83,6 +129,44 @@ def counts(num_tokens: int) -> list[int]:
 
 def select(name: str, tokens: VisualTokens, keep: int, **given_fields) -> torch.Tensor:
     return method_class(name)(**given_fields).select(tokens, keep).kept
+
+
+def check(selection: Selection, tokens: VisualTokens, keep: int | None) -> None:
+    """Well formed, and of the right count."""
+    kept, order, num_tokens = selection.kept, selection.order, tokens.num_tokens
+    assert keep is None or selection.count == keep
+    assert kept.dtype == torch.int64 and kept.dim() == 1
+    assert kept.tolist() == sorted(set(kept.tolist())), "ascending and unique"
+    assert set(kept.tolist()) <= set(range(num_tokens))
+    own = kept
+    if order is not None:
+        assert order.dtype == torch.int64
+        own = order[order >= 0]
+        assert sorted(own.tolist()) == kept.tolist()
+        assert set(order[order < 0].tolist()) <= {-1}
+    rows = range(selection.count)
+    if selection.rows is not None:
+        assert selection.features is not None
+        assert len(set(selection.rows.tolist())) == len(selection.rows)
+        assert set(selection.rows.tolist()) <= set(rows)
+        rows = selection.rows.tolist()
+    if selection.features is not None:
+        width = 16 if selection.projected else 12
+        assert selection.features.shape == (len(rows), width)
+        assert torch.isfinite(selection.features).all()
+    if order is not None and (order < 0).any():  # what stands for no token brings its features
+        assert set((order < 0).nonzero()[:, 0].tolist()) <= set(rows)
+    if selection.groups is not None:
+        row, member = selection.groups.tolist()
+        assert row == sorted(row)
+        assert set(row) <= set(rows), "a row was merged, and has its token's features"
+        assert set(member) <= set(tokens.tiling.patches(kept.device).tolist())
+        assert len(set(zip(row, member, strict=True))) == len(row)
+
+
+def same(one: Selection, two: Selection) -> bool:
+    pairs = [(getattr(one, f.name), getattr(two, f.name)) for f in fields(Selection)]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 # --- Every method ----------------------------------------------------------------------------
@@ -95,12 +179,41 @@ def test_selection_is_exact(name, tower, grid):
     method = method_class(name)()
     tokens = make_tokens(method, grid, tower=tower)
     for keep in counts(tokens.num_tokens):
-        kept = method.select(tokens, keep).kept
-        assert kept.dtype == torch.int64
-        assert kept.shape == (keep,)
-        assert kept[0] >= 0
-        assert kept[-1] < tokens.num_tokens
-        assert (kept[1:] > kept[:-1]).all(), "ascending and unique"
+        check(method.select(tokens, keep), tokens, keep)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if issubclass(method_class(n), BeforeLLM)])
+@pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
+def test_selection_is_exact_on_tiles_with_newlines(name, tiling):
+    cls = method_class(name)
+    for newlines, scope in itertools.product(cls.newline_policies, cls.scopes):
+        if (newlines, scope) == ("compete", "tile"):
+            continue
+        method = cls(newlines=newlines, scope=scope)
+        tokens = make_tokens(method, tiling)
+        line = set(tiling.newlines(torch.device("cpu")).tolist())
+        for keep in [*counts(tiling.num_tokens), tiling.num_patches]:
+            if newlines == "keep" and keep <= len(line):
+                with pytest.raises(BudgetError, match=f"keep_tokens={len(line) + 1}"):
+                    select_image(method, tokens, keep)
+                continue
+            selection = select_image(method, tokens, keep)
+            check(selection, tokens, keep)
+            kept = line & set(selection.kept.tolist())
+            spare = max(0, keep - tiling.num_patches)
+            if newlines != "compete":
+                assert len(kept) == (len(line) if newlines == "keep" else spare)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not method_class(n).needs_budget])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("tiling", [Tiling.single(7, 9), *TILINGS.values()])
+def test_without_a_budget_no_more_than_the_method_declares(name, tiling, seed):
+    method = method_class(name)()
+    tokens = make_tokens(method, tiling, seed=seed)
+    selection = select_image(method, tokens, None)
+    check(selection, tokens, None)
+    assert 0 < selection.count <= most(method, tiling)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,36 +226,29 @@ def test_selection_is_exact_at_random_sizes(name, grid, share, seed):
     method = method_class(name)()
     tokens = make_tokens(method, grid, seed=seed)
     keep = min(tokens.num_tokens - 1, max(1, round(share * tokens.num_tokens)))
-    kept = method.select(tokens, keep).kept
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert len(kept) == keep
-    assert set(kept.tolist()) <= set(range(tokens.num_tokens))
+    check(method.select(tokens, keep), tokens, keep)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("constant", [False, True])
-def test_selection_is_pure(name, constant):
+@pytest.mark.parametrize("tiling", [Tiling.single(6, 5), TILINGS["2 x 2"]], ids=["plain", "tiles"])
+def test_selection_is_pure(name, constant, tiling):
     """Nothing given is written to, and the same is chosen again, whatever happened in between."""
     method = method_class(name)()
-    tokens = make_tokens(method, (6, 5), constant=constant)
+    tokens = make_tokens(method, tiling, constant=constant)
     before = {signal: tensor.clone() for signal, tensor in tokens.signals.items()}
     versions = {signal: tensor._version for signal, tensor in tokens.signals.items()}
     global_state = torch.random.get_rng_state()
-    first = method.select(tokens, 11).kept
+    first = select_image(method, tokens, 21)
     assert torch.equal(torch.random.get_rng_state(), global_state)
     for signal, tensor in tokens.signals.items():
         assert tensor._version == versions[signal]
         assert torch.equal(tensor, before[signal])
     torch.rand(3)
-    assert torch.equal(method_class(name)().select(tokens, 11).kept, first)
+    assert same(select_image(method_class(name)(), tokens, 21), first)
 
 
-def reads_scores(name: str) -> bool:
-    needs = method_class(name)().needs(shape_of())
-    return any(not isinstance(signal, PixelSeed) for signal in needs)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if reads_scores(name)])
+@pytest.mark.parametrize("name", RANKING)
 @pytest.mark.parametrize("grid", [(4, 5), (1, 30), (24, 24)], ids=str)
 def test_ties_go_to_the_lower_index(name, grid):
     method = method_class(name)()
@@ -158,15 +264,11 @@ def test_low_precision_signals_are_scored_in_float32(name):
     tokens = make_tokens(method, (10, 10))
     low = {s: t.bfloat16() if t.is_floating_point() else t for s, t in tokens.signals.items()}
     high = {s: t.float() if t.is_floating_point() else t for s, t in low.items()}
-    low_tokens, high_tokens = (
-        VisualTokens(
-            num_tokens=100, grid=tokens.grid, shape=tokens.shape, signals=s, alive=tokens.alive
-        )
-        for s in (low, high)
-    )
     for keep in (1, 31, 99):
-        kept = method.select(low_tokens, keep).kept
-        assert torch.equal(kept, method.select(high_tokens, keep).kept)
+        chosen = [method.select(replace(tokens, signals=s), keep) for s in (low, high)]
+        assert torch.equal(chosen[0].kept, chosen[1].kept)
+        if chosen[0].order is not None:
+            assert torch.equal(chosen[0].order, chosen[1].order)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -316,7 +418,9 @@ def hiprune_tokens(objects, deep, grid, tower="merging", **given_fields) -> Visu
     shape = shape_of(tower)
     needs = method_class("hiprune")(**given_fields).needs(shape)
     signals = dict(zip(needs, (objects, deep), strict=True))
-    return VisualTokens(num_tokens=len(objects), grid=grid, shape=shape, signals=signals)
+    return VisualTokens(
+        num_tokens=len(objects), tiling=Tiling.single(*grid), shape=shape, signals=signals
+    )
 
 
 def test_hiprune_by_hand():
@@ -375,7 +479,7 @@ def test_hiprune_official_keeps_too_few_where_patches_merge():
         (TOWERS["merging"], [15, 31]),
         (Tower(num_layers=32, has_cls=False, merge_unit=4), [15, 31]),
         (Tower(num_layers=8, has_cls=False, merge_unit=4, full_attention=(1, 5)), [5, 5]),
-        (Tower(num_layers=3, has_cls=True), [0, 1]),
+        (Tower(num_layers=3, has_cls=True), [1, 1]),
     ],
 )
 def test_hiprune_layers(tower, layers):
@@ -436,7 +540,7 @@ def test_random_depends_on_seed_and_picture_alone():
     def kept(pixel_seed: int, seed: int = 0, grid: tuple[int, int] = (20, 20)) -> list[int]:
         tokens = VisualTokens(
             num_tokens=math.prod(grid),
-            grid=grid,
+            tiling=Tiling.single(*grid),
             shape=shape_of(),
             signals={PixelSeed(): torch.tensor(pixel_seed)},
         )
@@ -454,7 +558,7 @@ def test_random_is_uniform():
     for pixel_seed in range(400):
         tokens = VisualTokens(
             num_tokens=50,
-            grid=(5, 10),
+            tiling=Tiling.single(5, 10),
             shape=shape_of(),
             signals={PixelSeed(): torch.tensor(pixel_seed)},
         )
