@@ -36,22 +36,7 @@ class LlavaNext(Llava):
             if tiles == 1:  # no crops: at most one newline at the end
                 found.append(Tiling((Block((side,), (side,), "end" if len(canvas) else "none"),)))
                 continue
-            rows = int((canvas[:, 0] < 0).sum())
-            # Where the canvas was scaled down, so were the borders between its tiles.
-            tile = (canvas.view(rows, -1, 2)[:, :-1] + 0.5).floor().long() // side
-            grid = self._grid(model, size)
-            found.append(
-                Tiling(
-                    (
-                        thumbnail,
-                        Block(
-                            tuple(tile[:, 0, 0].bincount(minlength=grid[0]).tolist()),
-                            tuple(tile[0, :, 1].bincount(minlength=grid[1]).tolist()),
-                            "rows",
-                        ),
-                    )
-                )
-            )
+            found.append(Tiling((thumbnail, self._canvas(canvas, side, self._grid(model, size)))))
         return found
 
     def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
@@ -96,6 +81,19 @@ class LlavaNext(Llava):
 
     def fixed_tokens(self, model: Model) -> int | None:
         return None
+
+    def _canvas(self, packed: Tensor, side: int, grid: tuple[int, int]) -> Block:
+        """What is left of a canvas of `grid` tiles, from the coordinates of its tokens (N, 2)."""
+        rows = int((packed[:, 0] < 0).sum())
+        if rows == len(packed):  # a picture so narrow that only newlines are left, or nothing
+            return Block((side if rows else 0,) * grid[0], (0,) * grid[1], "rows")
+        # Where the canvas was scaled down, so were the borders between its tiles.
+        tile = (packed.view(rows, -1, 2)[:, :-1] + 0.5).floor().long() // side
+        return Block(
+            tuple(tile[:, 0, 0].bincount(minlength=grid[0]).tolist()),
+            tuple(tile[0, :, 1].bincount(minlength=grid[1]).tolist()),
+            "rows",
+        )
 
     def _grid(self, model: Model, size: list[int]) -> tuple[int, int]:
         """Rows and columns of crops."""
