@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 import vlmprune
@@ -13,7 +14,13 @@ import zoo
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import Rows
+from PIL import Image
 from reported import truth_of
+from transformers import (
+    LlavaNextImageProcessor,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionVideoProcessor,
+)
 from vlmprune.adapters.family import IMAGE, VIDEO
 from vlmprune.adapters.registry import family
 from vlmprune.prune.tiling import Block, Tiling
@@ -95,6 +102,40 @@ def test_the_zoo_covers_the_ways_to_cut_a_canvas():
         assert any(len(s) > 1 for s in sizes), name
     for name, image in full.items():
         assert set(canvases[name][image].row_sizes) == {zoo.SIDE}
+
+
+def test_the_inputs_of_the_zoo_have_the_shapes_that_processors_give():
+    next_case, onevision = zoo.CASES["llava_next"], zoo.CASES["llava_onevision"]
+
+    def picture(case, name):
+        height, width = case.layout.images[name][0]
+        return Image.new("RGB", (width, height))
+
+    side = {"height": zoo.PIXELS, "width": zoo.PIXELS}
+    processor = LlavaNextImageProcessor(
+        size={"shortest_edge": zoo.PIXELS}, crop_size=side, image_grid_pinpoints=zoo.PINPOINTS
+    )
+    pictures = [picture(next_case, name) for name in zoo.images(zoo.BATCH)]
+    shapes(processor(pictures, return_tensors="pt"), next_case.inputs(zoo.BATCH))
+
+    processor = LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=zoo.PINPOINTS)
+    nested = [[picture(onevision, name) for name in zoo.images([row])] for row in zoo.BATCH]
+    shapes(processor(nested, return_tensors="pt"), onevision.inputs(zoo.BATCH))
+
+    processor = LlavaOnevisionVideoProcessor(size=side)
+    frames = np.zeros((zoo.FRAMES["V"], 30, 40, 3), dtype=np.uint8)
+    videos = onevision.inputs(((2, "V"), (1, "W", 3)))
+    shapes(processor([frames, frames], return_tensors="pt"), videos)
+
+
+def shapes(of_processor, of_zoo) -> None:
+    """Same shapes, and the same values of what is no pixel."""
+    names = {key for key in of_zoo if key not in ("input_ids", "attention_mask")}
+    assert set(of_processor) == names
+    for name in names:
+        found, expected = torch.as_tensor(of_processor[name]), of_zoo[name]
+        assert found.shape == expected.shape, name
+        assert "pixel" in name or torch.equal(found, expected), name
 
 
 # --- The adapters' tilings ---------------------------------------------------------------------
