@@ -85,7 +85,7 @@ class Truth:
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        grids = inputs.get("image_grid_thw")
+        grids = {kind: list(inputs.get(f"{kind}_grid_thw", ())) for kind in ("image", "video")}
         config = self.model.config
         features = {config.image_token_id: self._features("image", "pixel_values", inputs)}
         if hasattr(config, "video_token_id"):
@@ -109,7 +109,7 @@ class Truth:
             found.sort(key=lambda here: int(here[0]))
             numbers = list(range(number, number + len(found)))
             number += len(found)
-            positions, following = self._positions(row_ids, grids, numbers)
+            positions, following = self._positions(row_ids, grids)
             yield RowTruth(row_ids, embeds, positions, following, columns, found, numbers)
 
     def _features(self, kind: str, pixels: str, inputs: dict) -> list[Tensor]:
@@ -120,15 +120,21 @@ class Truth:
         given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
         return list(encode(**given, return_dict=True).pooler_output)
 
-    def _positions(self, ids: Tensor, grids: Tensor | None, numbers: list[int]):
-        """Positions of a whole row (axes, L), and that of the token after it."""
+    def _positions(self, ids: Tensor, grids: dict[str, list[Tensor]]):
+        """Positions of a whole row (axes, L), and that of the token after it; its grids are taken
+        out of `grids`."""
         if not hasattr(self.core, "get_rope_index"):
             return torch.arange(len(ids))[None], len(ids)
-        index, delta = self.core.get_rope_index(
-            ids[None],
-            mm_token_type_ids=(ids == self.model.config.image_token_id).int()[None],
-            image_grid_thw=grids[numbers] if numbers else None,
-        )
+        types, of_row = torch.zeros_like(ids).int(), {}
+        for number, (kind, waiting) in enumerate(grids.items(), start=1):
+            marks = ids == getattr(self.model.config, f"{kind}_token_id")
+            types[marks] = number
+            left, taken = int(marks.sum()), []
+            while left:
+                taken.append(waiting.pop(0))
+                left -= int(taken[-1].prod()) // 4
+            of_row[f"{kind}_grid_thw"] = torch.stack(taken) if taken else None
+        index, delta = self.core.get_rope_index(ids[None], mm_token_type_ids=types[None], **of_row)
         return index[:, 0], len(ids) + int(delta)
 
     def slots(self, places: Tensor, kept: Tensor | Rows) -> Tensor:

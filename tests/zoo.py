@@ -34,6 +34,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 from vlmprune.prune.budget import MethodCall
@@ -75,8 +77,16 @@ TOWER = {
     "image_size": 24,
     "patch_size": 4,
 }
-QWEN_GRIDS = {"A": (1, 8, 12), "B": (1, 6, 10), "C": (1, 8, 8), "D": (1, 12, 12)}
-"""Patches of the images (time, height, width): 24, 15, 16 and 36 visual tokens."""
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_GRIDS = {
+    "A": (1, 8, 12),
+    "B": (1, 6, 10),
+    "C": (1, 8, 8),
+    "D": (1, 12, 12),
+    "V": (3, 4, 8),
+    "W": (2, 6, 6),
+}
+"""Patches (time, height, width) of images, 24, 15, 16 and 36 visual tokens, and of videos."""
 
 PIXELS = TOWER["image_size"]
 SIDE = PIXELS // TOWER["patch_size"]
@@ -113,19 +123,24 @@ class Plain:
 
 
 class Qwen(Plain):
-    """Qwen2.5-VL: grids of any size, patches of all images packed, two marks around an image."""
+    """Qwen2-VL and 2.5: grids of any size, patches of all images packed, two marks around each."""
+
+    takes_videos = True
 
     def tiling(self, image: str, alone: bool) -> Tiling:
-        _, height, width = QWEN_GRIDS[image]
-        return Tiling.single(height // 2, width // 2)
+        frames, height, width = QWEN_GRIDS[image]
+        return Tiling((Block((height // 2,), (width // 2,)),) * frames)
 
     def framed(self, tokens: list[int]) -> list[int]:
         return [VISION_START, *tokens, VISION_END]
 
     def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict:
-        inputs = {"mm_token_type_ids": (ids == IMAGE).int(), **super().extra(rows, ids)}
-        if images(rows):
-            inputs["image_grid_thw"] = torch.tensor([QWEN_GRIDS[name] for name in images(rows)])
+        inputs = {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            names = [n for n in images(rows) if (n in FRAMES) == (kind == "video")]
+            if names:
+                inputs[pixels] = torch.cat([self.pixels(name) for name in names])
+                inputs[f"{kind}_grid_thw"] = torch.tensor([QWEN_GRIDS[name] for name in names])
         return inputs
 
     def pixels(self, image: str) -> torch.Tensor:
@@ -425,15 +440,38 @@ def _llava_onevision() -> PreTrainedModel:
     return LlavaOnevisionForConditionalGeneration(config)
 
 
+def _qwen2_vl() -> PreTrainedModel:
+    text = {
+        **DECODER,
+        "num_key_value_heads": 2,
+        "rope_parameters": MROPE,
+    }
+    vision = {
+        "depth": 5,
+        "embed_dim": 48,
+        "hidden_size": DECODER["hidden_size"],
+        "num_heads": 4,
+        "mlp_ratio": 2,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+    }
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    return Qwen2VLForConditionalGeneration(config)
+
+
 def _qwen2_5_vl() -> PreTrainedModel:
     text = {
         **DECODER,
         "num_key_value_heads": 2,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [2, 3, 3],
-        },
+        "rope_parameters": MROPE,
     }
     vision = {
         "depth": 5,
@@ -444,6 +482,9 @@ def _qwen2_5_vl() -> PreTrainedModel:
         "temporal_patch_size": 2,
         "spatial_merge_size": 2,
         "window_size": 16,
+        # With more, generate() (last position + 1) and forward (rope_deltas) number the first new
+        # token differently after a video, also without a patch.
+        "tokens_per_second": 1,
         "out_hidden_size": DECODER["hidden_size"],
         "fullatt_block_indexes": [1, 3],
     }
@@ -468,6 +509,7 @@ def _shape(**tower) -> ModelShape:
 
 CLIP = _shape(has_cls=True, text_twin=True)
 SIGLIP = _shape(has_cls=False)
+MERGING = _shape(has_cls=False, merge_unit=4)
 WINDOWED = _shape(has_cls=False, merge_unit=4, full_attention=(1, 3))
 CASES = {
     case.name: case
@@ -477,6 +519,7 @@ CASES = {
         Case("llava-siglip-qwen2", _siglip_qwen2, SIGLIP),
         Case("llava_next", _llava_next, CLIP, NEXT),
         Case("llava_onevision", _llava_onevision, SIGLIP, ONEVISION),
+        Case("qwen2_vl", _qwen2_vl, MERGING, QWEN, fixed_positions=True),
         Case("qwen2_5_vl", _qwen2_5_vl, WINDOWED, QWEN, fixed_positions=True),
     )
 }
