@@ -120,6 +120,8 @@ class Engine:
         self._override(
             self.model, "create_masks_for_generate", self._create_masks, original=make_masks
         )
+        if hasattr(self.text, "_deepstack_process"):
+            self._override(self.text, "_deepstack_process", self._add_deepstack)
         if hasattr(self.model, "generate_batch"):
             self._override(self.model, "generate_batch", self._refuse_batch)
         hooks = [
@@ -227,6 +229,8 @@ class Engine:
     def _encode(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        if self._local.recording is not None:  # Qwen3-VL encodes videos as it does images
+            return original(*args, **kwargs)
         inputs = inspect.signature(original).bind(*args, **kwargs).arguments
         inputs = {**inputs, **inputs.pop("kwargs", {})}
         self._local.recording = recording = Recording()
@@ -434,6 +438,17 @@ class Engine:
             return args, {**kwargs, "position_ids": None}
         hidden, kwargs = prefill.enter_layer(layer, hidden, kwargs)
         return (hidden, *rest), kwargs
+
+    @torch.compiler.disable
+    def _add_deepstack(
+        self, original: Callable[..., Tensor], hidden: Tensor, visual: Tensor, features: Tensor
+    ) -> Tensor:
+        """Qwen3-VL adds visual features of their own behind its first layers."""
+        prefill = self._local.prefill
+        if prefill is None:
+            return original(hidden, visual, features)
+        visual, rows = prefill.visual_alive(visual.to(hidden.device))
+        return original(hidden, visual, features.to(hidden.device)[rows])
 
     @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:

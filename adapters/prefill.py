@@ -122,6 +122,24 @@ class Prefill:
             "position_ids": None,
         }
 
+    def visual_alive(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Where visual tokens are in the current layer, and which ones of the caller's they are.
+
+        A row that was merged or moved is the token that it stands for, or that of its slot.
+
+        Args:
+            visual: (B, L) bool, the placeholders in the caller's sequence.
+
+        Returns:
+            (B, length) bool, and numbers (rows,) among the placeholders in the order of the batch.
+        """
+        number = visual.flatten().cumsum(0).view_as(visual) - 1
+        moved = _moved(self.images, *visual.shape)
+        if moved is not None:
+            number = number.gather(1, moved.to(number.device))
+        here = self.layout.shorten(visual) & self.layout.valid
+        return here, self.layout.shorten(number)[here]
+
     def restore(self, hidden: Tensor) -> Tensor:
         """Final hidden states at the caller's length, (B, L, D)."""
         _report_alive(self.last, self.images)
@@ -339,20 +357,27 @@ def _sources(ids: Tensor, images: list[PlacedImage], positions: Positions, batch
 
     Re-packed positions follow the order of the rows, whatever tokens they were.
     """
-    moved = [image for image in images if image.encoded.selection.order is not None]
-    if not moved or positions == "repacked":
+    columns = _moved(images, batch, ids.shape[-1])
+    if columns is None or positions == "repacked":
         return ids
-    length = ids.shape[-1]
-    columns = torch.arange(length, device=ids.device).repeat(batch, 1)
-    for image in moved:
-        slots = image.columns[image.encoded.slots]
-        columns[image.rows[:, None], slots] = image.columns[image.encoded.sources]
     if ids.dim() == 2:
         return gather_columns(ids, columns)
     axes = [gather_columns(axis, columns) for axis in ids]
     if len(axes) == 4:  # row 0 only tells packed sequences
         axes[0] = ids[0]
     return torch.stack(axes)
+
+
+def _moved(images: list[PlacedImage], batch: int, length: int) -> Tensor | None:
+    """(B, L) the column whose token is in each column; None where every token is in its own."""
+    moved = [image for image in images if image.encoded.selection.order is not None]
+    if not moved:
+        return None
+    columns = torch.arange(length, device=moved[0].columns.device).repeat(batch, 1)
+    for image in moved:
+        slots = image.columns[image.encoded.slots]
+        columns[image.rows[:, None], slots] = image.columns[image.encoded.sources]
+    return columns
 
 
 def _positions(

@@ -53,6 +53,7 @@ class RowTruth:
     positions: Tensor  # (axes, L)
     next_position: int
     columns: Tensor  # (L,) columns of the batch's input behind the tokens
+    deep: list[Tensor]  # (L, D) each: what is added behind the first layers (Qwen3-VL)
     images: list[Tensor]  # places of the row's images
     numbers: list[int]  # which images of the batch they are
 
@@ -97,28 +98,40 @@ class Truth:
             columns = mask[b].bool().nonzero()[:, 0]
             row_ids = ids[b, columns]
             embeds = self.model.get_input_embeddings()(row_ids).clone()
+            deep = [torch.zeros_like(embeds) for _ in self.deep_layers]
             found = []
             for token, waiting in features.items():
                 places = (row_ids == token).nonzero()[:, 0].tolist()
                 while places:
-                    image = waiting.pop(0)
+                    image, *deeper = waiting.pop(0)
                     here = torch.tensor(places[: len(image)])
                     del places[: len(image)]
                     embeds[here] = image
+                    for target, rows in zip(deep, deeper, strict=True):
+                        target[here] = rows
                     found.append(here)
             found.sort(key=lambda here: int(here[0]))
             numbers = list(range(number, number + len(found)))
             number += len(found)
             positions, following = self._positions(row_ids, grids)
-            yield RowTruth(row_ids, embeds, positions, following, columns, found, numbers)
+            yield RowTruth(
+                row_ids, embeds, positions, following, columns, deep, found, numbers
+            )
 
-    def _features(self, kind: str, pixels: str, inputs: dict) -> list[Tensor]:
-        """Those of each image, or each video, in batch order: (N, D)."""
+    @property
+    def deep_layers(self) -> Sequence[int]:
+        """Layers of the encoder whose features are added behind the decoder's first layers."""
+        return getattr(self.model.config.vision_config, "deepstack_visual_indexes", ())
+
+    def _features(self, kind: str, pixels: str, inputs: dict) -> list[tuple[Tensor, ...]]:
+        """Those of each image, or each video, in batch order: (N, D), and deeper ones."""
         if inputs.get(pixels) is None:
             return []
         encode = getattr(self.core, f"get_{kind}_features")
         given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
-        return list(encode(**given, return_dict=True).pooler_output)
+        output = encode(**given, return_dict=True)
+        deeper = output.deepstack_features if len(self.deep_layers) else ()
+        return list(zip(output.pooler_output, *deeper, strict=True))
 
     def _positions(self, ids: Tensor, grids: dict[str, list[Tensor]]):
         """Positions of a whole row (axes, L), and that of the token after it; its grids are taken
@@ -157,10 +170,12 @@ class Truth:
         """Tokens of the row that enter each layer."""
         return [int(self.alive(row, layer).sum()) for layer in range(len(self.decoder.layers))]
 
-    def cut_inputs(self, row: int) -> tuple[Tensor, Tensor]:
-        """The row's embeddings (1, L', D) and positions (axes, 1, L') after the cuts at layer 0."""
+    def cut_inputs(self, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """After the cuts at layer 0: the row's embeddings (1, L', D), positions (axes, 1, L') and
+        what is added behind the first layers (1, L', D)."""
         truth, alive = self.rows[row], self.alive(row, 0)
         embeds, positions = truth.embeds.clone(), truth.positions.clone()
+        deep = [rows.clone() for rows in truth.deep]
         for layer, kept in self.cuts:
             for places, number in zip(truth.images, truth.numbers, strict=True):
                 rows = kept[number]
@@ -169,10 +184,12 @@ class Truth:
                     own = torch.where(rows.order >= 0, places[rows.order.clamp_min(0)], here)
                     embeds[here] = truth.embeds[own] if rows.embeds is None else rows.embeds
                     positions[:, here] = truth.positions[:, own]
+                    for target, full in zip(deep, truth.deep, strict=True):
+                        target[here] = full[own]
         positions = positions[:, alive]
         if self.repacked:
             positions = torch.arange(int(alive.sum())).expand(len(positions), -1)
-        return embeds[None, alive], positions[:, None]
+        return embeds[None, alive], positions[:, None], [rows[None, alive] for rows in deep]
 
     # --- one forward -----------------------------------------------------------------------
 
@@ -180,7 +197,7 @@ class Truth:
         """Logits of all tokens alive after the last cut and of `new_ids`: (L' + T, V); and their
         places in the row (L' + T,)."""
         truth = self.rows[row]
-        embeds, positions = self.cut_inputs(row)
+        embeds, positions, deep = self.cut_inputs(row)
         new = torch.as_tensor(list(new_ids), dtype=torch.long)
         start = embeds.shape[1] if self.repacked else truth.next_position
         following = (start + torch.arange(len(new))).expand(len(positions), 1, -1)
@@ -188,10 +205,19 @@ class Truth:
         positions = torch.cat([positions, following], -1)
         places = self.alive(row, 0).nonzero()[:, 0]
         places = torch.cat([places, len(truth.ids) + torch.arange(len(new))])
+        deep = [torch.nn.functional.pad(rows, (0, 0, 0, len(new))) for rows in deep]
         if self.by_layer:
-            hidden, places = self._layers(row, embeds, positions, places)
+            hidden, places = self._layers(row, embeds, positions, places, deep)
         else:
+            visual = torch.zeros(1, len(places), dtype=torch.bool)
+            for image in truth.images:
+                visual |= torch.isin(places, image)
+            deeper = {
+                "visual_pos_masks": visual,
+                "deepstack_visual_embeds": [rows[visual] for rows in deep],
+            }
             hidden = self.decoder(
+                **(deeper if deep else {}),
                 inputs_embeds=embeds,
                 position_ids=positions if len(positions) > 1 else positions[0],
                 attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -199,7 +225,7 @@ class Truth:
             ).last_hidden_state
         return self.model.lm_head(hidden)[0], places
 
-    def _layers(self, row, hidden, positions, places, *, stop: int | None = None):
+    def _layers(self, row, hidden, positions, places, deep, *, stop: int | None = None):
         """The decoder's layers by hand, dropping tokens where the cuts say; then its norm."""
         rotary = positions if len(positions) > 1 else positions[0]
         cos, sin = self.decoder.rotary_emb(hidden, rotary)
@@ -209,32 +235,37 @@ class Truth:
             alive = self.alive(row, number)[places.clamp(max=length - 1)] | (places >= length)
             hidden, places = hidden[:, alive], places[alive]
             cos, sin = cos[:, alive], sin[:, alive]
+            deep = [rows[:, alive] for rows in deep]
             if number == stop:
                 return hidden, (cos, sin), places
             square = (hidden.shape[1], hidden.shape[1])
             mask = torch.full(square, torch.finfo(hidden.dtype).min)
             mask = (mask.triu(1) + mask.tril(-(window or square[0])))[None, None]
             hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
+            if number < len(deep):
+                hidden = hidden + deep[number]
         return self.decoder.norm(hidden), places
 
     @torch.no_grad()
     def last_row(self, row: int, layer: int) -> list[Tensor]:
         """Attention of the prompt's last token in `layer` to the tokens of each image of the row
         that enter it: softmax over all keys, mean over heads. Computed from q and k by hand."""
-        embeds, positions = self.cut_inputs(row)
+        embeds, positions, deep = self.cut_inputs(row)
         places = self.alive(row, 0).nonzero()[:, 0]
-        hidden, (cos, sin), places = self._layers(row, embeds, positions, places, stop=layer)
+        hidden, (cos, sin), places = self._layers(row, embeds, positions, places, deep, stop=layer)
         block = self.decoder.layers[layer]
         attention, x = block.self_attn, block.input_layernorm(hidden)[0]
         width = attention.head_dim
 
-        def heads(projection: Tensor) -> Tensor:
-            z = projection.view(len(x), -1, width).transpose(0, 1)  # (heads, length, width)
+        def heads(name: str) -> Tensor:
+            norm = getattr(attention, f"{name}_norm", lambda z: z)
+            projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, width)
+            z = norm(projected).transpose(0, 1)  # (heads, length, width)
             half = width // 2
             turned = torch.cat([-z[..., half:], z[..., :half]], -1)
             return z * cos + turned * sin
 
-        query, key = heads(attention.q_proj(x)), heads(attention.k_proj(x))
+        query, key = heads("q"), heads("k")
         key = key.repeat_interleave(len(query) // len(key), 0)
         scores = (query[:, -1:] @ key.transpose(1, 2))[:, 0] / width**0.5
         mean = scores.softmax(-1).mean(0)

@@ -36,6 +36,8 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 from vlmprune.prune.budget import MethodCall
@@ -107,7 +109,7 @@ class Plain:
         """How the tokens of an image lie; `alone`: no other image in its prompt."""
         return Tiling.single(SIDE, SIDE)
 
-    def framed(self, tokens: list[int]) -> list[int]:
+    def framed(self, image: str, tokens: list[int]) -> list[int]:
         """The placeholders of an image and what a processor puts around them."""
         return tokens
 
@@ -131,7 +133,7 @@ class Qwen(Plain):
         frames, height, width = QWEN_GRIDS[image]
         return Tiling((Block((height // 2,), (width // 2,)),) * frames)
 
-    def framed(self, tokens: list[int]) -> list[int]:
+    def framed(self, image: str, tokens: list[int]) -> list[int]:
         return [VISION_START, *tokens, VISION_END]
 
     def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict:
@@ -146,6 +148,19 @@ class Qwen(Plain):
     def pixels(self, image: str) -> torch.Tensor:
         """Patches of one image: (P, 3 * 2 * 4 * 4)."""
         return noise(image, torch.tensor(QWEN_GRIDS[image]).prod().item(), 3 * 2 * 4 * 4)
+
+
+class Qwen3(Qwen):
+    """Qwen3-VL: every frame of a video is a run of its own behind a timestamp."""
+
+    def framed(self, image: str, tokens: list[int]) -> list[int]:
+        if image not in FRAMES:
+            return super().framed(image, tokens)
+        frames, framed = QWEN_GRIDS[image][0], []
+        for frame in range(frames):
+            part = tokens[: len(tokens) // frames]
+            framed += [FIRST_WORD + frame, *super().framed(image, part)]
+        return framed
 
 
 class Tiles(Plain):
@@ -217,7 +232,7 @@ def _placed(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     return found
 
 
-PLAIN, QWEN = Plain(), Qwen()
+PLAIN, QWEN, QWEN3 = Plain(), Qwen(), Qwen3()
 NEXT = Tiles(
     {  # 140, 96, 114 and 192 tokens
         "A": ((30, 48), Block((4, 4), (6, 6), "rows")),
@@ -269,7 +284,7 @@ class Case:
 
     @property
     def qwen(self) -> bool:
-        return self.layout is QWEN
+        return isinstance(self.layout, Qwen)
 
     def model(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
         """A new model with the same weights every time."""
@@ -313,7 +328,7 @@ class Case:
                 ids += torch.randint(FIRST_WORD, LAST_WORD, (part,), generator=words).tolist()
             else:
                 token = VIDEO if part in FRAMES else IMAGE
-                ids += self.layout.framed([token] * next(counts))
+                ids += self.layout.framed(part, [token] * next(counts))
         return torch.tensor(ids)
 
     def inputs(self, rows: Sequence[Row] = SINGLE, padding: str = "left") -> dict:
@@ -467,6 +482,31 @@ def _qwen2_vl() -> PreTrainedModel:
     return Qwen2VLForConditionalGeneration(config)
 
 
+def _qwen3_vl() -> PreTrainedModel:
+    text = {**DECODER, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": MROPE}
+    vision = {
+        "depth": 5,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "patch_size": 4,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 36,
+        "out_hidden_size": DECODER["hidden_size"],
+        "deepstack_visual_indexes": [1, 2, 3],
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
 def _qwen2_5_vl() -> PreTrainedModel:
     text = {
         **DECODER,
@@ -521,6 +561,7 @@ CASES = {
         Case("llava_onevision", _llava_onevision, SIGLIP, ONEVISION),
         Case("qwen2_vl", _qwen2_vl, MERGING, QWEN, fixed_positions=True),
         Case("qwen2_5_vl", _qwen2_5_vl, WINDOWED, QWEN, fixed_positions=True),
+        Case("qwen3_vl", _qwen3_vl, MERGING, QWEN3, fixed_positions=True),
     )
 }
 

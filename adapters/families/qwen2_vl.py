@@ -24,11 +24,11 @@ class Qwen2VL(Family):
         return [block.attn for block in self.vision_tower(model).blocks]
 
     def tower(self, model: Model) -> Tower:
-        tower = self.vision_tower(model)
+        config = self.vision_tower(model).config
         return Tower(
-            num_layers=tower.config.depth,
+            num_layers=config.depth,
             has_cls=False,
-            merge_unit=tower.config.spatial_merge_size**2,
+            merge_unit=config.spatial_merge_size**2,
         )
 
     def tilings(
@@ -56,8 +56,8 @@ class Qwen2VL(Family):
         return hidden
 
     def project(self, model: Model, rows: Tensor) -> Tensor:
-        tower = self.vision_tower(model)
-        projected: Tensor = tower.merger(rows.unflatten(-1, (self.tower(model).merge_unit, -1)))
+        patches = rows.view(len(rows) * self.tower(model).merge_unit, -1)
+        projected: Tensor = self.vision_tower(model).merger(patches)
         return projected
 
     def per_image(
