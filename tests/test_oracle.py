@@ -337,9 +337,8 @@ def project(model, rows: torch.Tensor) -> torch.Tensor:
     core = model.base_model
     if not hasattr(core, "visual"):
         return core.multi_modal_projector(rows)
-    merger = core.visual.merger
-    width = merger.ln_q.weight.shape[0]
-    return merger.mlp(merger.ln_q(rows.view(len(rows), -1, width)).flatten(1))
+    patches = rows.view(-1, rows.shape[-1] // core.visual.config.spatial_merge_size**2)
+    return core.visual.merger(patches)
 
 
 @zoo.ALL

@@ -139,7 +139,11 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
     """All images, then all videos, of a batch on the unpatched model."""
     model, inputs = case.reference("eager"), case.inputs(rows)
     if case.qwen:
-        return _encode_qwen(model.model, inputs, rows)
+        return [
+            image
+            for kind, given in zoo.encoder_inputs(inputs).items()
+            for image in _encode_qwen(case, model.model.visual, kind, given, rows)
+        ]
     found = []
     tower, side = model.model.vision_tower, zoo.SIDE
     skip = int(case.shape.tower.has_cls)
@@ -216,12 +220,13 @@ def _tower_reads(core, tower, kind: str, given: dict):
 
 
 @torch.no_grad()
-def _encode_qwen(core, inputs: dict, rows) -> list[Encoded]:
-    """The encoder runs on all images in window order."""
+def _encode_qwen(case: zoo.Case, visual, kind: str, given: dict, rows) -> list[Encoded]:
+    """The encoder runs on all images at once, Qwen2.5 in window order."""
     queries: list[list[torch.Tensor]] = []
     keys: list[list[torch.Tensor]] = []
     masks: list[list[torch.Tensor]] = []
-    sizes = inputs["image_grid_thw"].prod(-1).tolist()
+    pixels, thw = given.values()
+    sizes = thw.prod(-1).tolist()
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def spy(module, args, kwargs):
@@ -239,25 +244,25 @@ def _encode_qwen(core, inputs: dict, rows) -> list[Encoded]:
             into.append([part.transpose(0, 1)[None] for part in z.split(sizes)])
         masks.append([apart[s : s + n, s : s + n] for s, n in zip(starts, sizes, strict=True)])
 
-    visual = core.visual
     hooks = [b.attn.register_forward_pre_hook(spy, with_kwargs=True) for b in visual.blocks]
     hooks.append(visual.merger.register_forward_pre_hook(lambda module, args: last.append(args[0])))
     last: list[torch.Tensor] = []
     try:
-        visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        visual(pixels, grid_thw=thw)
     finally:
         for hook in hooks:
             hook.remove()
     found = []
-    for i, name in enumerate(zoo.images(rows)):
+    names = [n for n in zoo.images(rows) if (n in zoo.FRAMES) == (kind == "video")]
+    for i, name in enumerate(names):
         hidden = last[0].split(sizes)[i][None]
         image = EncodedQwen(
             name,
-            zoo.QWEN.tiling(name, True),
+            case.tiling(name),
             [layer[i] for layer in queries],
             [layer[i] for layer in keys],
             hidden,
-            functools.partial(_raster, name),
+            functools.partial(_raster, name, case.shape.tower.full_attention is not None),
             [layer[i] for layer in masks],
         )
         found.append(image)
@@ -272,12 +277,15 @@ class EncodedQwen(Encoded):
         return super().logits(layer) + self.masks[layer]
 
 
-def _raster(name: str, values: torch.Tensor, mean: bool = True) -> torch.Tensor:
-    """Values of patches in window order (1, P * 4, width) -> per visual token in raster order."""
-    window_index, _ = modeling_qwen2_5_vl.get_vision_window_index(
-        torch.tensor([zoo.QWEN_GRIDS[name]]), spatial_merge_size=2, window_size=16, patch_size=4
-    )
-    units = values[0].unflatten(0, (-1, 4))[torch.argsort(window_index)]
+def _raster(name: str, windowed: bool, values: torch.Tensor, mean: bool = True) -> torch.Tensor:
+    """Values of patches as the blocks see them (1, P * 4, width) -> per visual token in raster
+    order."""
+    units = values[0].unflatten(0, (-1, 4))
+    if windowed:
+        window_index, _ = modeling_qwen2_5_vl.get_vision_window_index(
+            torch.tensor([zoo.QWEN_GRIDS[name]]), spatial_merge_size=2, window_size=16, patch_size=4
+        )
+        units = units[torch.argsort(window_index)]
     return units.mean(1) if mean else units.flatten(1)
 
 
@@ -301,7 +309,7 @@ def expected_signal(case: zoo.Case, signal: Signal, image: Encoded) -> torch.Ten
             return image.patches(image.keys[layer].transpose(1, 2))
         case EncoderFeatures():
             if case.qwen:
-                return _raster(image.name, image.hidden, mean=False)
+                return image.place(image.hidden, mean=False)
             return image.patches(image.hidden)
         case ClsFeatures():
             return image.hidden[:, 0]
@@ -348,8 +356,8 @@ def test_what_the_projector_reads(case, attention, rows):
             continue  # scaled or pooled after the projector, which is not linear
         with torch.no_grad():
             if case.qwen:
-                width = core.visual.merger.ln_q.weight.shape[0]
-                projected = core.visual.merger(tokens.signals[EncoderFeatures()].view(-1, width))
+                units = tokens.signals[EncoderFeatures()]
+                projected = core.visual.merger(units.view(-1, units.shape[-1] // 4))
             else:
                 projected = core.multi_modal_projector(tokens.signals[EncoderFeatures()])
         torch.testing.assert_close(projected, tokens.signals[Features()], atol=1e-4, rtol=1e-4)
