@@ -570,7 +570,10 @@ SLIDING = Case("llava-clip-mistral-sliding", _clip_mistral_sliding, CLIP)
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 FAMILIES = pytest.mark.parametrize(
     "case",
-    [CASES[c] for c in ("llava-clip-llama", "llava_next", "llava_onevision", "qwen2_5_vl")],
+    [
+        CASES[name]
+        for name in ("llava-clip-llama", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
+    ],
     ids=lambda case: case.name,
 )
 BOTH_FAMILIES = pytest.mark.parametrize(
