@@ -321,14 +321,13 @@ class Engine:
                 local.encoded[modality] = self._own(output)
             elif ids is not None:
                 local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
-        if local.visual:
-            pass
-        elif embeds is not None and explicit is not None:
-            repeats = embeds.shape[0] // explicit.shape[0]
-            marked = explicit.to(embeds.device, torch.bool).repeat_interleave(repeats, 0)
-            local.visual[IMAGE] = marked
-        elif embeds is not None and not _seen(kwargs.get("past_key_values")):
-            self._not_pruned()
+        if not local.visual and embeds is not None:
+            if explicit is not None:
+                repeats = embeds.shape[0] // explicit.shape[0]
+                marked = explicit.to(embeds.device, torch.bool).repeat_interleave(repeats, 0)
+                local.visual[IMAGE] = marked
+            elif not _seen(kwargs.get("past_key_values")):
+                self._not_pruned()
         return args, kwargs
 
     def _refuse_modality(self, modality: Modality) -> None:
