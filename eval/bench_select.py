@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +84,33 @@ def run(
         if count % _PATCHES or count // _PATCHES not in _GRIDS:
             possible = ", ".join(str(tiles * _PATCHES) for tiles in _GRIDS)
             raise MethodFieldError(f"--tokens {count} is not possible: use some of {possible}.")
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "width": width,
+        "rounds": rounds,
+        "load_average": load_average(),
+        "rows": [],
+    }
     with _threads(threads), progress() as bar:
         measured = bar.add_task(
             "bench", total=(rounds + 1) * len(chosen) * len(tokens) * len(batches)
         )
-        rows = []
-        for count in tokens:
-            for batch in batches:
-                scene = Scene.random(tiles=count // _PATCHES, images=batch, width=width)
-                rows += compare(scene, chosen, rounds, lambda: bar.advance(measured))
-        report = {
-            "schema": SCHEMA,
-            "width": width,
-            "rounds": rounds,
-            "load_average": load_average(),
-            "hardware": hardware("cpu"),
-            "versions": versions(),
-            "rows": [row.as_json() for row in rows],
-        }
+        report |= {"hardware": hardware("cpu"), "versions": versions()}
+        for count, batch in product(tokens, batches):
+            scene = Scene.random(tiles=count // _PATCHES, images=batch, width=width)
+            rows = compare(scene, chosen, rounds, lambda: bar.advance(measured))
+            report["rows"] += [row.as_json() for row in rows]
+            if output_path:  # what is measured is kept, whatever happens later
+                _write(report, Path(output_path))
     select_table(report).print(stdout())
-    if output_path:
-        try:
-            Path(output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ResultsError(f"{output_path!r} cannot be written: {error.strerror}.") from error
     return 0
+
+
+def _write(report: dict[str, Any], path: Path) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
 
 
 def _all_before_llm() -> list[str]:
@@ -419,11 +421,49 @@ def select_table(report: dict[str, Any]) -> Table:
         rows=rows,
         numbers_from=1,
         droppable=(9, 8, 7, 5, 4, 3, 12),
-        title=(
-            f"Choosing before the LLM, random inputs of CLIP-L/336 and width {report['width']}, "
-            f"float32; {report['rounds']} rounds on {describe(report['hardware'])}"
-        ),
+        title=_title(report),
         notes=NOTES,
+    )
+
+
+def summary_table(report: dict[str, Any]) -> Table:
+    """The same in short: a line a method, and for each number of tokens the times of one image and
+    the ratios of one and of several."""
+    cells = {(r["method"], r["tokens"], r["batch"]): r for r in report["rows"]}
+    methods = list(dict.fromkeys(r["method"] for r in report["rows"]))
+    sizes = sorted({r["tokens"] for r in report["rows"]})
+    batches = sorted({r["batch"] for r in report["rows"]})
+
+    def row(method: str) -> Iterator[str]:
+        yield method
+        for size in sizes:
+            seconds = cells[method, size, batches[0]]["seconds"]
+            yield _ms(seconds["ours"]["total"])
+            yield _ms(seconds["plain"]["total"]) if seconds["plain"] else "-"
+            for batch in batches:
+                ratio = cells[method, size, batch]["plain_over_ours"]
+                yield f"{ratio['median']:.1f}x" if ratio else "-"
+
+    return Table(
+        headers=(
+            "Method",
+            *(
+                f"{size}: {what}"
+                for size in sizes
+                for what in ("ours ms", "plain ms", *(f"ratio at {batch}" for batch in batches))
+            ),
+        ),
+        rows=[tuple(row(method)) for method in methods],
+        numbers_from=1,
+        title=_title(report),
+        notes=NOTES,
+    )
+
+
+def _title(report: dict[str, Any]) -> str:
+    return (
+        f"Choosing before the LLM, random inputs of CLIP-L/336 and width {report['width']}, "
+        f"float32; {report['rounds']} rounds on {describe(report['hardware'])}"
     )
 
 

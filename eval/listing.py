@@ -72,7 +72,7 @@ def _what(cls: type[Method]) -> str:
 def _reads(cls: type[Method]) -> str:
     names = dict.fromkeys(type(signal).__name__ for signal in cls().needs(_LLAVA_7B))
     words = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names)
-    return ", ".join(words).replace("cls", "CLS") or "sizes only"
+    return ", ".join(words).replace("cls", "CLS").replace("clip", "CLIP") or "sizes only"
 
 
 def _on_tiles(cls: type[Method]) -> str:

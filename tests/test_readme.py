@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import vlmprune
 from test_generate_features import support_table
+from test_support import method_support
 from vlmprune.eval.bench import bench_table
+from vlmprune.eval.bench_select import summary_table
 from vlmprune.eval.listing import methods_table, models_table
-from vlmprune.eval.table import sweep_table
+from vlmprune.eval.table import accuracy_table, sweep_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -26,16 +28,30 @@ def sweep_results() -> str:
     return sweep_table([json.loads(line) for line in lines]).markdown()
 
 
+def accuracies() -> str:
+    """The stored sweep of all methods before the LLM, one line a method."""
+    lines = (RESULTS / "sweep_before_llm.jsonl").read_text().splitlines()
+    return accuracy_table([json.loads(line) for line in lines]).markdown()
+
+
 def bench_results() -> str:
     """The table of the stored run of `vlmprune bench model`."""
     return bench_table(json.loads((RESULTS / "bench_model.json").read_text())).markdown()
 
 
+def select_results() -> str:
+    """The short table of the stored run of `vlmprune bench select`."""
+    return summary_table(json.loads((RESULTS / "bench_select.json").read_text())).markdown()
+
+
 GENERATED = {
     "results": sweep_results,
+    "accuracy": accuracies,
     "speed": bench_results,
+    "select": select_results,
     "methods": lambda: methods_table().markdown(),
     "models": lambda: models_table().markdown(),
+    "support": method_support,
     "features": support_table,
 }
 

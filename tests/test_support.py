@@ -18,8 +18,8 @@ COLUMNS: dict[str, tuple[str, zoo.Row]] = {
     "llava_onevision, video": ("llava_onevision", (7, "V", 3)),
     "qwen2_vl": ("qwen2_vl", (7, "C", 3)),
     "qwen2_5_vl": ("qwen2_5_vl", (7, "C", 3)),
-    "qwen2_5_vl, video": ("qwen2_5_vl", (7, "V", 3)),
     "qwen3_vl": ("qwen3_vl", (7, "C", 3)),
+    "qwen videos": ("qwen3_vl", (7, "V", 3)),
 }
 WAYS: dict[str, dict[str, object]] = {
     "works": {},

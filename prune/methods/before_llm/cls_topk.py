@@ -1,4 +1,4 @@
-"""Keep the visual tokens that CLS attends to most: the baseline FasterVLM.
+"""CLS top-k: keep the visual tokens that CLS attends to most, the baseline called FasterVLM.
 
 Reference: [CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM
     Inference Faster, arXiv 2412.01818 v1 (later versions are another method, vispruner).
