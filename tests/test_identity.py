@@ -46,7 +46,7 @@ def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, 
     handle = zoo.patch_or_refusal(model, case, name, **budget)
     if handle is None:
         return
-    for layout in layouts(case):
+    for layout in layouts(case) if attention == "sdpa" else ["padded-batch"]:
         rows = ROWS[layout]
         found, expected = run(model, case.inputs(rows)), dense(case, attention, layout)
         assert torch.equal(found[0], expected[0])

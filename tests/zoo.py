@@ -52,8 +52,7 @@ TWO: Row = (3, "A", 2, "B", 5)
 NONE: Row = (9,)
 SINGLE = (ONE,)
 BATCH = (TWO, ONE, NONE)
-CLIP_ONLY: tuple[Row, ...] = ((4, "V", 3),)
-MIXED: tuple[Row, ...] = ((3, "D", 2, "W", 4), ONE, (2, "V", "B", 1, "W", 1, "A", 3), NONE)
+MIXED: tuple[Row, ...] = ((3, "D", 2, "W", 4), (2, "V", "B", 1, "W", 1, "A", 3), (4, "V", 3), NONE)
 """Prompts with videos, for models that take them."""
 
 VOCAB = 120
