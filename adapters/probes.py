@@ -84,12 +84,14 @@ def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention received by each key: head mean, summed over all queries, (B, S).
 
-    Queries go through in chunks: memory is O(chunk x S), not O(S x S).
+    Queries go through in chunks, picture by picture: memory is O(H x chunk x S) and stays in the
+    caches of a CPU, and a picture's scores do not depend on its batch.
     """
     total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=torch.float32)
-    for chunk in query.split(_QUERY_CHUNK, dim=2):
-        total += _rows(chunk, key, None, scaling).mean(1).sum(1)
-    return total
+    for sums, q, k in zip(total, query.split(1), key.split(1), strict=True):
+        for chunk in q.split(_QUERY_CHUNK, dim=2):
+            sums += _rows(chunk, k, None, scaling).sum((0, 1, 2))
+    return total.div_(query.shape[1])
 
 
 def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -146,5 +148,7 @@ def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Scaled q k^T in float32 for grouped-query attention: (B, H, Q, S)."""
     batch, heads, queries, width = query.shape
     groups = key.shape[1]
-    q = query.reshape(batch, groups, heads // groups * queries, width)
-    return (q @ key.transpose(-1, -2)).float().view(batch, heads, queries, -1) * scaling
+    q = query.reshape(batch * groups, heads // groups * queries, width)
+    # Three dimensions: with four, matmul copies the transposed keys at every call.
+    logits = (q @ key.flatten(0, 1).mT).float().view(batch, heads, queries, -1)
+    return logits.mul_(scaling) if not logits.requires_grad else logits * scaling
