@@ -216,46 +216,47 @@ def test_videos_are_a_block_a_frame_and_a_newline(frames):
 # --- Tiles of which nothing is left ------------------------------------------------------------
 
 
-def _all_padding():
-    model = zoo.CASES["llava_next"].build()
-    model.config.image_grid_pinpoints = [[24, 72], [72, 24]]
-    return model
-
-
-GONE = zoo.Case(
-    "llava_next-gone",
-    _all_padding,
-    zoo.CLIP,
-    zoo.Tiles(
-        {  # narrow pictures on wide canvases: only the tile in the middle shows something
-            "A": ((24, 20), Block((6,), (0, 6, 0), "rows")),
-            "B": ((30, 24), Block((1, 6, 1), (6,), "rows")),
-            "C": ((24, 12), Block((6,), (0, 4, 0), "rows")),
-        }
-    ),
-)
-
-
 def test_the_tilings_without_some_tiles():
     for image in "ABC":
-        check_tiling(GONE.tiling(image), GONE.reference().model, GONE.layout.images[image][0])
+        check_tiling(
+            zoo.GONE.tiling(image), zoo.GONE.reference().model, zoo.GONE.layout.images[image][0]
+        )
 
 
 @zoo.METHODS
 def test_methods_on_tiles_of_which_nothing_is_left(name):
     """Scores and CLS features are those of the tiles that are left."""
-    model, inputs = GONE.model(), GONE.inputs(zoo.BATCH)
-    handle = zoo.patch_or_refusal(model, GONE, name, keep_ratio=0.3)
+    model, inputs = zoo.GONE.model(), zoo.GONE.inputs(zoo.BATCH)
+    handle = zoo.patch_or_refusal(model, zoo.GONE, name, keep_ratio=0.3)
     if handle is None:
         return
     with torch.no_grad():
         logits = model(**inputs).logits
-    assert handle.last.tilings == GONE.tilings(zoo.BATCH)
-    assert handle.last.tokens_kept == [round(0.3 * count) for count in GONE.counts(zoo.BATCH)]
-    truth = truth_of(GONE, inputs, model, handle)
+    assert handle.last.tilings == zoo.GONE.tilings(zoo.BATCH)
+    assert handle.last.tokens_kept == [round(0.3 * count) for count in zoo.GONE.counts(zoo.BATCH)]
+    truth = truth_of(zoo.GONE, inputs, model, handle)
     for b, row in enumerate(truth.rows):
         expected = truth.full_logits(b)
         torch.testing.assert_close(logits[b, row.columns], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", [*zoo.CASES.values(), zoo.GONE], ids=lambda case: case.name)
+def test_the_pictures_that_the_encoder_saw(case):
+    """All tiles, those of which nothing is left included, and all frames."""
+    rows = zoo.MIXED if case.layout.takes_videos else zoo.BATCH
+    model, found = case.reference(), {}
+    for kind, given_inputs in zoo.encoder_inputs(case.inputs(rows)).items():
+        modality = {"image": IMAGE, "video": VIDEO}[kind]
+        pictures = family(model.config.model_type).pictures(model, modality, given_inputs)
+        found[kind] = iter(pictures)
+    for name, tiling in zip(zoo.images(rows), case.tilings(rows), strict=True):
+        seen = list(next(found["video" if name in zoo.FRAMES else "image"]))
+        tiles = sum(len(block.row_sizes) * len(block.column_sizes) for block in tiling.blocks)
+        if case.qwen:
+            _, height, width = zoo.QWEN_GRIDS[name]
+            assert seen == [(height // 2, width // 2)] * tiles
+        else:
+            assert seen == [(zoo.SIDE, zoo.SIDE)] * tiles
 
 
 def test_slots_of_rows():

@@ -442,6 +442,12 @@ def _llava_next() -> PreTrainedModel:
     return LlavaNextForConditionalGeneration(config)
 
 
+def _llava_next_wide() -> PreTrainedModel:
+    model = _llava_next()
+    model.config.image_grid_pinpoints = [[24, 72], [72, 24]]
+    return model
+
+
 def _llava_onevision() -> PreTrainedModel:
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
@@ -564,6 +570,19 @@ CASES = {
     )
 }
 
+GONE = Case(
+    "llava_next-gone",
+    _llava_next_wide,
+    CLIP,
+    Tiles(
+        {
+            "A": ((24, 20), Block((6,), (0, 6, 0), "rows")),
+            "B": ((30, 24), Block((1, 6, 1), (6,), "rows")),
+            "C": ((24, 12), Block((6,), (0, 4, 0), "rows")),
+        }
+    ),
+)
+"""Narrow pictures on wide canvases: of some tiles only padding was seen, and nothing is left."""
 SLIDING = Case("llava-clip-mistral-sliding", _clip_mistral_sliding, CLIP)
 """Windows shorter than the prompts: tokens drop out of sight, and of the cache."""
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
