@@ -114,9 +114,7 @@ class Truth:
             numbers = list(range(number, number + len(found)))
             number += len(found)
             positions, following = self._positions(row_ids, grids)
-            yield RowTruth(
-                row_ids, embeds, positions, following, columns, deep, found, numbers
-            )
+            yield RowTruth(row_ids, embeds, positions, following, columns, deep, found, numbers)
 
     @property
     def deep_layers(self) -> Sequence[int]:

@@ -48,8 +48,8 @@ class Random(BeforeLLM):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         pixel_seed = tokens.signals[PixelSeed()]
         # The CPU generator reads 32 bits of its seed: hash, so that all bits of both count.
-        numbers = (self.seed, int(pixel_seed), tokens.tile)
-        digest = hashlib.sha256(repr(numbers).encode()).digest()
+        numbers = [self.seed, int(pixel_seed), *([tokens.tile] if tokens.tile else [])]
+        digest = hashlib.sha256(",".join(map(str, numbers)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
         kept = torch.randperm(tokens.num_tokens, generator=generator)[:keep]
         return Selection(kept=ascending(kept).to(pixel_seed.device))
