@@ -22,6 +22,8 @@ Positions = Literal["original", "repacked"]
 Newlines = Literal["drop", "keep", "compete"]
 """What becomes of newline tokens: all dropped (unless the budget has room for them after all
 patches), all kept and counted, or candidates like any other token."""
+Per = Literal["token", "tile", "image"]
+"""What the first dimension of a signal counts."""
 Scope = Literal["tile", "image"]
 """Whether a method chooses within each tile, whose shares of the budget follow its size, or among
 all tokens of the image at once."""
@@ -86,7 +88,7 @@ class Signal:
     Its first dimension counts tokens, tiles, or (`per = "image"`) whatever its docstring says.
     """
 
-    per: ClassVar[Literal["token", "tile", "image"]] = "token"
+    per: ClassVar[Per] = "token"
     of_cls: ClassVar[bool] = False
     """Needs an encoder with a CLS token."""
     of_text_twin: ClassVar[bool] = False
@@ -107,7 +109,7 @@ class EncoderFeatures(Signal):
 class ClsFeatures(Signal):
     """The CLS token beside `EncoderFeatures`, one per tile: (tiles, C)."""
 
-    per: ClassVar[Literal["token", "tile", "image"]] = "tile"
+    per: ClassVar[Per] = "tile"
     of_cls: ClassVar[bool] = True
 
 
@@ -178,7 +180,7 @@ class ClipText(Signal):
     """The question in the space that CLIP shares with images, one row per segment of the text
     encoder's length: (segments, D_clip)."""
 
-    per: ClassVar[Literal["token", "tile", "image"]] = "image"
+    per: ClassVar[Per] = "image"
     of_text_twin: ClassVar[bool] = True
 
 
@@ -189,14 +191,14 @@ class TextEmbeddings(Signal):
     That is the text after it, up to the next image; the text before it where none follows.
     """
 
-    per: ClassVar[Literal["token", "tile", "image"]] = "image"
+    per: ClassVar[Per] = "image"
 
 
 @dataclass(frozen=True, slots=True)
 class PixelSeed(Signal):
     """An integer that depends on the image's pixels alone, on no batch mate: a 0-d int64 tensor."""
 
-    per: ClassVar[Literal["token", "tile", "image"]] = "image"
+    per: ClassVar[Per] = "image"
 
 
 @dataclass(frozen=True, slots=True)

@@ -460,88 +460,52 @@ def _llava_onevision() -> PreTrainedModel:
     return LlavaOnevisionForConditionalGeneration(config)
 
 
+def _qwen(config_class, model_class, text: dict, **vision) -> PreTrainedModel:
+    """Decoder and encoder in the sizes of the others; `text` and `vision` are what differs."""
+    patches = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    config = config_class(
+        text_config={**DECODER, "num_key_value_heads": 2, "rope_parameters": MROPE, **text},
+        vision_config={"depth": 5, "num_heads": 4, **patches, **vision},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    return model_class(config)
+
+
 def _qwen2_vl() -> PreTrainedModel:
-    text = {
-        **DECODER,
-        "num_key_value_heads": 2,
-        "rope_parameters": MROPE,
-    }
-    vision = {
-        "depth": 5,
-        "embed_dim": 48,
-        "hidden_size": DECODER["hidden_size"],
-        "num_heads": 4,
-        "mlp_ratio": 2,
-        "patch_size": 4,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-    }
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
-    return Qwen2VLForConditionalGeneration(config)
-
-
-def _qwen3_vl() -> PreTrainedModel:
-    text = {**DECODER, "num_key_value_heads": 2, "head_dim": 16, "rope_parameters": MROPE}
-    vision = {
-        "depth": 5,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_heads": 4,
-        "patch_size": 4,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "num_position_embeddings": 36,
-        "out_hidden_size": DECODER["hidden_size"],
-        "deepstack_visual_indexes": [1, 2, 3],
-    }
-    config = Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
-    return Qwen3VLForConditionalGeneration(config)
+    sizes = {"embed_dim": 48, "hidden_size": DECODER["hidden_size"], "mlp_ratio": 2}
+    return _qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, {}, **sizes)
 
 
 def _qwen2_5_vl() -> PreTrainedModel:
-    text = {
-        **DECODER,
-        "num_key_value_heads": 2,
-        "rope_parameters": MROPE,
-    }
-    vision = {
-        "depth": 5,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_heads": 4,
-        "patch_size": 4,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": 16,
+    return _qwen(
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        {},
+        hidden_size=48,
+        intermediate_size=64,
+        out_hidden_size=DECODER["hidden_size"],
+        window_size=16,
+        fullatt_block_indexes=[1, 3],
         # With more, generate() (last position + 1) and forward (rope_deltas) number the first new
         # token differently after a video, also without a patch.
-        "tokens_per_second": 1,
-        "out_hidden_size": DECODER["hidden_size"],
-        "fullatt_block_indexes": [1, 3],
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
+        tokens_per_second=1,
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl() -> PreTrainedModel:
+    return _qwen(
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        {"head_dim": 16},
+        hidden_size=48,
+        intermediate_size=64,
+        out_hidden_size=DECODER["hidden_size"],
+        num_position_embeddings=36,
+        deepstack_visual_indexes=[1, 2, 3],
+    )
 
 
 def _shape(**tower) -> ModelShape:
