@@ -194,7 +194,8 @@ def variant(record: Mapping[str, Any]) -> str:
 def call_text(call: MethodCall, seed: int = 0) -> str:
     """A method with its changed fields and its budget, e.g. `fastv(layer=3, keep_ratio=0.25)`."""
     parts = changed_fields(call.name, call.method.fields(), seed)
-    return f"{call.name}({', '.join([*parts, *([str(call.budget)] if call.budget else [])])})"
+    parts.append(str(call.budget) if call.budget else PUBLISHED)
+    return f"{call.name}({', '.join(parts)})"
 
 
 def changed_fields(name: str, fields: Mapping[str, object], seed: int) -> list[str]:
