@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from ..prune.budget import MethodCall
-from ..prune.contract import BeforeLLM, LastRowAttention, Place, Positions, Signal
+from ..prune.contract import BeforeLLM, TextAttention, Place, Positions, Signal
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from . import probes
 from .cache import Ticket, pruned_state
@@ -148,7 +148,7 @@ class Engine:
                 listeners.setdefault(encoder[need.layer], []).append(listen)  # type: ignore[attr-defined]
         for call in self.setup.calls:
             for need in call.method.needs(self.setup.shape):
-                if isinstance(need, LastRowAttention):
+                if isinstance(need, TextAttention):
                     listen = functools.partial(self._hear_decoder, need.layer)
                     listeners.setdefault(layers[need.layer].self_attn, []).append(listen)
         for module, heard in listeners.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..prune.contract import LastRowAttention, Positions, Signal, VisualTokens
+from ..prune.contract import TextAttention, Positions, Signal, VisualTokens
 from ..prune.errors import UnsupportedFeatureError
 from . import probes
 from .cache import PrunedState, make_pruned, pruned_state
@@ -173,7 +173,7 @@ class Prefill:
                 signals: dict[Signal, Tensor] = {
                     need: self._rows[need.layer][row, place]
                     for need in stage.call.method.needs(self.setup.shape)
-                    if isinstance(need, LastRowAttention) and need.layer in self._rows
+                    if isinstance(need, TextAttention) and need.layer in self._rows
                 }
                 tokens = VisualTokens(
                     num_tokens=len(image.alive),

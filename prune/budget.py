@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .contract import Cut, Decoder, Method, ModelShape
+from .contract import CacheMethod, Decoder, Images, Method, ModelShape, Pruning
 from .errors import BudgetError
 
 BudgetWord = Literal["keep_ratio", "keep_tokens", "average_tokens", "flops_ratio"]
@@ -109,6 +109,15 @@ class MethodCall:
     method: Method
     budget: Budget | None
 
+    def __post_init__(self) -> None:
+        if self.budget is None or not isinstance(self.method, CacheMethod):
+            return
+        if self.budget.word in ("average_tokens", "flops_ratio"):
+            raise BudgetError(
+                f"{self.method.name} cannot reach {self.budget}: it acts on the KV cache, and "
+                f"every layer of the prefill sees all tokens. Give keep_ratio or keep_tokens."
+            )
+
     @property
     def name(self) -> str:
         return self.method.name
@@ -116,8 +125,8 @@ class MethodCall:
     @property
     def adaptive(self) -> bool:
         """Whether the method finds the number of tokens itself, image by image."""
-        rule = type(self.method).select_adaptive
-        return self.budget is None and rule is not Method.select_adaptive
+        method = self.method
+        return self.budget is None and isinstance(method, Pruning) and method.finds_count
 
     def __str__(self) -> str:
         return f"{self.name}({self.budget})" if self.budget else self.name
@@ -128,13 +137,15 @@ class Stage:
     """One cut of one method, with its count for an image: layer `layer` sees `keep` tokens.
 
     Where the method finds its own count in the tensors (`adaptive`), `keep` is the most it may
-    keep; the stage of a finished choice has the count that was found.
+    keep; the stage of a finished choice has the count that was found. Of a cut that pools images
+    (`images`), `keep` is this image's part of what stays of all of them.
     """
 
     call: MethodCall
     layer: int
     keep: int
     adaptive: bool = False
+    images: Images = "each"
 
 
 def round_tokens(ratio: float, num_tokens: int) -> int:
@@ -159,54 +170,87 @@ def tokens_per_layer(num_tokens: int, stages: Sequence[Stage], num_layers: int) 
     return alive
 
 
-def plan(num_tokens: int, calls: Sequence[MethodCall], shape: ModelShape) -> tuple[Stage, ...]:
+def plan(
+    num_tokens: int, calls: Sequence[MethodCall], shape: ModelShape, images: Images = "query"
+) -> tuple[Stage, ...]:
     """The exact counts for an image of `num_tokens` visual tokens, from sizes alone.
 
     Cuts that would keep everything still alive are left out: full budget does nothing at all.
 
     Args:
         num_tokens: N, all tiles and newlines of the image.
-        calls: methods in order of depth.
+        calls: methods in order of depth; those on the cache remove nothing from the sequence.
         shape: sizes of the model.
+        images: whether it is the prompt's last image (`query`) or one before it (`context`).
 
     Raises:
         BudgetError: the budget cannot be reached; the nearest that can is named.
     """
     stages: tuple[Stage, ...] = ()
     for call in calls:
-        alive = stages[-1].keep if stages else num_tokens
-        cuts = call.method.cuts(shape)
-        keep = _last_count(call, num_tokens, stages, cuts, shape)
-        stages += _stages(call, cuts, keep, alive)
+        if isinstance(call.method, Pruning):
+            keep = _last_count(call, call.method, num_tokens, stages, shape)
+            stages += _stages(call, call.method, num_tokens, keep, stages, shape, images)
     return stages
 
 
-def _stages(call: MethodCall, cuts: Sequence[Cut], keep: int, alive: int) -> tuple[Stage, ...]:
+def entries_kept(call: MethodCall, visual: Sequence[int], text: int) -> int | None:
+    """Entries of a prompt that a method on the cache keeps (or attends to) in each layer.
+
+    Args:
+        visual: tokens of each of the prompt's images, before any method.
+        text: the prompt's other tokens.
+
+    Returns:
+        the text's entries and the budget's share of the visual ones; None without a budget.
+    """
+    if call.budget is None:
+        return None
+    if call.budget.word == "keep_ratio":
+        return text + sum(round_tokens(call.budget.value, n) for n in visual)
+    return text + sum(min(n, int(call.budget.value)) for n in visual)
+
+
+def _stages(
+    call: MethodCall,
+    method: Pruning,
+    num_tokens: int,
+    keep: int,
+    before: tuple[Stage, ...],
+    shape: ModelShape,
+    images: Images,
+) -> tuple[Stage, ...]:
     """The method's cuts with `keep` tokens after the last one, never more than are alive."""
-    adaptive = call.adaptive
+    if call.budget is not None and keep >= num_tokens:
+        return ()
+    alive = before[-1].keep if before else num_tokens
     stages: list[Stage] = []
-    for cut in cuts:
-        count = min(alive, max(1, round(keep * cut.share)))
+    counts = method.counts(shape, num_tokens, keep)
+    for cut, count in zip(method.cuts(shape), counts, strict=True):
+        if cut.images not in ("each", images):
+            continue
+        adaptive = call.adaptive or cut.adaptive
+        count = alive if cut.adaptive else min(alive, max(1, count))
         if count < alive or adaptive:
-            stages.append(Stage(call, cut.layer, count, adaptive))
+            stages.append(Stage(call, cut.layer, count, adaptive, cut.images))
             alive = count
     return tuple(stages)
 
 
 def _last_count(
     call: MethodCall,
+    method: Pruning,
     num_tokens: int,
     before: tuple[Stage, ...],
-    cuts: Sequence[Cut],
     shape: ModelShape,
 ) -> int:
     """Tokens alive after the method's last cut."""
     budget = call.budget
     if budget is None:
-        if call.method.needs_budget:
+        if method.needs_budget:
             raise BudgetError(f"{call.name} needs a budget, e.g. keep_ratio=0.25.")
         # How many an adaptive rule finds at most depends on the tiles (`select.most`).
-        return num_tokens if call.adaptive else call.method.most(num_tokens)
+        return num_tokens if call.adaptive else method.most(num_tokens)
     if budget.word == "keep_ratio":
         return round_tokens(budget.value, num_tokens)
     if budget.word == "keep_tokens":
@@ -216,7 +260,8 @@ def _last_count(
     layers = shape.decoder.num_layers
 
     def entering(keep: int) -> list[int]:
-        return tokens_per_layer(num_tokens, before + _stages(call, cuts, keep, alive), layers)
+        stages = before + _stages(call, method, num_tokens, keep, before, shape, "query")
+        return tokens_per_layer(num_tokens, stages, layers)
 
     def average(keep: int) -> float:
         return sum(entering(keep)) / layers

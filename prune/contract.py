@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +29,23 @@ Scope = Literal["tile", "image"]
 all tokens of the image at once."""
 
 
+Images = Literal["each", "context", "query"]
+"""Which images a cut is for: every one on its own; all but the prompt's last one, pooled, so that
+the method chooses from all of them at once; the last one."""
+RowRule = Callable[[Tensor, Tensor], Tensor]
+"""Which text tokens are asked: (visual embeddings (N, D), text embeddings (T, D)) -> (T,) bool."""
+Rows = Literal["last", "text"] | RowRule
+"""Rows of attention: the prompt's last token; the text tokens behind the image, up to the prompt's
+end (its last token where there is no text); those of them that a rule picks, once per prompt, from
+what entered the LLM."""
+
+
 class Place(enum.Enum):
     """Where a method removes tokens."""
 
     BEFORE_LLM = "before the LLM"
     DECODER = "in the LLM decoder"
+    CACHE = "in the KV cache"
 
 
 # --- What a model looks like to a method -----------------------------------------------------
@@ -201,12 +213,80 @@ class PixelSeed(Signal):
     per: ClassVar[Per] = "image"
 
 
+# --- What a method inside the decoder or on its cache may ask to see ---------------------------
+
+
 @dataclass(frozen=True, slots=True)
-class LastRowAttention(Signal):
-    """Attention of the prompt's last token to each visual token alive in decoder layer `layer`,
-    softmax over all keys, averaged over heads: (N,)."""
+class LayerSignal(Signal):
+    """A signal of decoder layer `layer`, for the tokens alive there: (N, ...).
+
+    At a cut a method sees the signals of all layers that have run, for the tokens that are still
+    alive. Values are float32 unless said otherwise.
+    """
 
     layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextAttention(LayerSignal):
+    """Attention that text tokens give to each token: mean over `rows` and heads, (N,); with
+    `each` one value per head and row, (N, H, R).
+
+    The softmax is over all keys that a row sees. `ahead`: read where the layer is about to be cut,
+    from the queries and keys that it would have for its uncut input.
+    """
+
+    rows: Rows = "last"
+    ahead: bool = False
+    each: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryAffinity(LayerSignal):
+    """What rotary positions alone add to a score: the product of two vectors of ones, turned to the
+    positions of a token and of a text token, over the root of the head's width: (N, R)."""
+
+    rows: Rows = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedInLayer(LayerSignal):
+    """Attention that each token receives from all rows of the prompt: head mean, summed over rows
+    (causal, streamed): (N,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden(LayerSignal):
+    """Hidden states that enter the layer, before a cut of this layer: (N, D), the model's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeanHidden(LayerSignal):
+    """Mean of the hidden states that enter the layer, over a part of the prompt: (D,).
+
+    `query`: the prompt's last image and the text behind it. `context`: everything before that
+    image, or all of the prompt's text where no other image is before it.
+    """
+
+    per: ClassVar[Per] = "image"
+    of: Literal["query", "context"] = "query"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleStep(LayerSignal):
+    """`read(input, output)` of the layer's attention or MLP, (L, D) each over the real tokens of a
+    prompt, before the residual is added: (L,), of which the method sees its tokens' (N,)."""
+
+    module: Literal["attention", "mlp"]
+    read: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Neurons(LayerSignal):
+    """`read(visual, text)` of the MLP's activations act(gate) * up, (N, M) of the tokens and (T, M)
+    of the text behind the image (as for `Rows`): (N,)."""
+
+    read: Callable[[Tensor, Tensor], Tensor]
 
 
 # --- What a method is given, and what it returns ---------------------------------------------
@@ -219,8 +299,10 @@ class VisualTokens:
     Before the LLM: the patches of one tile or of a whole image, as the method's scope says.
     Newlines are among them only where they compete. Signals per token have `num_tokens` rows,
     those per tile one row for each of `tiling.tiles`.
-    In the decoder: the N tokens of an image that are still alive, newlines included; `tiling` stays
-    the image's own and `alive` holds their original numbers (N,), ascending.
+    In the decoder (`layer` > 0, the first layer that will see fewer): the N tokens of an image that
+    are still alive, newlines included; `tiling` stays the image's own and `alive` holds their
+    original numbers (N,), -1 for rows that stand for no token. For a pooled cut the images follow
+    one another.
     """
 
     num_tokens: int
@@ -228,6 +310,7 @@ class VisualTokens:
     shape: ModelShape
     signals: Mapping[Signal, Tensor]
     alive: Tensor | None = None
+    layer: int = 0
     tile: int = 0
     """Number of the image's tile that these tokens are, where the scope is one tile."""
 
@@ -277,18 +360,22 @@ class Cut:
     """One removal: decoder layer `layer` is the first to see fewer tokens (0: before the LLM).
 
     `share` is the count after this cut relative to the count after the method's last cut, so that
-    a schedule keeps its proportions under any budget.
+    a schedule keeps its proportions under any budget. `adaptive`: the tensors decide how many stay,
+    also under a budget, which then holds for the other cuts; none at all may stay.
     """
 
     layer: int
     share: float = 1.0
+    images: Images = "each"
+    adaptive: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to choose visual tokens. Subclasses are frozen dataclasses, one file each.
+    """What all methods have. Subclasses are frozen dataclasses, one file each, derived from the
+    class of the place where they act.
 
-    Fields are the paper's hyper-parameters. `select` is pure: the same tensors give the same
+    Fields are the paper's hyper-parameters. Choices are pure: the same tensors give the same
     selection on every device, in every batch arrangement, and ties go to the lower index.
     """
 
@@ -303,25 +390,18 @@ class Method(ABC):
     def __post_init__(self) -> None:  # noqa: B027  (checks of fields, where there are any)
         """Refuse impossible fields. Overrides call `super().__post_init__()`."""
 
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Everywhere the method acts, with these fields; first where it acts first."""
+        return (self.place,)
+
     @abstractmethod
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        """The signals that `select` reads, with layers resolved for this model."""
-
-    @abstractmethod
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose exactly `keep` of `tokens.num_tokens` tokens, 1 <= keep < num_tokens."""
-
-    def select_adaptive(self, tokens: VisualTokens) -> Selection:
-        """Choose as many of the tokens as the paper's rule finds, where no budget is given."""
-        raise NotImplementedError(f"{self.name} has no rule for its own number of tokens.")
-
-    def most(self, num_tokens: int) -> int:
-        """The largest number of tokens that `select_adaptive` may keep of `num_tokens`."""
-        return num_tokens
+        """The signals that the method reads, with layers resolved for this model."""
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
-        """Where tokens are removed, in order of depth. Before the LLM: one cut at layer 0."""
-        return (Cut(0),)
+        """Where tokens leave the sequence, in order of depth."""
+        return ()
 
     def fields(self) -> dict[str, object]:
         """The method's own fields and their values, for result files."""
@@ -329,8 +409,46 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeforeLLM(Method):
-    """A method that chooses once per image, between the vision encoder and the LLM.
+class Pruning(Method):
+    """A method that removes tokens from the sequence."""
+
+    finds_count: ClassVar[bool] = False
+    """Whether `select_adaptive` decides every count where no budget is given."""
+
+    @abstractmethod
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        """Where tokens leave the sequence, in order of depth."""
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose exactly `keep` of `tokens.num_tokens` tokens, 1 <= keep < num_tokens."""
+
+    def select_adaptive(self, tokens: VisualTokens) -> Selection:
+        """Choose as many of the tokens as the paper's rule finds: where no budget is given, or at
+        a cut that is adaptive."""
+        raise NotImplementedError(f"{self.name} has no rule for its own number of tokens.")
+
+    def most(self, num_tokens: int) -> int:
+        """Without a budget: the count after the last cut of the paper's schedule, or the largest
+        that `select_adaptive` may keep of `num_tokens`."""
+        return num_tokens
+
+    def counts(self, shape: ModelShape, num_tokens: int, keep: int) -> tuple[int, ...]:
+        """Tokens alive after each of `cuts` if `keep` of `num_tokens` are to stay in the end."""
+        return tuple(round(keep * cut.share) for cut in self.cuts(shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InDecoder(Pruning):
+    """A method that removes tokens between layers of the LLM decoder, in prefill."""
+
+    place: ClassVar[Place] = Place.DECODER
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeLLM(Pruning):
+    """A method that chooses once per image, between the vision encoder and the LLM; a second stage
+    may follow in the decoder (cuts at layers above 0).
 
     `newlines` and `scope` override the first of the values that the method allows, which is its
     paper's.
@@ -368,3 +486,99 @@ class BeforeLLM(Method):
     @property
     def scope_used(self) -> Scope:
         return self.scope or self.scopes[0]
+
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        return (Cut(0),)
+
+
+# --- Methods on the KV cache -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheEntries:
+    """What one decoder layer stored of one prompt in prefill: S entries, in their order."""
+
+    layer: int
+    keys: Tensor
+    """(H_kv, S, D_head) as attention uses them."""
+    values: Tensor
+    """(H_kv, S, D_head)"""
+    queries: Tensor
+    """(H, S, D_head) as attention uses them."""
+    visual: Tensor
+    """(S,) bool: which entries are visual tokens."""
+    signals: Mapping[Signal, Tensor]
+    """What the method declared, per entry: (S, ...)."""
+    attention: Any
+    """The layer's attention module."""
+    hidden: Tensor
+    """(S, D): the input of the attention module."""
+    rotary: tuple[Tensor, Tensor]
+    """Cosines and sines of the entries' positions, (S, D_head) each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compressed:
+    """What stays of `CacheEntries`."""
+
+    kept: Tensor
+    """(K,) int64 ascending; or (H_kv, K), where every key head keeps entries of its own."""
+    keys: Tensor | None = None
+    """(H_kv, K, D_head) in place of the kept entries' own, for methods that merge."""
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMethod(Method):
+    """A method that acts on stored keys and values and leaves the sequence as it is.
+
+    A budget counts visual tokens, as everywhere: as many entries stay as if that share of them had
+    been removed, whichever entries the method chooses among.
+    """
+
+    place: ClassVar[Place] = Place.CACHE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressing(CacheMethod):
+    """A method that removes entries after prefill."""
+
+    @abstractmethod
+    def compress(self, entries: CacheEntries, keep: int) -> Compressed:
+        """Keep exactly `keep` entries of one layer, text included, 1 <= keep < S."""
+
+    def evict(self, *, prompt: int, kept: int, stored: int, seen: int) -> int | None:
+        """The entry to remove after a decoding step, None for none.
+
+        Args:
+            prompt: entries of the prompt before `compress`, of which it kept `kept`.
+            stored: entries now, the new token's included.
+            seen: tokens fed so far, the prompt's and all new ones.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attending(CacheMethod):
+    """A method that keeps everything, and lets a decoding step attend to a few entries only."""
+
+    needs_budget: ClassVar[bool] = False
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return ()
+
+    @abstractmethod
+    def attended(
+        self, query: Tensor, keys: Tensor, valid: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The entries that one new token of each row attends to in one layer.
+
+        Args:
+            query: (B, H, D_head); with re-packed positions neither it nor the keys are rotated.
+            keys: (B, H_kv, S, D_head), the new token's last.
+            valid: (B, S) bool, entries that are no padding.
+            keep: (B,) the budget, entries of each row; None: as published.
+
+        Returns:
+            columns (B, K), ascending, and which of them count (B, K) bool; None for all entries.
+        """

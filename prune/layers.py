@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .contract import Tower
-from .errors import MethodFieldError
+from .errors import MethodFieldError, UnsupportedModelError
 
 
 def scale_layer(published: int, *, depth_published: int, depth: int) -> int:
@@ -16,6 +16,34 @@ def scale_layer(published: int, *, depth_published: int, depth: int) -> int:
     if depth == depth_published:
         return published
     return min(max(1, round(published * depth / depth_published)), depth - 1)
+
+
+def scale_layers(
+    published: Sequence[int], *, depths_published: Sequence[int], depth: int
+) -> tuple[int, ...]:
+    """Ascending layers, one for each of `published`, at the same relative depths.
+
+    Exact at each of the published depths; elsewhere scaled from the first of them, and moved where
+    they would fall together.
+
+    Raises:
+        UnsupportedModelError: the model has too few layers.
+    """
+    if depth in depths_published:
+        return tuple(published)
+    if depth <= len(published):
+        raise UnsupportedModelError(
+            f"{len(published)} cuts need a decoder of more layers than that; this one has {depth}: "
+            f"use a method with fewer cuts (fastv)."
+        )
+    layers = [
+        scale_layer(layer, depth_published=depths_published[0], depth=depth) for layer in published
+    ]
+    for i in range(1, len(layers)):
+        layers[i] = max(layers[i], layers[i - 1] + 1)
+    for i in reversed(range(len(layers))):
+        layers[i] = min(layers[i], depth - len(layers) + i)
+    return tuple(layers)
 
 
 def user_layer(layer: int, *, depth: int, field: str) -> int:

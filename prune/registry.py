@@ -12,11 +12,12 @@ from typing import TypeVar
 
 from . import methods as _methods_package
 from .budget import BUDGET_WORDS, Budget, MethodCall
-from .contract import BeforeLLM, Method, Place
+from .contract import Attending, BeforeLLM, Compressing, InDecoder, Method
 from .errors import BudgetError, MethodFieldError, UnknownMethodError, did_you_mean
 
 ENTRY_POINT_GROUP = "vlmprune.methods"
 
+_BASES = (BeforeLLM, InDecoder, Compressing, Attending)
 _M = TypeVar("_M", bound=type[Method])
 _classes: dict[str, type[Method]] = {}
 
@@ -27,8 +28,9 @@ def register(name: str) -> Callable[[_M], _M]:
     def decorate(cls: _M) -> _M:
         if not issubclass(cls, Method) or not dataclasses.is_dataclass(cls):
             raise TypeError(f"{cls!r} cannot be registered: derive a frozen dataclass from Method.")
-        if getattr(cls, "place", None) is Place.BEFORE_LLM and not issubclass(cls, BeforeLLM):
-            raise TypeError(f"{cls!r} acts before the LLM: derive it from BeforeLLM.")
+        if not issubclass(cls, _BASES):
+            names = ", ".join(base.__name__ for base in _BASES)
+            raise TypeError(f"{cls!r} acts nowhere: derive it from one of {names}.")
         this = (cls.__module__, cls.__qualname__)
         known = _classes.get(name)
         if known is not None:

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .contract import BeforeLLM, Method, Selection, VisualTokens
+from .contract import BeforeLLM, Pruning, Selection, VisualTokens
 from .errors import BudgetError, VlmpruneError
 from .tiling import Tiling
 
 
-def select(method: Method, tokens: VisualTokens, keep: int | None) -> Selection:
+def select(method: Pruning, tokens: VisualTokens, keep: int | None) -> Selection:
     """What `method` keeps of `tokens`, checked: exactly `keep`, or as many as it decides (None).
 
     Args:
@@ -24,7 +24,7 @@ def select(method: Method, tokens: VisualTokens, keep: int | None) -> Selection:
         BudgetError: the newlines that the method keeps leave no room for a patch.
         VlmpruneError: the method returned something else than it was asked for.
     """
-    if isinstance(method, BeforeLLM):
+    if isinstance(method, BeforeLLM) and not tokens.layer:
         selection = _with_newlines(method, tokens, keep)
     else:
         selection = _ask(method, tokens, keep)
@@ -49,7 +49,7 @@ def share(total: int, sizes: Sequence[int]) -> list[int]:
     return counts
 
 
-def most(method: Method, tiling: Tiling) -> int:
+def most(method: Pruning, tiling: Tiling) -> int:
     """The largest number of tokens that `method` may keep of an image without a budget."""
     if not isinstance(method, BeforeLLM) or method.newline_policy == "compete":
         return method.most(tiling.num_tokens)
@@ -59,7 +59,7 @@ def most(method: Method, tiling: Tiling) -> int:
     return newlines + sum(method.most(tile.num_patches) for tile in tiling.tiles)
 
 
-def _ask(method: Method, tokens: VisualTokens, keep: int | None) -> Selection:
+def _ask(method: Pruning, tokens: VisualTokens, keep: int | None) -> Selection:
     if keep is None:
         return method.select_adaptive(tokens)
     if keep >= tokens.num_tokens:

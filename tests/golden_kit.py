@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from vlmprune.prune.contract import (
     Decoder,
-    Method,
     ModelShape,
+    Pruning,
     Selection,
     Signal,
     Tower,
@@ -42,7 +42,7 @@ class Runner(NamedTuple):
 
     method: str
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]
-    compare: Callable[[Golden, Method], None]
+    compare: Callable[[Golden, Any], None]
 
 
 def load(path: Path) -> Golden:
@@ -52,18 +52,21 @@ def load(path: Path) -> Golden:
 
 
 def choose(
-    method: Method,
+    method: Pruning,
     signals: Mapping[Signal, Tensor],
     keep: int | None,
     *,
     shape: ModelShape = CLIP_L,
     tiling: Tiling | None = None,
+    layer: int = 0,
+    alive: Tensor | None = None,
 ) -> Selection:
     """The method's selection (None: of as many tokens as it finds).
 
-    The tokens are one square tile, or one row, unless given.
+    The tokens are one square tile, or one row, unless given. In the decoder (`layer` > 0) the
+    signals are those of the layers up to the cut.
     """
-    wanted = method.needs(shape)
+    wanted = [signal for signal in method.needs(shape) if not layer or signal in signals]
     if tiling is None:
         num_tokens = len(next(iter(signals.values())))
         side = math.isqrt(num_tokens)
@@ -74,6 +77,8 @@ def choose(
         tiling=tiling,
         shape=shape,
         signals={signal: signals[signal] for signal in wanted},
+        layer=layer,
+        alive=alive,
     )
     return method.select_adaptive(tokens) if keep is None else method.select(tokens, keep)
 

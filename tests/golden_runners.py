@@ -10,8 +10,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import golden_cache
+import golden_corematching
 import golden_greedy
 import golden_merging
+import golden_schedules
+import golden_sparsevlm
 import golden_tiles
 import torch
 from golden_kit import CLIP_L, LLAMA_7B, MERGING, Golden, Runner, assert_equal, choose, load
@@ -19,9 +23,9 @@ from torch import Tensor
 from vlmprune.prune.contract import (
     ClsAttention,
     Features,
-    LastRowAttention,
     Method,
     ModelShape,
+    TextAttention,
     Tower,
 )
 from vlmprune.prune.ops.maxmin import greedy_max_min
@@ -99,7 +103,7 @@ def _vtc_cls(golden: Golden, method: Method) -> None:
 def _fastv(golden: Golden, method: Method) -> None:
     row, params = golden.arrays["attn_last_row"], golden.params
     start, length = params["image_token_start_index"], params["image_token_length"]
-    signal = LastRowAttention(params["fastv_k"] - 1)
+    signal = TextAttention(params["fastv_k"] - 1)
     row_of_image = row.mean(0)[start : start + length]
     kept = choose(method, {signal: row_of_image}, params["keep"]).kept
     assert_equal(kept, golden.arrays["kept"])
@@ -124,4 +128,8 @@ RUNNERS: dict[str, Runner] = {
     **golden_tiles.RUNNERS,
     **golden_merging.RUNNERS,
     **golden_greedy.RUNNERS,
+    **golden_schedules.RUNNERS,
+    **golden_sparsevlm.RUNNERS,
+    **golden_corematching.RUNNERS,
+    **golden_cache.RUNNERS,
 }

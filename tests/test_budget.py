@@ -15,7 +15,7 @@ from vlmprune.prune.budget import (
     round_tokens,
     tokens_per_layer,
 )
-from vlmprune.prune.contract import Cut, Decoder, Method, ModelShape, Place, Tower
+from vlmprune.prune.contract import Cut, Decoder, InDecoder, ModelShape, Tower
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.registry import method, method_class, method_names
 
@@ -195,11 +195,10 @@ def test_average_in_a_list_counts_the_earlier_cut():
     assert sum(tokens_per_layer(576, stages, 32)) / 32 == pytest.approx(100, abs=0.5)
 
 
-class Staircase(Method):
+class Staircase(InDecoder):
     """Three cuts that halve: 4, 2 and 1 times the last count."""
 
     name = "staircase"
-    place = Place.DECODER
 
     def needs(self, shape):
         return ()

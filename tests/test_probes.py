@@ -24,14 +24,13 @@ from vlmprune.prune.contract import (
     Cut,
     EncoderFeatures,
     Features,
+    InDecoder,
     Keys,
-    LastRowAttention,
-    Method,
     PixelSeed,
-    Place,
     ReceivedAttention,
     Selection,
     Signal,
+    TextAttention,
     VisualTokens,
 )
 
@@ -71,11 +70,10 @@ class Recorder(BeforeLLM):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderRecorder(Method):
+class DecoderRecorder(InDecoder):
     """The same in the decoder."""
 
     name: ClassVar[str] = "decoder-recorder"
-    place: ClassVar[Place] = Place.DECODER
     wants: tuple[Signal, ...]
     layer: int
     seen: list[VisualTokens] = field(default_factory=list)
@@ -374,7 +372,7 @@ def test_what_the_projector_reads(case, attention, rows):
 @pytest.mark.parametrize("layer", [0, 1, 3])
 def test_last_row_attention(case, attention, rows, layer):
     cut = min(layer + 1, 3)
-    want = LastRowAttention(cut - 1)
+    want = TextAttention(cut - 1)
     (seen,) = record(case, attention, rows, DecoderRecorder(wants=(want,), layer=cut))
     out = case.reference("eager")(**case.inputs(rows), output_attentions=True)
     truth, image = Truth(case.reference("eager"), case.inputs(rows)), 0
@@ -388,7 +386,7 @@ def test_last_row_attention(case, attention, rows, layer):
 @zoo.ALL
 @LAYOUTS
 def test_last_row_attention_after_an_earlier_cut_sees_what_is_alive(case, rows):
-    want = LastRowAttention(1)
+    want = TextAttention(1)
     first = Recorder(wants=())
     _, seen = record(case, "sdpa", rows, first, DecoderRecorder(wants=(want,), layer=2))
     inputs = case.inputs(rows)
@@ -451,7 +449,7 @@ def test_probes_do_not_change_a_bit(case):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
     before = case.reference()(**inputs).logits
     tower = Recorder(wants=wants)
-    decoder = DecoderRecorder(wants=(LastRowAttention(2),), layer=3)
+    decoder = DecoderRecorder(wants=(TextAttention(2),), layer=3)
     # The contract skips methods that keep everything; 0.99 of a few tokens rounds to all but the
     # probes of the other image's method still run. So record first, then compare the features.
     patch(model, [call(tower, 0.5), call(decoder, 0.4)])
@@ -461,7 +459,7 @@ def test_probes_do_not_change_a_bit(case):
     expected = Truth(case.reference(), inputs)
     flat = [row.embeds[image] for row in expected.rows for image in row.images]
     assert all(torch.equal(a, b) for a, b in zip(features, flat, strict=True))
-    patch(model, call(DecoderRecorder(wants=(LastRowAttention(2),), layer=3), 1.0))
+    patch(model, call(DecoderRecorder(wants=(TextAttention(2),), layer=3), 1.0))
     assert torch.equal(model(**inputs).logits, before)
 
 

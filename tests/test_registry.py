@@ -179,7 +179,7 @@ def test_entry_point(own_registry, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "somebodys_methods")
 
 
-def test_a_method_before_the_llm_without_the_words_for_tiles_is_refused():
+def test_a_method_that_derives_from_no_place_is_refused():
     @dataclass(frozen=True, kw_only=True)
     class Bare(Method):
         place: ClassVar[Place] = Place.BEFORE_LLM
@@ -190,5 +190,5 @@ def test_a_method_before_the_llm_without_the_words_for_tiles_is_refused():
         def select(self, tokens: VisualTokens, keep: int) -> Selection:
             raise NotImplementedError
 
-    with pytest.raises(TypeError, match="derive it from BeforeLLM"):
+    with pytest.raises(TypeError, match="derive it from one of BeforeLLM, InDecoder"):
         register("bare")(Bare)

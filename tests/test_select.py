@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from vlmprune.prune.contract import (
     BeforeLLM,
     ClsFeatures,
+    Cut,
     Decoder,
     Features,
-    Method,
+    InDecoder,
     ModelShape,
     PixelSeed,
-    Place,
     Selection,
     Signal,
     Tower,
@@ -286,12 +286,14 @@ def test_a_budget_that_newlines_use_up():
 
 def test_a_wrong_count_is_refused():
     @dataclass(frozen=True, kw_only=True)
-    class TooFew(Method):
+    class TooFew(InDecoder):
         name = "too_few"
-        place = Place.DECODER
 
         def needs(self, shape):
             return ()
+
+        def cuts(self, shape):
+            return (Cut(1),)
 
         def select(self, tokens, keep):
             return Selection(kept=torch.arange(keep - 1))

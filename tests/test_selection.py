@@ -21,12 +21,12 @@ from vlmprune.prune.contract import (
     EncoderFeatures,
     Features,
     Keys,
-    LastRowAttention,
     ModelShape,
     PixelSeed,
     Place,
     ReceivedAttention,
     Selection,
+    TextAttention,
     TextEmbeddings,
     Tower,
     VisualTokens,
@@ -87,7 +87,7 @@ def draw_signal(signal, count: int, generator: torch.Generator) -> torch.Tensor:
             return torch.randn(count, generator=generator)
         case ClsAttention() | ClsAttentionOneHead():
             return torch.randn(count, generator=generator).softmax(0)
-        case AttentionToCls() | ReceivedAttention() | LastRowAttention():
+        case AttentionToCls() | ReceivedAttention() | TextAttention():
             return torch.rand(count, generator=generator)
         case PixelSeed():
             return torch.randint(2**62, (), generator=generator)
@@ -527,7 +527,7 @@ def test_fastv_layers():
     for given_layer, layer in ((2, 2), (3, 3), (31, 31), (-1, 31)):
         method = method_class("fastv")(layer=given_layer)
         assert [cut.layer for cut in method.cuts(shape)] == [layer]
-        assert method.needs(shape) == (LastRowAttention(layer - 1),)
+        assert method.needs(shape) == (TextAttention(layer - 1),)
     for wrong in (32, -33, -32):
         with pytest.raises(MethodFieldError, match=f"layer={wrong} "):
             method_class("fastv")(layer=wrong).cuts(shape)

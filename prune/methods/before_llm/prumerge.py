@@ -55,6 +55,7 @@ class PruMerge(BeforeLLM):
     """
 
     needs_budget: ClassVar[bool] = False
+    finds_count: ClassVar[bool] = True
 
     neighbours: int = 32
     layer: int | None = None

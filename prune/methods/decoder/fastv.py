@@ -15,13 +15,12 @@ from typing import ClassVar
 
 from ...contract import (
     Cut,
-    LastRowAttention,
-    Method,
+    InDecoder,
     ModelShape,
-    Place,
     Positions,
     Selection,
     Signal,
+    TextAttention,
     VisualTokens,
 )
 from ...errors import MethodFieldError
@@ -35,10 +34,9 @@ _HINT = "give the first decoder layer that sees fewer tokens, at least 1 (2 and 
 
 @register("fastv")
 @dataclass(frozen=True, kw_only=True)
-class FastV(Method):
+class FastV(InDecoder):
     """One cut: `layer` is the first decoder layer that sees fewer tokens, on any depth."""
 
-    place: ClassVar[Place] = Place.DECODER
     positions: ClassVar[Positions] = "original"
     layer: int = 2
 
@@ -48,7 +46,7 @@ class FastV(Method):
             raise MethodFieldError(f"layer=0 is not possible: {_HINT}.")
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        return (LastRowAttention(self.cuts(shape)[0].layer - 1),)
+        return (TextAttention(self.cuts(shape)[0].layer - 1),)
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         layer = user_layer(self.layer, depth=shape.decoder.num_layers, field="layer")
