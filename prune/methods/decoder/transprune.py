@@ -97,7 +97,8 @@ class TransPrune(InDecoder):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         steps = _steps(self.cuts(tokens.shape)[0].layer, tokens.layer)
-        scores = _normalised(torch.stack([tokens.signals[step] for step in steps]).sum(0))
+        turned = torch.stack([tokens.signals[step].float() for step in steps]).sum(0)
+        scores = _normalised(turned)
         if self.scores == "both":
             scores = scores + _normalised(tokens.signals[_text_reads(tokens.layer)])
         return Selection(kept=ascending(top_k(scores, keep)))
