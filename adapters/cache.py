@@ -25,12 +25,17 @@ class Segment:
     """Layers from `start` on, up to the next segment: they store the same tokens.
 
     `dropped` is the logical minus the physical length. `padding` (B, P) bool says which of the
-    first P stored columns are tokens (later ones all are); `None`: all of them.
+    first P stored columns are tokens (later ones all are); `None`: all of them. `shift` (B, 1) is
+    what re-packed positions are behind the caller's; `None`: nothing.
     """
 
     start: int
     dropped: int = 0
     padding: Tensor | None = None
+    shift: Tensor | None = None
+    ledger: Tensor | None = None
+    """(B, 4) on the CPU, for methods that go on removing entries while decoding: entries of the
+    prompt before and after the method, entries now, tokens fed; zeros: not this row."""
 
     def padding_to(self, length: int) -> Tensor | None:
         """`padding` for exactly `length` stored columns."""
@@ -62,11 +67,12 @@ class Ticket:
 
 @dataclass
 class PrunedState:
-    """What a pruned cache carries: its segments, and the shift of re-packed positions (B, 1)."""
+    """What a pruned cache carries."""
 
     owner: Ticket
     segments: list[Segment]
-    shift: Tensor | None = None
+    attended: Tensor | None = None
+    """(B,) entries that a decoding step attends to, -1: all; for methods that evict nothing."""
     uncroppable: int = 0
     """Physical length of layer 0 below which a dropped token would have to come back."""
 
@@ -75,10 +81,12 @@ class PrunedState:
 
     def map_rows(self, function: Any) -> None:
         for segment in self.segments:
-            if segment.padding is not None:
-                segment.padding = function(segment.padding)
-        if self.shift is not None:
-            self.shift = function(self.shift)
+            for name in ("padding", "shift", "ledger"):
+                rows = getattr(segment, name)
+                if rows is not None:
+                    setattr(segment, name, function(rows))
+        if self.attended is not None:
+            self.attended = function(self.attended)
 
 
 class PrunedCacheMixin:
@@ -117,7 +125,7 @@ class PrunedCacheMixin:
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
         self._pruned.segments = [Segment(s.start) for s in self._pruned.segments]
-        self._pruned.shift = None
+        self._pruned.attended = None
         self._pruned.uncroppable = 0
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -133,6 +141,8 @@ class PrunedCacheMixin:
         for segment in self._pruned.segments:
             if segment.padding is not None:
                 segment.padding = segment.padding[:, : int(self.physical_length(segment.start))]
+            if segment.ledger is not None:
+                segment.ledger[:, 2:] -= abs(tokens_to_remove) * (segment.ledger[:, :1] > 0)
 
 
 @memoise

@@ -14,55 +14,72 @@ from torch import Tensor
 
 from .cache import PrunedState, pruned_state
 from .masks import layer_kind, layer_mask
+from .setup import Setup
 
 
-def continue_text(state: PrunedState, kwargs: dict[str, Any]) -> None:
-    """Translate positions and mask of the text model's arguments, in place."""
+def continue_text(state: PrunedState, kwargs: dict[str, Any]) -> Tensor | None:
+    """Translate positions and mask of the text model's arguments, in place.
+
+    Returns:
+        the caller's position ids of the new tokens; None where no segment has positions of its own.
+    """
     embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
     mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     length = embeds.shape[1]
     if ids is not None:
         ids = ids[..., -length:]
-    if state.shift is not None:
-        if ids is None:
-            ids = torch.arange(length, device=embeds.device)[None] + cache.get_seq_length()
-        ids = ids - state.shift
-    kwargs["position_ids"] = ids
+    shifted = any(segment.shift is not None for segment in state.segments)
+    if shifted and ids is None:
+        ids = torch.arange(length, device=embeds.device)[None] + cache.get_seq_length()
+    first = state.segments[0].shift
+    kwargs["position_ids"] = ids if first is None else ids - first
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        return  # a static cache: its mask was built by `static_padding`
+        return ids if shifted else None  # a static cache: `static_padding` built its mask
     # A single new token is always real; more of them may be padded.
     if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
         new = mask[:, -length:].to(embeds.device, torch.bool)
         for segment in state.segments:
             segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
     kwargs["attention_mask"] = state.segments[0].padding_to(_mask_length(cache, length, 0))
+    return ids if shifted else None
 
 
 def continue_layer(
-    config: Any,
+    setup: Setup,
     layer: int,
     hidden: Tensor,
     kwargs: Mapping[str, Any],
-    masks: dict[Any, Any],
+    ids: Tensor | None,
+    memo: dict[Any, Any],
 ) -> dict[str, Any] | None:
-    """Arguments of a layer that stores less than the first, for which the model made its mask.
+    """Arguments of a layer that stores less than the first, for which the model made its mask and
+    its rotary tables.
 
     Args:
-        masks: those made for earlier layers of the same call; added to.
+        ids: what `continue_text` returned.
+        memo: what was made for earlier layers of the same call; added to.
 
     Returns:
         new keyword arguments, or None where the given ones serve.
     """
     cache = kwargs.get("past_key_values")
     state = pruned_state(cache)
-    if kwargs.get("attention_mask") is None or state is None or state.segment(layer).start == 0:
+    if state is None or (segment := state.segment(layer)).start == 0:
         return None
-    segment = state.segment(layer)
-    key = (segment.start, layer_kind(config, layer))
-    if key not in masks:
-        padding = segment.padding_to(_mask_length(cache, hidden.shape[1], layer))
-        masks[key] = layer_mask(config, layer, hidden, padding, cache)
-    return {**kwargs, "attention_mask": masks[key]}
+    new: dict[str, Any] = {}
+    if kwargs.get("attention_mask") is not None:
+        key = ("mask", segment.start, layer_kind(setup.config, layer))
+        if key not in memo:
+            padding = segment.padding_to(_mask_length(cache, hidden.shape[1], layer))
+            memo[key] = layer_mask(setup.config, layer, hidden, padding, cache)
+        new["attention_mask"] = memo[key]
+    if ids is not None:
+        key = ("rotary", segment.start, hidden.device)
+        if key not in memo:
+            own = ids if segment.shift is None else ids - segment.shift
+            memo[key] = setup.rotary(hidden, own)
+        new["position_embeddings"] = memo[key]
+    return {**kwargs, **new} if new else None
 
 
 def static_padding(state: PrunedState, cache: Any, queries: int) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..prune.budget import Budget, Stage, plan
+from ..prune.budget import Budget, MethodCall, Stage, plan
 from ..prune.contract import Features, Selection, Signal, VisualTokens
 from ..prune.errors import MissingSignalError
 from ..prune.select import select
@@ -23,7 +23,10 @@ class EncodedImage:
     """One image with its cuts, and the rows that enter the LLM."""
 
     tiling: Tiling
+    calls: tuple[MethodCall, ...]
+    """The methods, the first with the count that it found, where it finds its own."""
     plan: tuple[Stage, ...]
+    """The cuts of the last image of a prompt; `placed` plans anew for those before it."""
     slots: Tensor
     """(K,) ascending: placeholders of the prompt that the rows take, one each."""
     selection: Selection
@@ -55,28 +58,6 @@ class EncodedImage:
             groups=None if groups is None else groups.to(device),
         )
         return replace(self, slots=self.slots.to(device), selection=chosen)
-
-    def rows_at(self, slots: Tensor) -> Tensor:
-        """Token numbers of the rows in `slots`, in their order; -1 for rows that stand for none."""
-        order = self.selection.order
-        return slots if order is None else order[torch.searchsorted(self.slots, slots)]
-
-    def tokens_at(self, slots: Tensor) -> Tensor:
-        """Numbers of the tokens in `slots`, ascending."""
-        if self.selection.order is None:
-            return slots
-        rows = self.rows_at(slots)
-        return rows[rows >= 0].sort().values
-
-    def members_at(self, slots: Tensor) -> Tensor | None:
-        """(2, G) pairs of a row in `slots` (numbered among them) and a token merged into it."""
-        pairs = self.selection.groups
-        if pairs is None:
-            return None
-        place = torch.full_like(self.slots, -1)
-        place[torch.searchsorted(self.slots, slots)] = torch.arange(len(slots), device=place.device)
-        rows = place[pairs[0]]
-        return torch.stack([rows, pairs[1]])[:, rows >= 0]
 
     def emit(self, features: Tensor, projected: Tensor | None) -> Tensor:
         """The image's features (N, D) with the rows that enter the LLM in their slots.
@@ -119,7 +100,8 @@ def encode(
     stopwatch = Stopwatch(device)
     images = []
     for tiling, seen in zip(tilings, signals, strict=True):
-        stages = plan(tiling.num_tokens, setup.calls, setup.shape)
+        calls = setup.calls
+        stages = plan(tiling.num_tokens, calls, setup.shape)
         everything = torch.arange(tiling.num_tokens, device=device)
         slots, selection = everything, Selection(kept=everything)
         if stages and stages[0].layer == 0:
@@ -128,10 +110,12 @@ def encode(
             )
             chosen = choose(stages[0], tokens, stopwatch)
             if stages[0].adaptive:
-                stages = _replan(setup, tiling.num_tokens, chosen.count)
+                found = Budget("keep_tokens", max(1, chosen.count))
+                calls = (replace(calls[0], budget=found), *calls[1:])
+                stages = plan(tiling.num_tokens, calls, setup.shape)
             if chosen.count < tiling.num_tokens:
-                slots, selection = _slots(chosen, tiling.num_tokens), chosen
-        images.append(EncodedImage(tiling, stages, slots, selection))
+                slots, selection = slots_of(chosen, tiling.num_tokens), chosen
+        images.append(EncodedImage(tiling, calls, stages, slots, selection))
     return Encoded(images, stopwatch, setup.ticket)
 
 
@@ -147,16 +131,9 @@ def choose(stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch) -> Selectio
     return replace(chosen, kept=chosen.kept.to(device), order=order)
 
 
-def _replan(setup: Setup, num_tokens: int, found: int) -> tuple[Stage, ...]:
-    """The plan once the first method has found its own count."""
-    first, *rest = setup.calls
-    budget = Budget("keep_tokens", max(1, found))
-    return plan(num_tokens, [replace(first, budget=budget), *rest], setup.shape)
-
-
-def _slots(chosen: Selection, num_tokens: int) -> Tensor:
-    """Placeholders for the rows (K,), ascending: those of the kept tokens and, for rows that stand
-    for no token, the first ones that are free."""
+def slots_of(chosen: Selection, num_tokens: int) -> Tensor:
+    """Places for the rows (K,) among `num_tokens`, ascending: those of the kept tokens and, for
+    rows that stand for no token, the first ones that are free."""
     extra = chosen.count - len(chosen.kept)
     if not extra:
         return chosen.kept

@@ -21,6 +21,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -28,11 +29,26 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from ..prune.budget import MethodCall
-from ..prune.contract import BeforeLLM, TextAttention, Place, Positions, Signal
+from ..prune.contract import (
+    Attending,
+    BeforeLLM,
+    Compressing,
+    LayerSignal,
+    ModuleStep,
+    Neurons,
+    Place,
+    Positions,
+    ReceivedInLayer,
+    RotaryAffinity,
+    Signal,
+    TextAttention,
+)
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from . import probes
-from .cache import Ticket, pruned_state
+from .attend import Attention, attend
+from .cache import PrunedState, Ticket, pruned_state
 from .clip_text import ClipText
+from .compression import evict
 from .continuation import continue_layer, continue_text, static_padding
 from .encoding import Encoded, encode, encode_merged
 from .family import IMAGE, MODALITIES, Family, Modality, Model
@@ -52,6 +68,19 @@ _MASK_WITHOUT_EMBEDS = (
 )
 
 
+@dataclass
+class Continued:
+    """A call on a shortened cache, without visual tokens."""
+
+    cache: Any
+    state: PrunedState
+    new: int
+    """Tokens fed."""
+    ids: Tensor | None
+    """The caller's position ids, where layers have positions of their own."""
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+
 class _Local(threading.local):
     """What belongs to the call in flight of one thread."""
 
@@ -66,11 +95,14 @@ class _Local(threading.local):
         self.chosen: Chosen | None = None
         """Within generate(): without a cache every step prefills again, and must not choose anew
         with its newest token."""
-        self.masks: dict[Any, Any] = {}
+        self.continued: Continued | None = None
+        self.tables: dict[int, tuple[Tensor, Tensor]] = {}
+        """Rotary tables of the attention modules, for methods that undo the rotation."""
 
     def forget(self) -> None:
         """What belongs to one call of the multimodal core."""
         self.visual, self.encoded, self.prefill, self.prompt = {}, {}, None, None
+        self.continued, self.tables = None, {}
 
 
 class Engine:
@@ -81,28 +113,24 @@ class Engine:
         model: Model,
         family: Family,
         calls: tuple[MethodCall, ...],
-        positions: Positions,
+        positions: Mapping[Place, Positions],
         clip: ClipText | None = None,
     ) -> None:
         self.model, self.family, self.clip = model, family, clip
         self.core: Any = family.core(model)
         self.text: Any = family.text_model(model)
         shape = family.shape(model)
-        cut_layers = {cut.layer for call in calls for cut in call.method.cuts(shape)}
-        self.setup = Setup(
-            calls=calls,
-            shape=shape,
-            positions=positions,
-            config=self.text.config,
-            starts=[0, *sorted(cut_layers - {0})],
-            ticket=Ticket(),
-        )
+        self.setup = Setup(calls, shape, positions, self.text, Ticket())
         self.last: Last | None = None
         self._local = _Local()
         self._warned = False
         self._undo: list[Callable[[], None]] = []
         self._first = next((c.method for c in calls if isinstance(c.method, BeforeLLM)), None)
-        self._needs = self._first.needs(shape) if self._first is not None else ()
+        self._needs = [
+            need
+            for need in (self._first.needs(shape) if self._first is not None else ())
+            if not isinstance(need, LayerSignal)
+        ]
         try:
             self._install()
         except BaseException:
@@ -130,15 +158,9 @@ class Engine:
             self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             self.text.register_forward_hook(self._after_text, always_call=True),
         ]
-        layers = self.text.layers
-        # Flash attention reads gapped position ids as packed sequences: hook every layer there.
-        flash = "flash" in (self.setup.config._attn_implementation or "")
-        gapped = flash and self.setup.positions == "original"
-        first = 0 if gapped else min([*self.setup.starts[1:], len(layers)])
-        for index in range(first, len(layers)):
-            hook = functools.partial(self._before_layer, index)
-            hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
         self._undo += [hook.remove for hook in hooks]
+        for index, layer in enumerate(self.text.layers):
+            self._install_on_layer(index, layer)
 
         encoder = self.family.vision_attention(self.model)
         listeners: dict[nn.Module, list[probes.Listener]] = {}
@@ -146,13 +168,46 @@ class Engine:
             if type(need) in READERS:
                 listen = functools.partial(self._hear_encoder, need)
                 listeners.setdefault(encoder[need.layer], []).append(listen)  # type: ignore[attr-defined]
-        for call in self.setup.calls:
-            for need in call.method.needs(self.setup.shape):
-                if isinstance(need, TextAttention):
-                    listen = functools.partial(self._hear_decoder, need.layer)
-                    listeners.setdefault(layers[need.layer].self_attn, []).append(listen)
         for module, heard in listeners.items():
             self._undo.append(probes.Tap(module, heard).remove)
+
+    def _install_on_layer(self, index: int, layer: Any) -> None:
+        """Hooks on a decoder layer, none where nothing is cut, asked or stored differently."""
+        setup = self.setup
+        needs = [need for need in setup.heard if need.layer == index]
+        method = setup.on_cache.method if setup.on_cache is not None else None
+
+        def hook(register: Callable[..., Any], call: Callable[..., Any], **options: Any) -> None:
+            self._undo.append(register(functools.partial(call, index), **options).remove)
+
+        # Flash attention reads gapped position ids as packed sequences: hook every layer there.
+        flash = "flash" in (setup.config._attn_implementation or "")
+        gapped = flash and "original" in setup.positions.values()
+        behind_cut = index >= min([*setup.starts[1:], len(self.text.layers)])
+        if gapped or behind_cut or any(isinstance(need, RotaryAffinity) for need in needs):
+            hook(layer.register_forward_pre_hook, self._before_layer, with_kwargs=True)
+        steps = {need.module for need in needs if isinstance(need, ModuleStep)}
+        if "attention" in steps or isinstance(method, Compressing):
+            register = layer.self_attn.register_forward_hook
+            hook(register, self._after_attention, with_kwargs=True)
+        if "mlp" in steps:
+            hook(layer.mlp.register_forward_hook, self._after_mlp)
+        if any(isinstance(need, Neurons) for need in needs):
+            hook(layer.mlp.down_proj.register_forward_pre_hook, self._before_down_proj)
+        ahead = [need for need in needs if isinstance(need, TextAttention) and need.ahead]
+        if ahead:
+            keys = functools.partial(self._project_keys, index)
+            self._override(layer.self_attn.k_proj, "forward", keys)
+        asked = [need for need in needs if isinstance(need, TextAttention | ReceivedInLayer)]
+        listeners: list[probes.Listener] = []
+        instead: probes.Exchange | None = None
+        if len(asked) > len(ahead) or isinstance(method, Compressing):
+            listeners.append(functools.partial(self._hear_decoder, index))
+        if isinstance(method, Attending):
+            hook(layer.self_attn.register_forward_pre_hook, self._note_tables, with_kwargs=True)
+            instead = functools.partial(self._attend, index)
+        if listeners or instead is not None:
+            self._undo.append(probes.Tap(layer.self_attn, listeners, instead).remove)
 
     def _override(
         self,
@@ -190,8 +245,8 @@ class Engine:
     # --- generate() --------------------------------------------------------------------------
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        decoder = any(call.method.place is Place.DECODER for call in self.setup.calls)
-        check_generate(self.model, kwargs, scores_last_token=decoder)
+        inside = any(set(call.method.places) - {Place.BEFORE_LLM} for call in self.setup.calls)
+        check_generate(self.model, kwargs, inside_the_llm=inside)
         if kwargs.get("visual_mask") is not None and kwargs.get("inputs_embeds") is None:
             raise UnsupportedFeatureError(_MASK_WITHOUT_EMBEDS)
         local = self._local
@@ -368,7 +423,9 @@ class Engine:
             "inputs_embeds came without pixel_values, so that visual tokens cannot be told from "
             "text: nothing was pruned. Pass visual_mask= (B, L) bool to mark them."
         )
-        self.last = Last.nothing(self.setup.positions, self.setup.shape.decoder.num_layers, note)
+        self.last = Last.nothing(
+            self.setup.reported_positions, self.setup.shape.decoder.num_layers, note
+        )
         if not self._warned:
             self._warned = True
             warnings.warn(note, UserWarning, stacklevel=2)
@@ -385,11 +442,13 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         local = self._local
         if not local.visual:
-            state = pruned_state(kwargs.get("past_key_values"))
+            cache = kwargs.get("past_key_values")
+            state = pruned_state(cache)
             if state is None:
                 return None
-            local.masks, kwargs = {}, dict(kwargs)
-            continue_text(state, kwargs)
+            kwargs = dict(kwargs)
+            ids = continue_text(state, kwargs)
+            local.continued = Continued(cache, state, kwargs["inputs_embeds"].shape[1], ids)
             return args, kwargs
         kwargs = dict(kwargs)
         embeds = kwargs["inputs_embeds"]
@@ -416,27 +475,78 @@ class Engine:
                 "model.eval(), or use a method that acts before the LLM."
             )
 
-    @torch.compiler.disable
-    def _hear_decoder(
-        self, layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
-    ) -> None:
-        if self._local.prefill is not None:
-            with torch.no_grad():
-                self._local.prefill.hear(layer, query, key, mask, scaling)
+    # --- decoder layers ----------------------------------------------------------------------
 
     @torch.compiler.disable
     def _before_layer(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hidden, *rest = args
+        prefill, continued = self._local.prefill, self._local.continued
+        if prefill is not None:
+            hidden, kwargs = prefill.enter_layer(layer, module, hidden, kwargs)
+            return (hidden, *rest), {**kwargs, "position_ids": None}
+        if continued is None:
+            return None
+        new = continue_layer(self.setup, layer, hidden, kwargs, continued.ids, continued.memo)
+        return None if new is None else (args, new)
+
+    @torch.compiler.disable
+    def _hear_decoder(
+        self, layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
+    ) -> None:
+        if self._local.prefill is not None:
+            with torch.no_grad():
+                self._local.prefill.hear_attention(layer, query, key, scaling)
+
+    @torch.compiler.disable
+    def _after_attention(
+        self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self._local.prefill is not None:
+            with torch.no_grad():
+                given = kwargs["hidden_states"]
+                self._local.prefill.hear_step(layer, "attention", given, output[0])
+                self._local.prefill.after_attention(layer, module, kwargs)
+
+    @torch.compiler.disable
+    def _after_mlp(
+        self, layer: int, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        if self._local.prefill is not None:
+            with torch.no_grad():
+                self._local.prefill.hear_step(layer, "mlp", args[0], output)
+
+    @torch.compiler.disable
+    def _before_down_proj(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._local.prefill is not None:
+            with torch.no_grad():
+                self._local.prefill.hear_neurons(layer, args[0])
+
+    def _project_keys(
+        self, layer: int, original: Callable[[Tensor], Tensor], given: Tensor
+    ) -> Tensor:
         prefill = self._local.prefill
-        if prefill is None:
-            new = continue_layer(self.setup.config, layer, hidden, kwargs, self._local.masks)
-            return None if new is None else (args, new)
-        if self.setup.start_of(layer) == 0:  # flash attention with gapped positions
-            return args, {**kwargs, "position_ids": None}
-        hidden, kwargs = prefill.enter_layer(layer, hidden, kwargs)
-        return (hidden, *rest), kwargs
+        keys = None if prefill is None else prefill.keys_of(layer, given)
+        return original(given) if keys is None else keys
+
+    @torch.compiler.disable
+    def _note_tables(
+        self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        self._local.tables[layer] = kwargs["position_embeddings"]
+
+    @torch.compiler.disable
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        prefill, continued = self._local.prefill, self._local.continued
+        at = prefill or continued
+        given = Attention(query, key, value, mask)
+        if at is not None and at.state is not None:
+            tables = self._local.tables.pop(layer)
+            given = attend(self.setup, at.state, at.cache, layer, given, tables)
+        return given.query, given.key, given.value, given.mask
 
     @torch.compiler.disable
     def _add_deepstack(
@@ -451,13 +561,19 @@ class Engine:
 
     @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
-        prefill, self._local.prefill = self._local.prefill, None
-        if prefill is None or output is None:
+        local = self._local
+        prefill, local.prefill = local.prefill, None
+        continued, local.continued = local.continued, None
+        if output is None:
+            return None
+        if continued is not None:
+            evict(self.setup, continued.cache, continued.state, continued.new)
+        if prefill is None:
             return None
         if isinstance(output, tuple):
-            output = (prefill.restore(output[0]), *output[1:])
+            output = (prefill.finish(output[0]), *output[1:])
         else:
-            output.last_hidden_state = prefill.restore(output.last_hidden_state)
+            output.last_hidden_state = prefill.finish(output.last_hidden_state)
         self.last = prefill.last
         return output
 

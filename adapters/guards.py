@@ -10,11 +10,11 @@ from torch import nn
 from ..prune.errors import UnsupportedFeatureError
 
 
-def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, scores_last_token: bool) -> None:
+def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, inside_the_llm: bool) -> None:
     """Refuse what would give wrong results.
 
     Args:
-        scores_last_token: a method reads the attention of the prompt's last token.
+        inside_the_llm: a method acts in the decoder or on its cache.
 
     Raises:
         UnsupportedFeatureError: with the option and what to do instead.
@@ -36,11 +36,12 @@ def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, scores_last_t
             "A custom attention mask that is not 2-D cannot be shortened with the visual tokens: "
             "pass the (B, L) padding mask of the processor, or unpatch the model."
         )
-    if not scores_last_token:
+    if not inside_the_llm:
         return
     if kwargs.get("assistant_model") is not None or option("prompt_lookup_num_tokens") is not None:
         raise UnsupportedFeatureError(
             "Assisted decoding feeds draft tokens together with the prompt, and a method inside "
-            "the decoder would score with the last draft instead of the question: leave out "
-            "assistant_model / prompt_lookup_num_tokens, or use a method that acts before the LLM."
+            "the decoder or on its cache would choose by the drafts instead of the question: leave "
+            "out assistant_model / prompt_lookup_num_tokens, or use a method that acts before the "
+            "LLM."
         )

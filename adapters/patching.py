@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..prune.budget import BUDGET_WORDS, MethodCall, plan
-from ..prune.contract import ModelShape, Place, Positions
+from ..prune.contract import Attending, LayerSignal, ModelShape, Place, Positions
 from ..prune.errors import (
     BudgetError,
     MethodFieldError,
@@ -22,6 +22,7 @@ from ..prune.registry import method_class, method_names
 from .clip_text import ClipText
 from .engine import Engine
 from .family import Family
+from .masks import layer_kind
 from .overlay import Fit, overlay
 from .registry import family_of
 from .report import Last
@@ -45,8 +46,8 @@ class Handle:
 
     @property
     def positions(self) -> Positions:
-        """`original` or `repacked`."""
-        return self._engine.setup.positions
+        """`original` or `repacked`: the mode of the first method; `last.stages` has each cut's."""
+        return self._engine.setup.reported_positions
 
     @property
     def active(self) -> bool:
@@ -123,10 +124,10 @@ def patch(
             attention implementation. A model that is patched already is unpatched first.
         method: a name of `methods()`, a `method(...)`, or a list of these that act at different
             places.
-        positions: position ids after a cut before the LLM: `original` keeps each token's own (with
-            gaps), `repacked` renumbers 0..n-1. Default: that of the (first) method's paper; models
-            with M-RoPE always keep the original ones. Cuts in the decoder keep the positions that
-            their tokens came with.
+        positions: position ids after a cut: `original` keeps those that the tokens came with
+            (with gaps), `repacked` renumbers 0..n-1 from there on; for a method on the cache, those
+            of the tokens that are decoded. Default: every method does what its paper does; models
+            with M-RoPE always keep the original ones.
         clip: the text encoder of the model's CLIP vision tower, for methods that compare the two.
         **fields_and_budget: exactly one of `keep_ratio`, `keep_tokens`, `average_tokens`,
             `flops_ratio`, and fields of the method. Only with a single name.
@@ -148,14 +149,15 @@ def patch(
                 f"{call.name}(official=True) reproduces a defect of the published code on golden "
                 f"data and may keep a wrong number of tokens: leave it out to prune a model."
             )
-    mode = _positions(family, calls, positions)
+        _check_decoder(call, family, model)
+    modes = _positions(family, calls, positions)
     _refuse_compiled(model, family)
     if (tokens := family.fixed_tokens(model)) is not None:
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
     if clip is not None:
         _check_clip(clip, family, model)
     unpatch(model)
-    handle = Handle(Engine(model, family, calls, mode, clip))
+    handle = Handle(Engine(model, family, calls, modes, clip))
     model.__dict__[_HANDLE] = handle
     return handle
 
@@ -188,7 +190,7 @@ def _calls(
                 f"{call!r} is no method: give a name, vlmprune.method(...), or a list of these."
             )
     for place in Place:
-        same = [call.name for call in calls if call.method.place is place]
+        same = [call.name for call in calls if place in call.method.places]
         if len(same) > 1:
             raise MethodFieldError(
                 f"{' and '.join(same)} all act {place.value}: combine methods that act at "
@@ -246,26 +248,49 @@ def _check_clip(clip: ClipText, family: Family, model: nn.Module) -> None:
         )
 
 
+def _check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
+    """Refuse a decoder whose modules a method inside it cannot read."""
+    text: Any = family.text_model(model)
+    needs = call.method.needs(family.shape(model))
+    inside = any(isinstance(need, LayerSignal) for need in needs)
+    if inside:
+        for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "input_layernorm"):
+            try:
+                text.layers[0].get_submodule(path)
+            except AttributeError:
+                raise UnsupportedModelError(
+                    f"{call.name} reads decoder layers by the names of Llama's modules, and "
+                    f"{type(text).__name__} has no {path}: use a method that acts before the LLM."
+                ) from None
+    if call.method.place is not Place.CACHE:
+        return
+    kinds = {layer_kind(text.config, layer) for layer in range(text.config.num_hidden_layers)}
+    if kinds != {"full_attention"}:
+        raise UnsupportedModelError(
+            f"{call.name} works on the KV cache of layers that see the whole prompt, and this "
+            f"decoder has {', '.join(sorted(kinds))}: use a method that acts before the LLM or in "
+            f"the decoder."
+        )
+    if isinstance(call.method, Attending) and "flex" in (text.config._attn_implementation or ""):
+        raise UnsupportedModelError(
+            f"{call.name} exchanges the keys of a decoding step, which the block masks of flex "
+            f'attention do not allow: call model.set_attn_implementation("sdpa") first.'
+        )
+
+
 def _positions(
     family: Family, calls: tuple[MethodCall, ...], wanted: Positions | None
-) -> Positions:
+) -> dict[Place, Positions]:
+    """The mode at every place where a method acts."""
     if wanted not in (None, "original", "repacked"):
         raise MethodFieldError(f'positions={wanted!r} is unknown: use "original" or "repacked".')
-    if family.mrope:
-        if wanted == "repacked":
-            raise MethodFieldError(
-                f'positions="repacked" has no meaning for {family.name}, whose rotary positions '
-                f'have several axes (M-RoPE): leave positions out or use "original".'
-            )
-        return "original"
-    first = calls[0].method
-    if first.place is Place.DECODER and wanted == "repacked":
+    if family.mrope and wanted == "repacked":
         raise MethodFieldError(
-            f'positions="repacked" is not what {first.name} does, which cuts inside the decoder '
-            f"and keeps the original positions as its paper does: leave positions out or use "
-            f'"original".'
+            f'positions="repacked" has no meaning for {family.name}, whose rotary positions '
+            f'have several axes (M-RoPE): leave positions out or use "original".'
         )
-    return wanted or first.positions
+    own: Positions | None = "original" if family.mrope else wanted
+    return {place: own or call.method.positions for call in calls for place in call.method.places}
 
 
 def _refuse_compiled(model: nn.Module, family: Family) -> None:

@@ -1,58 +1,53 @@
 """A prefill with visual tokens on its way through the text model, which it enters shortened.
 
-`begin` shortens the text model's inputs; then the layers ask `Prefill` for theirs, cut by cut;
-`Prefill.restore` brings the hidden states back to the caller's length.
+`begin` shortens the text model's inputs; then the layers ask `Prefill` for theirs, cut by cut, and
+show it what the methods declared; `Prefill.finish` brings the hidden states back to the caller's
+length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..prune.contract import TextAttention, Positions, Signal, VisualTokens
-from ..prune.errors import UnsupportedFeatureError
-from . import probes
+from ..prune.budget import Stage
+from ..prune.contract import (
+    LayerSignal,
+    Place,
+    Selection,
+    TextAttention,
+    VisualTokens,
+)
+from ..prune.errors import UnsupportedFeatureError, VlmpruneError
+from ..prune.tiling import Tiling
 from .cache import PrunedState, make_pruned, pruned_state
-from .encoding import Encoded, EncodedImage, choose
+from .compression import Compression, attend_budget, entries_to_keep, refuse_cache
+from .encoding import Encoded, choose
 from .family import Modality
+from .listening import (
+    Here,
+    Prompts,
+    Rotary,
+    hear_ahead,
+    hear_attention,
+    hear_input,
+    hear_neurons,
+    hear_positions,
+    hear_step,
+)
 from .masks import layer_kind, layer_mask
-from .report import Last, StageReport, Stopwatch
+from .placed import PlacedImage, place
+from .report import Last, StageReport
 from .sequence import Layout, gather_columns
 from .setup import Setup
 
-Chosen = dict[tuple[int, int], Tensor]
-"""What each cut (layer, number of the image) left alive, within one generate()."""
-
-
-@dataclass
-class PlacedImage:
-    """An image or video in the batch. `rows` are its sample's rows (several under beam search)."""
-
-    encoded: EncodedImage
-    sample: int
-    rows: Tensor
-    columns: Tensor
-    """Columns of its placeholders in the caller's sequence, (N,)."""
-    alive: Tensor
-    """Slots that are alive so far, numbers of placeholders, ascending."""
-    stopwatch: Stopwatch
-
-    def mark(self, keep: Tensor, alive: Tensor) -> None:
-        """Make exactly `alive` of this image's tokens survive in `keep` (B, L), in place."""
-        rows = self.rows[:, None]
-        keep[rows, self.columns[self.alive]] = False
-        keep[rows, self.columns[alive]] = True
-        self.alive = alive
-
-    @property
-    def tokens(self) -> Tensor:
-        """Numbers of the tokens alive, ascending."""
-        return self.encoded.tokens_at(self.alive)
+Chosen = dict[tuple[int, int], Selection]
+"""What each cut (layer, number of the image) chose, within one generate()."""
 
 
 @dataclass
@@ -60,67 +55,137 @@ class Prefill:
     """The state of one prefill. `cache` and `state` are None where nothing is cached."""
 
     setup: Setup
-    images: list[PlacedImage]
+    prompts: Prompts
     length: int
     """L of the caller's sequence."""
     first: Layout
     """The batch as it enters layer 0."""
+    ids: Tensor
+    """(B | 1, L) or (axes, B, L): the caller's position ids."""
+    gone: Tensor | None
+    """(B, L): how many positions were closed up before each column; None: none."""
     cache: Any
     state: PrunedState | None
     last: Last
     chosen: Chosen | None
+    compression: Compression | None
 
     layout: Layout = field(init=False)
     """The batch as it enters the current layer."""
     padding: Tensor | None = field(init=False)
     """Which stored and new columns of the current segment are tokens; None: all of them."""
+    positions: Tensor = field(init=False)
+    """Like `ids`: the position that the token of each column has in the current layer, but for what
+    earlier turns closed up."""
+    _source: Tensor | None = None
+    """(B, L): the caller's column whose token is in each column; None: its own."""
     _past: dict[int, int] = field(default_factory=dict)
     """Columns stored before this prefill, per segment."""
-    _rows: dict[int, Tensor] = field(default_factory=dict)
-    """Attention of the last token to the current columns, by the layer it was read in."""
+    _projected: dict[int, Tensor] = field(default_factory=dict)
+    """Key projections of a layer's input, made while choosing, that the layer need not repeat."""
+    _layouts: dict[int, Layout] = field(default_factory=dict)
+    """The batch as it enters each segment."""
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layout = self.first
+        self._source = _moved(self.images, *self.prompts.real.shape)
+        if self.gone is not None:  # re-packed positions follow the rows, whatever tokens they are
+            self.positions = self.ids - self.gone
+        elif self._source is not None:
+            self.positions = _gathered(self.ids, self._source)
+        else:
+            self.positions = self.ids
         self._enter_segment(0)
 
-    def cuts_at(self, layer: int) -> bool:
-        return any(stage.layer == layer for image in self.images for stage in image.encoded.plan)
+    @property
+    def images(self) -> list[PlacedImage]:
+        return self.prompts.images
 
-    def hear(self, layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
-        """Read the last token's attention in `layer`, where the next layer is to be cut."""
-        if self.cuts_at(layer + 1):
-            past = self._past[self.setup.start_of(layer)]
-            row = probes.last_row(query, key, mask, scaling, past + self.layout.length)
-            self._rows[layer] = row[:, past:]
+    # --- what methods declared ---------------------------------------------------------------
+
+    def _wanted(self, layer: int, kind: tuple[type[LayerSignal], ...] = ()) -> list[LayerSignal]:
+        """Signals of a layer that a later cut, or one of this layer, will ask for."""
+        if self.chosen or not any(
+            stage.layer >= layer for image in self.images for stage in image.plan
+        ):
+            return []
+        found = [need for need in self.setup.heard if need.layer == layer]
+        return [need for need in found if isinstance(need, kind)] if kind else found
+
+    def _here(self, layer: int) -> Here:
+        kind = layer_kind(self.setup.config, layer)
+        window = self.setup.config.sliding_window if kind == "sliding_attention" else None
+        start = self.setup.start_of(layer)
+        return Here(self.layout, self._past[start], self.padding, window)
+
+    def hear_attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Queries and keys of a layer, as its attention uses them."""
+        if self.compression is not None:
+            self.compression.hear(layer, query, key, scaling)
+        if needs := self._wanted(layer):
+            with self.images[0].stopwatch:
+                hear_attention(needs, self.prompts, self._here(layer), query, key, scaling)
+
+    def hear_step(self, layer: int, module: str, before: Tensor, after: Tensor) -> None:
+        """Input and output of a layer's attention or MLP."""
+        if needs := self._wanted(layer):
+            with self.images[0].stopwatch:
+                hear_step(needs, module, self.prompts, self._here(layer), before, after)
+
+    def hear_neurons(self, layer: int, activations: Tensor) -> None:
+        """The input of the last projection of a layer's MLP."""
+        if needs := self._wanted(layer):
+            with self.images[0].stopwatch:
+                hear_neurons(needs, self.prompts, self._here(layer), activations)
+
+    def keys_of(self, layer: int, given: Tensor) -> Tensor | None:
+        """The key projection of `given` (B, length, D), if it was made already."""
+        keys = self._projected.pop(layer, None)
+        return keys if keys is not None and keys.shape[:2] == given.shape[:2] else None
+
+    # --- layers ------------------------------------------------------------------------------
 
     def enter_layer(
-        self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]
+        self, layer: int, module: Any, hidden: Tensor, kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The inputs of a decoder layer behind the first cut, which may be this layer's own.
+        """The inputs of a decoder layer: shortened, if it is to be cut.
 
         The model goes on passing rotary tables, mask and positions for its first layer.
         """
         setup, start = self.setup, self.setup.start_of(layer)
-        if layer == start:
-            before = self.layout
-            if self.cuts_at(layer):
-                self.layout = self._cut(layer)
-                hidden = gather_columns(hidden, before.then(self.layout))
+        if layer == start and layer:
+            if any(stage.layer == layer for image in self.images for stage in image.plan):
+                hidden = self._cut(layer, module, hidden, kwargs["position_embeddings"])
             self._enter_segment(start)
-        cos, sin = kwargs["position_embeddings"]
-        rotary, mask = ("rotary", start, id(cos)), ("mask", start, layer_kind(setup.config, layer))
-        if rotary not in self._memo:
-            columns = self.first.then(self.layout)
-            self._memo[rotary] = (gather_columns(cos, columns), gather_columns(sin, columns))
-        if mask not in self._memo:
-            self._memo[mask] = layer_mask(setup.config, layer, hidden, self.padding, self.cache)
-        return hidden, {
-            **kwargs,
-            "position_embeddings": self._memo[rotary],
-            "attention_mask": self._memo[mask],
-            "position_ids": None,
-        }
+        if start:
+            mask = ("mask", start, layer_kind(setup.config, layer))
+            if mask not in self._memo:
+                self._memo[mask] = layer_mask(setup.config, layer, hidden, self.padding, self.cache)
+            kwargs = {
+                **kwargs,
+                "position_embeddings": self._rotary(start, hidden, kwargs["position_embeddings"]),
+                "attention_mask": self._memo[mask],
+                "position_ids": None,
+            }
+        if needs := self._wanted(layer):
+            with self.images[0].stopwatch:
+                rotary = kwargs["position_embeddings"]
+                hear_positions(needs, self.prompts, self._here(layer), rotary)
+        return hidden, dict(kwargs)
+
+    def _rotary(self, start: int, hidden: Tensor, given: Rotary) -> Rotary:
+        """Tables for the segment, (B, length, D_head) each; `given` are those of the first."""
+        if not start:
+            return given
+        key = ("rotary", start, hidden.device)
+        if key not in self._memo:
+            ids = self.positions
+            if self.state is not None and (shift := self.state.segment(start).shift) is not None:
+                added = 0 if self.gone is None else self.gone[:, -1:]
+                ids = ids - (shift - added)
+            self._memo[key] = self.setup.rotary(hidden, self.layout.shorten(ids, ids.dim() - 1))
+        return self._memo[key]
 
     def visual_alive(self, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Where visual tokens are in the current layer, and which ones of the caller's they are.
@@ -134,20 +199,34 @@ class Prefill:
             (B, length) bool, and numbers (rows,) among the placeholders in the order of the batch.
         """
         number = visual.flatten().cumsum(0).view_as(visual) - 1
-        moved = _moved(self.images, *visual.shape)
-        if moved is not None:
-            number = number.gather(1, moved.to(number.device))
+        if self._source is not None:
+            number = number.gather(1, self._source.to(number.device))
         here = self.layout.shorten(visual) & self.layout.valid
         return here, self.layout.shorten(number)[here]
 
-    def restore(self, hidden: Tensor) -> Tensor:
-        """Final hidden states at the caller's length, (B, L, D)."""
-        _report_alive(self.last, self.images)
+    def after_attention(self, layer: int, module: Any, kwargs: Mapping[str, Any]) -> None:
+        """A layer has stored its keys and values."""
+        if self.compression is not None:
+            visual = self.prompts.real & ~self.prompts.text
+            here = self._here(layer)
+            self.compression.after_attention(layer, module, kwargs, here, visual)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Final hidden states at the caller's length, (B, L, D); the report is complete."""
+        if self.compression is not None and self.state is not None:
+            self.compression.finish(self.state, self.last, self._layouts)
+        last, images = self.last, self.images
+        last.kept = [image.tokens for image in images]
+        last.order = [image.order for image in images]
+        last.tokens_kept = [len(image.slots) for image in images]
+        last.members = [image.members for image in images]
+        last.plans = [image.plan for image in images]
         return self.layout.restore(hidden)
 
     def _enter_segment(self, start: int) -> None:
         """The layers from `start` on store `self.layout`: record it in the cache's state."""
         self.padding, self._past[start] = self.layout.padding, 0
+        self._layouts[start] = self.layout
         if self.state is None:
             return
         segment = self.state.segment(start)
@@ -156,38 +235,145 @@ class Prefill:
             self.padding = segment.extended(past, self.layout.valid)
         segment.padding = self.padding
         segment.dropped += self.length - self.layout.length
+        if self.gone is not None:
+            before = 0 if segment.shift is None else segment.shift
+            segment.shift = self.gone[:, -1:] + before
 
-    def _cut(self, layer: int) -> Layout:
-        """Let the method of this layer choose, image by image; returns the shorter layout."""
-        keep = self.layout.keep.clone()
+    # --- a cut -------------------------------------------------------------------------------
+
+    def _cut(self, layer: int, module: Any, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Let the method of this layer choose, image by image; returns the shorter input."""
+        projected = self._hear_before(layer, module, hidden, rotary)
+        repacks = self.setup.positions[Place.DECODER] == "repacked"
+        moves: list[tuple[PlacedImage, Selection, tuple[Tensor, Tensor]]] = []
+        orders: list[Tensor | None] = [None] * len(self.images)
+        groups: list[Tensor | None] = [None] * len(self.images)
         name = ""
-        for number, image in enumerate(self.images):
-            stage = next((s for s in image.encoded.plan if s.layer == layer), None)
-            if stage is None:
-                continue
+        for numbers, stage in self._groups(layer):
             name = stage.call.name
-            alive = (self.chosen or {}).get((layer, number))
-            if alive is None:
-                row = image.rows[0]
-                place = self.layout.place[row, image.columns[image.alive]]
-                signals: dict[Signal, Tensor] = {
-                    need: self._rows[need.layer][row, place]
-                    for need in stage.call.method.needs(self.setup.shape)
-                    if isinstance(need, TextAttention) and need.layer in self._rows
-                }
-                tokens = VisualTokens(
-                    num_tokens=len(image.alive),
-                    tiling=image.encoded.tiling,
-                    shape=self.setup.shape,
-                    signals=signals,
-                    alive=image.alive,
-                )
-                alive = image.alive[choose(stage, tokens, image.stopwatch).kept]
-            if self.chosen is not None:
-                self.chosen[layer, number] = alive
-            image.mark(keep, alive)
-        self.last.stages.append(StageReport(name, layer, [i.tokens for i in self.images]))
-        return Layout.of(keep)
+            for number, chosen in self._choices(layer, numbers, stage):
+                image = self.images[number]
+                moved = image.apply(chosen)
+                image.done(next(s for s in image.plan if s.layer == layer))
+                orders[number], groups[number] = chosen.order, chosen.groups
+                if moved is not None:
+                    moves.append((image, chosen, moved))
+        hidden = self._move(hidden, moves)
+        keep = self.layout.keep.clone()
+        for image in self.images:
+            image.mark(keep)
+        before, self.layout = self.layout, Layout.of(keep)
+        columns = before.then(self.layout)
+        if projected is not None and not moves:
+            self._projected[layer] = gather_columns(projected, columns)
+        if repacks:
+            self.gone = (self.prompts.real & ~self.layout.keep).cumsum(1)
+            self.positions = self.ids - self.gone
+        self.last.stages.append(
+            StageReport(
+                method=name,
+                layer=layer,
+                kept=[image.tokens for image in self.images],
+                positions="repacked" if repacks else "original",
+                order=orders,
+                groups=groups,
+            )
+        )
+        return gather_columns(hidden, columns)
+
+    def _hear_before(
+        self, layer: int, module: Any, hidden: Tensor, rotary: Rotary
+    ) -> Tensor | None:
+        """Read what is declared of the uncut input; the layer's key projection, if it was made."""
+        if not (needs := self._wanted(layer)):
+            return None
+        before = max(start for start in self.setup.starts if start < layer)
+        rotary = self._rotary(before, hidden, rotary)
+        here = self._here(layer - 1)
+        with self.images[0].stopwatch:
+            with torch.no_grad():
+                hear_input(needs, self.prompts, here, hidden)
+            if not any(isinstance(need, TextAttention) and need.ahead for need in needs):
+                return None
+            stored = None
+            if past := int(self.cache.physical_length(layer)) if self.state is not None else 0:
+                stored = self.cache.layers[layer].keys[:, :, :past]
+                own = self.state.segment(layer)  # type: ignore[union-attr]
+                valid = self.layout.valid
+                if own.padding is None:
+                    own_valid = torch.cat([valid.new_ones(len(valid), past), valid], 1)
+                else:
+                    own_valid = own.extended(past, valid)
+                here = Here(self.layout, past, own_valid, here.window)
+            return hear_ahead(needs, self.prompts, here, module, hidden, rotary, stored)
+
+    def _groups(self, layer: int) -> list[tuple[list[int], Stage]]:
+        """Images that are chosen from together at this layer: one, or those before the last."""
+        groups: dict[tuple[int, int], tuple[list[int], Stage]] = {}
+        for number, image in enumerate(self.images):
+            for stage in image.plan:
+                if stage.layer == layer:
+                    pooled = stage.images == "context"
+                    key = (image.sample, -1 if pooled else number)
+                    groups.setdefault(key, ([], stage))[0].append(number)
+        return list(groups.values())
+
+    def _choices(self, layer: int, numbers: list[int], stage: Stage) -> list[tuple[int, Selection]]:
+        """What is kept of each of some images."""
+        done = self.chosen or {}
+        if (layer, numbers[0]) in done:
+            return [(number, done[layer, number]) for number in numbers]
+        images = [self.images[number] for number in numbers]
+        sizes = [len(image.slots) for image in images]
+        if not sum(sizes):
+            nothing = images[0].slots
+            found = [(number, Selection(kept=nothing)) for number in numbers]
+        else:
+            keep = sum(next(s.keep for s in image.plan if s.layer == layer) for image in images)
+            signals = {
+                need: torch.cat([image.signals[need] for image in images])
+                if need.per == "token"
+                else images[0].signals[need]
+                for need in images[0].signals
+            }
+            tokens = VisualTokens(
+                num_tokens=sum(sizes),
+                tiling=_joined([image.encoded.tiling for image in images]),
+                shape=self.setup.shape,
+                signals=signals,
+                alive=torch.cat([image.row_tokens for image in images]),
+                layer=layer,
+            )
+            chosen = choose(replace(stage, keep=keep), tokens, images[0].stopwatch)
+            parts = [chosen] if len(images) == 1 else _split(stage, chosen, sizes)
+            found = list(zip(numbers, parts, strict=True))
+        if self.chosen is not None:
+            self.chosen.update({(layer, number): part for number, part in found})
+        return found
+
+    def _move(
+        self,
+        hidden: Tensor,
+        moves: list[tuple[PlacedImage, Selection, tuple[Tensor, Tensor]]],
+    ) -> Tensor:
+        """Put merged and moved rows into their slots, and note whose tokens they are."""
+        if not moves:
+            return hidden
+        moved, length = hidden.clone(), self.prompts.real.shape[1]
+        own = torch.arange(length, device=hidden.device).repeat(len(hidden), 1)
+        source = own.clone()
+        for image, chosen, (left, entered) in moves:
+            for row in image.rows.tolist():
+                rows = hidden[row, self.layout.place[row, left]]
+                if chosen.features is not None:
+                    everywhere = torch.arange(len(rows), device=rows.device)
+                    at = everywhere if chosen.rows is None else chosen.rows
+                    rows = rows.index_copy(0, at, chosen.features.to(rows))
+                moved[row, self.layout.place[row, entered]] = rows
+                source[row, entered] = left
+        self._source = source if self._source is None else self._source.gather(1, source)
+        self.positions = _gathered(self.positions, source)
+        return moved
 
 
 def begin(
@@ -218,19 +404,23 @@ def begin(
     real = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
     if mask is not None:
         real = mask[:, -length:].to(embeds.device, torch.bool)
-    images, samples = _place(encoded, visual)
+    images, samples = place(setup, encoded, visual)
     somewhere = torch.stack(list(visual.values())).any(0)
-    last = _report(setup, images, (real & ~somewhere).sum(1)[:: batch // samples])
+    text = real & ~somewhere
+    last = _report(setup, images, text.sum(1)[:: batch // samples])
+    keeps = entries_to_keep(setup, images, last.text_tokens)
     state = pruned_state(cache)
-    if state is None and not any(image.encoded.plan for image in images):
+    if state is None and keeps is None and not any(image.plan for image in images):
         return None, last
 
     keep = real.clone()
     for image in images:
-        image.mark(keep, image.encoded.slots)
+        image.mark(keep)
     first = Layout.of(keep)
     if cache is None and _wants_cache(kwargs, setup.config):
         cache = kwargs["past_key_values"] = DynamicCache(config=setup.config)
+    if keeps is not None:
+        refuse_cache(setup, cache)
     if cache is not None:
         new = state is None
         state = make_pruned(cache, setup.ticket, setup.starts)
@@ -241,77 +431,36 @@ def begin(
         state.uncroppable = (
             stored + first.length - min(_trailing_text(real, somewhere), first.length)
         )
+        attend_budget(state, keeps, batch // samples)
     ids = kwargs.get("position_ids")
     if ids is None:
         seen = cache.get_seq_length() if cache is not None else 0
         ids = torch.arange(length, device=embeds.device)[None] + seen
-    ids = _sources(ids[..., -length:], images, setup.positions, batch)
-    kwargs["position_ids"] = _positions(setup, ids, first, real, state)
-    kwargs["inputs_embeds"] = first.shorten(embeds)
+    ids = ids[..., -length:]
+    repacks = setup.positions.get(Place.BEFORE_LLM) == "repacked"
+    before = [stage for image in images for stage in image.plan if stage.layer == 0]
+    gone = (real & ~first.keep).cumsum(1) if repacks and before else None
+    earlier = None if state is None else state.segments[0].shift
     prefill = Prefill(
         setup=setup,
-        images=images,
+        prompts=Prompts(images, real, text, embeds),
         length=length,
         first=first,
+        ids=ids,
+        gone=gone,
         cache=cache,
         state=state,
         last=last,
         chosen=chosen,
+        compression=Compression.of(setup, cache, keeps, samples, batch // samples),
     )
+    kwargs["position_ids"] = _positions(prefill, ids, earlier)
+    kwargs["inputs_embeds"] = first.shorten(embeds)
     kwargs["attention_mask"] = prefill.padding
     if prefill.padding is None and cache is None:
         # Without mask and cache, gaps in the positions would read as packed sequences.
         kwargs["attention_mask"] = first.valid
     return prefill, last
-
-
-def _place(
-    encoded: Mapping[Modality, Encoded], visual: Mapping[Modality, Tensor]
-) -> tuple[list[PlacedImage], int]:
-    """All images in the order of the prompts, and the number of samples."""
-    placed, samples = [], 1
-    for modality, of_call in encoded.items():
-        images, samples = _place_one(modality, of_call, visual[modality])
-        placed += images
-    placed.sort(key=lambda image: (image.sample, int(image.columns[0])))
-    return placed, samples
-
-
-def _place_one(
-    modality: Modality, encoded: Encoded, visual: Tensor
-) -> tuple[list[PlacedImage], int]:
-    """Find each image's columns, and the number of samples.
-
-    Beams repeat a sample's rows, which share its images.
-    """
-    what = modality.name
-    counts = visual.sum(1).tolist()
-    tokens = sum(image.num_tokens for image in encoded.images)
-    repeats, rest = divmod(sum(counts), tokens) if tokens else (1, sum(counts))
-    repeats = max(1, repeats)
-    if rest or len(counts) % repeats:
-        raise UnsupportedFeatureError(
-            f"The batch has {sum(counts)} {what} placeholders for {tokens} visual tokens: "
-            f"input_ids and {what}s do not belong together."
-        )
-    columns = visual.nonzero()[:, 1].split(counts)
-    placed: list[PlacedImage] = []
-    todo = iter(encoded.images)
-    for sample, row in enumerate(range(0, len(counts), repeats)):
-        rows = torch.arange(row, row + repeats, device=visual.device)
-        used = 0
-        while used < counts[row]:
-            image = next(todo).to(visual.device)
-            cols = columns[row][used : used + image.num_tokens]
-            alive = torch.arange(image.num_tokens, device=visual.device)
-            placed.append(PlacedImage(image, sample, rows, cols, alive, encoded.stopwatch))
-            used += image.num_tokens
-        if used != counts[row]:
-            raise UnsupportedFeatureError(
-                f"Row {row} has {counts[row]} {what} placeholders, which is no whole number of "
-                f"its {what}s' tokens: input_ids and {what}s do not belong together."
-            )
-    return placed, len(counts) // repeats
 
 
 def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
@@ -323,80 +472,79 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
                 read.setdefault(f"{call.name}: {type(need).__name__}", []).append(need.layer)
     last = Last(
         tilings=[image.encoded.tiling for image in images],
-        kept=[image.encoded.tokens_at(image.encoded.slots) for image in images],
-        order=[image.encoded.selection.order for image in images],
-        tokens_kept=[len(image.encoded.slots) for image in images],
-        members=[image.encoded.selection.groups for image in images],
+        kept=[image.tokens for image in images],
+        order=[image.order for image in images],
+        tokens_kept=[len(image.slots) for image in images],
+        members=[image.members for image in images],
         image_sample=[image.sample for image in images],
         text_tokens=text.tolist(),
-        plans=[image.encoded.plan for image in images],
-        positions=setup.positions,
+        plans=[image.plan for image in images],
+        positions=setup.reported_positions,
         num_layers=setup.shape.decoder.num_layers,
         layers_read=read,
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
     )
-    before = [stage for image in images for stage in image.encoded.plan if stage.layer == 0]
+    before = [stage for image in images for stage in image.plan if stage.layer == 0]
     if before:
-        last.stages.append(StageReport(before[0].call.name, 0, list(last.kept)))
+        mode = setup.positions[Place.BEFORE_LLM]
+        last.stages.append(StageReport(before[0].call.name, 0, list(last.kept), mode))
     return last
 
 
-def _report_alive(last: Last, images: list[PlacedImage]) -> None:
-    """What is alive after the last cut, once the decoder has run."""
-    last.kept = [image.tokens for image in images]
-    last.tokens_kept = [len(image.alive) for image in images]
-    last.members = [image.encoded.members_at(image.alive) for image in images]
-    last.order = [
-        None if image.encoded.selection.order is None else image.encoded.rows_at(image.alive)
-        for image in images
-    ]
+def _joined(tilings: list[Tiling]) -> Tiling:
+    """Several images as one after the other."""
+    return tilings[0] if len(tilings) == 1 else Tiling(sum((t.blocks for t in tilings), ()))
 
 
-def _sources(ids: Tensor, images: list[PlacedImage], positions: Positions, batch: int) -> Tensor:
-    """Position ids where each row has that of its own token, not that of its slot.
-
-    Re-packed positions follow the order of the rows, whatever tokens they were.
-    """
-    columns = _moved(images, batch, ids.shape[-1])
-    if columns is None or positions == "repacked":
-        return ids
-    if ids.dim() == 2:
-        return gather_columns(ids, columns)
-    axes = [gather_columns(axis, columns) for axis in ids]
-    if len(axes) == 4:  # row 0 only tells packed sequences
-        axes[0] = ids[0]
-    return torch.stack(axes)
+def _split(stage: Stage, chosen: Selection, sizes: list[int]) -> list[Selection]:
+    """A choice from several images, image by image."""
+    if chosen.order is not None or chosen.features is not None:
+        raise VlmpruneError(
+            f"{stage.call.name} merged or moved rows at a cut that pools images, where tokens can "
+            f"only be kept or dropped."
+        )
+    parts, start = [], 0
+    for size in sizes:
+        inside = (chosen.kept >= start) & (chosen.kept < start + size)
+        parts.append(Selection(kept=chosen.kept[inside] - start))
+        start += size
+    return parts
 
 
 def _moved(images: list[PlacedImage], batch: int, length: int) -> Tensor | None:
     """(B, L) the column whose token is in each column; None where every token is in its own."""
-    moved = [image for image in images if image.encoded.selection.order is not None]
+    moved = [image for image in images if image.order is not None]
     if not moved:
         return None
     columns = torch.arange(length, device=moved[0].columns.device).repeat(batch, 1)
     for image in moved:
-        slots = image.columns[image.encoded.slots]
+        slots = image.columns[image.slots]
         columns[image.rows[:, None], slots] = image.columns[image.encoded.sources]
     return columns
 
 
-def _positions(
-    setup: Setup, ids: Tensor, layout: Layout, real: Tensor, state: PrunedState | None
-) -> Tensor:
-    """Position ids of the kept columns: (B, K), or (3 | 4, B, K) for M-RoPE."""
-    gone = (real & ~layout.keep).cumsum(1)
-    if ids.dim() == 3:
-        short = layout.shorten(ids, dim=2)
-        if len(ids) == 4:  # row 0 only tells packed sequences: it must have no gaps
-            short = torch.cat([layout.shorten(ids[0] - gone)[None], short[1:]])
-        return short
-    if setup.positions == "original":
-        return layout.shorten(ids)
-    if state is not None:
-        if state.shift is not None:
-            gone = gone + state.shift
-        state.shift = gone[:, -1:]
-    return layout.shorten(ids - gone)
+def _gathered(ids: Tensor, columns: Tensor) -> Tensor:
+    """Position ids of the tokens in `columns` (B, L)."""
+    if ids.dim() == 2:
+        return gather_columns(ids, columns)
+    return torch.stack([gather_columns(axis, columns) for axis in ids])
+
+
+def _positions(prefill: Prefill, ids: Tensor, shift: Tensor | None) -> Tensor:
+    """Position ids of the columns that enter the first layer: (B, K), or (3 | 4, B, K) for M-RoPE.
+
+    Args:
+        shift: (B, 1), what earlier turns closed up.
+    """
+    positions, first = prefill.positions, prefill.first
+    if shift is not None:
+        positions = positions - shift
+    short = first.shorten(positions, dim=positions.dim() - 1)
+    if len(short) == 4 and short.dim() == 3:
+        # Row 0 only tells packed sequences: it must have no gaps.
+        gone = (prefill.prompts.real & ~first.keep).cumsum(1)
+        short = torch.cat([first.shorten(ids[0] - gone)[None], short[1:]])
+    return short
 
 
 def _trailing_text(real: Tensor, visual: Tensor) -> int:

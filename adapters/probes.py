@@ -23,6 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 Listener = Callable[..., None]
 """Called as `listener(query, key, attention_mask, scaling, **kwargs)`, (B, H, L, D_head) each."""
 
+Exchange = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor, Any]]
+
 _QUERY_CHUNK = 64
 _PREFIX = "vlmprune_"
 _lock = threading.Lock()
@@ -30,9 +32,14 @@ _uses: Counter[str] = Counter()
 
 
 class Tap:
-    """One attention module that shows its queries and keys to `listeners` until `remove()`."""
+    """One attention module that shows its queries and keys to `listeners` until `remove()`.
 
-    def __init__(self, module: Any, listeners: list[Listener]) -> None:
+    `instead` may exchange what the attention computes with: (query, key, value, mask), or None.
+    """
+
+    def __init__(
+        self, module: Any, listeners: list[Listener], instead: Exchange | None = None
+    ) -> None:
         self._module = module
         self._config = module.config
         # "flash" must stay inside the name: transformers recognises flash attention by substring.
@@ -44,7 +51,7 @@ class Tap:
         self._release = weakref.finalize(module, _release, self._name)
         config = copy.copy(self._config)
         config._attn_implementation_internal = self._name
-        config._vlmprune_tap = (self._config, listeners)
+        config._vlmprune_tap = (self._config, listeners, instead)
         module.config = config
 
     def remove(self) -> None:
@@ -68,9 +75,11 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    config, listeners = module.config._vlmprune_tap
+    config, listeners, instead = module.config._vlmprune_tap
     for listener in listeners:
         listener(query, key, attention_mask, **kwargs)
+    if instead is not None:
+        query, key, value, attention_mask = instead(query, key, value, attention_mask)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     return attention(module, query, key, value, attention_mask, **kwargs)
@@ -120,17 +129,38 @@ def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return key.transpose(1, 2)
 
 
-def last_row(
-    query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float, length: int
+def attention_of(query: Tensor, key: Tensor, seen: Tensor | None, scaling: float) -> Tensor:
+    """Attention of some rows of one prompt: softmax over the keys that each sees, (H, Q, S).
+
+    Args:
+        query: (H, Q, D_head).
+        key: (H_kv, S, D_head).
+        seen: (Q, S) bool, None where every row sees all keys.
+    """
+    return _rows(query[None], key[None], seen, scaling)[0]
+
+
+def received_of(
+    query: Tensor, key: Tensor, past: int, scaling: float, window: int | None
 ) -> Tensor:
-    """Attention of the last query over the first `length` keys, head mean: (B, length)."""
-    key = key[:, :, :length]
-    row: Tensor | None = None
-    if attention_mask is not None and attention_mask.dim() == 4:
-        row = attention_mask[:, :, -1:, :length]
-    elif attention_mask is not None:  # flash attention: a 2-D mask of the keys
-        row = attention_mask[:, None, None, -length:].bool()
-    return _rows(query[:, :, -1:], key, row, scaling).mean(1).squeeze(1)
+    """Attention that the entries of one prompt receive: head mean, summed over rows, (S,).
+
+    Args:
+        query: (H, L, D_head), the new rows; row i sees the first `past + i + 1` keys, of which
+            the last `window`.
+        key: (H_kv, S, D_head), S = past + L.
+    """
+    total = torch.zeros(key.shape[1], device=key.device, dtype=torch.float32)
+    for start in range(0, query.shape[1], _QUERY_CHUNK):
+        chunk = query[:, start : start + _QUERY_CHUNK]
+        last = past + start + chunk.shape[1]
+        columns = torch.arange(last, device=key.device)
+        rows = torch.arange(last - chunk.shape[1], last, device=key.device)
+        seen = columns <= rows[:, None]
+        if window is not None:
+            seen &= columns > rows[:, None] - window
+        total[:last] += attention_of(chunk, key[:, :last], seen, scaling).sum((0, 1))
+    return total.div_(query.shape[0])
 
 
 def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

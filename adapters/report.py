@@ -57,11 +57,19 @@ class Stopwatch:
 @dataclass(frozen=True, slots=True)
 class StageReport:
     """One cut: decoder layer `layer` is the first that sees only `kept` (per image, numbers of
-    tokens, ascending)."""
+    tokens, ascending).
+
+    Where rows were merged or moved, `order` says per image which of the rows alive before the cut
+    each row is (-1: none of them), and `groups` holds (2, G) pairs of a row and a row before that
+    was merged into it. `positions` is the mode of this cut.
+    """
 
     method: str
     layer: int
     kept: list[Tensor]
+    positions: Positions = "original"
+    order: list[Tensor | None] = field(default_factory=list)
+    groups: list[Tensor | None] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -96,6 +104,9 @@ class Last:
     members: list[Tensor | None] = field(repr=False)
     """Per image, (2, G) pairs of a row and a token merged into it; see `groups`."""
     stages: list[StageReport] = field(default_factory=list)
+    entries: list[list[Tensor | None]] = field(default_factory=list, repr=False)
+    """[layer][sample]: which entries of the prompt a method on the cache kept, of those that the
+    layer stored: (K,), or (H_kv, K) where key heads keep their own; None: all."""
     note: str | None = None
 
     @classmethod
@@ -136,7 +147,7 @@ class Last:
     @property
     def pruned(self) -> bool:
         """Whether any token was removed."""
-        return bool(self.stages)
+        return self.tokens_kept != self.tokens_in
 
     @property
     def tokens_per_layer(self) -> list[list[int]]:

@@ -29,6 +29,11 @@ class Layout:
         return cls(keep, max(1, int(keep.sum(1).max())))
 
     @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of each row."""
+        return self.keep.sum(1).tolist()
+
+    @cached_property
     def columns(self) -> Tensor:
         """Column of the full batch behind each column of the shortened one: (B, length)."""
         order = torch.argsort(self.keep.to(torch.uint8), dim=1, stable=True)

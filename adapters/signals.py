@@ -20,6 +20,7 @@ from ..prune.contract import (
     EncoderFeatures,
     Features,
     Keys,
+    LayerSignal,
     PixelSeed,
     ReceivedAttention,
     Signal,
@@ -95,7 +96,8 @@ class Reader:
     def read(self, method: BeforeLLM) -> list[dict[Signal, Tensor]]:
         """Per image, each signal that the method declares, as the contract describes it."""
         shape = self._family.shape(self._model)
-        columns = {need: self._column(need, method) for need in method.needs(shape)}
+        needs = [need for need in method.needs(shape) if not isinstance(need, LayerSignal)]
+        columns = {need: self._column(need, method) for need in needs}
         return [{n: columns[n][i] for n in columns} for i in range(len(self._features))]
 
     def _column(self, need: Signal, method: BeforeLLM) -> Sequence[Tensor]:

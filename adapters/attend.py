@@ -1,0 +1,113 @@
+"""Decoding steps that attend to a few of the stored entries.
+
+With re-packed positions keys are stored without their rotation, and turned again for every step to
+the places that they have among the entries attended to; with original positions they stay as they
+are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..prune.contract import Attending, Place
+from .cache import PrunedState
+from .setup import Setup
+
+Tables = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a layer's attention was about to compute: (B, H | H_kv, Q | S, D_head) and a mask."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+
+
+def attend(
+    setup: Setup, state: PrunedState, cache: Any, layer: int, given: Attention, tables: Tables
+) -> Attention:
+    """What a step after the prefill attends to instead.
+
+    More than one new token attends to everything. The new keys are the last ones of `given.key`;
+    where nothing was stored before them, they are attended to as they are.
+    """
+    call = setup.on_cache
+    assert call is not None and isinstance(call.method, Attending)  # noqa: S101  (for the types)
+    query, key, value = given.query, given.key, given.value
+    packed = setup.positions[Place.CACHE] == "repacked"
+    new, length = query.shape[2], key.shape[2]
+    padding = state.segment(layer).padding_to(length)
+    valid = key.new_ones(len(key), length, dtype=torch.bool) if padding is None else padding
+    valid = valid.to(key.device)
+    if packed:
+        _store_unturned(cache.layers[layer], new, tables)
+        if new == length:
+            return given
+        query, key = _turned_back(query, tables), cache.layers[layer].keys
+    picked = None
+    if new == 1:
+        keep = state.attended
+        if keep is not None and call.budget is not None:
+            keep = torch.where(keep < 0, length, keep).to(key.device)
+        else:
+            keep = None
+        picked = call.method.attended(query[:, :, 0], key, valid, keep)
+    mask = given.mask
+    if picked is not None:
+        columns, valid = picked
+        key, value = _columns(key, columns), _columns(value, columns)
+        mask = None if bool(valid.all()) else _mask(setup, valid, query.dtype)
+    if packed:
+        places = (valid.cumsum(1) - 1).clamp_min(0)
+        cos, sin = setup.rotary(query, places)
+        key = _turned(key, (cos, sin))
+        query = _turned(query, (cos[:, -new:], sin[:, -new:]))
+    return Attention(query, key, value, mask)
+
+
+def _store_unturned(stored: Any, new: int, tables: Tables) -> None:
+    """Take the rotation off the last `new` keys that a layer stored."""
+    last = _turned_back(stored.keys[:, :, -new:], tables)
+    stored.keys = torch.cat([stored.keys[:, :, :-new], last], 2)
+
+
+def _columns(tensor: Tensor, columns: Tensor) -> Tensor:
+    index = columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)
+
+
+def _mask(setup: Setup, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which entries one new token of each row sees, as the model's attention wants it."""
+    implementation = setup.config._attn_implementation or "eager"
+    if "flash" in implementation:
+        return valid
+    if implementation == "sdpa":
+        return valid[:, None, None]
+    hidden = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
+    return hidden.masked_fill(~valid, torch.finfo(dtype).min)[:, None, None]
+
+
+def _turned(heads: Tensor, tables: Tables) -> Tensor:
+    cos, sin = (table[:, None] for table in tables)
+    return heads * cos + _quarter(heads) * sin
+
+
+def _turned_back(heads: Tensor, tables: Tables) -> Tensor:
+    """The inverse of `_turned`, also where the tables are scaled (YaRN)."""
+    cos, sin = (table[:, None].float() for table in tables)
+    turned = heads.float()
+    back = (turned * cos - _quarter(turned) * sin) / (cos * cos + sin * sin)
+    return back.to(heads.dtype)
+
+
+def _quarter(heads: Tensor) -> Tensor:
+    """Every pair of coordinates, which are half a head apart, turned by a right angle."""
+    low, high = heads.chunk(2, -1)
+    return torch.cat([-high, low], -1)

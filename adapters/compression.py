@@ -1,0 +1,295 @@
+"""Methods on the KV cache: entries that leave it after prefill, and while decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..prune.budget import entries_kept
+from ..prune.contract import (
+    CacheEntries,
+    Compressed,
+    Compressing,
+    Place,
+    ReceivedInLayer,
+    Signal,
+)
+from ..prune.errors import UnsupportedFeatureError, VlmpruneError
+from .cache import PrunedState
+from .listening import Here, received_in
+from .placed import PlacedImage
+from .report import Last
+from .sequence import Layout
+from .setup import Setup
+
+
+def entries_to_keep(
+    setup: Setup, images: Sequence[PlacedImage], text_tokens: Sequence[int]
+) -> list[int | None] | None:
+    """Per sample, the entries that a method on the cache keeps, None where it does nothing.
+
+    None altogether where it does nothing in any of them, or there is none.
+    """
+    call = setup.on_cache
+    if call is None:
+        return None
+    keeps: list[int | None] = []
+    acts = False
+    for sample, text in enumerate(text_tokens):
+        visual = [image.encoded.num_tokens for image in images if image.sample == sample]
+        keep = entries_kept(call, visual, text)
+        if not visual or (keep is not None and keep >= sum(visual) + text):
+            keeps.append(None)
+        else:
+            keeps.append(keep)
+            acts = True
+    return keeps if acts else None
+
+
+def refuse_cache(setup: Setup, cache: Any) -> None:
+    """Refuse caches that a method on the cache cannot work with."""
+    call = setup.on_cache
+    if call is None:
+        return
+    if cache is None:
+        raise UnsupportedFeatureError(
+            f"{call.name} acts on the KV cache, and use_cache=False keeps none: leave that out, or "
+            f"use a method that acts before the LLM or in the decoder."
+        )
+    kinds = {type(layer).__name__ for layer in cache.layers}
+    if kinds - {"DynamicLayer"}:
+        raise UnsupportedFeatureError(
+            f"{call.name} takes entries out of the KV cache, which {', '.join(sorted(kinds))} "
+            f"does not allow: leave cache_implementation out, so that a DynamicCache is used."
+        )
+
+
+def attend_budget(state: PrunedState, keeps: list[int | None] | None, repeats: int) -> None:
+    """Note how many entries each row attends to while decoding, for methods that evict nothing."""
+    if keeps is not None:
+        rows = [-1 if keep is None else keep for keep in keeps for _ in range(repeats)]
+        state.attended = torch.tensor(rows)
+
+
+@dataclass
+class Compression:
+    """A method that shortens the cache of one prefill, layer by layer, as soon as a layer ran."""
+
+    setup: Setup
+    method: Compressing
+    cache: Any
+    keeps: list[int | None]
+    repeats: int
+    """Rows of the batch per sample."""
+    _heard: tuple[Tensor, Tensor, float] | None = None
+    _kept: list[list[Tensor | None]] = field(default_factory=list)
+    _layouts: dict[int, tuple[Layout, list[int]]] = field(default_factory=dict)
+    """Per segment: the layout of the new entries that stay, and each row's entries before."""
+
+    @classmethod
+    def of(
+        cls,
+        setup: Setup,
+        cache: Any,
+        keeps: list[int | None] | None,
+        samples: int,
+        repeats: int,
+    ) -> Compression | None:
+        """None where no such method acts."""
+        call = setup.on_cache
+        if keeps is None or call is None or not isinstance(call.method, Compressing):
+            return None
+        return cls(setup, call.method, cache, keeps, repeats)
+
+    def hear(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Queries and keys of the layer that runs."""
+        self._heard = query, key, scaling
+
+    @torch.no_grad()
+    def after_attention(
+        self, layer: int, module: Any, kwargs: Mapping[str, Any], here: Here, visual: Tensor
+    ) -> None:
+        """Shorten what the layer has just stored.
+
+        Args:
+            kwargs: arguments of its attention module.
+            visual: (B, L) bool, visual tokens in the caller's sequence.
+        """
+        if self._heard is None:
+            raise VlmpruneError(f"Decoder layer {layer} ran without showing its queries and keys.")
+        stored, layout, past = self.cache.layers[layer], here.layout, here.past
+        marks = layout.shorten(visual)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for row in range(len(stored.keys)):
+            sample, first = divmod(row, self.repeats)
+            count = layout.counts[row]
+            keep = self.keeps[sample]
+            own_keys, own_values = stored.keys[row, :, -count:], stored.values[row, :, -count:]
+            if keep is None or keep >= count:
+                keys.append(own_keys)
+                values.append(own_values)
+                if not first:
+                    kept.append(None)
+                continue
+            if not first:
+                entries = self._entries(layer, module, kwargs, here, row, marks[row, -count:])
+                chosen = _checked(self.method, self.method.compress(entries, keep), keep)
+                kept.append(chosen.kept)
+            keys.append(_kept(chosen.kept, own_keys, chosen.keys))
+            values.append(_kept(chosen.kept, own_values, chosen.values))
+        self._heard = None
+        self._kept.append(kept)
+        start = self.setup.start_of(layer)
+        if start not in self._layouts:
+            counts = torch.tensor([part.shape[1] for part in keys], device=visual.device)
+            columns = torch.arange(int(counts.max()), device=visual.device)
+            valid = columns >= len(columns) - counts[:, None]
+            self._layouts[start] = Layout.of(valid), list(layout.counts)
+        width = self._layouts[start][0].length
+        stored.keys = _right_aligned(stored.keys[:, :, :past], keys, width)
+        stored.values = _right_aligned(stored.values[:, :, :past], values, width)
+
+    def _entries(
+        self,
+        layer: int,
+        module: Any,
+        kwargs: Mapping[str, Any],
+        here: Here,
+        row: int,
+        visual: Tensor,
+    ) -> CacheEntries:
+        query, key, scaling = self._heard  # type: ignore[misc]
+        stored, count = self.cache.layers[layer], len(visual)
+        signals: dict[Signal, Tensor] = {}
+        need = ReceivedInLayer(layer)
+        if need in self.method.needs(self.setup.shape):
+            signals[need] = received_in(here, row, query, key, scaling)
+        cos, sin = kwargs["position_embeddings"]
+        at = row if len(cos) > 1 else 0
+        return CacheEntries(
+            layer=layer,
+            keys=stored.keys[row, :, -count:],
+            values=stored.values[row, :, -count:],
+            queries=query[row, :, -count:],
+            visual=visual.to(query.device),
+            signals=signals,
+            attention=module,
+            hidden=kwargs["hidden_states"][row, -count:],
+            rotary=(cos[at, -count:], sin[at, -count:]),
+        )
+
+    def finish(self, state: PrunedState, last: Last, layout_of: Mapping[int, Layout]) -> None:
+        """Record in the cache's state what each segment stores now.
+
+        Args:
+            layout_of: per segment, the layout of this prefill.
+        """
+        last.entries = self._kept
+        repacks = self.setup.positions[Place.CACHE] == "repacked"
+        for segment in state.segments:
+            layout, before = self._layouts[segment.start]
+            width = layout_of[segment.start].length
+            past = int(self.cache.physical_length(segment.start)) - layout.length
+            if segment.padding is not None or layout.padding is not None:
+                earlier = segment.padding_to(past)
+                if earlier is None:
+                    earlier = layout.keep.new_ones(len(layout.keep), past)
+                segment.padding = torch.cat([earlier, layout.keep], 1)
+            segment.dropped += width - layout.length
+            device = layout.keep.device
+            entries, stay = torch.tensor(before), torch.tensor(layout.counts)
+            if repacks:
+                gone = (entries - stay)[:, None].to(device)
+                segment.shift = gone if segment.shift is None else segment.shift + gone
+            acted = torch.tensor(
+                [keep is not None for keep in self.keeps for _ in range(self.repeats)]
+            )
+            segment.ledger = torch.stack([entries, stay, stay, entries], 1) * acted[:, None]
+        removed = layout_of[0].length - self._layouts[0][0].length
+        state.uncroppable = max(0, state.uncroppable - removed)
+
+
+@torch.no_grad()
+def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
+    """Let the method remove an entry of each row after a decoding step of `new` tokens."""
+    call = setup.on_cache
+    if call is None or not isinstance(call.method, Compressing):
+        return
+    if type(call.method).evict is Compressing.evict:
+        return
+    repacks = setup.positions[Place.CACHE] == "repacked"
+    stops = [*[s.start for s in state.segments[1:]], len(cache.layers)]
+    for segment, stop in zip(state.segments, stops, strict=True):
+        if segment.ledger is None:
+            continue
+        segment.ledger[:, 2:] += new * (segment.ledger[:, :1] > 0)
+        width = int(cache.physical_length(segment.start))
+        slots = [_slot(call.method, *row) for row in segment.ledger.tolist()]
+        if all(slot is None for slot in slots):
+            continue
+        padding = segment.padding_to(width)
+        keys = cache.layers[segment.start].keys
+        keep = keys.new_ones(len(slots), width, dtype=torch.bool) if padding is None else padding
+        keep = keep.clone()
+        for row, slot in enumerate(slots):
+            if slot is not None:
+                keep[row, width - int(segment.ledger[row, 2]) + slot] = False
+        layout = Layout.of(keep)
+        for layer in cache.layers[segment.start : stop]:
+            layer.keys = _columns(layer.keys, layout)
+            layer.values = _columns(layer.values, layout)
+        gone = torch.tensor([[slot is not None] for slot in slots]).long()
+        segment.ledger[:, 2:3] -= gone
+        segment.padding = layout.padding
+        segment.dropped += width - layout.length
+        if repacks:
+            before = 0 if segment.shift is None else segment.shift
+            segment.shift = before + gone.to(keep.device)
+        if not segment.start:
+            state.uncroppable = max(0, state.uncroppable - (width - layout.length))
+
+
+def _slot(method: Compressing, prompt: int, kept: int, stored: int, seen: int) -> int | None:
+    if not prompt:
+        return None
+    return method.evict(prompt=prompt, kept=kept, stored=stored, seen=seen)
+
+
+def _columns(tensor: Tensor, layout: Layout) -> Tensor:
+    """Stored columns (B, H, S, D) of a layout of them."""
+    index = layout.columns.to(tensor.device)[:, None, :, None]
+    return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def _checked(method: Compressing, chosen: Compressed, keep: int) -> Compressed:
+    if chosen.kept.shape[-1] != keep:
+        raise VlmpruneError(
+            f"{method.name}.compress kept {chosen.kept.shape[-1]} entries for a count of {keep}: "
+            f"a method must keep exactly what it was asked to."
+        )
+    return chosen
+
+
+def _kept(kept: Tensor, own: Tensor, merged: Tensor | None) -> Tensor:
+    """(H_kv, K, D_head) of a row's entries (H_kv, S, D_head)."""
+    if merged is not None:
+        return merged.to(own)
+    kept = kept.to(own.device)
+    if kept.dim() == 1:
+        return own[:, kept]
+    return own.gather(1, kept[..., None].expand(-1, -1, own.shape[2]))
+
+
+def _right_aligned(past: Tensor, rows: Sequence[Tensor], width: int) -> Tensor:
+    """Columns stored earlier (B, H, P, D), and each row's new ones behind them, padded before."""
+    shape = (len(rows), past.shape[1], width, past.shape[3])
+    new = past.new_zeros(shape)
+    for target, own in zip(new, rows, strict=True):
+        target[:, width - own.shape[1] :] = own
+    return torch.cat([past, new], 2) if past.shape[2] else new
