@@ -3,8 +3,8 @@
 Reference: TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model,
     CVPR 2026, arXiv 2507.20630.
 Upstream: liaolea/TransPrune, llava/model/modeling_llama_transprune.py
-    (LlamaModel.transprune_rank_drop, LlamaDecoderLayer_TransPrune.compute_transf_weight), commit
-    c9e8284f5808f7692c40590ffc99537e9220a01d.
+    (LlamaModel.transprune_rank_drop, LlamaDecoderLayer_TransPrune.compute_transf_weight),
+    commit c9e8284f5808f7692c40590ffc99537e9220a01d.
 Differs: from the paper as the released code does. The angle counts as 1 - cos, its weights are
     normalised over the whole prompt, and both scores by their sums, of equal weight (paper:
     1 - |cos|, image tokens only, a weighted mean of scores that are not normalised).
