@@ -5,7 +5,12 @@ Written against the unpatched model and `transformers` alone; nothing of `vlmpru
 builds each row's embeddings by hand and runs the decoder on the tokens that are left:
 
 * cuts before the LLM only: the language model is called directly on the shortened embeddings;
-* cuts inside the decoder: layer by layer, with an explicit causal mask.
+* cuts inside the decoder: layer by layer, with an explicit causal mask. Tokens may be merged there,
+  and the sequence may be numbered anew at any cut.
+
+Without a cache nothing is said about decoding: new tokens are part of the sequence from the start,
+and a cut that numbers it anew numbers them too, so that they have a position of their own in every
+group of layers.
 
 Token choice after the last layer is by hand as well (greedy, sampling, beams).
 """
@@ -22,26 +27,46 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """What enters the LLM of one image, where it is more than a choice of tokens in their order.
+    """What is left of one image after a cut, where it is more than a choice of rows in their order.
 
-    `order` (K,) are numbers of tokens, or -1 for a row that stands for none; `embeds` (K, D) are
-    the rows, None those of the tokens. Row j takes the j-th slot: a slot is the place of a kept
-    token, or of one of the first other tokens, as many as there are rows of no token.
+    Rows are numbered as they are alive just before the cut: before the LLM these are the image's
+    tokens. `order` (K,) are such numbers, or -1 for a row that stands for none. `members`: of each
+    new row, the rows that it is the mean of (none: it is its own row as it was). `embeds` (K, D)
+    are the new rows themselves, instead of `members`.
+
+    New row j takes the j-th slot: a slot is the place of a kept row, or of one of the first other
+    rows, as many as there are new rows of no token. A row brings its position, and what is added to
+    it behind the first layers, with it; one that stands for none takes those that its slot had.
     """
 
     order: Tensor
     embeds: Tensor | None = None
+    members: Sequence[Tensor] | None = None
 
-    def slots(self, num_tokens: int) -> Tensor:
+    def slots(self, alive: int) -> Tensor:
+        """Which of the `alive` rows before the cut have the slots that are taken, ascending."""
         kept = set(self.order.tolist()) - {-1}
-        others = [i for i in range(num_tokens) if i not in kept]
-        return torch.tensor(sorted([*kept, *others[: len(self.order) - len(kept)]]))
+        others = [i for i in range(alive) if i not in kept]
+        taken = sorted([*kept, *others[: len(self.order) - len(kept)]])
+        return torch.tensor(taken, dtype=torch.long)
+
+    def hidden(self, before: Tensor) -> Tensor:
+        """The new rows (K, D), made of those before the cut (alive, D)."""
+        if self.embeds is not None:
+            return self.embeds
+        rows = []
+        for j, number in enumerate(self.order.tolist()):
+            of = self.members[j] if self.members is not None else self.order[:0]
+            assert len(of) or number >= 0, f"row {j} is no token, and nothing says what it is"
+            rows.append(before[of].mean(0) if len(of) else before[number])
+        return torch.stack(rows) if rows else before[:0]
 
 
 Cuts = Sequence[tuple[int, Sequence[Tensor | Rows]]]
 """(layer, what is kept of each image in batch order) of every cut, ascending: layer `layer` is the
 first that sees fewer tokens, 0 is before the LLM. A tensor holds numbers of the image's own tokens,
-ascending; of slots where the image entered the LLM as `Rows`."""
+ascending; of slots where rows of the image were moved or merged at an earlier cut. It may be empty.
+"""
 
 
 @dataclass
@@ -58,15 +83,44 @@ class RowTruth:
     numbers: list[int]  # which images of the batch they are
 
 
+@dataclass
+class State:
+    """A row on its way through the decoder: n tokens are left, new ones (T) behind the prompt."""
+
+    hidden: Tensor  # (n, D)
+    positions: Tensor  # (axes, n)
+    places: Tensor  # (n,) in the row, ascending; new tokens have L, L + 1, ...
+    deep: list[Tensor]  # (n, D) each
+    following: int  # position of the token behind the prompt
+
+
+def projected(attention, name: str, x: Tensor) -> Tensor:
+    """Queries ("q"), keys ("k") or values ("v") of the inputs x (n, D): (heads, n, D_head)."""
+    heads = getattr(attention, f"{name}_proj")(x).view(len(x), -1, attention.head_dim)
+    return getattr(attention, f"{name}_norm", lambda z: z)(heads).transpose(0, 1)
+
+
+def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (heads, n, D_head) at their rotary positions; cos, sin (n, D_head)."""
+    half = heads.shape[-1] // 2
+    return heads * cos + torch.cat([-heads[..., half:], heads[..., :half]], -1) * sin
+
+
 class Truth:
-    """The pruned computation of a batch on an unpatched model."""
+    """The pruned computation of a batch on an unpatched model.
+
+    `positions`: of every cut, whether the sequence is numbered anew at it ("repacked": all that is
+    alive behind it, new tokens too, has 0..n-1 from this layer on) or every token keeps the
+    position that it comes with ("original"). A word alone is meant for cuts before the LLM, and
+    those in the decoder leave positions as they are.
+    """
 
     def __init__(
         self,
         model,
         inputs: dict,
         cuts: Cuts = (),
-        positions: str = "original",
+        positions: str | Sequence[str] = "original",
         by_layer: bool | None = None,
     ) -> None:
         self.model = model
@@ -75,7 +129,10 @@ class Truth:
         self.cuts = [
             (layer, [k if isinstance(k, Rows) else k.long() for k in kept]) for layer, kept in cuts
         ]
-        self.repacked = positions == "repacked"
+        if isinstance(positions, str):
+            positions = [positions if layer == 0 else "original" for layer, _ in self.cuts]
+        assert set(positions) <= {"original", "repacked"} and len(positions) == len(self.cuts)
+        self.repacked = [word == "repacked" for word in positions]
         self.by_layer = any(layer > 0 for layer, _ in self.cuts) if by_layer is None else by_layer
         self.rows = list(self._rows(inputs))
 
@@ -148,126 +205,162 @@ class Truth:
         index, delta = self.core.get_rope_index(ids[None], mm_token_type_ids=types[None], **of_row)
         return index[:, 0], len(ids) + int(delta)
 
-    def slots(self, places: Tensor, kept: Tensor | Rows) -> Tensor:
-        """The places, among those of one image, at which something is left."""
-        return places[kept.slots(len(places)) if isinstance(kept, Rows) else kept]
+    # --- which tokens are alive --------------------------------------------------------------
 
     def alive(self, row: int, after_layer: int | None = None) -> Tensor:
-        """Which of the row's L tokens enter layer `after_layer` (default: the last): (L,) bool."""
+        """Which of the row's L places enter layer `after_layer` (default: the last): (L,) bool."""
         truth = self.rows[row]
         alive = torch.ones(len(truth.ids), dtype=torch.bool)
-        for layer, kept in self.cuts:
-            if after_layer is not None and layer > after_layer:
-                break
-            for places, number in zip(truth.images, truth.numbers, strict=True):
-                alive[places] = False
-                alive[self.slots(places, kept[number])] = True
+        for places, number in zip(truth.images, truth.numbers, strict=True):
+            left = places
+            for layer, kept in self.cuts:
+                if after_layer is None or layer <= after_layer:
+                    rows = kept[number]
+                    left = left[rows.slots(len(left))] if isinstance(rows, Rows) else places[rows]
+            alive[places] = False
+            alive[left] = True
         return alive
 
     def layer_lengths(self, row: int) -> list[int]:
         """Tokens of the row that enter each layer."""
         return [int(self.alive(row, layer).sum()) for layer in range(len(self.decoder.layers))]
 
+    def start(self, row: int, new_ids: Sequence[int] = ()) -> State:
+        """The whole row and `new_ids` behind it, before any cut."""
+        truth = self.rows[row]
+        new = torch.as_tensor(list(new_ids), dtype=torch.long)
+        count = torch.arange(len(new))
+        behind = (truth.next_position + count).expand(len(truth.positions), -1)
+        return State(
+            hidden=torch.cat([truth.embeds, self.model.get_input_embeddings()(new)]),
+            positions=torch.cat([truth.positions, behind], 1),
+            places=torch.arange(len(truth.ids) + len(new)),
+            deep=[torch.nn.functional.pad(rows, (0, 0, 0, len(new))) for rows in truth.deep],
+            following=truth.next_position,
+        )
+
+    def cut(self, row: int, layer: int, state: State) -> State:
+        """What is left of the row where it enters `layer`."""
+        for (at, kept), repacked in zip(self.cuts, self.repacked, strict=True):
+            if at == layer:
+                state = self._cut(row, kept, repacked, state)
+        return state
+
+    def _cut(self, row: int, kept: Sequence[Tensor | Rows], repacked: bool, state: State) -> State:
+        truth = self.rows[row]
+        hidden, positions = state.hidden.clone(), state.positions.clone()
+        deep = [rows.clone() for rows in state.deep]
+        stays = torch.ones(len(state.places), dtype=torch.bool)
+        for places, number in zip(truth.images, truth.numbers, strict=True):
+            rows, here = kept[number], torch.isin(state.places, places).nonzero()[:, 0]
+            stays[here] = False
+            if not isinstance(rows, Rows):
+                slots = here[torch.isin(state.places[here], places[rows])]
+                assert len(slots) == len(rows), "a token was kept that is gone"
+                stays[slots] = True
+                continue
+            slots = here[rows.slots(len(here))]
+            assert len(slots) == len(rows.order), "more rows than there were"
+            stays[slots] = True
+            source = torch.where(rows.order >= 0, here[rows.order.clamp_min(0)], slots)
+            hidden[slots] = rows.hidden(state.hidden[here])
+            positions[:, slots] = state.positions[:, source]
+            for target, before in zip(deep, state.deep, strict=True):
+                target[slots] = before[source]
+        positions, places = positions[:, stays], state.places[stays]
+        following = state.following
+        if repacked:
+            positions = torch.arange(len(places)).expand(len(positions), -1)
+            following = int((places < len(truth.ids)).sum())
+        deep = [rows[stays] for rows in deep]
+        return State(hidden[stays], positions, places, deep, following)
+
     def cut_inputs(self, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """After the cuts at layer 0: the row's embeddings (1, L', D), positions (axes, 1, L') and
         what is added behind the first layers (1, L', D)."""
-        truth, alive = self.rows[row], self.alive(row, 0)
-        embeds, positions = truth.embeds.clone(), truth.positions.clone()
-        deep = [rows.clone() for rows in truth.deep]
-        for layer, kept in self.cuts:
-            for places, number in zip(truth.images, truth.numbers, strict=True):
-                rows = kept[number]
-                if layer == 0 and isinstance(rows, Rows):
-                    here = self.slots(places, rows)
-                    own = torch.where(rows.order >= 0, places[rows.order.clamp_min(0)], here)
-                    embeds[here] = truth.embeds[own] if rows.embeds is None else rows.embeds
-                    positions[:, here] = truth.positions[:, own]
-                    for target, full in zip(deep, truth.deep, strict=True):
-                        target[here] = full[own]
-        positions = positions[:, alive]
-        if self.repacked:
-            positions = torch.arange(int(alive.sum())).expand(len(positions), -1)
-        return embeds[None, alive], positions[:, None], [rows[None, alive] for rows in deep]
+        state = self.cut(row, 0, self.start(row))
+        return state.hidden[None], state.positions[:, None], [rows[None] for rows in state.deep]
 
     # --- one forward -----------------------------------------------------------------------
 
     def forward(self, row: int, new_ids: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Logits of all tokens alive after the last cut and of `new_ids`: (L' + T, V); and their
         places in the row (L' + T,)."""
-        truth = self.rows[row]
-        embeds, positions, deep = self.cut_inputs(row)
-        new = torch.as_tensor(list(new_ids), dtype=torch.long)
-        start = embeds.shape[1] if self.repacked else truth.next_position
-        following = (start + torch.arange(len(new))).expand(len(positions), 1, -1)
-        embeds = torch.cat([embeds, self.model.get_input_embeddings()(new)[None]], 1)
-        positions = torch.cat([positions, following], -1)
-        places = self.alive(row, 0).nonzero()[:, 0]
-        places = torch.cat([places, len(truth.ids) + torch.arange(len(new))])
-        deep = [torch.nn.functional.pad(rows, (0, 0, 0, len(new))) for rows in deep]
+        state = self.start(row, new_ids)
         if self.by_layer:
-            hidden, places = self._layers(row, embeds, positions, places, deep)
+            hidden, places = self._layers(row, state)
         else:
-            visual = torch.zeros(1, len(places), dtype=torch.bool)
-            for image in truth.images:
-                visual |= torch.isin(places, image)
-            deeper = {
-                "visual_pos_masks": visual,
-                "deepstack_visual_embeds": [rows[visual] for rows in deep],
-            }
-            hidden = self.decoder(
-                **(deeper if deep else {}),
-                inputs_embeds=embeds,
-                position_ids=positions if len(positions) > 1 else positions[0],
-                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-                use_cache=False,
-            ).last_hidden_state
-        return self.model.lm_head(hidden)[0], places
+            hidden, places = self._language_model(row, self.cut(row, 0, state))
+        return self.model.lm_head(hidden), places
 
-    def _layers(self, row, hidden, positions, places, deep, *, stop: int | None = None):
-        """The decoder's layers by hand, dropping tokens where the cuts say; then its norm."""
-        rotary = positions if len(positions) > 1 else positions[0]
-        cos, sin = self.decoder.rotary_emb(hidden, rotary)
-        length = len(self.rows[row].ids)
-        window = getattr(self.decoder.config, "sliding_window", None)
+    def _language_model(self, row: int, state: State) -> tuple[Tensor, Tensor]:
+        visual = torch.zeros_like(state.places, dtype=torch.bool)
+        for image in self.rows[row].images:
+            visual |= torch.isin(state.places, image)
+        deeper = {
+            "visual_pos_masks": visual[None],
+            "deepstack_visual_embeds": [rows[visual] for rows in state.deep],
+        }
+        axes = state.positions[:, None]
+        output = self.decoder(
+            **(deeper if state.deep else {}),
+            inputs_embeds=state.hidden[None],
+            position_ids=axes if len(axes) > 1 else axes[0],
+            attention_mask=torch.ones(1, len(visual), dtype=torch.long),
+            use_cache=False,
+        )
+        return output.last_hidden_state[0], state.places
+
+    def rotary(self, state: State) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens' positions: (1, n, D_head)."""
+        axes = state.positions[:, None]
+        return self.decoder.rotary_emb(state.hidden[None], axes if len(axes) > 1 else axes[0])
+
+    def mask(self, length: int) -> Tensor:
+        """What is added to the scores of a causal prompt: (length, length)."""
+        window = getattr(self.decoder.config, "sliding_window", None) or length
+        mask = torch.full((length, length), torch.finfo(torch.float32).min)
+        return mask.triu(1) + mask.tril(-window)
+
+    def layer_inputs(self, row: int, state: State):
+        """Number, module, state, rotary tables (n, D_head) and mask of each layer of the decoder;
+        who goes through them writes the layer's output to `state.hidden`."""
+        changes = {0, *(layer for layer, _ in self.cuts)}
         for number, layer in enumerate(self.decoder.layers):
-            alive = self.alive(row, number)[places.clamp(max=length - 1)] | (places >= length)
-            hidden, places = hidden[:, alive], places[alive]
-            cos, sin = cos[:, alive], sin[:, alive]
-            deep = [rows[:, alive] for rows in deep]
-            if number == stop:
-                return hidden, (cos, sin), places
-            square = (hidden.shape[1], hidden.shape[1])
-            mask = torch.full(square, torch.finfo(hidden.dtype).min)
-            mask = (mask.triu(1) + mask.tril(-(window or square[0])))[None, None]
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
-            if number < len(deep):
-                hidden = hidden + deep[number]
-        return self.decoder.norm(hidden), places
+            state = self.cut(row, number, state)
+            if number in changes:
+                tables, mask = self.rotary(state), self.mask(len(state.places))
+            yield number, layer, state, tables, mask
+            if number < len(state.deep):
+                state.hidden = state.hidden + state.deep[number]
+
+    def _layers(self, row: int, state: State) -> tuple[Tensor, Tensor]:
+        """The decoder's layers by hand, and its norm."""
+        for _, layer, here, tables, mask in self.layer_inputs(row, state):
+            here.hidden, state = self._layer(layer, here, tables, mask), here
+        return self.decoder.norm(state.hidden), state.places
+
+    @staticmethod
+    def _layer(layer, state: State, tables, mask: Tensor) -> Tensor:
+        hidden, mask = state.hidden[None], mask[None, None]
+        return layer(hidden, attention_mask=mask, position_embeddings=tables)[0]
 
     @torch.no_grad()
     def last_row(self, row: int, layer: int) -> list[Tensor]:
         """Attention of the prompt's last token in `layer` to the tokens of each image of the row
         that enter it: softmax over all keys, mean over heads. Computed from q and k by hand."""
-        embeds, positions, deep = self.cut_inputs(row)
-        places = self.alive(row, 0).nonzero()[:, 0]
-        hidden, (cos, sin), places = self._layers(row, embeds, positions, places, deep, stop=layer)
-        block = self.decoder.layers[layer]
-        attention, x = block.self_attn, block.input_layernorm(hidden)[0]
-        width = attention.head_dim
-
-        def heads(name: str) -> Tensor:
-            norm = getattr(attention, f"{name}_norm", lambda z: z)
-            projected = getattr(attention, f"{name}_proj")(x).view(len(x), -1, width)
-            z = norm(projected).transpose(0, 1)  # (heads, length, width)
-            half = width // 2
-            turned = torch.cat([-z[..., half:], z[..., :half]], -1)
-            return z * cos + turned * sin
-
-        query, key = heads("q"), heads("k")
+        for number, block, state, tables, mask in self.layer_inputs(row, self.start(row)):
+            if number == layer:
+                break
+            state.hidden = self._layer(block, state, tables, mask)
+        attention, x = block.self_attn, block.input_layernorm(state.hidden)
+        cos, sin = (table[0] for table in tables)
+        query = turned(projected(attention, "q", x), cos, sin)
+        key = turned(projected(attention, "k", x), cos, sin)
         key = key.repeat_interleave(len(query) // len(key), 0)
-        scores = (query[:, -1:] @ key.transpose(1, 2))[:, 0] / width**0.5
+        scores = (query[:, -1:] @ key.transpose(1, 2))[:, 0] * attention.head_dim**-0.5
         mean = scores.softmax(-1).mean(0)
-        return [mean[torch.isin(places, image)] for image in self.rows[row].images]
+        return [mean[torch.isin(state.places, image)] for image in self.rows[row].images]
 
     # --- what users see --------------------------------------------------------------------
 
