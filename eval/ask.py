@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from ..prune.budget import Budget
 from ..prune.contract import Positions
-from ..prune.errors import VlmpruneError
-from ..prune.registry import method
+from ..prune.errors import BudgetError, MethodFieldError, VlmpruneError
+from .compose import Parts, parse
 from .console import stdout
 from .evaluate import Evaluator, Sample
 from .loading import EMBEDDED, load, load_clip, resolve_device, short_name
-from .results import Measured, call_text
+from .results import Measured, parts_text
 from .stats import Spread
 from .table import Table, milliseconds
 from .task import EmbeddedTask, Question
@@ -62,7 +64,7 @@ def run(
     image: str,
     question: str | None,
     method_name: str,
-    fields: dict[str, object],
+    method_args: Sequence[str],
     budget: dict[str, float],
     positions: Positions | None,
     save: str | None,
@@ -74,7 +76,8 @@ def run(
     clip: str | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
-    call = method(method_name, **fields, **budget)
+    parts = _parts(method_name, method_args, Budget.of(**budget))
+    calls = [part.call for part in parts]
     _check_save(save)
     asked = _read(image, question)
     device = resolve_device(device)
@@ -92,14 +95,14 @@ def run(
         repeats=_REPEATS,
         clip=load_clip(clip, processor, device=device),
     )
-    dense, (dense_sample,) = evaluator.run(None)
+    dense, (dense_sample,) = evaluator.run()
     pictures: list[Image.Image] = []
     pruned, (pruned_sample,) = evaluator.run(
-        call,
+        calls,
         positions=positions,
         inspect=lambda handle: pictures.append(handle.overlay(asked.image)),
     )
-    table = _table(call_text(call), (dense, dense_sample), (pruned, pruned_sample))
+    table = _table(parts_text(parts), (dense, dense_sample), (pruned, pruned_sample))
     console = stdout()
     console.print(f"{short_name(model_name)}: {asked.question}", markup=False)
     if asked.answer:
@@ -111,6 +114,28 @@ def run(
         pictures[0].save(save)
         sys.stderr.write(f"kept tokens: {save}\n")
     return 0
+
+
+def _parts(word: str, method_args: Sequence[str], budget: Budget | None) -> Parts:
+    """What was typed, with `budget` for the parts that have none of their own."""
+    if method_args and "+" in word:
+        raise MethodFieldError(
+            f"--method_args says not which part of {word!r} it is for: write the fields into the "
+            f"word, e.g. divprune@0.5+fastv:layer=3."
+        )
+    parts = parse(":".join([word, *method_args]))
+    if budget is not None and not any(part.open for part in parts):
+        raise BudgetError(f"{word!r} has its own budgets: leave {budget} out.")
+    found = tuple(part.at(budget) for part in parts)
+    for part in found:
+        if part.budget is None and part.method.needs_budget:
+            name = part.method.name
+            raise BudgetError(
+                f"{name} needs a budget: give one of --keep_ratio 0.25, --keep_tokens 64, "
+                f"--average_tokens 128 or --flops_ratio 0.3, or write it behind the method, "
+                f"{name}@0.25."
+            )
+    return found
 
 
 def _check_save(save: str | None) -> None:

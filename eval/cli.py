@@ -11,6 +11,7 @@ import argparse
 import ast
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -20,12 +21,26 @@ from .. import __version__
 DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
 DEFAULT_BUDGETS = ("published", "0.5", "0.25", "0.11")
 
+_METHOD_WORD = (
+    "name:field=value sets a field of a method, name@budget gives it a budget of its own, and "
+    "name+name runs several, e.g. divprune@0.5+fastv:layer=3"
+)
+_BUDGET_WORD = (
+    "0.25: ratio kept; 64: tokens kept; avg:64: mean tokens per layer; flops:0.3: share of dense "
+    "FLOPs; published: the method's own schedule or rule, where it has one"
+)
+
 _SWEEP_EXAMPLES = """\
 examples:
   vlmprune sweep
       the embedded model and benchmark: a table, ./vlmprune_runs/runs.jsonl and frontier.png
   vlmprune sweep --methods divprune,vtc_cls --budgets 0.5,64,avg:48 --limit all
   vlmprune sweep --methods fastv:layer=3 fastv:layer=1 --budgets 0.25 -o ./layers
+  vlmprune sweep --methods divprune@0.5+fastv --budgets 0.25,0.11
+      two methods at once, the first with a budget of its own; every budget is a share of the
+      tokens that the image had at first
+  vlmprune sweep --kinds read --limit all
+      only questions of this kind, whose answers have two or three words
   vlmprune sweep --model llava-hf/llava-1.5-7b-hf --device cuda --batch_size 16
 
 Interrupt it when you like: the same command goes on where it stopped. The table and the picture
@@ -39,12 +54,14 @@ examples:
   vlmprune ask scene.png "what color is the shirt ?" --method fastv --keep_tokens 40
   vlmprune ask cat.jpg "What is the cat doing?" --model llava-hf/llava-1.5-7b-hf \\
       --method fastv --method_args layer=3 --average_tokens 128
+  vlmprune ask embedded:3 --method divprune@0.5+fastv:layer=3@0.25
 """
 _BENCH_EXAMPLES = """\
 examples:
   vlmprune bench model
       12 layers of width 1024 and 576 visual tokens, random weights
   vlmprune bench model --methods divprune fastv --budgets 0.25 --layers 4 --repeats 5
+  vlmprune bench model --methods divprune@0.5+fastv@0.25 --new_tokens 64 --memory
   vlmprune bench select
       time of choosing, of every method before the LLM, beside a plain transcription
 """
@@ -173,16 +190,15 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(DEFAULT_METHODS),
         metavar="NAME",
-        help="names, with commas or spaces; name:field=value sets a field of a method; dense is "
-        f"always run, first (default: {','.join(DEFAULT_METHODS)})",
+        help=f"names, with commas or spaces; {_METHOD_WORD}; dense is always run, first "
+        f"(default: {','.join(DEFAULT_METHODS)})",
     )
     group.add_argument(
         "--budgets",
         nargs="+",
         default=list(DEFAULT_BUDGETS),
         metavar="BUDGET",
-        help="0.25: ratio kept; 64: tokens kept; avg:64: mean tokens per layer; flops:0.3: share "
-        "of dense FLOPs; published: the method's own schedule or rule, where it has one (default: "
+        help=f"for methods without one of their own; {_BUDGET_WORD} (default: "
         f"{','.join(DEFAULT_BUDGETS)})",
     )
     _positions_argument(group)
@@ -193,6 +209,12 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         default=500,
         metavar="N|all",
         help="questions, every kind represented (default: 500)",
+    )
+    group.add_argument(
+        "--kinds",
+        nargs="+",
+        metavar="KIND",
+        help="only questions of these kinds, with commas or spaces (default: all kinds)",
     )
     group.add_argument("--batch_size", "-b", type=_positive, default=32, help="default: 32")
     group.add_argument(
@@ -219,7 +241,12 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         "question", metavar="QUESTION", nargs="?", help="may be left out with embedded:N"
     )
     group = parser.add_argument_group("pruning")
-    group.add_argument("--method", required=True, metavar="NAME", help="see `vlmprune methods`")
+    group.add_argument(
+        "--method",
+        required=True,
+        metavar="NAME",
+        help=f"see `vlmprune methods`; {_METHOD_WORD}",
+    )
     group.add_argument(
         "--method_args", metavar="FIELD=VALUE,...", help="fields of the method, e.g. layer=3"
     )
@@ -241,7 +268,7 @@ def _bench_commands(parser: argparse.ArgumentParser) -> None:
             "model",
             _bench_model_arguments,
             _bench,
-            "dense, oracle and patched prefill of a mid-size LLaVA with random weights",
+            "dense, oracle and patched runs of a mid-size LLaVA with random weights",
         ),
         (
             "select",
@@ -258,9 +285,19 @@ def _bench_commands(parser: argparse.ArgumentParser) -> None:
 
 def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--methods", nargs="+", default=["divprune", "vtc_cls", "fastv"], metavar="NAME"
+        "--methods",
+        nargs="+",
+        default=["divprune", "vtc_cls", "fastv"],
+        metavar="NAME",
+        help=f"{_METHOD_WORD} (default: divprune,vtc_cls,fastv)",
     )
-    parser.add_argument("--budgets", nargs="+", default=["0.5", "0.25", "0.11"], metavar="BUDGET")
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        default=list(DEFAULT_BUDGETS),
+        metavar="BUDGET",
+        help=f"{_BUDGET_WORD} (default: {','.join(DEFAULT_BUDGETS)})",
+    )
     parser.add_argument("--layers", type=_positive, default=12, help="of the decoder (default: 12)")
     parser.add_argument(
         "--width",
@@ -272,6 +309,15 @@ def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=_positive, default=576, help="visual tokens, a square (default: 576)"
     )
     parser.add_argument("--repeats", type=_positive, default=5, help="rounds (default: 5)")
+    parser.add_argument(
+        "--new_tokens", type=_positive, default=16, metavar="N", help="decoded (default: 16)"
+    )
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="also measure peak memory on the CPU, in a process of its own for every variant "
+        "(CUDA's allocator tells without)",
+    )
     parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
     parser.add_argument(
         "--dtype",
@@ -338,9 +384,13 @@ def _limit(text: str) -> int | None:
         ) from None
 
 
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")
+
+
 def split_list(words: Sequence[str]) -> list[str]:
-    """Words given with commas, spaces or both."""
-    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+    """Words given with commas, spaces or both; commas inside brackets belong to a word."""
+    parts = (part.strip() for word in words for part in _COMMA.split(word))
+    return [part for part in parts if part]
 
 
 def parse_fields(parts: Sequence[str]) -> dict[str, object]:
@@ -353,7 +403,8 @@ def parse_fields(parts: Sequence[str]) -> dict[str, object]:
         if not equals or not key.isidentifier():
             raise MethodFieldError(f"{part!r} is not a field of a method: write field=value.")
         try:
-            fields[key] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
+            fields[key] = tuple(value) if isinstance(value, list) else value
         except (ValueError, SyntaxError):
             fields[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     return fields
@@ -370,6 +421,7 @@ def _sweep(args: argparse.Namespace) -> int:
         budgets=split_list(args.budgets),
         positions=args.positions,
         limit=args.limit,
+        kinds=split_list(args.kinds or []),
         batch_size=args.batch_size,
         seed=args.seed,
         output_path=args.output_path,
@@ -390,7 +442,7 @@ def _ask(args: argparse.Namespace) -> int:
         image=args.image,
         question=args.question,
         method_name=args.method,
-        fields=parse_fields(split_list([args.method_args or ""])),
+        method_args=split_list([args.method_args or ""]),
         budget={w: getattr(args, w) for w in words if getattr(args, w) is not None},
         positions=args.positions,
         save=args.save,
@@ -413,6 +465,8 @@ def _bench(args: argparse.Namespace) -> int:
         width=args.width,
         tokens=args.tokens,
         repeats=args.repeats,
+        new_tokens=args.new_tokens,
+        memory=args.memory,
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,

@@ -17,7 +17,7 @@ from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
-from .flops import Flops, model_cost, visual_flops, visual_share
+from .flops import Flops, after_cuts, cache_entries, model_cost, visual_flops, visual_share
 from .measure import PatchOptions, measure
 from .results import Accuracy, FlopsRecord, Measured, Tokens
 from .stats import wilson
@@ -77,13 +77,13 @@ class Evaluator:
 
     def run(
         self,
-        call: MethodCall | None,
+        calls: Sequence[MethodCall] = (),
         *,
         positions: Positions | None = None,
         progress: Callable[[int], None] = lambda questions: None,
         inspect: Callable[[Handle], None] = lambda handle: None,
     ) -> tuple[Measured, list[Sample]]:
-        """Evaluate the dense model (`call` None) or a method on it.
+        """Evaluate the dense model, or what `calls` make of it.
 
         Args:
             progress: told how many more questions are answered.
@@ -94,7 +94,7 @@ class Evaluator:
         notes: set[str] = set()
         modes: set[str] = set()
         options: PatchOptions = {"positions": positions, "clip": self.clip}
-        with patch(self.model, call, **options) if call else nullcontext() as handle:
+        with patch(self.model, calls, **options) if calls else nullcontext() as handle:
             for start in range(0, len(self.questions), self.batch_size):
                 asked = self.questions[start : start + self.batch_size]
                 samples += self._answer(asked, start, handle)
@@ -108,13 +108,13 @@ class Evaluator:
         measured = measure(
             self.model,
             [self._encode(i, 1) for i in few] * self.repeats,
-            call=call,
+            calls=calls,
             options=options,
         )
         return Measured(
             accuracy=self._accuracy(samples),
             tokens=_tokens(samples),
-            flops=self._flops(samples),
+            flops=self._flops(samples, calls),
             times=measured.timings.summary(),
             kv_bytes=measured.kv_bytes,
             peak_memory_bytes=measured.peak_memory_bytes,
@@ -212,7 +212,7 @@ class Evaluator:
             outcomes="".join(str(int(sample.right)) for sample in samples),
         )
 
-    def _flops(self, samples: Sequence[Sample]) -> FlopsRecord:
+    def _flops(self, samples: Sequence[Sample], calls: Sequence[MethodCall]) -> FlopsRecord:
         cost, decoder = self.cost, self.cost.decoder
         pruned: list[Flops] = []
         dense: list[Flops] = []
@@ -220,9 +220,9 @@ class Evaluator:
         shares: list[float] = []
         for sample in samples:
             seen = sum(sample.images)
-            for target, per_layer in (
-                (pruned, sample.per_layer),
-                (dense, [seen] * len(sample.per_layer)),
+            for target, per_layer, entries in (
+                (pruned, sample.per_layer, cache_entries(calls, sample.images, sample.text)),
+                (dense, [seen] * len(sample.per_layer), None),
             ):
                 target.append(
                     cost.sample(
@@ -230,6 +230,7 @@ class Evaluator:
                         visual_per_layer=per_layer,
                         text_tokens=sample.text,
                         new_tokens=sample.generated,
+                        cache_entries=entries,
                     )
                 )
             visual.append(visual_flops(sample.per_layer, decoder))
@@ -256,6 +257,7 @@ def _tokens(samples: Sequence[Sample]) -> Tokens:
         in_per_image=fmean(n for s in samples for n in s.images),
         kept_per_image=fmean(n for s in samples for n in s.kept),
         average_per_layer=fmean(per_layer),
+        average_after_cuts=fmean(after_cuts(per_layer)),
         per_layer=per_layer,
         text=fmean(s.text for s in samples),
         generated=fmean(s.generated for s in samples),

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..adapters.registry import family_of
-from ..prune.budget import layer_flops
-from ..prune.contract import Decoder, ModelShape
+from ..prune.budget import MethodCall, entries_kept, layer_flops
+from ..prune.contract import CacheMethod, Decoder, ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,11 @@ class ModelCost:
         )
 
     def decode(self, tokens_per_layer: Sequence[int], new_tokens: int) -> int:
-        """The steps after the first new token: layers over a growing cache, and the head."""
+        """The steps after the first new token: layers over a growing cache, and the head.
+
+        Args:
+            tokens_per_layer: entries of the cache that each layer attends to at first.
+        """
         total = 0
         for step in range(1, new_tokens):
             total += self.lm_head + sum(
@@ -120,6 +124,7 @@ class ModelCost:
         text_tokens: int,
         new_tokens: int = 1,
         logits: int = 1,
+        cache_entries: int | None = None,
     ) -> Flops:
         """FLOPs of one sample.
 
@@ -129,15 +134,42 @@ class ModelCost:
             text_tokens: real text tokens of the prompt, pads not counted.
             new_tokens: tokens generated.
             logits: positions whose logits are computed in prefill (`generate` computes one).
+            cache_entries: the most entries of the prompt that a new token attends to in a layer,
+                where a method on the cache limits them.
         """
         entering = [n + text_tokens for n in visual_per_layer]
+        attended = [n if cache_entries is None else min(n, cache_entries) for n in entering]
         return Flops(
             vision=sum(map(self.vision.encoder, pictures)),
             projector=sum(map(self.vision.projector, pictures)),
             prefill=self.prefill(entering),
             lm_head=self.lm_head * logits,
-            decode=self.decode(entering, new_tokens),
+            decode=self.decode(attended, new_tokens),
         )
+
+
+def after_cuts(per_layer: Sequence[float]) -> list[float]:
+    """Visual tokens left behind each layer, after a cut between it and the next: what SparseVLM's
+    averages are taken over.
+
+    Args:
+        per_layer: visual tokens that entered each layer.
+    """
+    return [*per_layer[1:], per_layer[-1]]
+
+
+def cache_entries(calls: Sequence[MethodCall], visual: Sequence[int], text: int) -> int | None:
+    """Entries of a prompt that methods on the cache leave in reach of a new token (None: all, also
+    for those without a budget). What they remove or add later, while decoding, is not counted.
+
+    Args:
+        visual: tokens of each of the prompt's images.
+        text: the prompt's other tokens.
+    """
+    limits = [
+        entries_kept(call, visual, text) for call in calls if isinstance(call.method, CacheMethod)
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def visual_flops(visual_per_layer: Sequence[int], decoder: Decoder) -> int:

@@ -112,7 +112,7 @@ def measure(
     model: PreTrainedModel,
     inputs: Sequence[Mapping[str, Any]],
     *,
-    call: MethodCall | None = None,
+    calls: Sequence[MethodCall] = (),
     options: PatchOptions | None = None,
     new_tokens: int = 8,
 ) -> Measurement:
@@ -120,12 +120,13 @@ def measure(
 
     Args:
         model: not patched; it is patched for the measured calls and left as it was.
-        call: the method to measure, each time next to the dense model; None measures that alone.
+        calls: the methods to measure, each time next to the dense model; none: that alone.
         options: further arguments of `patch`.
         new_tokens: length of every generation; the time per decoded token is a call's mean over
             the steps after the first.
 
-    Peak memory is what CUDA's allocator reports; on CPU it is not attributable to a call: None.
+    Peak memory is what CUDA's allocator reports; on CPU it is not attributable to a call: None
+    (`vlmprune bench model --memory` measures it in processes of their own).
     """
     device = next(model.parameters()).device
     tower = family_of(model).vision_tower(model)
@@ -133,7 +134,7 @@ def measure(
     peak: int | None = None
 
     def patched() -> AbstractContextManager[Handle | None]:
-        return patch(model, call, **(options or {})) if call else nullcontext()
+        return patch(model, calls, **(options or {})) if calls else nullcontext()
 
     with patched():
         caches = [_generate(model, one, 1, []).past_key_values for one in inputs]
@@ -141,7 +142,7 @@ def measure(
         del caches
         _generate(model, inputs[0], new_tokens, [])
     for one in inputs:
-        if call:
+        if calls:
             stamps, start = _timed(model, one, 1, device)
             timings.dense_first_token.append(stamps[0] - start)
         with patched() as handle, module_seconds(tower, device) as vision:
@@ -156,7 +157,7 @@ def measure(
         timings.vision.append(sum(vision))
         timings.select.append(select)
         timings.prefill.append(first - sum(vision) - select)
-        if call:
+        if calls:
             timings.share_of_dense.append(first / timings.dense_first_token[-1])
         if len(stamps) > 1:
             timings.per_decoded_token.append((stamps[-1] - stamps[0]) / (len(stamps) - 1))

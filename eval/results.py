@@ -2,6 +2,9 @@
 
 A cell's id hashes its whole configuration, so that a later run knows what is already there.
 Versions and hardware are recorded, not hashed.
+
+The schema counts what older readers would misread or trip over; fields that they may ignore do not
+change it. Every older schema is read. 2: `config` may hold `kinds`.
 """
 
 from __future__ import annotations
@@ -9,17 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
-from ..prune.budget import PUBLISHED, MethodCall
+from ..prune.budget import PUBLISHED
 from ..prune.errors import VlmpruneError
 from ..prune.registry import method_class
+from .compose import Part
 from .stats import Spread
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "runs.jsonl"
 
 Status = Literal["ok", "failed", "not_applicable"]
@@ -42,7 +46,10 @@ class MethodRecord(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a cell's outcome. No `methods` is the dense model."""
+    """Everything that decides a cell's outcome. No `methods` is the dense model.
+
+    `kinds` (sorted): the kinds of questions that are asked; None, which no id tells of, for all.
+    """
 
     model: str
     fingerprint: str
@@ -55,6 +62,7 @@ class Config:
     max_new_tokens: int
     dtype: str
     attn_implementation: str
+    kinds: tuple[str, ...] | None = None
 
     @property
     def id(self) -> str:
@@ -64,20 +72,23 @@ class Config:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration as it comes back from the file."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        values = asdict(self)
+        if self.kinds is None:
+            del values["kinds"]
+        return json.loads(json.dumps(values, default=str))
 
     @property
     def setting(self) -> tuple[object, ...]:
         """What two cells share when their accuracies may be compared question by question."""
-        shared = {k: v for k, v in asdict(self).items() if k not in ("methods", "positions")}
+        shared = {k: v for k, v in self.as_json().items() if k not in ("methods", "positions")}
         return tuple(sorted((key, str(value)) for key, value in shared.items()))
 
 
-def method_record(call: MethodCall) -> MethodRecord:
-    budget = call.budget
+def method_record(part: Part) -> MethodRecord:
+    budget = part.budget
     return MethodRecord(
-        name=call.name,
-        fields=call.method.fields(),
+        name=part.method.name,
+        fields=part.method.fields(),
         budget={"word": budget.word, "value": budget.value} if budget else None,
     )
 
@@ -93,11 +104,17 @@ class Accuracy(TypedDict):
 
 
 class Tokens(TypedDict):
-    """Visual tokens, means: per image (`in`, `kept`) and per sample (`average`, `per_layer`)."""
+    """Visual tokens, means: per image (`in`, `kept`) and per sample (`average`, `per_layer`).
+
+    `average_per_layer` counts the tokens that enter a layer, as our budgets do;
+    `average_after_cuts`, as SparseVLM and those who compare with it do, those that are left behind
+    it, after a cut between it and the next (not in older records).
+    """
 
     in_per_image: float
     kept_per_image: float
     average_per_layer: float
+    average_after_cuts: NotRequired[float]
     per_layer: list[float]
     text: float
     generated: float
@@ -191,11 +208,16 @@ def variant(record: Mapping[str, Any]) -> str:
     return ("+".join(names) or "dense") + positions
 
 
-def call_text(call: MethodCall, seed: int = 0) -> str:
-    """A method with its changed fields and its budget, e.g. `fastv(layer=3, keep_ratio=0.25)`."""
-    parts = changed_fields(call.name, call.method.fields(), seed)
-    parts.append(str(call.budget) if call.budget else PUBLISHED)
-    return f"{call.name}({', '.join(parts)})"
+def parts_text(parts: Sequence[Part], seed: int = 0) -> str:
+    """Methods with changed fields and budgets, e.g. `fastv(layer=3, keep_ratio=0.25)`, or dense."""
+    return "+".join(_part_text(part, seed) for part in parts) or "dense"
+
+
+def _part_text(part: Part, seed: int) -> str:
+    name = part.method.name
+    said = changed_fields(name, part.method.fields(), seed)
+    said.append(str(part.budget) if part.budget else PUBLISHED)
+    return f"{name}({', '.join(said)})"
 
 
 def changed_fields(name: str, fields: Mapping[str, object], seed: int) -> list[str]:
@@ -204,16 +226,26 @@ def changed_fields(name: str, fields: Mapping[str, object], seed: int) -> list[s
         usual = method_class(name)().fields() | {"seed": seed}
     except (VlmpruneError, TypeError):  # recorded by a version that knew this method
         return []
-    return [f"{k}={v}" for k, v in fields.items() if k in usual and v != usual[k]]
+    return [
+        f"{k}={_as_read(v)}"
+        for k, v in fields.items()
+        if k in usual and _as_read(v) != _as_read(usual[k])
+    ]
+
+
+def _as_read(value: object) -> object:
+    """A field's value as it comes back from the file."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def budget_text(record: Mapping[str, Any]) -> str:
-    """The budgets as the command line writes them."""
+    """The budgets as the command line writes them, one a method."""
+    return "+".join(_budget_word(m["budget"]) for m in record["config"]["methods"])
+
+
+def _budget_word(budget: Mapping[str, Any] | None) -> str:
     prefix = {"average_tokens": "avg:", "flops_ratio": "flops:"}
-    budgets = [m["budget"] for m in record["config"]["methods"]]
-    return "+".join(
-        f"{prefix.get(b['word'], '')}{b['value']:g}" if b else PUBLISHED for b in budgets
-    )
+    return f"{prefix.get(budget['word'], '')}{budget['value']:g}" if budget else PUBLISHED
 
 
 # --- The file --------------------------------------------------------------------------------
@@ -244,7 +276,7 @@ class Store:
     def read(self) -> list[Record]:
         """The last record of every id, in the order in which ids first appeared.
 
-        A last line torn by an interrupt is left out; so are records of an older schema.
+        A last line torn by an interrupt is left out.
         """
         records: dict[str, Record] = {}
         if not self.path.exists():

@@ -10,31 +10,48 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from ..prune.budget import Budget, MethodCall
+from ..prune.budget import MethodCall
 from ..prune.errors import (
     BudgetError,
     MethodFieldError,
     MissingSignalError,
     UnsupportedFeatureError,
+    UnsupportedModelError,
 )
+from .compose import Parts
 from .environment import load_average
-from .results import SCHEMA, Config, Measured, Record, Store, call_text
+from .results import SCHEMA, Config, Measured, Record, Store, parts_text
 
 logger = logging.getLogger(__name__)
 
-REFUSALS = (MissingSignalError, UnsupportedFeatureError, BudgetError, MethodFieldError)
+REFUSALS = (
+    MissingSignalError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+    BudgetError,
+    MethodFieldError,
+)
 """Errors that say: this method cannot do this on this model. They are results, not failures."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a configuration, and the method to patch with (None: the dense model)."""
+    """One run: a configuration, and what to patch with (nothing: the dense model)."""
 
     config: Config
-    call: MethodCall | None
+    parts: Parts
+
+    @property
+    def calls(self) -> tuple[MethodCall, ...]:
+        """What `patch` takes.
+
+        Raises:
+            BudgetError: a method cannot run with its budget.
+        """
+        return tuple(part.call for part in self.parts)
 
     def __str__(self) -> str:
-        return call_text(self.call, self.config.seed) if self.call else "dense"
+        return parts_text(self.parts, self.config.seed)
 
 
 @dataclass
@@ -45,24 +62,6 @@ class Summary:
     not_applicable: list[tuple[Cell, str]] = field(default_factory=list)
     failed: list[tuple[Cell, str]] = field(default_factory=list)
     skipped: list[Cell] = field(default_factory=list)
-
-
-def grid(
-    methods: Sequence[MethodCall], budgets: Sequence[Budget | None]
-) -> list[MethodCall | None]:
-    """The dense model first, then every method with every budget.
-
-    The budget None stands for a method's own schedule or rule; methods without one skip it.
-    """
-    return [
-        None,
-        *(
-            MethodCall(call.method, budget)
-            for call in methods
-            for budget in budgets
-            if budget is not None or not call.method.needs_budget
-        ),
-    ]
 
 
 def sweep(

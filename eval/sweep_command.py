@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
 from ..prune.contract import Positions
-from ..prune.errors import MethodFieldError
-from ..prune.registry import method, method_class
-from .cli import parse_fields
+from .compose import Parts, grid, parse, parse_budgets
 from .console import progress, stdout
 from .environment import hardware, versions
 from .evaluate import Evaluator, Sample
 from .loading import fingerprint, load, load_clip, resolve_device, short_name
 from .plot import frontier
 from .results import Config, Measured, Store, method_record, setting_of
-from .sweep import Cell, Summary, grid, sweep
+from .sweep import Cell, Summary, sweep
 from .table import sweep_table
-from .task import EmbeddedTask, Question, Task
-
-logger = logging.getLogger(__name__)
+from .task import EmbeddedTask, Question, Task, asked
 
 
 def run(
@@ -41,22 +35,22 @@ def run(
     device: str | None,
     dtype: str,
     attn_implementation: str | None,
+    kinds: Sequence[str] | None = None,
     clip: str | None = None,
     task: Task | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code."""
-    calls = grid(
-        [parse_method(text, seed) for text in methods if text != "dense"],
-        [None if text == PUBLISHED else Budget.parse(text) for text in budgets],
+    combinations = grid(
+        [parse(text, seed) for text in methods if text != "dense"], parse_budgets(budgets)
     )
+    task = task or EmbeddedTask()
+    questions = asked(task, limit, kinds)
     folder = Path(output_path)
     store = Store(folder)
     device = resolve_device(device)
     model, processor = load(
         model_name, dtype=dtype, attn_implementation=attn_implementation, device=device
     )
-    task = task or EmbeddedTask()
-    questions = task.questions(limit)
     evaluator = Evaluator(
         model,
         processor,
@@ -78,16 +72,17 @@ def run(
         max_new_tokens=task.max_new_tokens,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         attn_implementation=model.config._attn_implementation,
+        kinds=tuple(sorted(set(kinds))) if kinds else None,
     )
-    cells = [_cell(base, call, positions) for call in calls]
+    cells = [_cell(base, parts, positions) for parts in combinations]
 
     with progress() as bar:
         answered = bar.add_task("starting", total=len(cells) * len(questions))
 
         def run_cell(cell: Cell) -> Measured:
             measured, samples = evaluator.run(
-                cell.call,
-                positions=positions if cell.call else None,
+                cell.calls,
+                positions=positions if cell.parts else None,
                 progress=lambda n: bar.advance(answered, n),
             )
             if log_samples:
@@ -119,19 +114,6 @@ def run(
     return 1 if summary.failed else 0
 
 
-def parse_method(text: str, seed: int) -> MethodCall:
-    """`fastv` or `fastv:layer=3`; methods with a `seed` get this one unless the text sets it."""
-    name, *parts = text.split(":")
-    fields = parse_fields(parts)
-    for word in BUDGET_WORDS:
-        if word in fields:
-            raise MethodFieldError(f"{text!r}: budgets of a sweep are given with --budgets.")
-    known = {field.name for field in dataclasses.fields(method_class(name))}
-    if "seed" in known:
-        fields.setdefault("seed", seed)
-    return method(name, **fields, keep_ratio=1.0)
-
-
 def report(store: Store, base: Config) -> None:
     """Table to stdout and `table.md`, frontier to `frontier.png`: all cells of this setting."""
     records = [r for r in store.read() if setting_of(r) == base.setting]
@@ -142,11 +124,10 @@ def report(store: Store, base: Config) -> None:
     frontier(records, folder / "frontier.png")
 
 
-def _cell(base: Config, call: MethodCall | None, positions: Positions | None) -> Cell:
-    if call is None:
-        return Cell(base, None)
-    config = dataclasses.replace(base, methods=(method_record(call),), positions=positions)
-    return Cell(config, call)
+def _cell(base: Config, parts: Parts, positions: Positions | None) -> Cell:
+    records = tuple(map(method_record, parts))
+    positions = positions if parts else None
+    return Cell(dataclasses.replace(base, methods=records, positions=positions), parts)
 
 
 def _write_samples(path: Path, questions: Sequence[Question], samples: Sequence[Sample]) -> None:

@@ -15,16 +15,18 @@ from rich.text import Text
 
 from ..prune.budget import PUBLISHED
 from .environment import describe
-from .results import Record, Times, budget_text, method_name, variant
+from .results import Record, Times, Tokens, budget_text, method_name, variant
 from .stats import Spread, paired_difference
 
 NOTES = (
     "Accuracy with its 95 % interval; difference to dense paired question by question. Tokens: "
-    "visual tokens kept of those an image has, and the mean entering a decoder layer. Prefill: "
-    "decoder FLOPs with text (multiply-add = 2). Share: of the dense decoder FLOPs, visual tokens "
-    "only. Times: medians at batch 1; (%) of dense on the same questions in turn."
+    "visual tokens kept of those an image has, and the mean entering a decoder layer (in brackets: "
+    "left behind it, as SparseVLM counts, where that differs). Prefill: decoder FLOPs with text "
+    "(multiply-add = 2). Share: of the dense decoder FLOPs, visual tokens only. Times: medians at "
+    "batch 1; (%) of dense on the same questions in turn."
 )
 
+_MIXED = "several"  # the column of methods that are combined under different budgets
 _WRAPPED_WIDTH = 14  # the least that a column of running text gets
 
 
@@ -122,20 +124,29 @@ def sweep_table(records: Sequence[Record]) -> Table:
 
 def accuracy_table(records: Sequence[Record]) -> Table:
     """One row per method, one column per budget: accuracy, and tokens kept where the method found
-    their number itself."""
+    their number itself. Methods combined under different budgets are rows of their own."""
     ordered = [r for r in in_order(records) if method_name(r) != "dense"]
-    budgets = list(dict.fromkeys(budget_text(r) for r in ordered if budget_text(r) != PUBLISHED))
-    if any(budget_text(r) == PUBLISHED for r in ordered):
-        budgets.append(PUBLISHED)
-    cells = {(variant(r), budget_text(r)): _accuracy(r) for r in ordered}
+    places = {id(r): _place(r) for r in ordered}
+    last = (PUBLISHED, _MIXED)
+    budgets = list(dict.fromkeys(column for _, column in places.values()))
+    budgets.sort(key=lambda column: last.index(column) + 1 if column in last else 0)
+    cells = {places[id(r)]: _accuracy(r) for r in ordered}
     return Table(
         headers=("Method", *budgets),
         rows=[
             (name, *(cells.get((name, budget), "") for budget in budgets))
-            for name in dict.fromkeys(variant(r) for r in ordered)
+            for name in dict.fromkeys(name for name, _ in places.values())
         ],
         title=_title(ordered[0]) if ordered else None,
     )
+
+
+def _place(record: Record) -> tuple[str, str]:
+    """Row and column of a record among accuracies."""
+    budgets = budget_text(record).split("+")
+    if len(set(budgets)) == 1:
+        return variant(record), budgets[0]
+    return f"{variant(record)} at {' + '.join(budgets)}", _MIXED
 
 
 def _accuracy(record: Record) -> str:
@@ -143,7 +154,7 @@ def _accuracy(record: Record) -> str:
         return "not applicable" if record["status"] == "not_applicable" else "FAILED"
     own = f" ({record['tokens']['kept_per_image']:.4g} tokens)"
     value = f"{100 * record['accuracy']['value']:.1f}"
-    return value + own * (budget_text(record) == PUBLISHED)
+    return value + own * (PUBLISHED in budget_text(record))
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:
@@ -171,13 +182,20 @@ def _row(record: Record, dense: Record | None, width: int) -> tuple[str, ...]:
         value,
         _difference(record, dense),
         f"{tokens['kept_per_image']:.4g}/{tokens['in_per_image']:.4g}",
-        f"{tokens['average_per_layer']:.1f}",
+        _averages(tokens),
         f"{record['flops']['prefill'] / 1e9:.3g}",
         f"{100 * record['flops']['visual_share']:.1f}",
         _first_token(times),
         milliseconds(times["per_decoded_token"]),
         f"{record['kv_bytes'] / 1024:.0f}",
     )
+
+
+def _averages(tokens: Tokens) -> str:
+    """Both conventions of average tokens, the second one where it says something else."""
+    entering = f"{tokens['average_per_layer']:.1f}"
+    behind = f"{tokens.get('average_after_cuts', tokens['average_per_layer']):.1f}"
+    return entering if behind == entering else f"{entering} ({behind})"
 
 
 def _first_token(times: Times) -> str:
@@ -202,9 +220,11 @@ def milliseconds(spread: Spread | None) -> str:
 def setting_line(config: Mapping[str, Any]) -> str:
     """What was run, in one line."""
     limit = config["limit"] if config["limit"] is not None else "all"
+    kinds = f"kinds: {' '.join(config['kinds'])}, " if config.get("kinds") else ""
     return (
         f"model: {config['model']} ({config['dtype']}, {config['attn_implementation']}), "
-        f"task: {config['task']} v{config['task_version']}, limit: {limit}, seed: {config['seed']}"
+        f"task: {config['task']} v{config['task_version']}, {kinds}limit: {limit}, "
+        f"seed: {config['seed']}"
     )
 
 

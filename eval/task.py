@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 from typing import Any, Protocol
 
 from PIL.Image import Image
+
+from ..prune.errors import VlmpruneError, did_you_mean
+
+
+class TaskError(VlmpruneError, ValueError):
+    """Questions that a task does not have."""
 
 
 class Question(Protocol):
@@ -65,6 +72,25 @@ class EmbeddedTask:
 
     def is_correct(self, prediction: str, question: Question) -> bool:
         return self._embedded.is_correct(normalise(prediction), question.answer)
+
+
+def asked(task: Task, limit: int | None, kinds: Sequence[str] | None) -> Sequence[Question]:
+    """The first `limit` questions of a task, or of some of its kinds, which then take turns.
+
+    Raises:
+        TaskError: the task has no questions of a kind.
+    """
+    if not kinds:
+        return task.questions(limit)
+    by_kind: dict[str, list[Question]] = {}
+    for question in task.questions(None):
+        by_kind.setdefault(question.kind, []).append(question)
+    for kind in kinds:
+        if kind not in by_kind:
+            hint = did_you_mean(kind, sorted(by_kind))
+            raise TaskError(f"{task.name} has no questions of kind {kind!r}. {hint}")
+    turns = zip_longest(*(by_kind[kind] for kind in sorted(set(kinds))))
+    return [question for question in chain.from_iterable(turns) if question is not None][:limit]
 
 
 def normalise(text: str) -> str:

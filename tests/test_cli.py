@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import vlmprune
 from PIL import Image
 from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import cli
+from vlmprune.eval.bench import Subject, oracle_prefill, prefill
+from vlmprune.eval.memory import MemoryMeasureError, added_at_peak, in_fresh_process
 from zoo import CASES
 
 COMMANDS = ("sweep", "ask", "bench", "methods", "models", "where")
@@ -84,10 +87,20 @@ def test_every_command_has_help_with_its_defaults(capsys):
         (["sweep", "--methods", "fastv:layr=2"], "Did you mean: layer"),
         (["sweep", "--methods", "fastv:layer"], "field=value"),
         (["sweep", "--methods", "grid:keep_ratio=0.5"], "--budgets"),
+        (["sweep", "--methods", "divprune@0.5+fastw"], "Did you mean: fastv"),
+        (["sweep", "--methods", "fastv@0.5:layer=3"], "fastv:layer=3@0.25"),
+        (["sweep", "--methods", "fastv@published"], "fastv@0.25"),
+        (["sweep", "--kinds", "reed"], "Did you mean: read"),
         (["sweep", "--budgets", "1.5"], "0 < keep_ratio <= 1"),
         (["sweep", "--budgets", "half"], "avg:64"),
         (["sweep", "--device", "gpu"], "cpu, cuda"),
         (["ask", "x.png", "why?", "--method", "grid"], "keep_ratio"),
+        (["ask", "x.png", "why?", "--method", "grid@0.5+fastv"], "fastv@0.25"),
+        (["ask", "x.png", "why?", "--method", "grid@0.5", "--keep_ratio", "0.5"], "leave"),
+        (
+            ["ask", "x.png", "y", "--method", "grid@9+fastv@5", "--method_args", "layer=3"],
+            "divprune@0.5+fastv:layer=3",
+        ),
         (["ask", "no.png", "why?", "--method", "grid", "--keep_ratio", "0.5"], "no.png"),
         (["ask", "no.png", "--method", "grid", "--keep_ratio", "0.5"], "QUESTION"),
         (
@@ -122,6 +135,13 @@ def test_no_command_prints_the_help(capsys):
 
 def test_lists_take_commas_and_spaces():
     assert cli.split_list(["a,b", "c", "d,"]) == ["a", "b", "c", "d"]
+    assert cli.split_list(["a:x=(1,2),b", "c:y=[3,4]@0.5+d,e"]) == [
+        "a:x=(1,2)",
+        "b",
+        "c:y=[3,4]@0.5+d",
+        "e",
+    ]
+    assert cli.parse_fields(["layers=[3,4]"]) == {"layers": (3, 4)}
     assert cli.parse_fields(["layer=3", "alpha=0.1", "mode=max", "official=true", "x=None"]) == {
         "layer": 3,
         "alpha": 0.1,
@@ -247,19 +267,148 @@ def test_the_seed_reaches_methods_that_have_one(tiny, tmp_path, capsys):
     assert out.count("| random |") == 2 and out.count("| random(seed=5) |") == 2
 
 
-def test_bench_compares_dense_oracle_and_patched(tmp_path, capsys):
-    path = tmp_path / "bench.json"
-    argv = ["--layers", "3", "--width", "128", "--tokens", "16", "--repeats", "2", "-o", str(path)]
-    methods = ["--methods", "grid,fastv", "--budgets", "0.25"]
-    assert cli.main(["bench", "model", *methods, *argv]) == 0
+def test_sweep_of_several_methods_at_once(tiny, tmp_path, capsys):
+    assert sweep(tmp_path, "--methods", "grid@0.5+fastv:layer=2", "fastv") == 0
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [r["status"] for r in records] == ["ok"] * 5
+    both = records[2]
+    assert [m["name"] for m in both["config"]["methods"]] == ["grid", "fastv"]
+    assert both["tokens"]["per_layer"] == [18, 18, 9, 9]
+    assert both["tokens"]["average_per_layer"] == 13.5
+    assert both["tokens"]["average_after_cuts"] == 11.25
+    assert both["positions"] and both["kv_bytes"] < records[3]["kv_bytes"]
+    out = capsys.readouterr().out
+    assert "| grid+fastv | 0.5+9 |" in out and "| 13.5 (11.2) |" in out
+    assert (
+        sweep(tmp_path, "--methods", "fastv:layer=2+grid@0.5", "fastv@9", "grid@0.5+fastv@9") == 0
+    )
+    assert "4 already there" in capsys.readouterr().err
+
+
+def test_sweep_of_one_kind_of_questions_has_its_own_cells(tiny, tmp_path, capsys):
+    assert sweep(tmp_path) == 0
+    assert sweep(tmp_path, "--kinds", "long") == 0
+    captured = capsys.readouterr()
+    assert "5 run" in captured.err and captured.out.count("| dense |") == 2
+    records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [r["accuracy"]["n"] for r in records] == [6] * 5 + [3] * 5
+    assert "kinds" not in records[0]["config"] and records[5]["config"]["kinds"] == ["long"]
+    assert sweep(tmp_path, "--kinds", "long", "--log_samples") == 0
+    assert "5 already there" in capsys.readouterr().err
+
+
+def test_ask_with_several_methods(tmp_path, capsys, monkeypatch):
+    from vlmprune.eval import ask
+
+    monkeypatch.setattr(ask, "load", lambda *_, **__: (CLIP.model(), FakeProcessor(CLIP)))
+    monkeypatch.setattr(ask._OneQuestion, "prompt", lambda self, processor, question: question)
+    monkeypatch.setattr(ask, "_read", lambda *_: FakeTask().questions(1)[0])
+    argv = ["ask", "A", "why?", "--method", "divprune@0.5+fastv:layer=2", "--keep_tokens", "3"]
+    monkeypatch.setattr("vlmprune.adapters.patching.Handle.overlay", lambda *_: None)
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "divprune(keep_ratio=0.5)+fastv(keep_tokens=3)" in out
+    (tokens,) = [line for line in out.splitlines() if line.startswith("| visual tokens |")]
+    assert [part.strip() for part in tokens.split("|")[2:4]] == ["36", "3"]
+
+
+TINY = ["--layers", "4", "--width", "128", "--tokens", "16", "--repeats", "2", "--new_tokens", "2"]
+
+
+def bench(path, *argv: str) -> list[dict]:
+    assert cli.main(["bench", "model", *TINY, "-o", str(path), *argv]) == 0
     report = json.loads(path.read_text())
-    assert report["schema"] == 1 and report["versions"]["torch"] and report["hardware"]["cpu"]
-    dense, grid, fastv = report["variants"]
-    assert dense["method"] is None and dense["seconds"]["oracle_total"] is None
+    assert report["schema"] == 2 and report["versions"]["torch"] and report["hardware"]["cpu"]
+    return report["variants"]
+
+
+def test_bench_compares_dense_oracle_and_patched(tmp_path, capsys):
+    dense, grid, fastv = bench(
+        tmp_path / "bench.json", "--methods", "grid,fastv", "--budgets", "0.25"
+    )
+    assert dense["methods"] == [] and dense["seconds"]["oracle_total"] is None
+    assert dense["select_over_dense_prefill"] is None
     assert grid["kept"] == fastv["kept"] == 4
-    assert grid["average_per_layer"] == 4 and fastv["average_per_layer"] == 12
+    assert grid["average_per_layer"] == 4 and fastv["average_per_layer"] == 10
+    assert grid["average_after_cuts"] == 4 and fastv["average_after_cuts"] == 7
+    # keys and values of a head of 128, float32, in 4 layers
+    assert dense["cache_bytes"] == 2 * 128 * 4 * 4 * (16 + 40)
+    assert grid["cache_bytes"] == 2 * 128 * 4 * 4 * (4 + 40)
+    assert fastv["cache_bytes"] == 2 * 128 * 4 * 4 * (10 + 40)
     for variant in (grid, fastv):
-        assert variant["seconds"]["oracle_total"]["n"] == variant["seconds"]["total"]["n"] == 2
+        seconds = variant["seconds"]
+        assert seconds["oracle_total"]["n"] == seconds["total"]["n"] == 2
+        assert seconds["per_decoded_token"]["n"] == variant["decode_speed_up"]["n"] == 2
         assert variant["first_token_flops"] < dense["first_token_flops"]
         assert variant["oracle_over_patched"]["median"] > 0
-    assert "| grid(keep_ratio=0.25) |" in capsys.readouterr().out
+        assert variant["select_over_dense_prefill"]["median"] > 0
+        assert variant["peak_memory_bytes"] is None  # not asked for
+    out = capsys.readouterr().out
+    assert "| grid(keep_ratio=0.25) |" in out
+    assert "Cache MiB" in out and "Peak MiB" not in out
+
+
+def test_bench_takes_several_methods_and_published_schedules(tmp_path):
+    methods = ["--methods", "grid@0.5+fastv@3", "prumerge", "fastv"]
+    dense, both, published = bench(tmp_path / "bench.json", *methods, "--budgets", "published")
+    assert dense["name"] == "dense"
+    assert both["name"] == "grid(keep_ratio=0.5)+fastv(keep_tokens=3)"
+    assert [m["name"] for m in both["methods"]] == ["grid", "fastv"]
+    assert both["average_per_layer"] == (8 + 8 + 3 + 3) / 4
+    assert published["name"] == "prumerge(published)" and 1 <= published["kept"] <= 16
+
+
+@pytest.mark.slow
+def test_bench_measures_peak_memory_in_a_process_of_its_own(tmp_path, capsys):
+    argv = ["--methods", "grid", "--budgets", "1", "--memory", "--repeats", "1", "--tokens", "1024"]
+    dense, grid = bench(tmp_path / "bench.json", *argv)
+    cache = 2 * 128 * 4 * 4 * (1024 + 40)
+    assert dense["cache_bytes"] == cache and grid["kept"] == 1
+    assert dense["peak_memory_bytes"] > cache  # float32 hidden states beside it
+    assert dense["peak_memory_bytes"] > grid["peak_memory_bytes"] >= 0
+    assert "Peak MiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "cuts", [[], [(0, 4)], [(2, 0)], [(0, 0)], [(0, 6), (2, 0)], [(1, 6), (3, 2)], [(0, 6), (0, 3)]]
+)
+def test_the_oracle_takes_any_counts(cuts):
+    """Also none: every layer sees the text and as many visual tokens as are left."""
+    subject = Subject(
+        layers=4, width=128, visual_tokens=16, dtype="float32", attn_implementation="sdpa"
+    )
+    model = subject.model("cpu")
+    seen: list[int] = []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args or kwargs["hidden_states"])[0].shape[1]),
+            with_kwargs=True,
+        )
+    inputs = subject.inputs(model)
+    with torch.inference_mode():
+        logits = oracle_prefill(model, inputs, [(at, torch.arange(n)) for at, n in cuts])
+        if not cuts:
+            assert torch.allclose(logits, prefill(model, inputs).logits, atol=1e-5)
+            seen = seen[:4]
+    expected = [16] * 4
+    for at, count in cuts:
+        expected[at:] = [count] * (4 - at)
+    assert seen == [n + 40 for n in expected] and logits.shape[:2] == (1, 1)
+
+
+# --- Peak memory -------------------------------------------------------------------------------
+
+
+def test_peak_memory_is_what_was_added_and_given_back():
+    def run() -> None:
+        block = bytearray(64 << 20)
+        block[:: 1 << 12] = b"x" * (len(block) >> 12)
+
+    assert abs(added_at_peak(run) - (64 << 20)) < 16 << 20
+    assert added_at_peak(lambda: None) < 16 << 20
+
+
+def test_a_fresh_process_answers_and_its_failure_is_said():
+    assert in_fresh_process(max, 3, 7) == 7
+    with pytest.raises(MemoryMeasureError, match="--memory"):
+        in_fresh_process(int, "seven")

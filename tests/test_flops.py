@@ -1,6 +1,8 @@
-"""Analytic FLOPs equal torch's counter; the literature's convention gives its published figures."""
+"""Analytic FLOPs equal torch's counter; averages and shares (published ones: test_published.py)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ import vlmprune
 from torch.utils.flop_counter import FlopCounterMode
 from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.registry import family_of
-from vlmprune.eval.flops import _windows, model_cost, visual_flops, visual_share
-from vlmprune.prune.contract import Decoder
+from vlmprune.eval.flops import _windows, after_cuts, cache_entries, model_cost, visual_share
+from vlmprune.prune.budget import Budget, MethodCall
+from vlmprune.prune.contract import CacheMethod, Decoder
 from zoo import ALL, ATTENTION, BOTH_FAMILIES, CASES, Case
 
 ROW = (4, "B", 6)  # Qwen: 3 x 5 tokens in windows of 2 x 2, so some are smaller
@@ -90,26 +93,38 @@ def test_windows_tile_the_grid():
 LLAMA_7B = Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008)
 
 
-@pytest.mark.parametrize(
-    ("layers", "published"),
-    [
-        pytest.param([576] * 32, 3.82, id="LLaVA-1.5-7B"),
-        pytest.param([2880] * 32, 20.83, id="LLaVA-NeXT-7B"),
-        pytest.param([576] * 8 + [288] * 8 + [144] * 8 + [72] * 8, 1.78, id="PyramidDrop"),
-        pytest.param([576] * 7 + [504] * 2 + [360] * 3 + [72] * 20, 1.56, id="TransPrune-High"),
-        pytest.param(
-            [2880] * 7 + [2520] * 2 + [1800] * 3 + [360] * 20, 8.33, id="TransPrune-High-NeXT"
-        ),
-        pytest.param([576] * 2 + [288] * 30, 2.01, id="FastV-half"),
-        pytest.param([576] * 2 + [144] * 30, 1.12, id="FastV-quarter"),
-    ],
-)
-def test_published_teraflops(layers, published):
-    assert abs(visual_flops(layers, LLAMA_7B) / 1e12 - published) < 0.0051
-
-
 def test_visual_share():
     assert visual_share([576] * 32, 576, LLAMA_7B) == 1
     assert visual_share([0] * 32, 0, LLAMA_7B) == 1
     quarter = visual_share([144] * 32, 576, LLAMA_7B)
     assert 0.23 < quarter < 0.25  # attention is quadratic
+
+
+def test_a_cut_counts_for_the_layer_before_it_too():
+    assert after_cuts([576, 576, 309, 309, 113]) == [576, 309, 309, 113, 113]
+    assert after_cuts([20, 20]) == [20, 20]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evicting(CacheMethod):
+    name = "evicting"
+
+    def needs(self, shape):
+        return ()
+
+
+def test_decoding_with_fewer_entries_costs_less():
+    case = CASES["llava-clip-llama"]
+    model, n = case.model(), case.num_tokens("B")
+    dense = analytic(case, model, [n] * 4, new_tokens=3)
+    call = MethodCall(Evicting(), Budget("keep_tokens", 6))
+    entries = cache_entries([vlmprune.method("grid", keep_tokens=4), call], [n], TEXT)
+    assert entries == 6 + TEXT
+    short = analytic(case, model, [n] * 4, new_tokens=3, cache_entries=entries)
+    assert short.first_token == dense.first_token
+    assert short.decode == analytic(case, model, [6] * 4, new_tokens=3).decode < dense.decode
+    # What never entered a layer is not in its cache either.
+    both = analytic(case, model, [n, n, 2, 2], new_tokens=3, cache_entries=entries)
+    assert both.decode == analytic(case, model, [6, 6, 2, 2], new_tokens=3).decode
+    assert cache_entries([MethodCall(Evicting(), None)], [n], TEXT) is None
+    assert cache_entries([], [n], TEXT) is None

@@ -86,7 +86,7 @@ def test_the_cache_is_measured_layer_by_layer():
     per_token = 2 * KV_HEADS * HEAD_SIZE * 4  # keys and values, float32
     dense = measure(model, [inputs])
     assert dense.kv_bytes == (visual + text) * LAYERS * per_token
-    pruned = measure(model, [inputs], call=vlmprune.method("fastv", keep_tokens=5, layer=3))
+    pruned = measure(model, [inputs], calls=[vlmprune.method("fastv", keep_tokens=5, layer=3)])
     assert pruned.kv_bytes == (3 * (visual + text) + 5 + text) * per_token
 
 
@@ -94,8 +94,8 @@ def test_times_have_all_parts_and_nothing_stays_on_the_model():
     model, inputs = CLIP.model(), CLIP.inputs([(4, "A", 6)])
     model.generate(**inputs, max_new_tokens=1)  # transformers installs its own hooks once
     before = hooks(model)
-    call = vlmprune.method("divprune", keep_tokens=5)
-    found = measure(model, [inputs] * 3, call=call, new_tokens=4)
+    calls = [vlmprune.method("divprune", keep_tokens=5)]
+    found = measure(model, [inputs] * 3, calls=calls, new_tokens=4)
     times = found.timings
     assert {len(part) for part in vars(times).values()} == {3}
     for total, vision, select, rest in zip(
@@ -126,8 +126,8 @@ def test_kv_bytes_of_a_cache_that_was_never_used():
 @BOTH_FAMILIES
 @pytest.mark.parametrize("name", [None, "grid", "fastv"])
 def test_left_padded_batches_answer_like_single_questions(case: Case, name):
-    call = vlmprune.method(name, keep_ratio=0.3) if name else None
-    alone, together = (evaluator(case, batch).run(call) for batch in (1, 6))
+    calls = [vlmprune.method(name, keep_ratio=0.3)] if name else []
+    alone, together = (evaluator(case, batch).run(calls) for batch in (1, 6))
     assert [s.prediction for s in alone[1]] == [s.prediction for s in together[1]]
     assert alone[0]["tokens"] == together[0]["tokens"]
     assert alone[0]["flops"] == together[0]["flops"]
@@ -136,23 +136,25 @@ def test_left_padded_batches_answer_like_single_questions(case: Case, name):
 @BOTH_FAMILIES
 def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     bench = evaluator(case)
-    dense, samples = bench.run(None)
+    dense, samples = bench.run()
     images = [case.num_tokens(letter) for letter in "ABCABC"]
     assert [s.images for s in samples] == [[n] for n in images]
     assert dense["tokens"]["in_per_image"] == dense["tokens"]["kept_per_image"]
+    assert dense["tokens"]["average_per_layer"] == dense["tokens"]["average_after_cuts"]
     assert dense["tokens"]["text"] == {False: 8.5, True: 10.5}[case.qwen]
     assert dense["flops"]["visual_share"] == dense["flops"]["prefill_share"] == 1
     answers = [s.prediction for s in samples]
 
     bench = evaluator(case, answers=answers)
-    assert bench.run(None)[0]["accuracy"]["outcomes"] == "111111"
-    pruned, _ = bench.run(vlmprune.method("fastv", keep_tokens=6, layer=1))
+    assert bench.run()[0]["accuracy"]["outcomes"] == "111111"
+    pruned, _ = bench.run([vlmprune.method("fastv", keep_tokens=6, layer=1)])
     tokens = pruned["tokens"]
     mean = sum(images) / 6
     assert tokens["in_per_image"] == pytest.approx(mean)
     assert tokens["kept_per_image"] == 6
     assert tokens["per_layer"] == pytest.approx([mean, 6, 6, 6])
     assert tokens["average_per_layer"] == pytest.approx((mean + 18) / 4)
+    assert tokens["average_after_cuts"] == pytest.approx(6)  # the cut is behind the first layer
     decoder = case.shape.decoder
     shares = [
         (layer_flops(n, decoder) + 3 * layer_flops(6, decoder)) / (4 * layer_flops(n, decoder))
@@ -171,11 +173,28 @@ def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     }
 
 
+@BOTH_FAMILIES
+def test_several_methods_act_together(case: Case):
+    calls = [
+        vlmprune.method("divprune", keep_tokens=8),
+        vlmprune.method("fastv", keep_tokens=3, layer=2),
+    ]
+    both, samples = evaluator(case).run(calls)
+    assert both["tokens"]["per_layer"] == [8, 8, 3, 3]
+    assert both["tokens"]["kept_per_image"] == 3
+    assert both["tokens"]["average_per_layer"] == 5.5
+    assert both["tokens"]["average_after_cuts"] == 4.25
+    first, _ = evaluator(case).run(calls[:1])
+    assert both["kv_bytes"] < first["kv_bytes"]
+    assert both["flops"]["visual_share"] < first["flops"]["visual_share"]
+    assert [s.kept for s in samples] == [[3]] * 6
+
+
 def test_a_failing_method_leaves_the_model_unpatched():
     bench = evaluator(CASES["llava-siglip-qwen2"])
     before = hooks(bench.model)
     with pytest.raises(vlmprune.MissingSignalError):
-        bench.run(vlmprune.method("vtc_cls", keep_ratio=0.5))
+        bench.run([vlmprune.method("vtc_cls", keep_ratio=0.5)])
     assert hooks(bench.model) == before
 
 

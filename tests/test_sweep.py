@@ -6,16 +6,23 @@ import dataclasses
 import io
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import vlmprune
 from rich.console import Console
 from vlmprune.eval import results, stats
+from vlmprune.eval.compose import Part, grid, parse, parse_budgets
 from vlmprune.eval.results import Config, ResultsError, Store, method_record
-from vlmprune.eval.sweep import Cell, grid, sweep
-from vlmprune.eval.table import sweep_table
+from vlmprune.eval.sweep import Cell, sweep
+from vlmprune.eval.table import accuracy_table, setting_line, sweep_table
+from vlmprune.eval.task import EmbeddedTask, TaskError, asked
 from vlmprune.prune.budget import Budget
+from vlmprune.prune.contract import CacheMethod
+from vlmprune.prune.registry import method_class
 
+STORED = Path(results.__file__).parent / "embedded" / "results"
 VERSIONS = {"vlmprune": "0.1.0", "torch": "2"}
 HARDWARE = {"device": "cpu", "cpu": "a processor", "cpu_cores": 2, "torch_threads": 1}
 
@@ -34,11 +41,15 @@ BASE = Config(
 )
 
 
-def cells(*names: str, budgets=("0.5", "0.25")) -> list[Cell]:
-    calls = [vlmprune.method(name, keep_ratio=1.0) for name in names]
+def config(text: str, **others) -> Config:
+    """The configuration of one word that names its budgets."""
+    return dataclasses.replace(BASE, methods=tuple(map(method_record, parse(text))), **others)
+
+
+def cells(*words: str, budgets=("0.5", "0.25")) -> list[Cell]:
     return [
-        Cell(dataclasses.replace(BASE, methods=(method_record(call),) if call else ()), call)
-        for call in grid(calls, [Budget.parse(text) for text in budgets])
+        Cell(dataclasses.replace(BASE, methods=tuple(map(method_record, parts))), parts)
+        for parts in grid([parse(word) for word in words], parse_budgets(budgets))
     ]
 
 
@@ -92,11 +103,11 @@ class Runner:
         self.ran: list[str] = []
 
     def __call__(self, cell: Cell) -> dict:
-        error = self.raises.get(cell.call.name if cell.call else "dense")
-        if error is not None:
-            raise error
+        name = "+".join(part.method.name for part in cell.parts) or "dense"
+        if name in self.raises:
+            raise self.raises[name]
         self.ran.append(str(cell))
-        return measured(share=cell.call.budget.value if cell.call else 1.0)
+        return measured(share=cell.calls[-1].budget.value if cell.parts else 1.0)
 
 
 def go(grid_, runner, folder, versions=VERSIONS, hardware=HARDWARE):
@@ -112,6 +123,57 @@ def test_the_id_is_stable_across_versions_of_the_library():
     assert cells("fastv")[1].config.id == "f3f7779f5b917651"
 
 
+def test_a_method_alone_and_several_are_one_case_and_old_ids_stay():
+    """Ids of runs that were stored before methods could be combined."""
+    files = sorted(STORED.glob("sweep*.jsonl"))
+    records = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    assert len(records) >= 88 and {r["schema"] for r in records} >= {1}
+    for record in records:
+        assert Config(**record["config"]).id == record["id"]
+    kept = {k: v for k, v in records[0]["config"].items() if k != "methods"}
+    words = {}
+    for record in records:
+        if record["config"]["positions"] is None:
+            methods = record["config"]["methods"]
+            words["+".join(_word(m) for m in methods)] = record
+    assert "dense" not in words and "fastv:layer=2@0.25" in words and "" in words
+    same = 0
+    for word, record in words.items():
+        methods = tuple(map(method_record, parse(word))) if word else ()
+        if [m["fields"].keys() for m in methods] == [
+            m["fields"].keys() for m in record["config"]["methods"]
+        ]:  # a method that has gained a field since is another method
+            assert Config(**{**kept, "methods": methods}).id == record["id"], word
+            same += 1
+    assert same > 60
+
+
+def _word(method: dict) -> str:
+    """A recorded method as the command line writes it."""
+    budget, known = method["budget"], method_class(method["name"])().fields()
+    fields = "".join(f":{k}={v}" for k, v in method["fields"].items() if k in known)
+    return f"{method['name']}{fields}@" + (f"{budget['value']}" if budget else "published")
+
+
+def test_stored_runs_are_recognised_by_a_new_sweep(tmp_path):
+    """The same command on the file of a stored run has nothing left to do."""
+    source = STORED / "sweep.jsonl"
+    (tmp_path / results.FILE_NAME).write_bytes(source.read_bytes())
+    stored = Store(tmp_path).read()
+    base = Config(**stored[0]["config"])
+    assert base.methods == [] and base.kinds is None
+    names = dict.fromkeys(m["name"] for r in stored for m in r["config"]["methods"])
+    budgets = ("published", "0.5", "0.25", "0.11")
+    found = [
+        Cell(dataclasses.replace(base, methods=tuple(map(method_record, parts))), parts)
+        for parts in grid([parse(name) for name in names], parse_budgets(budgets))
+    ]
+    assert len(found) == len(stored)
+    assert {results.setting_of(r) for r in stored} == {base.setting}
+    summary = go(found, Runner(), tmp_path, stored[0]["versions"], stored[0]["hardware"])
+    assert len(summary.skipped) == len(stored)
+
+
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Config)])
 def test_every_part_of_the_configuration_changes_the_id(field):
     changed = cells("divprune")[1].config.methods if field == "methods" else "something else"
@@ -121,18 +183,145 @@ def test_every_part_of_the_configuration_changes_the_id(field):
 def test_budgets_and_fields_change_the_id():
     ids = {cell.config.id for cell in cells("divprune", "fastv", "random")}
     assert len(ids) == 7
-    (one,) = {
-        method_record(vlmprune.method("fastv", keep_ratio=0.5, layer=2))["fields"]["layer"],
-    }
-    other = dataclasses.replace(
-        BASE, methods=(method_record(vlmprune.method("fastv", keep_ratio=0.5, layer=one + 1)),)
-    )
-    assert other.id not in ids
+    assert config("fastv@0.5").id in ids
+    assert config("fastv:layer=3@0.5").id not in ids
 
 
 def test_dense_comes_first_once():
-    calls = grid([vlmprune.method("grid", keep_ratio=1.0)], [Budget.parse("64")])
-    assert [str(call) for call in calls] == ["None", "grid(keep_tokens=64)"]
+    assert list(map(str, cells("grid", "grid", budgets=["64"]))) == [
+        "dense",
+        "grid(keep_tokens=64)",
+    ]
+
+
+# --- Several methods at once -----------------------------------------------------------------
+
+
+def test_parts_without_a_budget_take_the_cells():
+    found = cells(
+        "divprune@0.5+fastv", "divprune+fastv:layer=3", "grid@9", budgets=("0.3", "avg:8")
+    )
+    assert list(map(str, found)) == [
+        "dense",
+        "divprune(keep_ratio=0.5)+fastv(keep_ratio=0.3)",
+        "divprune(keep_ratio=0.5)+fastv(average_tokens=8)",
+        "divprune(keep_ratio=0.3)+fastv(layer=3, keep_ratio=0.3)",
+        "divprune(average_tokens=8)+fastv(layer=3, average_tokens=8)",
+        "grid(keep_tokens=9)",  # nothing to take: once
+    ]
+    assert [call.name for call in found[1].calls] == ["divprune", "fastv"]
+
+
+def test_the_order_of_the_words_does_not_matter():
+    (one,), (other,) = (
+        cells(word)[1:] for word in ("fastv@9+divprune@0.5", "divprune@0.5+fastv@9")
+    )
+    assert one == other and one.config.id == other.config.id
+    assert [m["name"] for m in one.config.methods] == ["divprune", "fastv"]
+    assert one.config.id not in {config("divprune@0.5").id, config("fastv@9").id}
+
+
+def test_published_is_for_those_with_a_schedule():
+    found = cells(
+        "fastv", "prumerge", "divprune@0.5+fastv", "fastv@0.5+prumerge", budgets=["published"]
+    )
+    assert list(map(str, found)) == [
+        "dense",
+        "prumerge(published)",
+        "prumerge(published)+fastv(keep_ratio=0.5)",
+    ]
+    assert str(cells("prumerge@published", budgets=["0.5"])[1]) == "prumerge(published)"
+
+
+@pytest.mark.parametrize(
+    ("word", "error", "says"),
+    [
+        ("fastv@published", vlmprune.BudgetError, "fastv@0.25"),
+        ("fastv@", vlmprune.BudgetError, "avg:64"),
+        ("fastv@half", vlmprune.BudgetError, "avg:64"),
+        ("fastv@0.25:layer=3", vlmprune.MethodFieldError, "fastv:layer=3@0.25"),
+        ("fastv:keep_ratio=0.25", vlmprune.MethodFieldError, "fastv@0.5"),
+        ("divprune+", vlmprune.UnknownMethodError, "Did you mean: divprune"),
+        ("divprune+fastw", vlmprune.UnknownMethodError, "Did you mean: fastv"),
+        ("+", vlmprune.UnknownMethodError, "Available"),
+    ],
+)
+def test_a_wrong_word_says_what_to_type(word, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        parse(word)
+
+
+def test_a_word_may_hold_any_value():
+    (part,) = parse("catp:alignment=7e-1@avg:64")
+    assert part.method.alignment == 0.7 and str(part.budget) == "average_tokens=64"
+    (part,) = parse("catp:alignment=1e+0")
+    assert part.method.alignment == 1 and part.open
+    (part,) = parse("random@9", seed=4)
+    assert part.method.seed == 4
+
+
+def test_a_budget_that_a_method_cannot_have_is_not_applicable(tmp_path):
+    """A method on the cache knows no average; the others of the sweep still run."""
+    made = Part(Cached(), Budget("average_tokens", 8))
+    cell = Cell(dataclasses.replace(BASE, methods=(method_record(made),)), (made,))
+    summary = go([*cells("grid", budgets=["9"]), cell], Runner(), tmp_path)
+    assert len(summary.ok) == 2
+    ((refused, reason),) = summary.not_applicable
+    assert refused is cell and "keep_ratio" in reason
+    assert Store(tmp_path).read()[-1]["status"] == "not_applicable"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cached(CacheMethod):
+    name = "cached"
+
+    def needs(self, shape):
+        return ()
+
+
+# --- Kinds of questions ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    id: int
+    kind: str
+
+
+class Task:
+    name = "quiz"
+
+    def questions(self, limit):
+        return [Asked(i, "aabcc"[i % 5]) for i in range(10)][:limit]
+
+
+def test_questions_of_some_kinds_take_turns():
+    assert (
+        [q.id for q in asked(Task(), 3, None)] == [q.id for q in asked(Task(), 3, ())] == [0, 1, 2]
+    )
+    assert [q.id for q in asked(Task(), None, ["b"])] == [2, 7]
+    assert [q.id for q in asked(Task(), 5, ["b", "a"])] == [0, 2, 1, 7, 5]
+    assert asked(Task(), 5, ["b", "a"]) == asked(Task(), 5, ["a", "b", "a"])
+    with pytest.raises(TaskError, match="Did you mean: c\\? Available: a, b, c"):
+        asked(Task(), None, ["a", "cc"])
+
+
+def test_the_embedded_benchmark_asks_for_several_words():
+    task = EmbeddedTask()
+    read = asked(task, 9, ["read"])
+    assert len(read) == 9 and all(len(q.answer.split()) >= 2 for q in read)
+    some = [q for q in task.questions(None) if q.kind in ("read", "rel")]
+    assert asked(task, None, ["rel", "read"]) == some  # its own order already takes turns
+
+
+def test_kinds_are_part_of_the_id_only_where_they_are_given():
+    assert "kinds" not in BASE.as_json()
+    some = dataclasses.replace(BASE, kinds=("read", "rel"))
+    assert some.id != BASE.id and some.setting != BASE.setting
+    assert Config(**some.as_json()).id == some.id
+    record = {"config": some.as_json()}
+    assert results.setting_of(record) == some.setting
+    assert "kinds: read rel, limit: 4" in setting_line(record["config"])
 
 
 # --- Running and resuming --------------------------------------------------------------------
@@ -231,7 +420,7 @@ def test_other_versions_or_hardware_warn_on_resume(tmp_path, caplog):
 def test_records_carry_the_schema_and_everything_about_the_run(tmp_path):
     go(cells("fastv"), Runner(), tmp_path)
     record = Store(tmp_path).read()[1]
-    assert record["schema"] == 1
+    assert record["schema"] == results.SCHEMA
     assert record["versions"] == VERSIONS and record["hardware"] == HARDWARE
     assert record["batch_size"] == 2 and record["seconds"] >= 0 and record["finished"]
     (method,) = record["config"]["methods"]
@@ -322,11 +511,60 @@ def test_a_narrow_terminal_leaves_columns_out_instead_of_cutting_them(tmp_path, 
 
 
 def test_fields_and_positions_show_in_the_table():
-    config = dataclasses.replace(
-        BASE,
-        methods=(method_record(vlmprune.method("fastv", average_tokens=64, layer=3)),),
-        positions="original",
-    )
-    record = {"config": config.as_json(), "status": "ok"}
+    record = {"config": config("fastv:layer=3@avg:64", positions="original").as_json()}
     assert results.variant(record) == "fastv(layer=3) [original]"
     assert results.budget_text(record) == "avg:64"
+    record = {"config": config("divprune@0.5+fastv:layer=3@9").as_json()}
+    assert results.variant(record) == "divprune+fastv(layer=3)"
+    assert results.budget_text(record) == "0.5+9"
+    assert results.method_name(record) == "divprune+fastv"
+
+
+def test_a_field_of_several_values_is_the_same_in_memory_and_in_the_file():
+    parts = parse("pyramiddrop:layers=[1,2,3]@0.5")
+    text = results.parts_text(parts)
+    assert text == "pyramiddrop(layers=[1, 2, 3], keep_ratio=0.5)"
+    record = {"config": config("pyramiddrop:layers=(1,2,3)@0.5").as_json()}
+    assert results.variant(record) == "pyramiddrop(layers=[1, 2, 3])"
+    stored = Config(**json.loads(json.dumps(record["config"])))
+    assert stored.id == config("pyramiddrop:layers=[1,2,3]@0.5").id
+
+
+def test_both_averages_show_where_they_differ():
+    found = []
+    for word, entering, behind in (
+        ("fastv@0.25", 98, 73.5),
+        ("grid@0.25", 49, 49),
+        ("pool@0.25", 49, None),
+    ):
+        result = measured()
+        result["tokens"] |= {"average_per_layer": entering}
+        if behind is not None:  # older records lack it
+            result["tokens"] |= {"average_after_cuts": behind}
+        found.append({"config": config(word).as_json(), "status": "ok", **RAN, **result})
+    table = sweep_table(found)
+    column = table.headers.index("Avg/layer")
+    assert [row[column] for row in table.rows] == ["98.0 (73.5)", "49.0", "49.0"]
+
+
+def test_accuracies_of_methods_under_several_budgets_have_their_own_rows():
+    words = (
+        "divprune@0.5",
+        "divprune@0.5+fastv@0.5",
+        "divprune@0.5+fastv@0.25",
+        "prumerge@published",
+    )
+    found = [
+        {"config": config(word).as_json(), "status": "ok", **RAN, **measured()} for word in words
+    ]
+    table = accuracy_table(found)
+    assert table.headers == ("Method", "0.5", "published", "several")
+    assert table.rows == [
+        ("divprune", "75.0", "", ""),
+        ("divprune+fastv", "75.0", "", ""),
+        ("divprune+fastv at 0.5 + 0.25", "", "", "75.0"),
+        ("prumerge", "", "75.0 (196 tokens)", ""),
+    ]
+
+
+RAN = {"batch_size": 2, "hardware": HARDWARE}
