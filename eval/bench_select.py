@@ -28,6 +28,7 @@ from ..prune.contract import (
     Decoder,
     EncoderFeatures,
     Features,
+    LayerSignal,
     ModelShape,
     PixelSeed,
     Selection,
@@ -215,8 +216,9 @@ class Scene:
         return 192 if self.tiles == 1 else 128 * self.tiles
 
     def signals(self, method: BeforeLLM) -> list[dict[Signal, Tensor]]:
-        """Per image what `method` declares, read as the adapters read it."""
-        columns = {need: self._column(need) for need in method.needs(self.shape)}
+        """Per image what `method` reads before the LLM, as the adapters read it."""
+        needs = [need for need in method.needs(self.shape) if not isinstance(need, LayerSignal)]
+        columns = {need: self._column(need) for need in needs}
         return [{n: columns[n][i] for n in columns} for i in range(len(self.pictures))]
 
     def _column(self, need: Signal) -> Sequence[Tensor]:

@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
-from golden_kit import Runner
+from typing import Any
 
-RUNNERS: dict[str, Runner] = {}
+from golden_kit import CLIP_L, Golden, Runner, assert_equal, choose
+from vlmprune.prune.contract import Neurons
+
+
+def _corematching(golden: Golden, method: Any) -> None:
+    activations, params = golden.arrays["act"], golden.params
+    visual = slice(params["image_start"], params["image_start"] + params["n_image"])
+    (neurons,) = method.needs(CLIP_L)
+    assert isinstance(neurons, Neurons)
+    overlap = neurons.read(activations[visual], activations[visual.stop :])
+    assert_equal(overlap, golden.arrays["overlap"])
+    kept = choose(method, {neurons: overlap}, None, layer=neurons.layer + 1).kept
+    assert_equal(kept, golden.arrays["kept"])
+
+
+RUNNERS: dict[str, Runner] = {
+    "corematching": Runner(
+        "corematching", lambda p: {"reference": "question", "official": True}, _corematching
+    ),
+}

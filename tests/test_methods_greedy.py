@@ -15,6 +15,7 @@ from vlmprune.prune.contract import (
     Decoder,
     EncoderFeatures,
     Features,
+    LayerSignal,
     ModelShape,
     PixelSeed,
     ReceivedAttention,
@@ -76,9 +77,14 @@ def shape_of(tower: str = "clip") -> ModelShape:
     return ModelShape(tower=TOWERS[tower], decoder=DECODER)
 
 
+def read_before_the_llm(method, shape: ModelShape) -> list:
+    """Its signals without those of a second stage in the decoder."""
+    return [signal for signal in method.needs(shape) if not isinstance(signal, LayerSignal)]
+
+
 def make_tokens(method, tiling: Tiling, *, tower="clip", seed=0, constant=False) -> VisualTokens:
     shape, patches, signals = shape_of(tower), tiling.num_patches, {}
-    for number, signal in enumerate(method.needs(shape)):
+    for number, signal in enumerate(read_before_the_llm(method, shape)):
         sizes = {ClipText: (2, 6), ClipImage: (patches, 6), TextEmbeddings: (3, 8)}
         sizes |= {Features: (patches, 8), EncoderFeatures: (patches, 8), PixelSeed: ()}
         size = sizes.get(type(signal), (patches,))
@@ -91,7 +97,8 @@ def make_tokens(method, tiling: Tiling, *, tower="clip", seed=0, constant=False)
 def given_signals(method, tiling: Tiling, *values, tower="clip") -> VisualTokens:
     """Tokens with these signals, in the order of the method's needs."""
     shape = shape_of(tower)
-    signals = dict(zip(method.needs(shape), map(torch.as_tensor, values), strict=True))
+    needs = read_before_the_llm(method, shape)
+    signals = dict(zip(needs, map(torch.as_tensor, values), strict=True))
     return VisualTokens(num_tokens=tiling.num_tokens, tiling=tiling, shape=shape, signals=signals)
 
 

@@ -3,14 +3,19 @@
 Reference: ToDRE: Effective Visual Token Pruning via Token Diversity and Task Relevance,
     arXiv 2505.18757.
 Upstream: none, no code was published.
-Differs: this is the paper's first stage. The second one, which removes all visual tokens late in
-    the decoder, is a method of another place and not part of this one.
-    The default rule is max-sum diversification, of the paper's second version. The k-center of its
-    first, read as farthest-point selection, is `rule="k_center"`.
+Differs: the default rule is max-sum diversification, of the paper's second version. The k-center of
+    its first, read as farthest-point selection, is `rule="k_center"`.
     Encoders without CLS start from the token with the most received attention, or from a random
     one, which the paper reports to do as well: it depends on the image's pixels alone.
     Tokens enter in positional order and newlines are dropped, which the paper leaves open.
     A token of all zeros is at a right angle to all others.
+    Second stage: the paper removes all visual tokens where both the share of the text's attention
+    that falls on them and the share of theirs that falls on text are below `tau`. Under a causal
+    mask the second share is about 0 (only text before an image counts), so the first one decides.
+    It is that of the text behind the image at the layer before the cut, the paper's 28th of 32
+    counted from 1. Every image decides by its own share, also beside others in its prompt. Earlier
+    layers keep what they stored of the tokens.
+    Positions: those of the first stage hold for both, as the paper names none.
 """
 
 from __future__ import annotations
@@ -18,20 +23,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
+from ...budget import round_tokens
 from ...contract import (
     BeforeLLM,
+    Cut,
     Features,
     ModelShape,
     PixelSeed,
+    Place,
     Scope,
     Selection,
     Signal,
+    TextAttention,
     VisualTokens,
 )
 from ...layers import encoder_layer
-from ...ops.checks import check_choice, check_layer
+from ...ops.checks import check_choice, check_flag, check_fraction, check_layer
 from ...ops.dispersion import Rule, greedy_dispersion
 from ...ops.parts import canvas_of
 from ...ops.salience import salience
@@ -44,34 +54,61 @@ Pivot = Literal["cls", "received", "random"]
 @register("todre")
 @dataclass(frozen=True, kw_only=True)
 class ToDRE(BeforeLLM):
-    """Greedy dispersion over the whole image.
+    """Greedy dispersion over the whole image; late in the decoder all of its tokens may go.
 
     `pivot` says where the first token comes from: attention of CLS, received attention, or chance.
     `layer` is the ViT layer whose attention is read for it; None takes the last one.
+    `late` adds the second stage: behind 7/8 of the decoder's layers an image goes that gets less
+    than the share `tau` of the text's attention. Without a budget a quarter of the tokens stays
+    until then, as published.
     """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
+    needs_budget: ClassVar[bool] = False
 
     rule: Rule = "max_sum"
     pivot: Pivot = "cls"
     layer: int | None = None
+    late: bool = True
+    tau: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("rule", self.rule, get_args(Rule))
         check_choice("pivot", self.pivot, get_args(Pivot))
         check_layer("layer", self.layer)
+        check_flag("late", self.late)
+        check_fraction("tau", self.tau)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return (Place.BEFORE_LLM, Place.DECODER) if self.late else (Place.BEFORE_LLM,)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        late = tuple(_text_attention(cut.layer) for cut in self.cuts(shape)[1:])
         if self.pivot == "random":
-            return (Features(), PixelSeed())
+            return (Features(), PixelSeed(), *late)
         layer = encoder_layer(self.layer, -1, shape.tower, field="layer")
-        return (Features(), salience(self.pivot, layer))
+        return (Features(), salience(self.pivot, layer), *late)
+
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        depth = shape.decoder.num_layers
+        late = Cut(min(round(7 * depth / 8), depth - 1), adaptive=True)
+        return (Cut(0), late) if self.late else (Cut(0),)
+
+    def most(self, num_tokens: int) -> int:
+        return round_tokens(0.25, num_tokens)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         features = tokens.signals[Features()]
         picks = greedy_dispersion(features, self._pivot(tokens), keep, self.rule)
         return Selection(kept=ascending(picks))
+
+    def select_adaptive(self, tokens: VisualTokens) -> Selection:
+        """The late cut: all of an image's tokens or none."""
+        received = tokens.signals[_text_attention(tokens.layer)].float()
+        stays = bool(received.sum() >= self.tau)
+        return Selection(kept=torch.arange(len(received) if stays else 0, device=received.device))
 
     def _pivot(self, tokens: VisualTokens) -> Tensor:
         """The first token, a scalar: of the thumbnail if there is one, else of all frames."""
@@ -79,3 +116,8 @@ class ToDRE(BeforeLLM):
         among = tokens.tiling.tiles[0].num_patches if tiled else tokens.num_tokens
         signal = tokens.signals[self.needs(tokens.shape)[1]]
         return signal % among if self.pivot == "random" else signal[:among].float().argmax()
+
+
+def _text_attention(cut: int) -> TextAttention:
+    """The layer before the cut: what the text rows read from each token, on average."""
+    return TextAttention(cut - 1, rows="text")
