@@ -86,9 +86,11 @@ class Prefill:
     _layouts: dict[int, Layout] = field(default_factory=dict)
     """The batch as it enters each segment."""
     _memo: dict[Any, Any] = field(default_factory=dict)
+    _replayed: bool = field(init=False)
+    """Whether all choices were made in an earlier step of the same generate()."""
 
     def __post_init__(self) -> None:
-        self.layout = self.first
+        self.layout, self._replayed = self.first, bool(self.chosen)
         self._source = _moved(self.images, *self.prompts.real.shape)
         if self.gone is not None:  # re-packed positions follow the rows, whatever tokens they are
             self.positions = self.ids - self.gone
@@ -106,7 +108,7 @@ class Prefill:
 
     def _wanted(self, layer: int, kind: tuple[type[LayerSignal], ...] = ()) -> list[LayerSignal]:
         """Signals of a layer that a later cut, or one of this layer, will ask for."""
-        if self.chosen or not any(
+        if self._replayed or not any(
             stage.layer >= layer for image in self.images for stage in image.plan
         ):
             return []

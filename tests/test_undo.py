@@ -18,7 +18,7 @@ import zoo
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlmprune.prune.budget import Budget, MethodCall
-from vlmprune.prune.contract import Features, Method, Place
+from vlmprune.prune.contract import BeforeLLM, Features
 
 UPSTREAM_STATE = {"rope_deltas"}
 """Attributes that transformers itself writes on a module while it runs."""
@@ -238,11 +238,10 @@ def test_an_exception_in_a_layer_leaves_the_next_call_right(case, which, layer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failing(Method):
+class Failing(BeforeLLM):
     """A method with a bug."""
 
     name: ClassVar[str] = "failing"
-    place: ClassVar[Place] = Place.BEFORE_LLM
 
     def needs(self, shape):
         return (Features(),)
