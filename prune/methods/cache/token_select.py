@@ -1,0 +1,106 @@
+"""TokenSelect: each new token attends to the entries that its heads vote for, and drops none.
+
+Reference: TokenSelect: Efficient Long-Context Inference and Length Extrapolation for LLMs via
+    Dynamic Token-Level KV Cache Selection, EMNLP 2025, arXiv 2411.02886.
+Upstream: pzs19/TokenSelect, patcher/token_retrieval.py (TokenRetriever.retrieval_indices,
+    get_topk_tokens), commit 8e1e97f03e4e37f38f3dd15d1987fa59e80cdb43.
+Differs: query head h is compared with the keys that it attends to, those of head h // group. The
+    official kernel takes head h % key heads; `official=True` does so.
+    A budget replaces `top_k`, for every row of a batch (official: one request at a time).
+    Only new tokens select; the chunks of a long prompt, whose queries the official code averages,
+    attend to everything. The switch that re-uses a selection, off as published, is left out.
+    Scores are float32 and ties go to the lower index (official: bfloat16, ties open).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from ...contract import Attending
+from ...errors import MethodFieldError
+from ...ops.checks import check_flag, check_int
+from ...ops.parts import on_device
+from ...ops.topk import top_k
+from ...registry import register
+
+
+@register("token_select")
+@dataclass(frozen=True, kw_only=True)
+class TokenSelect(Attending):
+    """The first `n_init` entries, the last `n_local` and the `top_k` between them with most votes.
+
+    A vote is a head's softmax over the entries between, without the usual scale. `pool` is the
+    width of a maximum over neighbours that votes may pass; 1 leaves them as they are.
+    """
+
+    n_init: int = 128
+    n_local: int = 512
+    top_k: int = 2048
+    pool: int = 1
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("n_init", self.n_init, at_least=0, hint="give a number of entries, at least 0")
+        hint = "give a number of entries, at least 1, as the new token is one of them"
+        check_int("n_local", self.n_local, at_least=1, hint=hint)
+        check_int("top_k", self.top_k, at_least=1, hint="give a number of entries, at least 1")
+        hint = "give an odd number of neighbours (1 for none)"
+        check_int("pool", self.pool, at_least=1, hint=hint)
+        if self.pool % 2 == 0:
+            raise MethodFieldError(f"pool={self.pool} is not possible: {hint}.")
+        check_flag("official", self.official)
+
+    def attended(
+        self, query: Tensor, keys: Tensor, valid: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """As declared. `keep` is best on the host: its values decide the shape of the result."""
+        fixed, stored = self.n_init + self.n_local, keys.shape[2]
+        wanted = [self.top_k] if keep is None else (keep - fixed).clamp_min(1).tolist()
+        if fixed + min(wanted) >= stored:
+            return None
+        start = (stored - valid.sum(1))[:, None]  # (B, 1), the first entry that is no padding
+        column = torch.arange(stored, device=keys.device)
+        between = (column >= start + self.n_init) & (column < stored - self.n_local)
+        votes = self._votes(query, keys, between)
+
+        most = min(max(wanted), stored - fixed)
+        rank = column[:most]
+        room = torch.minimum(on_device(wanted, keys.device)[:, None], between.sum(1, keepdim=True))
+        chosen = torch.where(rank < room, top_k(votes, most), -1)
+        first = start + column[: self.n_init]
+        first = first.masked_fill(first >= stored, -1)
+        last = column[stored - self.n_local :]
+        last = torch.where(last >= start + self.n_init, last, -1)
+        columns = torch.cat([first, chosen, last], 1).sort().values
+        return columns.clamp_min(0), columns >= 0
+
+    def _votes(self, query: Tensor, keys: Tensor, between: Tensor) -> Tensor:
+        """The sum of all heads' votes for each entry between: (B, S), all others -1."""
+        heads = keys.shape[1]
+        if self.official:  # query heads (group, H_kv) instead of (H_kv, group)
+            grouped = query.unflatten(1, (-1, heads)).transpose(1, 2)
+        else:
+            grouped = query.unflatten(1, (heads, -1))
+        logits = _products(grouped, keys).flatten(1, 2)
+        votes = logits.masked_fill(~between[:, None], -torch.inf).softmax(-1).sum(1)
+        votes = votes.masked_fill(~between, -1)  # also where nothing is between, and votes are nan
+        if self.pool == 1:
+            return votes
+        pooled = max_pool1d(votes[:, None], self.pool, stride=1, padding=self.pool // 2)[:, 0]
+        return pooled.masked_fill(~between, -1)
+
+
+def _products(query: Tensor, keys: Tensor) -> Tensor:
+    """Inner products of queries (B, H_kv, G, D) with keys (B, H_kv, S, D): (B, H_kv, G, S) float32.
+
+    On a GPU half precision is read as it is; elsewhere torch has no such product.
+    """
+    if keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16):
+        products = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
+        return products.unflatten(0, keys.shape[:2])
+    return query.float() @ keys.float().mT
