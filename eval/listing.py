@@ -5,10 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..adapters.registry import family, model_names
-from ..prune.contract import BeforeLLM, Decoder, Method, ModelShape, Tower
+from ..prune.budget import PUBLISHED
+from ..prune.contract import (
+    BeforeLLM,
+    CacheMethod,
+    Decoder,
+    LayerSignal,
+    Method,
+    ModelShape,
+    Signal,
+    Tower,
+)
 from ..prune.registry import method_class, method_names
 from .table import Table
 
@@ -19,8 +29,8 @@ _LLAVA_7B = ModelShape(
 
 
 def methods_table() -> Table:
-    """Name, what it does, where it acts, what it reads, what it does on tiles, its positions and
-    fields, its paper."""
+    """Name, what it does, where it acts, what it reads, what it does on tiles, whether it needs a
+    budget or also runs as published, its positions and fields, its paper."""
     rows: list[tuple[str, ...]] = []
     for name in method_names():
         cls = method_class(name)
@@ -33,20 +43,31 @@ def methods_table() -> Table:
             (
                 name,
                 _what(cls),
-                cls.place.value,
+                " and ".join(place.value for place in cls().places),
                 _reads(cls),
                 _on_tiles(cls),
+                "needed" if cls.needs_budget else f"or {PUBLISHED}",
                 cls.positions,
                 fields,
                 _paper(cls),
             )
         )
     return Table(
-        headers=("Method", "Keeps", "Acts", "Reads", "On tiles", "Positions", "Fields", "Paper"),
+        headers=(
+            "Method",
+            "Keeps",
+            "Acts",
+            "Reads",
+            "On tiles",
+            "Budget",
+            "Positions",
+            "Fields",
+            "Paper",
+        ),
         rows=rows,
-        numbers_from=8,
-        wrapping=(1, 3, 4, 6),
-        droppable=(5, 7, 4, 6),
+        numbers_from=9,
+        wrapping=(1, 2, 3, 4, 7),
+        droppable=(6, 8, 4, 7, 5),
     )
 
 
@@ -70,9 +91,29 @@ def _what(cls: type[Method]) -> str:
 
 
 def _reads(cls: type[Method]) -> str:
-    names = dict.fromkeys(type(signal).__name__ for signal in cls().needs(_LLAVA_7B))
+    """Signals, those of decoder layers apart."""
+    needs = cls().needs(_LLAVA_7B)
+    before = _names(need for need in needs if not isinstance(need, LayerSignal))
+    inside = _names(need for need in needs if isinstance(need, LayerSignal))
+    parts = ["entries of the cache"] if issubclass(cls, CacheMethod) else []
+    parts += [before] if before else []
+    parts += [f"in the decoder: {inside}"] if inside else []
+    return "; ".join(parts) or "sizes only"
+
+
+def _names(signals: Iterable[Signal]) -> str:
+    names = dict.fromkeys(type(signal).__name__ for signal in signals)
     words = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names)
-    return ", ".join(words).replace("cls", "CLS").replace("clip", "CLIP") or "sizes only"
+    text = ", ".join(_SAID.get(word, word) for word in words)
+    return text.replace("cls", "CLS").replace("clip", "CLIP")
+
+
+_SAID = {
+    "received in layer": "received attention",
+    "hidden": "hidden states",
+    "mean hidden": "mean hidden states",
+    "module step": "steps of attention and MLP",
+}
 
 
 def _on_tiles(cls: type[Method]) -> str:

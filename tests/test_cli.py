@@ -14,6 +14,7 @@ from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import cli
 from vlmprune.eval.bench import Subject, oracle_prefill, prefill
 from vlmprune.eval.memory import MemoryMeasureError, added_at_peak, in_fresh_process
+from vlmprune.prune.registry import method_class
 from zoo import CASES
 
 COMMANDS = ("sweep", "ask", "bench", "methods", "models", "where")
@@ -157,6 +158,22 @@ def test_methods_and_models_are_listed_from_the_registries(capsys):
     rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")]
     assert rows[2:] == vlmprune.methods()
     assert "2403.06764" in out  # FastV's paper
+    cells = {
+        row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]]
+        for row in out.splitlines()
+        if row.startswith("|")
+    }
+    assert cells["Method"][4] == "Budget"
+    assert cells["fastv"][1:5] == [
+        "in the LLM decoder",
+        "in the decoder: text attention",
+        "all tokens",
+        "needed",
+    ]
+    assert cells["pyramiddrop"][4] == cells["prumerge"][4] == "or published"
+    assert cells["grid"][2] == "sizes only" and cells["divprune"][2] == "features"
+    both = [name for name in vlmprune.methods() if len(method_class(name)().places) > 1]
+    assert all(cells[name][1] == "before the LLM and in the LLM decoder" for name in both)
     assert cli.main(["models"]) == 0
     out = capsys.readouterr().out
     assert all(f"| {name} |" in out for name in vlmprune.models())

@@ -145,7 +145,7 @@ def test_a_method_alone_and_several_are_one_case_and_old_ids_stay():
         ]:  # a method that has gained a field since is another method
             assert Config(**{**kept, "methods": methods}).id == record["id"], word
             same += 1
-    assert same > 60
+    assert same >= 50
 
 
 def _word(method: dict) -> str:
