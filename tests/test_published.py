@@ -8,8 +8,10 @@ with it.
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import pytest
-from vlmprune.eval.flops import visual_flops
+from vlmprune.eval.flops import after_cuts, visual_flops
 from vlmprune.prune.budget import MethodCall, plan, tokens_per_layer
 from vlmprune.prune.contract import Decoder, ModelShape, Tower
 from vlmprune.prune.registry import method
@@ -24,9 +26,6 @@ def entering(num_tokens: int, *calls: MethodCall) -> list[int]:
     """Visual tokens that enter each layer."""
     stages = plan(num_tokens, calls, LLAVA_7B)
     return tokens_per_layer(num_tokens, stages, LLAVA_7B.decoder.num_layers)
-
-
-DENSE: tuple[MethodCall, ...] = ()
 
 
 @pytest.mark.parametrize(
@@ -47,3 +46,20 @@ def test_teraflops(num_tokens, name, words, published):
     calls = [method(name, **words)] if name else []
     flops = visual_flops(entering(num_tokens, *calls), LLAVA_7B.decoder)
     assert f"{flops / 1e12:.2f}" == published
+
+
+def test_average_of_pyramiddrop():
+    assert fmean(entering(576, method("pyramiddrop"))) == 270
+
+
+@pytest.mark.parametrize(
+    ("retain", "behind", "before"),
+    [(192, 192.0, 206.5), (128, 128.6, 145.4), (96, 96.9, None), (64, 64.8, 82.3)],
+)
+def test_averages_of_sparsevlm(retain, behind, before):
+    """Its budgets are averages of what is left behind each layer; more enter the layers."""
+    layers = entering(576, method("sparsevlm", retain=retain))
+    digit = 0.0501  # 82.25 was printed as 82.3
+    assert fmean(after_cuts(layers)) == pytest.approx(behind, abs=digit)
+    if before is not None:
+        assert fmean(layers) == pytest.approx(before, abs=digit)
