@@ -184,14 +184,23 @@ class Compression:
             rotary=(cos[at, -count:], sin[at, -count:]),
         )
 
-    def finish(self, state: PrunedState, last: Last, layout_of: Mapping[int, Layout]) -> None:
+    def finish(
+        self,
+        state: PrunedState,
+        last: Last,
+        layout_of: Mapping[int, Layout],
+        following: Tensor | None,
+    ) -> None:
         """Record in the cache's state what each segment stores now.
 
         Args:
             layout_of: per segment, the layout of this prefill.
+            following: (B, 1), the position that the caller gives to the next token.
         """
         last.entries = self._kept
         repacks = self.setup.positions[Place.CACHE] == "repacked"
+        acted = torch.tensor([keep is not None for keep in self.keeps for _ in range(self.repeats)])
+        acted = acted[:, None]
         for segment in state.segments:
             layout, before = self._layouts[segment.start]
             width = layout_of[segment.start].length
@@ -202,15 +211,16 @@ class Compression:
                     earlier = layout.keep.new_ones(len(layout.keep), past)
                 segment.padding = torch.cat([earlier, layout.keep], 1)
             segment.dropped += width - layout.length
-            device = layout.keep.device
             entries, stay = torch.tensor(before), torch.tensor(layout.counts)
-            if repacks:
-                gone = (entries - stay)[:, None].to(device)
-                segment.shift = gone if segment.shift is None else segment.shift + gone
-            acted = torch.tensor(
-                [keep is not None for keep in self.keeps for _ in range(self.repeats)]
-            )
-            segment.ledger = torch.stack([entries, stay, stay, entries], 1) * acted[:, None]
+            segment.ledger = torch.stack([entries, stay, stay, entries], 1) * acted
+            if repacks and following is not None:
+                # A new token's position is the number of entries stored before it.
+                if segment.padding is None:
+                    stored = following.new_full(following.shape, past + layout.length)
+                else:
+                    stored = segment.padding.sum(1, keepdim=True)
+                earlier = 0 if segment.shift is None else segment.shift
+                segment.shift = torch.where(acted.to(stored.device), following - stored, earlier)
         removed = layout_of[0].length - self._layouts[0][0].length
         state.uncroppable = max(0, state.uncroppable - removed)
 

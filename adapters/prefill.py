@@ -216,7 +216,7 @@ class Prefill:
     def finish(self, hidden: Tensor) -> Tensor:
         """Final hidden states at the caller's length, (B, L, D); the report is complete."""
         if self.compression is not None and self.state is not None:
-            self.compression.finish(self.state, self.last, self._layouts)
+            self.compression.finish(self.state, self.last, self._layouts, self._following())
         last, images = self.last, self.images
         last.kept = [image.tokens for image in images]
         last.order = [image.order for image in images]
@@ -224,6 +224,13 @@ class Prefill:
         last.members = [image.members for image in images]
         last.plans = [image.plan for image in images]
         return self.layout.restore(hidden)
+
+    def _following(self) -> Tensor | None:
+        """(B, 1), the position that the caller gives to the next token; None for M-RoPE."""
+        if self.ids.dim() > 2:
+            return None
+        real = self.prompts.real
+        return self.ids.expand_as(real).masked_fill(~real, -1).amax(1, keepdim=True) + 1
 
     def _enter_segment(self, start: int) -> None:
         """The layers from `start` on store `self.layout`: record it in the cache's state."""
@@ -489,7 +496,10 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
     before = [stage for image in images for stage in image.plan if stage.layer == 0]
     if before:
         mode = setup.positions[Place.BEFORE_LLM]
-        last.stages.append(StageReport(before[0].call.name, 0, list(last.kept), mode))
+        report = StageReport(
+            before[0].call.name, 0, last.kept, mode, order=last.order, groups=last.members
+        )
+        last.stages.append(report)
     return last
 
 
