@@ -99,7 +99,7 @@ class CoreMatching(InDecoder):
         return Selection(kept=core.nonzero()[:, 0])
 
     def most(self, num_tokens: int) -> int:
-        return max(1, num_tokens - 1)  # the smallest overlap is not above the elbow
+        return max(1, num_tokens - 2)  # the elbow is not the last point, and itself not above it
 
     def _layer(self, shape: ModelShape) -> int:
         depth = shape.decoder.num_layers
