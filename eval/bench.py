@@ -12,6 +12,7 @@ finds).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -43,10 +44,12 @@ from .environment import describe, hardware, versions
 from .flops import ModelCost, after_cuts, model_cost, visual_share
 from .loading import resolve_device
 from .measure import kv_bytes, module_seconds, synchronise
-from .memory import added_at_peak, in_fresh_process
+from .memory import MemoryMeasureError, added_at_peak, in_fresh_process
 from .results import ResultsError, method_record, parts_text
 from .stats import Spread, spread
 from .table import Table
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 2
 """2: `methods` in place of `method`; decoding, cache and memory."""
@@ -87,22 +90,23 @@ def run(
         attn_implementation=attn_implementation,
     )
     variants = [Variant(parts) for parts in combinations]
-    in_children = memory and device == "cpu"
+    in_children = memory and torch.device(device).type == "cpu"
     with progress() as bar:
-        steps = repeats + 1 + in_children
-        rounds = bar.add_task("bench", total=steps * len(variants))
-
-        def advance() -> None:
-            bar.advance(rounds)
-
-        if in_children:  # first, while this process holds no model of its own
-            for variant in variants:
-                variant.peak_memory_bytes = in_fresh_process(
-                    peak_memory, subject, variant.parts, new_tokens, torch.get_num_threads()
-                )
-                advance()
+        rounds = bar.add_task("bench", total=(repeats + 1 + in_children) * len(variants))
         model = subject.model(device)
-        compare(model, subject.inputs(model), variants, repeats, new_tokens, advance)
+        cost = model_cost(model)
+        inputs = subject.inputs(model)
+        compare(model, inputs, variants, repeats, new_tokens, lambda: bar.advance(rounds))
+        del model  # before others are made
+        for variant in variants if in_children else ():
+            threads = torch.get_num_threads()
+            try:
+                variant.peak_memory_bytes = in_fresh_process(
+                    peak_memory, subject, variant.parts, new_tokens, threads
+                )
+            except MemoryMeasureError as error:  # the times are there
+                logger.warning("%s: %s", variant.name, error)
+            bar.advance(rounds)
 
     report = {
         "schema": SCHEMA,
@@ -111,7 +115,7 @@ def run(
         "new_tokens": new_tokens,
         "hardware": hardware(device),
         "versions": versions(),
-        "variants": [v.as_json(model_cost(model)) for v in variants],
+        "variants": [v.as_json(cost) for v in variants],
     }
     bench_table(report).print(stdout())
     if output_path:
@@ -226,9 +230,8 @@ def compare(
     for number in range(repeats + 1):
         dense = dense_prefill = dense_step = math.nan
         for variant in variants:
-            variant.grid = grid
+            variant.grid, variant.per_layer = grid, [tokens] * layers
             cuts: list[tuple[int, Tensor]] = []
-            variant.per_layer = [tokens] * layers
             select = oracle = oracle_vision = 0.0
             held = _reset_peak(device)
             with variant.patched(model) as handle:
@@ -404,6 +407,7 @@ def bench_table(report: dict[str, Any]) -> Table:
     """The report of one run, as written to the result file; columns without any entry are left
     out."""
     model = report["model"]
+    decoded = f" of {report['new_tokens']} new tokens" if "new_tokens" in report else ""
     rows = [_row(variant) for variant in report["variants"]]
     shown = [header for header in _HEADERS if any(row[header] for row in rows)]
     return Table(
@@ -414,8 +418,8 @@ def bench_table(report: dict[str, Any]) -> Table:
         title=(
             f"LLaVA, random weights: {model['layers']} layers, width {model['width']}, "
             f"{model['visual_tokens']} visual + {model['text_tokens']} text tokens, "
-            f"{model['dtype']}, {model['attn_implementation']}; {report['rounds']} rounds on "
-            f"{describe(report['hardware'])}"
+            f"{model['dtype']}, {model['attn_implementation']}; {report['rounds']} rounds{decoded} "
+            f"on {describe(report['hardware'])}"
         ),
         notes=" ".join(note for header, note in _NOTES.items() if header in shown),
     )

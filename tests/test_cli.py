@@ -386,6 +386,20 @@ def test_bench_measures_peak_memory_in_a_process_of_its_own(tmp_path, capsys):
     assert "Peak MiB" in capsys.readouterr().out
 
 
+def test_bench_keeps_its_times_where_memory_cannot_be_measured(tmp_path, monkeypatch, capsys):
+    from vlmprune.eval import bench as command
+
+    def killed(*_):
+        raise MemoryMeasureError("ended with -9")
+
+    monkeypatch.setattr(command, "in_fresh_process", killed)
+    argv = ["--methods", "grid", "--budgets", "0.5", "--memory"]
+    for variant in bench(tmp_path / "bench.json", *argv):
+        assert variant["seconds"]["total"]["n"] == 2 and variant["peak_memory_bytes"] is None
+    captured = capsys.readouterr()
+    assert captured.err.count("ended with -9") == 2 and "Peak MiB" not in captured.out
+
+
 @pytest.mark.parametrize(
     "cuts", [[], [(0, 4)], [(2, 0)], [(0, 0)], [(0, 6), (2, 0)], [(1, 6), (3, 2)], [(0, 6), (0, 3)]]
 )
