@@ -396,6 +396,21 @@ def test_compression_after_cuts_counts_the_entries_of_each_layer(case):
     assert (half.decode(0, TOKENS)[1:] - expected[1:]).abs().max() > 0.3
 
 
+def test_repacked_positions_count_what_is_stored_behind_gaps():
+    """Of a layer in which the method does nothing, new tokens follow the prompt's positions."""
+    case = zoo.CASES["llava-clip-llama"]
+    model, inputs = case.reference("eager"), case.inputs(zoo.BATCH)
+    cuts, _ = cuts_of(case, "before-original")
+    plain = CacheTruth(model, inputs, cuts)
+    alone = CacheTruth(model, inputs, cuts, "repacked", compress=lambda row, entries: None)
+    acts = CacheTruth(model, inputs, cuts, "repacked", compress=all_entries)
+    for row in (0, 1):
+        expected = plain.decode(row, TOKENS)
+        assert torch.equal(alone.decode(row, TOKENS), expected)
+        assert (acts.decode(row, TOKENS)[1:] - expected[1:]).abs().max() > 0.05
+    assert torch.equal(acts.decode(2, TOKENS), plain.decode(2, TOKENS)), "no image, no gaps"
+
+
 @zoo.ALL
 def test_entries_are_those_that_transformers_stores(case):
     model, inputs = case.reference("eager"), case.inputs(ROW)
