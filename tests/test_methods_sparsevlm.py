@@ -322,6 +322,17 @@ def test_only_heads_that_look_at_the_image_are_heard():
     assert first.kept.tolist() == [2, 3]
 
 
+def test_a_head_counts_by_its_sum_not_by_its_largest():
+    attention = torch.tensor([[9, 0], [0, 6], [0, 5], [0.0, 4]])[:, :, None]
+    chosen = method_class(V2)(heads=1)
+    assert chosen.select(at_cut(plus_signals(attention)), 1).kept.tolist() == [1]
+
+
+def test_the_only_head_is_heard():
+    attention = torch.tensor([1.0, 3, 2])[:, None, None]
+    assert method_class(V2)().select(at_cut(plus_signals(attention)), 1).kept.tolist() == [1]
+
+
 def test_distance_is_divided_out_before_heads_are_ranked():
     """Divided, the heads have 1 + 4 and 2 + 2; as they are 4 + 2 and 8 + 1. A factor below zero
     turns the sign: of token 1 with -2, and with it the second head is ahead."""

@@ -55,7 +55,7 @@ def _distances(points: Tensor) -> Tensor:
     # In double precision, as what points share cancels out: those that are alike stay apart as far
     # as they are, and equal distances are equal on every device.
     points = points.double()
-    products = gram(points - points.mean(0))
+    products = gram(points)
     squares = products.diagonal()
     apart = (squares[:, None] + squares - 2 * products).clamp_min(0)
     return (apart / points.shape[1]).sqrt().float().fill_diagonal_(0)
@@ -71,6 +71,6 @@ def _peaks(distances: Tensor, count: int) -> Tensor:
     density = -nearest.square().mean(1)
     place = density.argsort(descending=True, stable=True).argsort()  # 0: the densest
     denser = place[None] < place[:, None]
+    # The densest has none denser, and comes first: the rule gives it the largest distance of all.
     reach = distances.masked_fill(~denser, math.inf).amin(1)
-    reach = torch.where(place == 0, distances.amax(), reach)
     return top_k(density + reach.log(), count)

@@ -13,7 +13,7 @@ Differs: a count is the number of rows after a cut, kept and merged ones togethe
     Densities that are equal are told apart by index (official: by random noise of a millionth,
     which decides everything where tokens are so far apart that densities vanish beside it).
     Distances are in double precision and members summed in float32 (official: the model's dtype).
-    If no text token rates above the mean, all of them are raters (official: none, and NaN).
+    If no text token rates above the mean, all of them are raters (official: none, and no score).
     Every image of a sample has raters and a ranking of its own (official: one image).
     Scores are float32 and ties go to the lower index (official: the model's dtype, ties open).
     Published for decoders of 32 layers; others scale from these.
