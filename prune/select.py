@@ -53,6 +53,8 @@ def most(method: Pruning, tiling: Tiling) -> int:
     """The largest number of tokens that `method` may keep of an image without a budget."""
     if not isinstance(method, BeforeLLM) or method.newline_policy == "compete":
         return method.most(tiling.num_tokens)
+    if not method.finds_count:  # a published share, of all tokens of the image
+        return method.most(tiling.num_tokens)
     newlines = tiling.num_newlines if method.newline_policy == "keep" else 0
     if method.scope_used == "image":
         return newlines + method.most(tiling.num_patches)

@@ -378,6 +378,11 @@ def test_a_quarter_is_rounded_as_ratios_are(num_tokens):
     )
 
 
+def test_the_quarter_is_of_all_tokens_newlines_included():
+    todre = method_class("todre")()
+    assert most(todre, TILED) == stages(method("todre"), TILED.num_tokens)[0][1] == 10
+
+
 # --- catp, late --------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ class Fake(BeforeLLM):
     name = "fake"
     newline_policies = ("drop", "keep", "compete")
     scopes = ("tile", "image")
+    finds_count = True
 
     kinds: tuple[str, ...] = ("plain",)
     seed: int = 0
