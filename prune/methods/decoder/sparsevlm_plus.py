@@ -66,7 +66,7 @@ class SparseVLMPlus(SparseVLM):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         attention, affinity = (tokens.signals[signal] for signal in self.reads(tokens.layer))
-        by_head = (attention / affinity[:, None]).mean(2)  # (N, H)
+        by_head = (attention.float() / affinity[:, None].float()).mean(2)  # (N, H)
         heard = top_k(by_head.sum(0), self._heads(by_head.shape[1]))
         return Selection(kept=ascending(top_k(by_head[:, heard].mean(1), keep)))
 
