@@ -55,7 +55,7 @@ def attend(
     if new == 1:
         keep = state.attended
         if keep is not None and call.budget is not None:
-            keep = torch.where(keep < 0, length, keep).to(key.device)
+            keep = torch.where(keep < 0, length, keep)
         else:
             keep = None
         picked = call.method.attended(query[:, :, 0], key, valid, keep)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..prune.budget import entries_kept
 from ..prune.contract import (
+    Attending,
     CacheEntries,
     Compressed,
     Compressing,
@@ -18,7 +19,7 @@ from ..prune.contract import (
     ReceivedInLayer,
     Signal,
 )
-from ..prune.errors import UnsupportedFeatureError, VlmpruneError
+from ..prune.errors import BudgetError, UnsupportedFeatureError, VlmpruneError
 from .cache import PrunedState
 from .listening import Here, received_in
 from .placed import PlacedImage
@@ -44,6 +45,12 @@ def entries_to_keep(
         keep = entries_kept(call, visual, text)
         if not visual or (keep is not None and keep >= sum(visual) + text):
             keeps.append(None)
+        elif keep is not None and isinstance(call.method, Attending) and keep <= call.method.always:
+            raise BudgetError(
+                f"{call} leaves {keep} of a prompt's {sum(visual) + text} entries, and {call.name} "
+                f"attends to {call.method.always} in any case: give a larger budget, or set "
+                f"smaller fields ({', '.join(call.method.fields())})."
+            )
         else:
             keeps.append(keep)
             acts = True

@@ -567,6 +567,11 @@ class Attending(CacheMethod):
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return ()
 
+    @property
+    def always(self) -> int:
+        """Entries that are attended to whatever the budget: it must be larger."""
+        return 0
+
     @abstractmethod
     def attended(
         self, query: Tensor, keys: Tensor, valid: Tensor, keep: Tensor | None
@@ -577,7 +582,7 @@ class Attending(CacheMethod):
             query: (B, H, D_head); with re-packed positions neither it nor the keys are rotated.
             keys: (B, H_kv, S, D_head), the new token's last.
             valid: (B, S) bool, entries that are no padding.
-            keep: (B,) the budget, entries of each row; None: as published.
+            keep: (B,) the budget, entries of each row, on the CPU; None: as published.
 
         Returns:
             columns (B, K), ascending, and which of them count (B, K) bool; None for all entries.

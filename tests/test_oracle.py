@@ -13,7 +13,7 @@ import zoo
 from oracle import Truth
 from PIL import Image
 from reported import TOLERANCE, features_of, rows_that_enter, truth_of
-from vlmprune.prune.budget import Budget, MethodCall
+from vlmprune.prune.budget import Budget, MethodCall, plan
 from vlmprune.prune.contract import (
     BeforeLLM,
     EncoderFeatures,
@@ -37,7 +37,11 @@ RUNS = pytest.mark.parametrize(
     ],
     ids=["sdpa-original", "sdpa-repacked", "eager-tokens"],
 )
-ADAPTIVE = [name for name in vlmprune.methods() if not method_class(name).needs_budget]
+ADAPTIVE = [
+    name
+    for name in vlmprune.methods()
+    if name not in zoo.ON_CACHE and not method_class(name).needs_budget
+]
 VIDEO = pytest.mark.parametrize(
     "case", [c for c in zoo.CASES.values() if c.layout.takes_videos], ids=lambda case: case.name
 )
@@ -50,8 +54,16 @@ def positions_of(case: zoo.Case, handle) -> str:
     return handle.last.positions
 
 
-def cut_layers(case: zoo.Case, call) -> list[int]:
-    return [cut.layer for cut in call.method.cuts(case.shape)]
+def cut_layers(case: zoo.Case, rows, call) -> list[int]:
+    """Where tokens of any image leave, each prompt of `rows` having one image at most."""
+    plans = [plan(n, [call], case.shape) for n in case.counts(rows)]
+    return sorted({stage.layer for stages in plans for stage in stages})
+
+
+def cut_images(call) -> set[str]:
+    """Which images the cuts are for, one by one or pooled; and whether they may remove all."""
+    cuts = call.method.cuts(zoo.CLIP)
+    return {cut.images for cut in cuts} | ({"adaptive"} if any(c.adaptive for c in cuts) else set())
 
 
 def budget_of(budget: dict, tokens: int) -> int:
@@ -64,29 +76,47 @@ def budget_of(budget: dict, tokens: int) -> int:
 def check_kept(case: zoo.Case, rows, handle, expected) -> list[torch.Tensor]:
     """The kept tokens are well formed, and the rows that enter as many as the budget says."""
     last, tilings = handle.last, case.tilings(rows)
+    roles = set().union(*(cut_images(call) for call in handle.methods))
     assert list(last.tilings) == tilings
     assert list(last.tokens_in) == [tiling.num_tokens for tiling in tilings]
     assert len(last.kept) == len(tilings)
+    wanted = [expected(tiling.num_tokens) for tiling in tilings]
+    if "context" in roles:  # counts of pooled images are exact together
+        assert _per_sample(last, last.tokens_kept) == _per_sample(last, wanted)
+    else:
+        allowed = [(count, 0) if "adaptive" in roles else (count,) for count in wanted]
+        assert all(n in counts for n, counts in zip(last.tokens_kept, allowed, strict=True))
     everything = zip(last.kept, last.tokens_kept, last.order, last.groups, tilings, strict=True)
     for kept, count, order, groups, tiling in everything:
         assert kept.dtype == torch.int64
         assert torch.equal(kept, kept.unique())
         assert not len(kept) or (kept[0] >= 0 and kept[-1] < tiling.num_tokens)
-        assert count == expected(tiling.num_tokens)
         if order is None:
             assert len(kept) == count
         else:
             assert order.dtype == torch.int64 and len(order) == count
             assert torch.equal(order[order >= 0].sort().values, kept)
         if groups is not None:
-            check_groups(groups, order if order is not None else kept, tiling)
+            inside = all(call.method.place is Place.DECODER for call in handle.methods)
+            check_groups(groups, order if order is not None else kept, tiling, newlines=inside)
     return last.kept
 
 
-def check_groups(groups: list[torch.Tensor], rows: torch.Tensor, tiling: Tiling) -> None:
+def _per_sample(last, counts: list[int]) -> dict[int, int]:
+    sums: dict[int, int] = {}
+    for sample, count in zip(last.image_sample, counts, strict=True):
+        sums[sample] = sums.get(sample, 0) + count
+    return sums
+
+
+def check_groups(
+    groups: list[torch.Tensor], rows: torch.Tensor, tiling: Tiling, *, newlines: bool
+) -> None:
     """A list of members for each row, its own token among them."""
     assert len(groups) == len(rows)
     patches = tiling.patches(torch.device("cpu"))
+    if newlines:  # inside the LLM they are tokens like any other
+        patches = torch.arange(tiling.num_tokens)
     for members, row in zip(groups, rows.tolist(), strict=True):
         assert len(members) == len(members.unique())
         assert torch.isin(members, patches).all(), "a newline was merged"
@@ -184,8 +214,7 @@ def test_the_oracle_reads_the_attention_row_that_eager_attention_has(case):
 def test_equals_the_oracle(case, attention, budget, name, positions):
     model = case.model(attention)
     call = vlmprune.method(name, **budget)
-    inside = call.method.place is Place.DECODER
-    if positions == "repacked" and (inside or case.fixed_positions):
+    if positions == "repacked" and case.fixed_positions:
         if not zoo.lacks_signal(case, call):
             with pytest.raises(vlmprune.MethodFieldError, match="original"):
                 vlmprune.patch(model, name, positions=positions, **budget)
@@ -218,7 +247,8 @@ def test_default_positions_are_those_of_the_method(case, name):
     call = vlmprune.method(name, keep_ratio=0.4)
     expected = "original" if case.fixed_positions else call.method.positions
     assert handle.last.positions == expected
-    assert [stage.layer for stage in handle.last.stages] == cut_layers(case, call)
+    assert [stage.layer for stage in handle.last.stages] == cut_layers(case, zoo.SINGLE, call)
+    assert {stage.positions for stage in handle.last.stages} == {expected}
     truth = truth_of(case, inputs, model, handle)
     torch.testing.assert_close(first.logits[0], truth.full_logits(0), **TOLERANCE)
 
@@ -237,7 +267,7 @@ def test_methods_that_need_no_budget_equal_the_oracle(case, name):
         found = iter(handle.last.tokens_kept)
         check_kept(case, rows, handle, lambda _, found=found: next(found))
         for tiling, count in zip(case.tilings(rows), handle.last.tokens_kept, strict=True):
-            assert 0 < count <= most(method, tiling)
+            assert 0 <= count <= most(method, tiling)
         check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
@@ -513,7 +543,7 @@ def test_unusual_prompts(case, which, rows):
     handle = vlmprune.patch(model, calls)
     model(**inputs)
     cuts = [(stage.layer, stage.kept) for stage in handle.last.stages]
-    assert [layer for layer, _ in cuts] == [cut_layers(case, call)[0] for call in calls]
+    assert [layer for layer, _ in cuts] == [call.method.cuts(case.shape)[0].layer for call in calls]
     truth = Truth(case.reference("eager"), inputs, cuts, handle.last.positions)
     check_against(truth, model, inputs, handle)
 

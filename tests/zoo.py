@@ -41,7 +41,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 from vlmprune.prune.budget import MethodCall
-from vlmprune.prune.contract import Decoder, ModelShape, Tower
+from vlmprune.prune.contract import CacheMethod, Decoder, ModelShape, Tower
 from vlmprune.prune.registry import method_class
 from vlmprune.prune.tiling import Block, Tiling
 
@@ -561,7 +561,11 @@ FAMILIES = pytest.mark.parametrize(
 BOTH_FAMILIES = pytest.mark.parametrize(
     "case", [CASES["llava-clip-llama"], CASES["qwen2_5_vl"]], ids=lambda case: case.name
 )
-METHODS = pytest.mark.parametrize("name", vlmprune.methods())
+_ALL = vlmprune.methods()
+ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
+METHODS = pytest.mark.parametrize("name", [name for name in _ALL if name not in ON_CACHE])
+"""Methods that remove tokens from the sequence."""
+CACHE_METHODS = pytest.mark.parametrize("name", ON_CACHE)
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 

@@ -55,11 +55,15 @@ class TokenSelect(Attending):
             raise MethodFieldError(f"pool={self.pool} is not possible: {hint}.")
         check_flag("official", self.official)
 
+    @property
+    def always(self) -> int:
+        return self.n_init + self.n_local
+
     def attended(
         self, query: Tensor, keys: Tensor, valid: Tensor, keep: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """As declared. `keep` is best on the host: its values decide the shape of the result."""
-        fixed, stored = self.n_init + self.n_local, keys.shape[2]
+        # The values of `keep` decide the shape of the result.
+        fixed, stored = self.always, keys.shape[2]
         wanted = [self.top_k] if keep is None else (keep - fixed).clamp_min(1).tolist()
         if fixed + min(wanted) >= stored:
             return None
