@@ -72,7 +72,8 @@ class Layer:
 
 Compress = Callable[[int, Entries], Any]
 """(row, entries of a layer) -> `Kept`, its `kept` alone, or None: nothing is done to the layer, and
-new tokens have the positions in it that they would have without the method."""
+new tokens have the positions in it that they would have without the method. Where a method acts on
+a row, a layer that stores no more than it may keep is one that keeps all, and not None."""
 Evict = Callable[..., int | None]
 """`evict(prompt=, kept=, stored=, seen=)` -> the entry to remove after a step, as in the contract:
 entries of the prompt in this layer, those left of them, those stored now, and fed so far."""
@@ -324,11 +325,23 @@ def merged_into_nearest(entries: Entries, kept: Tensor, start: int) -> Kept:
     return Kept(kept, keys, values)
 
 
+def votes(query: Tensor, keys: Tensor, *, n_init: int, n_local: int) -> Tensor:
+    """TokenSelect: of the entries between the first `n_init` and the last `n_local`, all heads'
+    softmaxed products with the query, not scaled, added up."""
+    between = range(n_init, keys.shape[1] - n_local)
+    group = len(query) // len(keys)
+    found = [(keys[n // group, between] @ head).softmax(-1) for n, head in enumerate(query)]
+    return torch.stack(found).sum(0)
+
+
 def soft_vote(
     query: Tensor, keys: Tensor, *, n_init: int, n_local: int, top_k: int
 ) -> Tensor | None:
     """TokenSelect: the first `n_init` and last `n_local` entries, and the `top_k` between them that
-    have most of all heads' softmaxed products, not scaled; None where that is everything.
+    have most votes; None where that is everything.
+
+    Keys that were never rotated are equal wherever the same word or newline enters the first layer:
+    who reads them with other rounding errors finds another one of equals. See `is_soft_vote`.
 
     Args:
         query: (H, D_head) of the new token. keys: (H_kv, S, D_head), its own last.
@@ -336,11 +349,32 @@ def soft_vote(
     stored = keys.shape[1]
     if n_init + top_k + n_local >= stored:
         return None
-    between = range(n_init, stored - n_local)
-    votes = torch.zeros(len(between))
-    for number, head in enumerate(query):
-        group = len(query) // len(keys)
-        votes += (keys[number // group, between] @ head).softmax(-1)
-    best = sorted(range(len(between)), key=lambda i: (-float(votes[i]), i))[:top_k]
+    of_each = votes(query, keys, n_init=n_init, n_local=n_local).tolist()
+    best = sorted(range(len(of_each)), key=lambda i: (-of_each[i], i))[:top_k]
     chosen = [*range(n_init), *sorted(n_init + i for i in best), *range(stored - n_local, stored)]
     return torch.tensor(chosen)
+
+
+def is_soft_vote(
+    chosen: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    *,
+    n_init: int,
+    n_local: int,
+    top_k: int,
+    error: float = 1e-4,
+) -> bool:
+    """Whether `chosen` (K,) is what `soft_vote` gives, but for votes within `error` of each other."""
+    expected = soft_vote(query, keys, n_init=n_init, n_local=n_local, top_k=top_k)
+    if expected is None:
+        return torch.equal(chosen, torch.arange(keys.shape[1]))
+    numbers, wanted = set(chosen.tolist()), set(expected.tolist())
+    if chosen.tolist() != sorted(numbers) or len(numbers) != len(wanted):
+        return False
+    differ = [number - n_init for number in numbers ^ wanted]
+    of_each = votes(query, keys, n_init=n_init, n_local=n_local)
+    if any(not 0 <= number < len(of_each) for number in differ):
+        return False
+    threshold = of_each[expected[n_init : len(expected) - n_local] - n_init].min()
+    return bool((of_each[differ] - threshold).abs().le(error).all())

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from cache_oracle import CacheTruth, Entries, Kept, merged_into_nearest, soft_vote, taken
+from cache_oracle import (
+    CacheTruth,
+    Entries,
+    Kept,
+    is_soft_vote,
+    merged_into_nearest,
+    soft_vote,
+    taken,
+)
 from oracle import Rows, Truth
 from reported import TOLERANCE
 from transformers import DynamicCache
@@ -532,6 +540,21 @@ def test_the_vote_by_hand():
     assert one.tolist() == [0, 2, 5] and two.tolist() == [0, 2, 3, 5]
     same = soft_vote(query, torch.zeros_like(keys), n_init=2, n_local=2, top_k=1)
     assert same.tolist() == [0, 1, 2, 4, 5], "ties go to the lower index"
+
+
+def test_votes_that_are_equal_may_fall_either_way():
+    keys = torch.tensor([[[9.0], [1], [0], [1], [0], [9]]])
+    sizes = {"n_init": 1, "n_local": 1, "top_k": 1}
+
+    def good(*chosen: int) -> bool:
+        return is_soft_vote(torch.tensor(chosen), torch.ones(2, 1), keys, **sizes)
+
+    assert good(0, 1, 5) and good(0, 3, 5)
+    assert not any([good(0, 2, 5), good(0, 1, 3, 5), good(0, 5), good(1, 3, 5), good(0, 1, 3)])
+    assert not good(0, 5, 1) and not good(0, 1, 1, 5)
+    everything = {**sizes, "top_k": 4}
+    assert is_soft_vote(torch.arange(6), torch.ones(2, 1), keys, **everything)
+    assert not is_soft_vote(torch.arange(5), torch.ones(2, 1), keys, **everything)
 
 
 def test_dropped_entries_join_the_nearest_anchor_by_hand():
