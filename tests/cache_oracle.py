@@ -365,7 +365,7 @@ def is_soft_vote(
     top_k: int,
     error: float = 1e-4,
 ) -> bool:
-    """Whether `chosen` (K,) is what `soft_vote` gives, but for votes within `error` of each other."""
+    """Whether `chosen` (K,) is what `soft_vote` gives, but for votes that differ by `error`."""
     expected = soft_vote(query, keys, n_init=n_init, n_local=n_local, top_k=top_k)
     if expected is None:
         return torch.equal(chosen, torch.arange(keys.shape[1]))
