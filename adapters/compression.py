@@ -157,7 +157,7 @@ class Compression:
             counts = torch.tensor([part.shape[1] for part in keys], device=visual.device)
             columns = torch.arange(int(counts.max()), device=visual.device)
             valid = columns >= len(columns) - counts[:, None]
-            self._layouts[start] = Layout.of(valid), list(layout.counts)
+            self._layouts[start] = Layout.of(valid), layout.counts
         width = self._layouts[start][0].length
         stored.keys = _right_aligned(stored.keys[:, :, :past], keys, width)
         stored.values = _right_aligned(stored.values[:, :, :past], values, width)
@@ -226,8 +226,9 @@ class Compression:
                     stored = following.new_full(following.shape, past + layout.length)
                 else:
                     stored = segment.padding.sum(1, keepdim=True)
-                earlier = 0 if segment.shift is None else segment.shift
-                segment.shift = torch.where(acted.to(stored.device), following - stored, earlier)
+                before_it = torch.zeros_like(stored) if segment.shift is None else segment.shift
+                here = acted.to(stored.device)
+                segment.shift = torch.where(here, following - stored, before_it)
         removed = layout_of[0].length - self._layouts[0][0].length
         state.uncroppable = max(0, state.uncroppable - removed)
 

@@ -32,7 +32,7 @@ def continue_text(state: PrunedState, kwargs: dict[str, Any]) -> Tensor | None:
     if shifted and ids is None:
         ids = torch.arange(length, device=embeds.device)[None] + cache.get_seq_length()
     first = state.segments[0].shift
-    kwargs["position_ids"] = ids if first is None else ids - first
+    kwargs["position_ids"] = ids if first is None or ids is None else ids - first
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return ids if shifted else None  # a static cache: `static_padding` built its mask
     # A single new token is always real; more of them may be padded.
@@ -67,8 +67,8 @@ def continue_layer(
     if state is None or (segment := state.segment(layer)).start == 0:
         return None
     new: dict[str, Any] = {}
-    if kwargs.get("attention_mask") is not None:
-        key = ("mask", segment.start, layer_kind(setup.config, layer))
+    if kwargs.get("attention_mask") is not None or segment.padding is not None:
+        key: tuple[Any, ...] = ("mask", segment.start, layer_kind(setup.config, layer))
         if key not in memo:
             padding = segment.padding_to(_mask_length(cache, hidden.shape[1], layer))
             memo[key] = layer_mask(setup.config, layer, hidden, padding, cache)

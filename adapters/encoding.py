@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..prune.budget import Budget, MethodCall, Stage, plan
-from ..prune.contract import Features, Selection, Signal, VisualTokens
-from ..prune.errors import MissingSignalError
+from ..prune.contract import Features, Pruning, Selection, Signal, VisualTokens
+from ..prune.errors import MissingSignalError, VlmpruneError
 from ..prune.select import select
 from ..prune.tiling import Tiling
 from .cache import Ticket
@@ -122,10 +122,12 @@ def encode(
 @torch.no_grad()
 def choose(stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch) -> Selection:
     """What `stage` keeps of `tokens`, on the device that they are on."""
-    device = stopwatch.device
+    device, method = stopwatch.device, stage.call.method
+    if not isinstance(method, Pruning):
+        raise VlmpruneError(f"{method.name} removes nothing from the sequence.")
     # Scores are float32 whatever autocast the caller is in.
     with stopwatch, torch.autocast(device.type, enabled=False):
-        chosen = select(stage.call.method, tokens, None if stage.adaptive else stage.keep)
+        chosen = select(method, tokens, None if stage.adaptive else stage.keep)
     # A method that reads nothing chooses on the CPU.
     order = None if chosen.order is None else chosen.order.to(device)
     return replace(chosen, kept=chosen.kept.to(device), order=order)

@@ -211,7 +211,8 @@ class Prefill:
         if self.compression is not None:
             visual = self.prompts.real & ~self.prompts.text
             here = self._here(layer)
-            self.compression.after_attention(layer, module, kwargs, here, visual)
+            with self.images[0].stopwatch:
+                self.compression.after_attention(layer, module, kwargs, here, visual)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Final hidden states at the caller's length, (B, L, D); the report is complete."""

@@ -527,8 +527,16 @@ def test_a_decoder_method_keeps_the_best_of_its_attention_row(case, layer):
         ((2, "A", "A", 3), (3, "C", 1)),
         ((1, "B", 1), (40,), ("A", 2, "B", 1, "C", 2)),
         ((2, "A"), (5, "C")),
+        ((43, "A", 3), (3, "A", 4, "B", 3)),
     ],
-    ids=["image-first", "adjacent-images", "twice-the-same", "long-text-beside", "image-last"],
+    ids=[
+        "image-first",
+        "adjacent-images",
+        "twice-the-same",
+        "long-text-beside",
+        "image-last",
+        "as-long-but-two-images",
+    ],
 )
 def test_unusual_prompts(case, which, rows):
     calls = {
