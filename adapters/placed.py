@@ -83,7 +83,7 @@ class PlacedImage:
             self.slots = before[slots_of(chosen, len(before))]
             self.order = torch.where(taken, tokens[source], -1)
         self.members = _composed(chosen, tokens, self.members)
-        rows = chosen.kept if chosen.order is None else chosen.order
+        rows = chosen.arranged
         merged = chosen.count > len(chosen.kept)  # rows that no earlier signal describes
         self.signals = {} if merged else _taken(self.signals, rows)
         if chosen.order is None:
@@ -105,7 +105,7 @@ def _composed(chosen: Selection, tokens: Tensor, members: Tensor | None) -> Tens
     """Pairs of a new row and a token in it, from those of the rows before (K,)."""
     if chosen.groups is None and members is None:
         return None
-    rows = chosen.kept if chosen.order is None else chosen.order
+    rows = chosen.arranged
     none = rows.new_zeros(2, 0)
     groups = none if chosen.groups is None else chosen.groups
     members = none if members is None else members

@@ -265,7 +265,9 @@ class Prefill:
                 image = self.images[number]
                 moved = image.apply(chosen)
                 image.done(next(s for s in image.plan if s.layer == layer))
-                orders[number], groups[number] = chosen.order, chosen.groups
+                plain = chosen.order is None and image.order is None
+                orders[number] = None if plain else chosen.arranged
+                groups[number] = chosen.groups
                 if moved is not None:
                     moves.append((image, chosen, moved))
         hidden = self._move(hidden, moves)

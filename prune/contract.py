@@ -350,9 +350,14 @@ class Selection:
     """(2, G) int64 pairs: a row and a token that it was merged from, sorted by row."""
 
     @property
+    def arranged(self) -> Tensor:
+        """(K,) `order`, or `kept` where there is none."""
+        return self.kept if self.order is None else self.order
+
+    @property
     def count(self) -> int:
         """K, rows that enter the LLM."""
-        return len(self.kept if self.order is None else self.order)
+        return len(self.arranged)
 
 
 @dataclass(frozen=True, slots=True)

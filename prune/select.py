@@ -102,7 +102,7 @@ def _merged_in(chosen: Selection, newlines: Tensor) -> Selection:
     if not len(newlines):
         return chosen
     kept = torch.cat([chosen.kept, newlines]).sort().values
-    order = chosen.kept if chosen.order is None else chosen.order
+    order = chosen.arranged
     reach = torch.cat([order.cummax(0).values, newlines])
     arranged = reach.argsort(stable=True)
     place = arranged.argsort()[: len(order)]  # where each row of the method went
@@ -162,7 +162,7 @@ def _joined(parts: Sequence[Selection]) -> Selection:
     kept, arranged = torch.cat([part.kept for part in parts]).sort()
     order, place = None, arranged.argsort()  # where each row of the parts went
     if any(part.order is not None for part in parts):
-        order = torch.cat([part.kept if part.order is None else part.order for part in parts])
+        order = torch.cat([part.arranged for part in parts])
         place = torch.arange(len(order), device=order.device)
     features, rows, groups = [], [], []
     for part, here in zip(parts, place.split([part.count for part in parts]), strict=True):
