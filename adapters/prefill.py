@@ -106,20 +106,21 @@ class Prefill:
 
     # --- what methods declared ---------------------------------------------------------------
 
-    def _wanted(self, layer: int, kind: tuple[type[LayerSignal], ...] = ()) -> list[LayerSignal]:
-        """Signals of a layer that a later cut, or one of this layer, will ask for."""
+    def _wanted(self, layer: int) -> list[LayerSignal]:
+        """Signals of a layer, if a cut of this layer or a later one may ask for them."""
         if self._replayed or not any(
             stage.layer >= layer for image in self.images for stage in image.plan
         ):
             return []
-        found = [need for need in self.setup.heard if need.layer == layer]
-        return [need for need in found if isinstance(need, kind)] if kind else found
+        return [need for need in self.setup.heard if need.layer == layer]
 
     def _here(self, layer: int) -> Here:
-        kind = layer_kind(self.setup.config, layer)
-        window = self.setup.config.sliding_window if kind == "sliding_attention" else None
-        start = self.setup.start_of(layer)
-        return Here(self.layout, self._past[start], self.padding, window)
+        past = self._past[self.setup.start_of(layer)]
+        return Here(self.layout, past, self.padding, self._window(layer))
+
+    def _window(self, layer: int) -> int | None:
+        sliding = layer_kind(self.setup.config, layer) == "sliding_attention"
+        return self.setup.config.sliding_window if sliding else None
 
     def hear_attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         """Queries and keys of a layer, as its attention uses them."""
@@ -307,17 +308,18 @@ class Prefill:
                 hear_input(needs, self.prompts, here, hidden)
             if not any(isinstance(need, TextAttention) and need.ahead for need in needs):
                 return None
-            stored = None
-            if past := int(self.cache.physical_length(layer)) if self.state is not None else 0:
-                stored = self.cache.layers[layer].keys[:, :, :past]
-                own = self.state.segment(layer)  # type: ignore[union-attr]
-                valid = self.layout.valid
-                if own.padding is None:
-                    own_valid = torch.cat([valid.new_ones(len(valid), past), valid], 1)
-                else:
-                    own_valid = own.extended(past, valid)
-                here = Here(self.layout, past, own_valid, here.window)
+            stored, here = self._stored(layer)
             return hear_ahead(needs, self.prompts, here, module, hidden, rotary, stored)
+
+    def _stored(self, layer: int) -> tuple[Tensor | None, Here]:
+        """The keys that a layer stored before this prefill, and the batch as it is before a cut."""
+        past = int(self.cache.physical_length(layer)) if self.state is not None else 0
+        window = self._window(layer)
+        if self.state is None or not past:
+            return None, Here(self.layout, 0, self.layout.padding, window)
+        valid = self.state.segment(layer).extended(past, self.layout.valid)
+        keys: Tensor = self.cache.layers[layer].keys[:, :, :past]
+        return keys, Here(self.layout, past, valid, window)
 
     def _groups(self, layer: int) -> list[tuple[list[int], Stage]]:
         """Images that are chosen from together at this layer: one, or those before the last."""
