@@ -123,8 +123,8 @@ def sweep_table(records: Sequence[Record]) -> Table:
 
 
 def accuracy_table(records: Sequence[Record]) -> Table:
-    """One row per method, one column per budget: accuracy, and tokens kept where the method found
-    their number itself. Methods combined under different budgets are rows of their own."""
+    """One row per method, one column per budget: accuracy, and the average of tokens entering a
+    layer where the method decided on their number itself. Methods combined under different budgets are rows of their own."""
     ordered = [r for r in in_order(records) if method_name(r) != "dense"]
     places = {id(r): _place(r) for r in ordered}
     last = (PUBLISHED, _MIXED)
@@ -152,7 +152,7 @@ def _place(record: Record) -> tuple[str, str]:
 def _accuracy(record: Record) -> str:
     if record["status"] != "ok":
         return "not applicable" if record["status"] == "not_applicable" else "FAILED"
-    own = f" ({record['tokens']['kept_per_image']:.4g} tokens)"
+    own = f" ({record['tokens']['average_per_layer']:.4g} a layer)"
     value = f"{100 * record['accuracy']['value']:.1f}"
     return value + own * (PUBLISHED in budget_text(record))
 

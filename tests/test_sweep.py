@@ -563,7 +563,7 @@ def test_accuracies_of_methods_under_several_budgets_have_their_own_rows():
         ("divprune", "75.0", "", ""),
         ("divprune+fastv", "75.0", "", ""),
         ("divprune+fastv at 0.5 + 0.25", "", "", "75.0"),
-        ("prumerge", "", "75.0 (196 tokens)", ""),
+        ("prumerge", "", "75.0 (196 a layer)", ""),
     ]
 
 
