@@ -33,7 +33,9 @@ from ..prune.contract import (
     Attending,
     BeforeLLM,
     Compressing,
+    Hidden,
     LayerSignal,
+    MeanHidden,
     ModuleStep,
     Neurons,
     Place,
@@ -184,7 +186,8 @@ class Engine:
         flash = "flash" in (setup.config._attn_implementation or "")
         gapped = flash and "original" in setup.positions.values()
         behind_cut = index >= min([*setup.starts[1:], len(self.text.layers)])
-        if gapped or behind_cut or any(isinstance(need, RotaryAffinity) for need in needs):
+        entering = Hidden | MeanHidden | RotaryAffinity
+        if gapped or behind_cut or any(isinstance(need, entering) for need in needs):
             hook(layer.register_forward_pre_hook, self._before_layer, with_kwargs=True)
         steps = {need.module for need in needs if isinstance(need, ModuleStep)}
         if "attention" in steps or isinstance(method, Compressing):

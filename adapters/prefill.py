@@ -157,8 +157,9 @@ class Prefill:
         The model goes on passing rotary tables, mask and positions for its first layer.
         """
         setup, start = self.setup, self.setup.start_of(layer)
+        cut = layer > 0 and any(s.layer == layer for image in self.images for s in image.plan)
         if layer == start and layer:
-            if any(stage.layer == layer for image in self.images for stage in image.plan):
+            if cut:
                 hidden = self._cut(layer, module, hidden, kwargs["position_embeddings"])
             self._enter_segment(start)
         if start:
@@ -173,8 +174,10 @@ class Prefill:
             }
         if needs := self._wanted(layer):
             with self.images[0].stopwatch:
-                rotary = kwargs["position_embeddings"]
-                hear_positions(needs, self.prompts, self._here(layer), rotary)
+                rotary, here = kwargs["position_embeddings"], self._here(layer)
+                if not cut:  # else `_cut` has shown it
+                    hear_input(needs, self.prompts, here, hidden)
+                hear_positions(needs, self.prompts, here, rotary)
         return hidden, dict(kwargs)
 
     def _rotary(self, start: int, hidden: Tensor, given: Rotary) -> Rotary:
