@@ -106,10 +106,11 @@ class Prefill:
 
     # --- what methods declared ---------------------------------------------------------------
 
-    def _wanted(self, layer: int) -> list[LayerSignal]:
-        """Signals of a layer, if a cut of this layer or a later one may ask for them."""
+    def _wanted(self, layer: int, cutting: bool = False) -> list[LayerSignal]:
+        """Signals of a layer that a later cut may ask for; or one of this layer, to be made now."""
+        first = layer if cutting else layer + 1
         if self._replayed or not any(
-            stage.layer >= layer for image in self.images for stage in image.plan
+            stage.layer >= first for image in self.images for stage in image.plan
         ):
             return []
         return [need for need in self.setup.heard if need.layer == layer]
@@ -301,7 +302,7 @@ class Prefill:
         self, layer: int, module: Any, hidden: Tensor, rotary: Rotary
     ) -> Tensor | None:
         """Read what is declared of the uncut input; the layer's key projection, if it was made."""
-        if not (needs := self._wanted(layer)):
+        if not (needs := self._wanted(layer, cutting=True)):
             return None
         before = max(start for start in self.setup.starts if start < layer)
         rotary = self._rotary(before, hidden, rotary)
