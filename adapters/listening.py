@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,15 @@ class Here:
             seen &= self.valid[row].to(columns.device)
         return seen
 
+    def holding(self, past: int) -> Here:
+        """The same where only the last `past` columns are left: a window forgets."""
+        if past >= self.past:
+            return self
+        valid = self.valid
+        if valid is not None:
+            valid = valid[:, -(past + self.layout.length) :]
+        return replace(self, past=past, valid=valid)
+
     def entries(self, row: int) -> int:
         """Tokens of a row in the shortened batch."""
         return self.layout.counts[row]
@@ -108,10 +117,8 @@ def hear_attention(
     needs: list[LayerSignal], prompts: Prompts, here: Here, query: Tensor, key: Tensor, scale: float
 ) -> None:
     """Read `TextAttention` and `ReceivedInLayer` of a layer from its queries and keys."""
-    past = min(here.past, key.shape[2] - here.layout.length)  # a sliding layer forgets
-    here = Here(here.layout, past, here.valid, here.window)
-    if here.valid is not None:
-        here = Here(here.layout, past, here.valid[:, -(past + here.layout.length) :], here.window)
+    here = here.holding(key.shape[2] - here.layout.length)
+    past = here.past
     key = key[:, :, : past + here.layout.length]  # a static cache is longer
     received: dict[int, Tensor] = {}
     for number, image in enumerate(prompts.images):

@@ -323,7 +323,7 @@ class Prefill:
             return None, Here(self.layout, 0, self.layout.padding, window)
         valid = self.state.segment(layer).extended(past, self.layout.valid)
         keys: Tensor = self.cache.layers[layer].keys[:, :, :past]
-        return keys, Here(self.layout, past, valid, window)
+        return keys, Here(self.layout, past, valid, window).holding(keys.shape[2])
 
     def _groups(self, layer: int) -> list[tuple[list[int], Stage]]:
         """Images that are chosen from together at this layer: one, or those before the last."""
