@@ -277,4 +277,4 @@ def hear_neurons(
                 place = here.layout.place[image.row]
                 visual = activations[image.row, place[image.columns[image.slots]]]
                 text = activations[image.row, place[prompts.asked(number, "text")]]
-                image.signals[need] = need.read(visual.detach(), text.detach())
+                image.signals[need] = need.read(visual.detach(), text.detach()).float()
