@@ -7,7 +7,8 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,6 +116,13 @@ class Prefill:
             return []
         return [need for need in self.setup.heard if need.layer == layer]
 
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Timed, and in float32 whatever autocast the caller is in."""
+        stopwatch = self.images[0].stopwatch
+        with stopwatch, torch.autocast(stopwatch.device.type, enabled=False):
+            yield
+
     def _here(self, layer: int) -> Here:
         past = self._past[self.setup.start_of(layer)]
         return Here(self.layout, past, self.padding, self._window(layer))
@@ -128,19 +136,19 @@ class Prefill:
         if self.compression is not None:
             self.compression.hear(layer, query, key, scaling)
         if needs := self._wanted(layer):
-            with self.images[0].stopwatch:
+            with self._listening():
                 hear_attention(needs, self.prompts, self._here(layer), query, key, scaling)
 
     def hear_step(self, layer: int, module: str, before: Tensor, after: Tensor) -> None:
         """Input and output of a layer's attention or MLP."""
         if needs := self._wanted(layer):
-            with self.images[0].stopwatch:
+            with self._listening():
                 hear_step(needs, module, self.prompts, self._here(layer), before, after)
 
     def hear_neurons(self, layer: int, activations: Tensor) -> None:
         """The input of the last projection of a layer's MLP."""
         if needs := self._wanted(layer):
-            with self.images[0].stopwatch:
+            with self._listening():
                 hear_neurons(needs, self.prompts, self._here(layer), activations)
 
     def keys_of(self, layer: int, given: Tensor) -> Tensor | None:
@@ -174,7 +182,7 @@ class Prefill:
                 "position_ids": None,
             }
         if needs := self._wanted(layer):
-            with self.images[0].stopwatch:
+            with self._listening():
                 rotary, here = kwargs["position_embeddings"], self._here(layer)
                 if not cut:  # else `_cut` has shown it
                     hear_input(needs, self.prompts, here, hidden)
@@ -307,11 +315,11 @@ class Prefill:
         before = max(start for start in self.setup.starts if start < layer)
         rotary = self._rotary(before, hidden, rotary)
         here = self._here(layer - 1)
+        with torch.no_grad(), self._listening():
+            hear_input(needs, self.prompts, here, hidden)
+        if not any(isinstance(need, TextAttention) and need.ahead for need in needs):
+            return None
         with self.images[0].stopwatch:
-            with torch.no_grad():
-                hear_input(needs, self.prompts, here, hidden)
-            if not any(isinstance(need, TextAttention) and need.ahead for need in needs):
-                return None
             stored, here = self._stored(layer)
             return hear_ahead(needs, self.prompts, here, module, hidden, rotary, stored)
 
