@@ -355,7 +355,8 @@ class Prefill:
             nothing = images[0].slots
             found = [(number, Selection(kept=nothing)) for number in numbers]
         else:
-            keep = sum(next(s.keep for s in image.plan if s.layer == layer) for image in images)
+            planned = [next(s.keep for s in image.plan if s.layer == layer) for image in images]
+            keep = min(sum(planned), sum(sizes))  # an earlier cut may have left fewer than planned
             signals = {
                 need: torch.cat([image.signals[need] for image in images])
                 if need.per == "token"
