@@ -20,11 +20,19 @@ from vlmprune.prune.contract import (
     Decoder,
     EncoderFeatures,
     Features,
+    Hidden,
     Keys,
+    LayerSignal,
+    MeanHidden,
     ModelShape,
+    ModuleStep,
+    Neurons,
     PixelSeed,
     Place,
+    Pruning,
     ReceivedAttention,
+    ReceivedInLayer,
+    RotaryAffinity,
     Selection,
     TextAttention,
     TextEmbeddings,
@@ -41,7 +49,8 @@ from vlmprune.prune.select import most
 from vlmprune.prune.select import select as select_image
 from vlmprune.prune.tiling import Block, Tiling
 
-NAMES = method_names()
+NAMES = [name for name in method_names() if issubclass(method_class(name), Pruning)]
+"""Methods that choose tokens; those on the cache are in test_methods_cache."""
 DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)
 TOWERS = {
     "clip": Tower(num_layers=24, has_cls=True),
@@ -50,7 +59,30 @@ TOWERS = {
     "tiny": Tower(num_layers=2, has_cls=True),
     "one layer": Tower(num_layers=1, has_cls=True),
 }
-RANKING = ["cls_topk", "divprune", "fastv", "hiprune", "vtc_cls"]
+SHAPE = ModelShape(tower=TOWERS["clip"], decoder=DECODER)
+
+
+def choices() -> list[str]:
+    """Where every method chooses: its name, with "@" and the layer for a cut in the decoder; of
+    many cuts the first two and the last."""
+    found = []
+    for name in NAMES:
+        cuts = [cut.layer for cut in method_class(name)().cuts(SHAPE) if not cut.adaptive]
+        for layer in sorted({*cuts[:2], cuts[-1]}):
+            found.append(f"{name}@{layer}" if layer else name)
+    return found
+
+
+def at(choice: str) -> tuple[Pruning, int]:
+    """The method of a choice, and the layer."""
+    name, _, layer = choice.partition("@")
+    return method_class(name)(), int(layer or 0)
+
+
+CHOICES = choices()
+RANKING = ["cls_topk", "divprune", "hiprune", "vtc_cls"] + [
+    choice for choice in CHOICES if "@" in choice and not choice.startswith("sparsevlm@")
+]
 """Methods that keep the first tokens where all tokens are alike."""
 GRIDS = [(1, 2), (1, 7), (9, 1), (2, 3), (5, 4), (12, 12), (7, 30)]
 THUMBNAIL = Block((4,), (4,))
@@ -87,38 +119,64 @@ def draw_signal(signal, count: int, generator: torch.Generator) -> torch.Tensor:
             return torch.randn(count, generator=generator)
         case ClsAttention() | ClsAttentionOneHead():
             return torch.randn(count, generator=generator).softmax(0)
-        case AttentionToCls() | ReceivedAttention() | TextAttention():
+        case AttentionToCls() | ReceivedAttention():
             return torch.rand(count, generator=generator)
         case PixelSeed():
             return torch.randint(2**62, (), generator=generator)
+        case TextAttention(each=True):
+            return torch.rand(count, 4, 3, generator=generator)
+        case TextAttention() | ReceivedInLayer() | ModuleStep():
+            return torch.rand(count, generator=generator)
+        case RotaryAffinity():
+            return 1 + torch.rand(count, 3, generator=generator)
+        case Neurons():
+            return torch.randint(9, (count,), generator=generator).float()
+        case Hidden():
+            return torch.randn(count, 16, generator=generator)
+        case MeanHidden():
+            return torch.randn(16, generator=generator)
     raise NotImplementedError(f"{signal}: say here how a random one is drawn")
 
 
 def make_tokens(
-    method, tiling, *, seed: int = 0, tower: str = "clip", constant: bool = False
+    method,
+    tiling,
+    *,
+    layer: int = 0,
+    seed: int = 0,
+    tower: str = "clip",
+    constant: bool = False,
 ) -> VisualTokens:
-    """What `method` may see of an image, which is a `Tiling` or the size of its grid."""
+    """What `method` may see of an image, which is a `Tiling` or the size of its grid, at a cut."""
     if isinstance(tiling, tuple):
         tiling = Tiling.single(*tiling)
     shape = shape_of(tower)
-    before, num_tokens = method.place is Place.BEFORE_LLM, tiling.num_tokens
+    num_tokens = tiling.num_tokens
     candidates = num_tokens
-    if before and method.newline_policy != "compete":
+    if not layer and method.newline_policy != "compete":
         candidates = tiling.num_patches
     generator = torch.Generator().manual_seed(seed)
     signals = {}
     for signal in method.needs(shape):
+        inside = isinstance(signal, LayerSignal)
+        if inside != bool(layer) or (inside and signal.layer > layer):
+            continue
         count = len(tiling.tiles) if signal.per == "tile" else candidates
         drawn = draw_signal(signal, count, generator)
-        if constant and drawn.dim():  # all tokens alike
+        if constant and drawn.dim() and not (inside and signal.per == "image"):  # all tokens alike
             drawn = drawn[:1].expand_as(drawn).clone()
         signals[signal] = drawn
     alive = None
-    if not before:  # some tokens of a larger image are gone already
+    if layer:  # some tokens of a larger image are gone already
         alive = torch.arange(num_tokens) * 2
         tiling = Tiling.single(2, num_tokens)
     return VisualTokens(
-        num_tokens=num_tokens, tiling=tiling, shape=shape, signals=signals, alive=alive
+        num_tokens=num_tokens,
+        tiling=tiling,
+        shape=shape,
+        signals=signals,
+        alive=alive,
+        layer=layer,
     )
 
 
@@ -159,8 +217,9 @@ def check(selection: Selection, tokens: VisualTokens, keep: int | None) -> None:
     if selection.groups is not None:
         row, member = selection.groups.tolist()
         assert row == sorted(row)
-        assert set(row) <= set(rows), "a row was merged, and has its token's features"
-        assert set(member) <= set(tokens.tiling.patches(kept.device).tolist())
+        assert set(row) <= set(rows), "a row was merged, and has its own features"
+        given = range(num_tokens) if tokens.layer else tokens.tiling.patches(kept.device).tolist()
+        assert set(member) <= set(given)
         assert len(set(zip(row, member, strict=True))) == len(row)
 
 
@@ -172,12 +231,12 @@ def same(one: Selection, two: Selection) -> bool:
 # --- Every method ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_selection_is_exact(name, tower, grid):
-    method = method_class(name)()
-    tokens = make_tokens(method, grid, tower=tower)
+def test_selection_is_exact(choice, tower, grid):
+    method, layer = at(choice)
+    tokens = make_tokens(method, grid, layer=layer, tower=tower)
     for keep in counts(tokens.num_tokens):
         check(method.select(tokens, keep), tokens, keep)
 
@@ -205,37 +264,38 @@ def test_selection_is_exact_on_tiles_with_newlines(name, tiling):
                 assert len(kept) == (len(line) if newlines == "keep" else spare)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not method_class(n).needs_budget])
+@pytest.mark.parametrize("name", [n for n in NAMES if method_class(n).finds_count])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("tiling", [Tiling.single(7, 9), *TILINGS.values()])
 def test_without_a_budget_no_more_than_the_method_declares(name, tiling, seed):
     method = method_class(name)()
-    tokens = make_tokens(method, tiling, seed=seed)
+    layer = method.cuts(SHAPE)[0].layer
+    tokens = make_tokens(method, tiling, layer=layer, seed=seed)
     selection = select_image(method, tokens, None)
     check(selection, tokens, None)
     assert 0 < selection.count <= most(method, tiling)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("choice", CHOICES)
 @given(
     grid=st.tuples(st.integers(1, 20), st.integers(2, 20)),
     share=st.floats(0, 1),
     seed=st.integers(0, 2**31),
 )
-def test_selection_is_exact_at_random_sizes(name, grid, share, seed):
-    method = method_class(name)()
-    tokens = make_tokens(method, grid, seed=seed)
+def test_selection_is_exact_at_random_sizes(choice, grid, share, seed):
+    method, layer = at(choice)
+    tokens = make_tokens(method, grid, layer=layer, seed=seed)
     keep = min(tokens.num_tokens - 1, max(1, round(share * tokens.num_tokens)))
     check(method.select(tokens, keep), tokens, keep)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("tiling", [Tiling.single(6, 5), TILINGS["2 x 2"]], ids=["plain", "tiles"])
-def test_selection_is_pure(name, constant, tiling):
+def test_selection_is_pure(choice, constant, tiling):
     """Nothing given is written to, and the same is chosen again, whatever happened in between."""
-    method = method_class(name)()
-    tokens = make_tokens(method, tiling, constant=constant)
+    method, layer = at(choice)
+    tokens = make_tokens(method, tiling, layer=layer, constant=constant)
     before = {signal: tensor.clone() for signal, tensor in tokens.signals.items()}
     versions = {signal: tensor._version for signal, tensor in tokens.signals.items()}
     global_state = torch.random.get_rng_state()
@@ -245,23 +305,23 @@ def test_selection_is_pure(name, constant, tiling):
         assert tensor._version == versions[signal]
         assert torch.equal(tensor, before[signal])
     torch.rand(3)
-    assert same(select_image(method_class(name)(), tokens, 21), first)
+    assert same(select_image(at(choice)[0], tokens, 21), first)
 
 
-@pytest.mark.parametrize("name", RANKING)
+@pytest.mark.parametrize("choice", RANKING)
 @pytest.mark.parametrize("grid", [(4, 5), (1, 30), (24, 24)], ids=str)
-def test_ties_go_to_the_lower_index(name, grid):
-    method = method_class(name)()
-    tokens = make_tokens(method, grid, constant=True)
+def test_ties_go_to_the_lower_index(choice, grid):
+    method, layer = at(choice)
+    tokens = make_tokens(method, grid, layer=layer, constant=True)
     for keep in (1, 2, 7, 19):
         assert method.select(tokens, keep).kept.tolist() == list(range(keep))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_low_precision_signals_are_scored_in_float32(name):
+@pytest.mark.parametrize("choice", CHOICES)
+def test_low_precision_signals_are_scored_in_float32(choice):
     """bfloat16 signals choose what the same numbers in float32 choose."""
-    method = method_class(name)()
-    tokens = make_tokens(method, (10, 10))
+    method, layer = at(choice)
+    tokens = make_tokens(method, (10, 10), layer=layer)
     low = {s: t.bfloat16() if t.is_floating_point() else t for s, t in tokens.signals.items()}
     high = {s: t.float() if t.is_floating_point() else t for s, t in low.items()}
     for keep in (1, 31, 99):
@@ -277,17 +337,17 @@ def test_declarations_fit_the_model(name, tower):
     method, shape = method_class(name)(), shape_of(tower)
     cuts = [cut.layer for cut in method.cuts(shape)]
     assert cuts == sorted(set(cuts))
-    if method.place is Place.BEFORE_LLM:
-        assert cuts == [0]
-    else:
-        assert cuts[0] > 0
-        assert cuts[-1] < shape.decoder.num_layers
+    assert (cuts[0] == 0) == (method.place is Place.BEFORE_LLM)
+    assert cuts[-1] < shape.decoder.num_layers
+    assert (cuts[-1] > 0) == (Place.DECODER in method.places)
     assert method.cuts(shape)[-1].share == 1
     needs = method.needs(shape)
     assert len(set(needs)) == len(needs)
     for signal in needs:
         if isinstance(signal, ClsAttention | ReceivedAttention):
             assert 0 <= signal.layer < shape.tower.num_layers
+        if isinstance(signal, LayerSignal):
+            assert 0 <= signal.layer <= cuts[-1]
 
 
 @pytest.mark.parametrize("name", NAMES)
