@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_methods_cache import COMPRESSING
+from vlmprune.prune.budget import plan, round_tokens
 from vlmprune.prune.contract import (
     AttentionToCls,
     BeforeLLM,
@@ -17,6 +19,7 @@ from vlmprune.prune.contract import (
     ClsAttentionOneHead,
     ClsFeatures,
     ClsLogits,
+    Compressing,
     Decoder,
     EncoderFeatures,
     Features,
@@ -44,13 +47,15 @@ from vlmprune.prune.layers import scale_layer
 from vlmprune.prune.ops import maxmin
 from vlmprune.prune.ops.maxmin import greedy_max_min
 from vlmprune.prune.ops.topk import top_k
-from vlmprune.prune.registry import method_class, method_names
+from vlmprune.prune.registry import method, method_class, method_names
 from vlmprune.prune.select import most
 from vlmprune.prune.select import select as select_image
 from vlmprune.prune.tiling import Block, Tiling
 
 NAMES = [name for name in method_names() if issubclass(method_class(name), Pruning)]
-"""Methods that choose tokens; those on the cache are in test_methods_cache."""
+"""Methods that choose tokens."""
+ON_CACHE = [name for name in method_names() if name not in NAMES]
+"""What these choose is tested in test_methods_cache."""
 DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)
 TOWERS = {
     "clip": Tower(num_layers=24, has_cls=True),
@@ -63,12 +68,12 @@ SHAPE = ModelShape(tower=TOWERS["clip"], decoder=DECODER)
 
 
 def choices() -> list[str]:
-    """Where every method chooses: its name, with "@" and the layer for a cut in the decoder; of
-    many cuts the first two and the last."""
+    """Where every method chooses a given number: its name, with "@" and the layer for a cut in the
+    decoder; of many cuts the first three and the last."""
     found = []
     for name in NAMES:
         cuts = [cut.layer for cut in method_class(name)().cuts(SHAPE) if not cut.adaptive]
-        for layer in sorted({*cuts[:2], cuts[-1]}):
+        for layer in sorted({*cuts[:3], *cuts[-1:]}):
             found.append(f"{name}@{layer}" if layer else name)
     return found
 
@@ -80,6 +85,16 @@ def at(choice: str) -> tuple[Pruning, int]:
 
 
 CHOICES = choices()
+LATE = [
+    (name, cut.layer)
+    for name in NAMES
+    for cut in method_class(name)().cuts(SHAPE)
+    if cut.adaptive and cut.layer
+]
+"""Cuts at which the tensors say how many stay, under a budget too."""
+STAGED = [name for name in NAMES if method_class(name)().cuts(SHAPE)[-1].layer]
+"""Methods that act in the decoder, some of them before it too."""
+DEPTHS = (4, 5, 24, 28, 32, 40, 80)
 RANKING = ["cls_topk", "divprune", "hiprune", "vtc_cls"] + [
     choice for choice in CHOICES if "@" in choice and not choice.startswith("sparsevlm@")
 ]
@@ -96,8 +111,18 @@ TILINGS = {
 }
 
 
-def shape_of(tower: str = "clip") -> ModelShape:
-    return ModelShape(tower=TOWERS[tower], decoder=DECODER)
+def shape_of(tower: str = "clip", depth: int = DECODER.num_layers) -> ModelShape:
+    return ModelShape(tower=TOWERS[tower], decoder=replace(DECODER, num_layers=depth))
+
+
+def readable(signal, layer: int) -> bool:
+    """Whether a method sees the signal at a cut of `layer` (0: before the LLM): there the layer's
+    input is known, and what it would be asked ahead, but no more of it."""
+    if not isinstance(signal, LayerSignal):
+        return not layer
+    if signal.layer == layer > 0:
+        return isinstance(signal, Hidden | MeanHidden) or getattr(signal, "ahead", False)
+    return signal.layer < layer
 
 
 def draw_signal(signal, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -145,12 +170,13 @@ def make_tokens(
     layer: int = 0,
     seed: int = 0,
     tower: str = "clip",
+    depth: int = DECODER.num_layers,
     constant: bool = False,
 ) -> VisualTokens:
     """What `method` may see of an image, which is a `Tiling` or the size of its grid, at a cut."""
     if isinstance(tiling, tuple):
         tiling = Tiling.single(*tiling)
-    shape = shape_of(tower)
+    shape = shape_of(tower, depth)
     num_tokens = tiling.num_tokens
     candidates = num_tokens
     if not layer and method.newline_policy != "compete":
@@ -158,17 +184,18 @@ def make_tokens(
     generator = torch.Generator().manual_seed(seed)
     signals = {}
     for signal in method.needs(shape):
-        inside = isinstance(signal, LayerSignal)
-        if inside != bool(layer) or (inside and signal.layer > layer):
+        if not readable(signal, layer):
             continue
         count = len(tiling.tiles) if signal.per == "tile" else candidates
         drawn = draw_signal(signal, count, generator)
-        if constant and drawn.dim() and not (inside and signal.per == "image"):  # all tokens alike
+        one = isinstance(signal, MeanHidden)  # a vector, no rows
+        if constant and drawn.dim() and not one:  # all tokens alike
             drawn = drawn[:1].expand_as(drawn).clone()
         signals[signal] = drawn
     alive = None
-    if layer:  # some tokens of a larger image are gone already
+    if layer:  # some tokens of a larger image are gone already, and the last row stands for none
         alive = torch.arange(num_tokens) * 2
+        alive[-1] = -1
         tiling = Tiling.single(2, num_tokens)
     return VisualTokens(
         num_tokens=num_tokens,
@@ -264,6 +291,67 @@ def test_selection_is_exact_on_tiles_with_newlines(name, tiling):
                 assert len(kept) == (len(line) if newlines == "keep" else spare)
 
 
+@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize("role", ["query", "context"])
+@given(
+    num_tokens=st.integers(2, 400),
+    ratio=st.none() | st.floats(0.01, 1),
+    depth=st.sampled_from(DEPTHS),
+    seed=st.integers(0, 2**31),
+)
+def test_a_schedule_from_its_first_cut_to_the_last(name, role, num_tokens, ratio, depth, seed):
+    """On every depth, each cut finds its signals and keeps what was planned, fewer than before; the
+    last one what the budget says, or without one what the paper does."""
+    cls = method_class(name)
+    if ratio is None and cls.needs_budget:
+        return
+    call = method(name, keep_ratio=ratio)
+    alive, last = num_tokens, num_tokens
+    for stage in plan(num_tokens, [call], shape_of("clip", depth), role):
+        tokens = make_tokens(call.method, (1, alive), layer=stage.layer, seed=seed, depth=depth)
+        keep = None if stage.adaptive else stage.keep
+        chosen = select_image(call.method, tokens, keep)
+        check(chosen, tokens, keep)
+        assert chosen.count <= alive if stage.adaptive else stage.keep < alive
+        alive = chosen.count
+        if call.adaptive or not stage.adaptive:
+            last = alive
+        if not alive:
+            break
+    wanted = call.method.most(num_tokens) if ratio is None else round_tokens(ratio, num_tokens)
+    assert last <= wanted if call.adaptive else last == wanted
+
+
+@pytest.mark.parametrize(("name", "layer"), LATE)
+@given(
+    num_tokens=st.integers(1, 200),
+    scale=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_adaptive_cuts_are_well_formed_and_pure(name, layer, num_tokens, scale, seed):
+    tokens = make_tokens(method_class(name)(), (1, num_tokens), layer=layer, seed=seed)
+    signals = {signal: scale / num_tokens * values for signal, values in tokens.signals.items()}
+    tokens = replace(tokens, signals=signals)
+    before = {signal: values.clone() for signal, values in signals.items()}
+    chosen = select_image(method_class(name)(), tokens, None)
+    check(chosen, tokens, None)
+    assert same(select_image(method_class(name)(), tokens, None), chosen)
+    assert all(torch.equal(values, before[signal]) for signal, values in signals.items())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 100])
+@pytest.mark.parametrize(("share", "stays"), [(0.0, False), (0.09, False), (0.11, True), (1, True)])
+def test_todre_late_is_all_or_nothing(num_tokens, share, stays):
+    """However the text's attention is spread over an image's tokens."""
+    ((_, layer),) = [late for late in LATE if late[0] == "todre"]
+    tokens = make_tokens(method_class("todre")(), (1, num_tokens), layer=layer)
+    for weights in (torch.ones(num_tokens), torch.eye(num_tokens)[-1]):
+        signals = {signal: share * weights / weights.sum() for signal in tokens.signals}
+        given_tokens = replace(tokens, signals=signals)
+        kept = select_image(method_class("todre")(), given_tokens, None).kept
+        assert kept.tolist() == list(range(num_tokens if stays else 0))
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if method_class(n).finds_count])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("tiling", [Tiling.single(7, 9), *TILINGS.values()])
@@ -333,24 +421,47 @@ def test_low_precision_signals_are_scored_in_float32(choice):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("tower", TOWERS)
-def test_declarations_fit_the_model(name, tower):
-    method, shape = method_class(name)(), shape_of(tower)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_declarations_fit_the_model(name, tower, depth):
+    method, shape = method_class(name)(), shape_of(tower, depth)
     cuts = [cut.layer for cut in method.cuts(shape)]
     assert cuts == sorted(set(cuts))
-    assert (cuts[0] == 0) == (method.place is Place.BEFORE_LLM)
+    assert method.place is method.places[0]
+    assert (cuts[0] == 0) == (Place.BEFORE_LLM in method.places)
     assert cuts[-1] < shape.decoder.num_layers
     assert (cuts[-1] > 0) == (Place.DECODER in method.places)
     assert method.cuts(shape)[-1].share == 1
     needs = method.needs(shape)
+    assert needs == method_class(name)().needs(shape), "equal declarations are equal"
     assert len(set(needs)) == len(needs)
     for signal in needs:
         if isinstance(signal, ClsAttention | ReceivedAttention):
             assert 0 <= signal.layer < shape.tower.num_layers
         if isinstance(signal, LayerSignal):
-            assert 0 <= signal.layer <= cuts[-1]
+            assert signal.layer >= 0
+        assert any(readable(signal, layer) for layer in cuts), "read behind the last cut"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CACHE)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_declarations_of_methods_on_the_cache(name, depth):
+    method, shape = method_class(name)(), shape_of("no cls", depth)
+    assert method.cuts(shape) == ()
+    assert method.place is Place.CACHE and method.places == (Place.CACHE,)
+    needs = method.needs(shape)
+    assert needs == method_class(name)().needs(shape)
+    assert len(set(needs)) == len(needs)
+    assert all(isinstance(need, LayerSignal) and 0 <= need.layer < depth for need in needs)
+
+
+def test_every_method_that_compresses_is_tested_for_exact_counts():
+    """test_methods_cache holds what this file holds of the others."""
+    assert {name for name, _ in COMPRESSING} == {
+        name for name in ON_CACHE if issubclass(method_class(name), Compressing)
+    }
+
+
+@pytest.mark.parametrize("name", method_names())
 def test_a_method_is_a_plain_value(name):
     cls = method_class(name)
     assert cls() == cls()
