@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..prune.budget import MethodCall
-from ..prune.contract import CacheMethod, LayerSignal, ModelShape, Place, Positions
+from ..prune.contract import CacheMethod, LayerSignal, ModelShape, Place, Positions, Pruning
 from .cache import Ticket
 
 
@@ -39,10 +39,11 @@ class Setup:
 
     @cached_property
     def heard(self) -> list[LayerSignal]:
-        """Signals of decoder layers that the methods declare."""
+        """Signals of decoder layers for cuts; a method on the cache is shown its own entries."""
         return [
             need
             for call in self.calls
+            if isinstance(call.method, Pruning)
             for need in call.method.needs(self.shape)
             if isinstance(need, LayerSignal)
         ]
