@@ -445,11 +445,12 @@ def test_cuts_at_every_layer_behind_a_first_stage_before_the_llm(case):
 
 
 @pytest.mark.parametrize("positions", ["original", "repacked"])
+@pytest.mark.parametrize("rows", [ROWS, (zoo.TWO,)], ids=["padded", "single"])
 @zoo.ATTENTION
-def test_windows(positions, attention):
+def test_windows(positions, rows, attention):
     recorder = Recorder(wants=declared())
-    run(zoo.SLIDING, attention, ROWS, recorder, positions=positions)
-    check(recorder, expected(zoo.SLIDING, ROWS, positions), (1, 3))
+    run(zoo.SLIDING, attention, rows, recorder, positions=positions)
+    check(recorder, expected(zoo.SLIDING, rows, positions), (1, 3))
 
 
 # --- A cached text prefix ----------------------------------------------------------------------
@@ -624,19 +625,21 @@ def test_batch_mates_change_no_signal(case):
 
 
 @zoo.BOTH_FAMILIES
-def test_signals_are_float32_and_outside_the_graph(case):
-    for train in (False, True):
-        model, recorder = case.model(), Recorder(wants=declared())
-        model = model.requires_grad_(True) if train else model.to(torch.bfloat16)
-        patch(model, call(recorder))
-        inputs = case.inputs(ROWS)
-        key = "pixel_values"
-        model(**inputs | {key: inputs[key].to(model.dtype)})
-        for seen in recorder.seen:
-            for want, value in seen.tokens.signals.items():
-                dtype = model.dtype if isinstance(want, Hidden) else torch.float32
-                assert value.dtype == dtype, want
-                assert not value.requires_grad, want
+@pytest.mark.parametrize("kind", ["half", "autocast", "train"])
+def test_signals_are_float32_and_outside_the_graph(case, kind):
+    model, recorder = case.model(), Recorder(wants=declared())
+    model = model.to(torch.bfloat16) if kind == "half" else model.requires_grad_(kind == "train")
+    patch(model, call(recorder))
+    inputs = case.inputs(ROWS)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        model(**inputs)
+    assert recorder.seen
+    for seen in recorder.seen:
+        for want, value in seen.tokens.signals.items():
+            dtype = model.dtype if isinstance(want, Hidden) else torch.float32
+            assert value.dtype == dtype, want
+            assert not value.requires_grad, want
 
 
 # --- Keys that are projected ahead -------------------------------------------------------------
@@ -933,6 +936,18 @@ def test_entries_behind_cuts(case):
     in_two_calls(model, case, truth.truth, CACHED, None)
     assert {entries.layer for entries in recorder.seen} == set(LAYERS)
     check_entries(model, recorder, truth, 0.2)
+
+
+@zoo.BOTH_FAMILIES
+def test_cuts_do_not_see_what_a_method_on_the_cache_declares(case, heard):
+    model, recorder, on_cache = case.model(), Recorder(wants=(Hidden(1),)), CacheRecorder()
+    patch(model, [call(recorder), call(on_cache, 0.2)])
+    with torch.no_grad():
+        model(**case.inputs(ROWS))
+    assert {layer for _, layer in heard} == {1}
+    assert all(Hidden(1) in seen.tokens.signals for seen in recorder.seen)
+    assert all(len(seen.tokens.signals) == 1 for seen in recorder.seen)
+    assert all(entries.signals for entries in on_cache.seen)
 
 
 @zoo.ALL
