@@ -10,8 +10,27 @@ import vlmprune
 import zoo
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from vlmprune.prune.contract import Attending, Compressing, LayerSignal, Place
+from vlmprune.prune.registry import method_class
 
 CLIP, QWEN = zoo.CASES["llava-clip-llama"], zoo.CASES["qwen2_5_vl"]
+REPRESENTATIVE = {
+    Place.BEFORE_LLM: "divprune",
+    Place.DECODER: "fastv",
+    Place.CACHE: "elastic_cache",
+}
+STAGED = [name for name in vlmprune.methods() if Place.DECODER in method_class(name)().places]
+"""Methods that act in the decoder."""
+
+
+def _small(name: str) -> dict[str, int]:
+    """Fields with which a method does something to short prompts."""
+    return {"n_init": 1, "n_local": 2} if name == "token_select" else {}
+
+
+def _clip_of(name: str):
+    """The text encoder, for methods that need it."""
+    return (zoo.options_for(CLIP, name) or {}).get("clip")
 
 
 def refusal(error: type[Exception], *words: str, model=None, args=(), **options) -> str:
@@ -71,7 +90,7 @@ def test_unpatch_of_a_model_that_is_not_patched_does_nothing_or_says_so():
     assert set(vars(model)) == before
 
 
-@pytest.mark.parametrize("name", ["divprune", "fastv"])
+@pytest.mark.parametrize("name", ["divprune", "fastv", "elastic_cache"])
 class TestBudgets:
     def test_none(self, name):
         refusal(
@@ -179,22 +198,98 @@ def test_unknown_positions(positions):
     )
 
 
-def test_repacked_positions_on_two_dimensional_rotary():
+@pytest.mark.parametrize("name", [*REPRESENTATIVE.values(), "pyramiddrop"])
+def test_repacked_positions_on_two_dimensional_rotary(name):
+    """Wherever the method acts, and also where it is the method's own default."""
     refusal(
-        vlmprune.VlmpruneError,
+        vlmprune.MethodFieldError,
         *("repacked", "original"),
         model=QWEN.model(),
-        args=("divprune",),
+        args=(name,),
         keep_ratio=0.5,
         positions="repacked",
     )
+    handle = vlmprune.patch(QWEN.model(), name, keep_ratio=0.5)
+    assert handle.positions == "original"
 
 
-def test_two_methods_at_one_place():
-    two = [vlmprune.method("divprune", keep_ratio=0.5), vlmprune.method("grid", keep_ratio=0.2)]
-    refusal(vlmprune.VlmpruneError, "divprune", "grid", args=(two,))
-    same = [vlmprune.method("fastv", keep_ratio=r, layer=2) for r in (0.5, 0.25)]
-    refusal(vlmprune.VlmpruneError, "fastv", args=(same,))
+@pytest.mark.parametrize("name", STAGED)
+def test_positions_behind_a_cut_in_the_decoder_may_be_packed_or_not(name):
+    found = []
+    for positions in ("original", "repacked"):
+        model, options = CLIP.model(), zoo.options_for(CLIP, name)
+        handle = vlmprune.patch(model, name, keep_ratio=0.3, positions=positions, **options)
+        with torch.no_grad():
+            found.append(model(**CLIP.inputs()).logits[0, -1])
+        assert handle.positions == handle.last.positions == positions
+        assert {stage.positions for stage in handle.last.stages} == {positions}
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", vlmprune.methods())
+def test_two_methods_at_one_place(name):
+    """Every method, at every place where it acts, beside another one there."""
+    call = vlmprune.method(name, keep_ratio=0.5)
+    for place in call.method.places:
+        other = vlmprune.method(REPRESENTATIVE[place], keep_ratio=0.25)
+        for two in ([call, other], [other, call]):
+            words = (*(c.name for c in two), f"act {place.value}", "different places")
+            refusal(vlmprune.MethodFieldError, *words, args=(two,), clip=_clip_of(name))
+
+
+def test_the_late_stage_of_a_method_before_the_llm_takes_the_decoder():
+    """Without it, the decoder is free."""
+    fastv = vlmprune.method("fastv", keep_ratio=0.25)
+    late = [n for n in STAGED if method_class(n).place is Place.BEFORE_LLM]
+    assert {"todre", "catp"} <= set(late)
+    for name in late:
+        two = [vlmprune.method(name, keep_ratio=0.5), fastv]
+        refusal(vlmprune.MethodFieldError, name, "fastv", "in the LLM decoder", args=(two,))
+        two = [vlmprune.method(name, keep_ratio=0.5, late=False), fastv]
+        check_composition(CLIP, two, layers=[0, 2])
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("cache", zoo.ON_CACHE)
+@pytest.mark.parametrize("inside", ["fastv", "transprune", "sparsevlm", None])
+def test_methods_at_all_places_at_once(case, cache, inside):
+    """In any order; each budget counts the image's own tokens."""
+    first = vlmprune.method("divprune", keep_ratio=0.5)
+    second = [vlmprune.method(inside, keep_ratio=0.25)] if inside else []
+    third = vlmprune.method(cache, keep_ratio=0.1, **_small(cache))
+    layers = [0, *(cut.layer for call in second for cut in call.method.cuts(case.shape))]
+    handle = check_composition(case, [third, *second, first], layers=None)
+    assert [call.name for call in handle.methods] == [c.name for c in (first, *second, third)]
+    assert {stage.layer for stage in handle.last.stages} <= set(layers)
+    assert bool(handle.last.entries) == issubclass(method_class(cache), Compressing)
+    expected = list(handle.last.text_tokens)
+    for sample, count in zip(handle.last.image_sample, case.counts(zoo.BATCH), strict=True):
+        expected[sample] += round(0.1 * count)
+    for of_layer in handle.last.entries:  # the last prompt has no image
+        assert [kept.shape[-1] for kept in of_layer[:2]] == expected[:2] and of_layer[2] is None
+
+
+@pytest.mark.parametrize("name", ["todre", "catp"])
+def test_a_late_stage_and_a_method_on_the_cache(name):
+    two = [vlmprune.method(name, keep_ratio=0.5), vlmprune.method("elastic_cache", keep_ratio=0.2)]
+    handle = check_composition(CLIP, two, layers=None)
+    assert {stage.method for stage in handle.last.stages} == {name}
+    assert len(handle.last.entries) == CLIP.shape.decoder.num_layers
+
+
+def check_composition(case, calls, *, layers) -> vlmprune.Handle:
+    """The methods run together; the last cut keeps the least budget of those that cut."""
+    model = case.model()
+    handle = vlmprune.patch(model, calls)
+    inputs = case.inputs(zoo.BATCH)
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+    ratio = min(c.budget.value for c in calls if c.name not in zoo.ON_CACHE)
+    assert handle.last.tokens_kept == [round(ratio * n) for n in case.counts(zoo.BATCH)]
+    assert layers is None or [stage.layer for stage in handle.last.stages] == layers
+    handle.remove()
+    return handle
 
 
 def test_a_list_takes_no_outer_budget_or_fields():
@@ -308,15 +403,111 @@ def test_official_is_for_golden_tests_only():
     takes = [call.name for call in calls if "official" in call.method.fields()]
     for name in takes:
         case = QWEN if name == "hiprune" else CLIP
+        fields = {"reference": "question"} if name == "corematching" else {}
         refusal(
-            vlmprune.VlmpruneError,
-            "official",
+            vlmprune.MethodFieldError,
+            f"{name}(official=True) reproduces a defect",
             model=case.model(),
             args=(name,),
             keep_ratio=0.5,
             official=True,
+            **fields,
         )
-    assert "hiprune" in takes
+    assert {"hiprune", "corematching", "elastic_cache", "token_select"} <= set(takes)
+
+
+# --- Methods that read decoder layers or the cache ---------------------------------------------
+
+
+INSIDE = [
+    name
+    for name in vlmprune.methods()
+    if any(isinstance(need, LayerSignal) for need in method_class(name)().needs(zoo.CLIP))
+]
+
+
+def foreign(path: str):
+    """A model whose decoder layers name the module at `path` differently."""
+    model = CLIP.model()
+    owner, _, name = path.rpartition(".")
+    for layer in model.model.language_model.layers:
+        parent = layer.get_submodule(owner)
+        module = getattr(parent, name)
+        delattr(parent, name)
+        setattr(parent, f"their_{name}", module)
+    return model
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("path", ["self_attn.k_proj", "mlp.down_proj", "input_layernorm", "mlp"])
+def test_decoders_with_other_names_of_modules(name, path):
+    refusal(
+        vlmprune.UnsupportedModelError,
+        *(name, path, "LlamaModel", "before the LLM"),
+        model=foreign(path),
+        args=(name,),
+        keep_ratio=0.5,
+        clip=_clip_of(name),
+    )
+
+
+def test_decoders_with_other_names_take_methods_that_do_not_read_them():
+    assert {"fastv", "todre", "catp", "elastic_cache"} <= set(INSIDE)
+    assert not {"divprune", "vtc_cls"} & set(INSIDE)
+    for name, fields in (("divprune", {}), ("todre", {"late": False}), ("catp", {"late": False})):
+        vlmprune.patch(foreign("mlp.down_proj"), name, keep_ratio=0.5, **fields)
+
+
+@zoo.CACHE_METHODS
+class TestOnTheCache:
+    @pytest.mark.parametrize("words", [{"average_tokens": 9}, {"flops_ratio": 0.5}])
+    def test_budgets_of_the_prefill(self, name, words):
+        """It sees all tokens."""
+        refusal(
+            vlmprune.BudgetError,
+            *(name, *words, "keep_ratio", "keep_tokens"),
+            args=(name,),
+            **words,
+        )
+
+    def test_windows(self, name):
+        refusal(
+            vlmprune.UnsupportedModelError,
+            *(name, "sliding_attention", "before the LLM"),
+            model=zoo.SLIDING.model(),
+            args=(name,),
+            keep_ratio=0.5,
+        )
+
+    def test_no_cache(self, name):
+        model = CLIP.model()
+        vlmprune.patch(model, name, keep_ratio=0.5, **_small(name))
+        with pytest.raises(vlmprune.UnsupportedFeatureError, match="use_cache=False"):
+            model(**CLIP.inputs(), use_cache=False)
+
+    def test_a_static_cache(self, name):
+        model = CLIP.model()
+        vlmprune.patch(model, name, keep_ratio=0.5, **_small(name))
+        with pytest.raises(vlmprune.UnsupportedFeatureError, match="cache_implementation"):
+            model.generate(**CLIP.inputs(), cache_implementation="static", max_new_tokens=2)
+
+
+def test_flex_attention_and_methods_that_attend():
+    model = CLIP.model()
+    model.set_attn_implementation("flex_attention")
+    for name in zoo.ON_CACHE:
+        if issubclass(method_class(name), Attending):
+            words = ("flex", 'set_attn_implementation("sdpa")')
+            refusal(vlmprune.UnsupportedModelError, *words, model=model, args=(name,))
+
+
+def test_a_budget_below_what_is_always_attended():
+    model = CLIP.model()
+    vlmprune.patch(model, "token_select", keep_tokens=5)
+    with pytest.raises(vlmprune.BudgetError, match=r"640 in any case.*n_init, n_local"):
+        model(**CLIP.inputs())
+    vlmprune.patch(model, "token_select", keep_tokens=5, **_small("token_select"))
+    model(**CLIP.inputs())
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "text model"])
