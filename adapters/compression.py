@@ -57,8 +57,9 @@ def entries_to_keep(
     return keeps if acts else None
 
 
-def refuse_cache(setup: Setup, cache: Any) -> None:
-    """Refuse caches that a method on the cache cannot work with."""
+def refuse_cache(setup: Setup, cache: Any, *, shortened: bool) -> None:
+    """Refuse caches that a method on the cache cannot work with; `shortened`: it has worked on this
+    one before."""
     call = setup.on_cache
     if call is None:
         return
@@ -66,6 +67,11 @@ def refuse_cache(setup: Setup, cache: Any) -> None:
         raise UnsupportedFeatureError(
             f"{call.name} acts on the KV cache, and use_cache=False keeps none: leave that out, or "
             f"use a method that acts before the LLM or in the decoder."
+        )
+    if shortened:
+        raise UnsupportedFeatureError(
+            f"{call.name} works on the cache of one prompt, and this one held an earlier image: "
+            f"start a new cache for a new image, or ask on in text alone."
         )
     kinds = {type(layer).__name__ for layer in cache.layers}
     if kinds - {"DynamicLayer"}:
@@ -196,13 +202,13 @@ class Compression:
         state: PrunedState,
         last: Last,
         layout_of: Mapping[int, Layout],
-        following: Tensor | None,
+        span: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Record in the cache's state what each segment stores now.
 
         Args:
             layout_of: per segment, the layout of this prefill.
-            following: (B, 1), the position that the caller gives to the next token.
+            span: the caller's positions of the first token and of the next one, (B, 1) each.
         """
         last.entries = self._kept
         repacks = self.setup.positions[Place.CACHE] == "repacked"
@@ -220,15 +226,16 @@ class Compression:
             segment.dropped += width - layout.length
             entries, stay = torch.tensor(before), torch.tensor(layout.counts)
             segment.ledger = torch.stack([entries, stay, stay, entries], 1) * acted
-            if repacks and following is not None:
-                # A new token's position is the number of entries stored before it.
-                if segment.padding is None:
-                    stored = following.new_full(following.shape, past + layout.length)
-                else:
-                    stored = segment.padding.sum(1, keepdim=True)
-                before_it = torch.zeros_like(stored) if segment.shift is None else segment.shift
-                here = acted.to(stored.device)
-                segment.shift = torch.where(here, following - stored, before_it)
+            if repacks and span is not None:
+                # A new token's position is the number of entries stored before it (counted from
+                # the first token's, which is not 0 where the caller counts padding).
+                first, following = span
+                counted = segment.padding
+                if counted is None:
+                    counted = layout.keep.new_ones(len(layout.keep), past + layout.length)
+                stored = counted[:, past:].sum(1, keepdim=True) + first
+                unshifted = torch.zeros_like(stored) if segment.shift is None else segment.shift
+                segment.shift = torch.where(acted.to(first.device), following - stored, unshifted)
         removed = layout_of[0].length - self._layouts[0][0].length
         state.uncroppable = max(0, state.uncroppable - removed)
 

@@ -230,7 +230,7 @@ class Prefill:
     def finish(self, hidden: Tensor) -> Tensor:
         """Final hidden states at the caller's length, (B, L, D); the report is complete."""
         if self.compression is not None and self.state is not None:
-            self.compression.finish(self.state, self.last, self._layouts, self._following())
+            self.compression.finish(self.state, self.last, self._layouts, self._span())
         last, images = self.last, self.images
         last.kept = [image.tokens for image in images]
         last.order = [image.order for image in images]
@@ -239,12 +239,15 @@ class Prefill:
         last.plans = [image.plan for image in images]
         return self.layout.restore(hidden)
 
-    def _following(self) -> Tensor | None:
-        """(B, 1), the position that the caller gives to the next token; None for M-RoPE."""
+    def _span(self) -> tuple[Tensor, Tensor] | None:
+        """(B, 1) each, the caller's positions of the first token and of the next one; None for
+        M-RoPE."""
         if self.ids.dim() > 2:
             return None
         real = self.prompts.real
-        return self.ids.expand_as(real).masked_fill(~real, -1).amax(1, keepdim=True) + 1
+        ids = self.ids.expand_as(real)
+        first = ids.masked_fill(~real, torch.iinfo(ids.dtype).max).amin(1, keepdim=True)
+        return first, ids.masked_fill(~real, -1).amax(1, keepdim=True) + 1
 
     def _enter_segment(self, start: int) -> None:
         """The layers from `start` on store `self.layout`: record it in the cache's state."""
@@ -447,7 +450,7 @@ def begin(
     if cache is None and _wants_cache(kwargs, setup.config):
         cache = kwargs["past_key_values"] = DynamicCache(config=setup.config)
     if keeps is not None:
-        refuse_cache(setup, cache)
+        refuse_cache(setup, cache, shortened=state is not None)
     if cache is not None:
         new = state is None
         state = make_pruned(cache, setup.ticket, setup.starts)

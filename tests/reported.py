@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import vlmprune
 import zoo
+from cache_oracle import CacheTruth, Entries, merged_into_nearest
 from oracle import Rows, Truth
+from vlmprune.prune.contract import Compressing, Place
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 """Peaky random weights amplify rounding: the two orders of operations differ by about 1e-5."""
@@ -116,3 +121,67 @@ def _with_others(truth: Truth, last, stage, i: int, tokens, order) -> torch.Tens
     scores = [s for b in range(len(truth.rows)) for s in truth.last_row(b, stage.layer - 1)][i]
     others = scores.masked_fill(tokens >= 0, -1).topk(count - len(order)).indices
     return torch.cat([order, others]).sort().values
+
+
+class OnCache(Truth):
+    """A `Truth` whose new tokens meet a cache that a method works on."""
+
+    def __init__(self, cached: CacheTruth) -> None:
+        self.__dict__.update(vars(cached.truth))
+        self.cached = cached
+
+    def next_logits(self, row: int, new_ids: Sequence[int] = ()) -> torch.Tensor:
+        return self.cached.decode(self.numbers[id(self.rows[row])], new_ids)
+
+    @functools.cached_property
+    def numbers(self) -> dict[int, int]:
+        """The row of the batch that each row is, for those who reorder `rows`."""
+        return {id(row): b for b, row in enumerate(self.cached.truth.rows)}
+
+    def layer_lengths(self, row: int) -> list[int]:
+        return self.cached.lengths(row)
+
+
+def cached_truth(case: zoo.Case, inputs: dict, model, handle, attended=None) -> OnCache:
+    """What a patched model with a method on the cache must compute of the inputs that it saw last.
+
+    Args:
+        attended: [row][step][layer] entries that each new token attends to, for methods that let
+            it attend to some; None: all.
+    """
+    method, last, truth = handle.methods[-1].method, handle.last, None
+    if last.stages:
+        truth = truth_of(case, inputs, model, handle)
+    entries, options = last.entries, {}
+    if isinstance(method, Compressing):
+        rows = range(len(last.text_tokens))
+        acts = [any(layer[b] is not None for layer in entries) for b in rows]
+
+        fed = [
+            [text + visual for visual in layers]
+            for text, layers in zip(last.text_tokens, last.tokens_per_layer, strict=True)
+        ]
+
+        def compress(row: int, stored: Entries):
+            kept, before = entries[stored.layer][row], stored.keys.shape[1] - fed[row][stored.layer]
+            if kept is None:
+                return torch.arange(stored.keys.shape[1]) if acts[row] else None
+            if before:  # a text prefix, stored earlier
+                prefix = torch.arange(before).expand(*kept.shape[:-1], -1)
+                return torch.cat([prefix, kept + before], -1)
+            if handle.methods[-1].name == "elastic_cache":
+                return merged_into_nearest(stored, kept, method.start_size)
+            return kept
+
+        options = {"compress": compress if entries else lambda *_: None, "evict": method.evict}
+    elif attended is not None:
+        options = {"attend": attended}
+    cached = CacheTruth(
+        case.reference("eager"),
+        inputs,
+        truth.cuts if truth else (),
+        handle._engine.setup.positions[Place.CACHE],
+        cut_positions=[stage.positions for stage in last.stages],
+        **options,
+    )
+    return OnCache(cached)

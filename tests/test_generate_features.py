@@ -20,46 +20,53 @@ import torch
 import vlmprune
 import zoo
 from oracle import Rows, Truth
-from reported import features_of, truth_of
+from reported import cached_truth, features_of, truth_of
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 PLACES = {
     "before the LLM": [vlmprune.method("divprune", keep_ratio=0.4)],
-    "in the decoder": [vlmprune.method("fastv", keep_ratio=0.4, layer=2)],
+    "in the decoder": [vlmprune.method("pyramiddrop", keep_ratio=0.2)],
     "both": [
         vlmprune.method("divprune", keep_ratio=0.5),
         vlmprune.method("fastv", keep_ratio=0.25, layer=2),
     ],
+    "on the cache": [vlmprune.method("elastic_cache", keep_ratio=0.4, distance=-4)],
 }
 MOVED = {
     "before the LLM": [vlmprune.method("visionzip", keep_ratio=0.4, scores="cls")],
-    "in the decoder": PLACES["in the decoder"],
+    "in the decoder": [vlmprune.method("sparsevlm", keep_ratio=0.2)],
     "both": [
         vlmprune.method("visionzip", keep_ratio=0.5, scores="cls"),
         vlmprune.method("fastv", keep_ratio=0.25, layer=2),
     ],
+    "on the cache": [vlmprune.method("visual_press", keep_ratio=0.4)],
 }
 """The same places with rows that are merged, moved, or no token (CLS of every tile)."""
-MERGED = {
+MERGED = MOVED | {
     place: [
         vlmprune.method("pool", keep_ratio=call.budget.value) if call.name == "divprune" else call
         for call in calls
     ]
     for place, calls in PLACES.items()
+    if place in ("before the LLM", "both")
 }
 """The same places with rows that are merged."""
 CALLS = {"llava_next": MOVED, "llava_onevision": MERGED, "qwen3_vl": MERGED}
 STEPS = 3
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
-DECODER = {"in the decoder", "both"}
+CACHE = {"on the cache"}
+INSIDE = {"in the decoder", "both", *CACHE}
 REFUSED: dict[str, tuple[set[str], str]] = {
     "prefill in chunks": (set(PLACES), "prefill_chunk_size"),
     "continuous batching": (set(PLACES), "generate_batch"),
     "4-D attention mask": (set(PLACES), "4-D"),
-    "prompt lookup decoding": (DECODER, "prompt_lookup_num_tokens"),
-    "assistant model": (DECODER, "assistant_model"),
+    "prompt lookup decoding": (INSIDE, "prompt_lookup_num_tokens"),
+    "assistant model": (INSIDE, "assistant_model"),
+    "use_cache=False": (CACHE, "use_cache=False"),
+    "static cache": (CACHE, "cache_implementation"),
+    "second turn with a new image": (CACHE, "new image"),
 }
 """Features that are refused, at which places, and a word that the message holds."""
 
@@ -85,9 +92,14 @@ class Bench:
     plain: bool = False
     """Whether tokens must enter as they are."""
     rows: tuple[zoo.Row, ...] = zoo.BATCH
+    at_once: bool = False
+    """Whether several tokens are fed at once, where methods that go on removing entries differ from
+    one token after the other."""
 
     @property
     def calls(self):
+        if self.place in CACHE and self.at_once:
+            return MOVED[self.place]
         return (PLACES if self.plain else CALLS.get(self.case.name, PLACES))[self.place]
 
     @functools.cached_property
@@ -111,6 +123,8 @@ class Bench:
         return inputs, self.truth(inputs)
 
     def truth(self, inputs: dict) -> Truth:
+        if self.place in CACHE:
+            return cached_truth(self.case, inputs, self.model, self.handle)
         assert self.handle.last.stages
         return truth_of(self.case, inputs, self.model, self.handle)
 
@@ -205,7 +219,8 @@ def second_turn(bench):
     assert torch.equal(second.sequences[:, : ids.shape[1]], ids)
     given = torch.cat([first.sequences[:, -STEPS:], question], 1)
     check_greedy(second, truth, given=given)
-    assert bench.handle.last.stages, "a text turn is no prefill with visual tokens"
+    tokens = bench.handle.last.tokens_in
+    assert tokens == bench.case.counts(bench.rows), "a text turn is no prefill with visual tokens"
 
 
 @feature("second turn with a new image")
@@ -244,7 +259,8 @@ def second_turn_with_an_image(bench):
         (one.layer, [*one.kept, *two.kept])
         for one, two in zip(kept, bench.handle.last.stages, strict=True)
     ]
-    truth = Truth(bench.case.reference("eager"), inputs, cuts, bench.handle.last.positions)
+    modes = [stage.positions for stage in bench.handle.last.stages]
+    truth = Truth(bench.case.reference("eager"), inputs, cuts, modes)
     check_greedy(out, truth)
 
 
@@ -546,6 +562,8 @@ def labels(bench):
 
 @feature("backward")
 def backward(bench):
+    if bench.place == "in the decoder":  # rows that were merged there carry no gradient
+        bench = Bench(bench.case, bench.place, plain=True)
     inputs, truth = bench.prefill()
     answers = text_labels(inputs)
     weight = bench.model.model.language_model.layers[0].self_attn.v_proj.weight
@@ -729,6 +747,15 @@ def compiled(bench):
 # --- the matrix --------------------------------------------------------------------------------
 
 
+AT_ONCE = {
+    "second turn on the same cache",
+    "deepcopy of the cache",
+    "rows of the cache chosen",
+    "cached text prefix, then an image",
+    "several tokens at once after the prompt",
+}
+
+
 def is_refused(name: str, place: str) -> bool:
     return place in REFUSED.get(name, ((), ""))[0]
 
@@ -738,8 +765,6 @@ def matrix():
     for case, name, place in itertools.product(families, FEATURES, PLACES):
         if name in SLOW and (place != "both" or case.name in CALLS):
             continue
-        if case.name in CALLS and place == "in the decoder":
-            continue  # only what enters is different there
         marks = [pytest.mark.slow] if name in SLOW else []
         label = f"{name}-{place}-{case.name}".replace(" ", "_")
         yield pytest.param(case, name, place, marks=marks, id=label)
@@ -747,7 +772,7 @@ def matrix():
 
 @pytest.mark.parametrize(("case", "name", "place"), list(matrix()))
 def test_the_feature_works_or_is_refused_at_the_call(case, name, place):
-    bench = Bench(case, place)
+    bench = Bench(case, place, at_once=name in AT_ONCE)
     if not is_refused(name, place):
         FEATURES[name](bench)
         return
@@ -808,7 +833,12 @@ VIDEO_CASES = pytest.mark.parametrize(
     ],
 )
 def test_features_with_videos_beside_images(case, name, place):
-    FEATURES[name](Bench(case, place, rows=zoo.MIXED))
+    bench = Bench(case, place, rows=zoo.MIXED, at_once=name in AT_ONCE)
+    if is_refused(name, place):
+        with pytest.raises(vlmprune.UnsupportedFeatureError, match=REFUSED[name][1]):
+            FEATURES[name](bench)
+    else:
+        FEATURES[name](bench)
 
 
 @VIDEO_CASES
@@ -869,7 +899,7 @@ def test_training_with_gradient_checkpointing_is_right_or_refused(case, place):
         loss = bench.model(**inputs, labels=labels, use_cache=False).loss
         loss.backward()
     except vlmprune.UnsupportedFeatureError as refused:
-        assert "checkpointing_disable" in str(refused)
+        assert ("use_cache=False" if place in CACHE else "checkpointing_disable") in str(refused)
         assert place != "before the LLM", "checkpointing does not meet a cut before the LLM"
     else:
         torch.testing.assert_close(loss.detach(), truth.loss(list(labels)), **CLOSE)
