@@ -127,13 +127,26 @@ def check(case: zoo.Case, inputs, images: int) -> None:
     """Every method's budget is exact, and what is encoded is what the prompt has room for."""
     model = case.model()
     placeholders = int(zoo.is_visual(inputs["input_ids"]).sum())
-    for name in ("divprune", "hiprune", "pool", "fastv"):
+    for name in (
+        "divprune",
+        "hiprune",
+        "pool",
+        "fastv",
+        "transprune",
+        "sparsevlm",
+        "elastic_cache",
+    ):
         with vlmprune.patch(model, name, keep_ratio=0.3) as handle, torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert out.shape[1] == inputs["input_ids"].shape[1] + 3
         last = handle.last
         assert len(last.tokens_in) == images and sum(last.tokens_in) == placeholders
-        assert last.tokens_kept == [round(0.3 * n) for n in last.tokens_in]
+        kept = [round(0.3 * n) for n in last.tokens_in]
+        assert last.tokens_kept == (last.tokens_in if name in zoo.ON_CACHE else kept)
+        for row, entries in enumerate(zip(*last.entries, strict=True)):
+            of_row = [n for n, sample in zip(kept, last.image_sample, strict=True) if sample == row]
+            wanted = last.text_tokens[row] + sum(of_row)
+            assert {of_layer.shape[-1] for of_layer in entries} == {wanted}
 
 
 CASES = pytest.mark.parametrize("name", PROCESSORS)

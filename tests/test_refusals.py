@@ -23,11 +23,6 @@ STAGED = [name for name in vlmprune.methods() if Place.DECODER in method_class(n
 """Methods that act in the decoder."""
 
 
-def _small(name: str) -> dict[str, int]:
-    """Fields with which a method does something to short prompts."""
-    return {"n_init": 1, "n_local": 2} if name == "token_select" else {}
-
-
 def _clip_of(name: str):
     """The text encoder, for methods that need it."""
     return (zoo.options_for(CLIP, name) or {}).get("clip")
@@ -256,7 +251,7 @@ def test_methods_at_all_places_at_once(case, cache, inside):
     """In any order; each budget counts the image's own tokens."""
     first = vlmprune.method("divprune", keep_ratio=0.5)
     second = [vlmprune.method(inside, keep_ratio=0.25)] if inside else []
-    third = vlmprune.method(cache, keep_ratio=0.1, **_small(cache))
+    third = vlmprune.method(cache, keep_ratio=0.1, **zoo.SMALL.get(cache, {}))
     layers = [0, *(cut.layer for call in second for cut in call.method.cuts(case.shape))]
     handle = check_composition(case, [third, *second, first], layers=None)
     assert [call.name for call in handle.methods] == [c.name for c in (first, *second, third)]
@@ -481,13 +476,13 @@ class TestOnTheCache:
 
     def test_no_cache(self, name):
         model = CLIP.model()
-        vlmprune.patch(model, name, keep_ratio=0.5, **_small(name))
+        vlmprune.patch(model, name, keep_ratio=0.5, **zoo.SMALL.get(name, {}))
         with pytest.raises(vlmprune.UnsupportedFeatureError, match="use_cache=False"):
             model(**CLIP.inputs(), use_cache=False)
 
     def test_a_static_cache(self, name):
         model = CLIP.model()
-        vlmprune.patch(model, name, keep_ratio=0.5, **_small(name))
+        vlmprune.patch(model, name, keep_ratio=0.5, **zoo.SMALL.get(name, {}))
         with pytest.raises(vlmprune.UnsupportedFeatureError, match="cache_implementation"):
             model.generate(**CLIP.inputs(), cache_implementation="static", max_new_tokens=2)
 
@@ -506,7 +501,7 @@ def test_a_budget_below_what_is_always_attended():
     vlmprune.patch(model, "token_select", keep_tokens=5)
     with pytest.raises(vlmprune.BudgetError, match=r"640 in any case.*n_init, n_local"):
         model(**CLIP.inputs())
-    vlmprune.patch(model, "token_select", keep_tokens=5, **_small("token_select"))
+    vlmprune.patch(model, "token_select", keep_tokens=5, **zoo.SMALL["token_select"])
     model(**CLIP.inputs())
 
 

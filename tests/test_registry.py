@@ -11,7 +11,13 @@ import torch
 from vlmprune.prune import registry
 from vlmprune.prune.budget import Budget
 from vlmprune.prune.contract import (
+    Attending,
     BeforeLLM,
+    CacheEntries,
+    Compressed,
+    Compressing,
+    Cut,
+    InDecoder,
     Method,
     ModelShape,
     Place,
@@ -19,7 +25,7 @@ from vlmprune.prune.contract import (
     Signal,
     VisualTokens,
 )
-from vlmprune.prune.errors import MethodFieldError, UnknownMethodError
+from vlmprune.prune.errors import BudgetError, MethodFieldError, UnknownMethodError
 from vlmprune.prune.registry import method, method_class, method_names, register
 
 
@@ -190,5 +196,73 @@ def test_a_method_that_derives_from_no_place_is_refused():
         def select(self, tokens: VisualTokens, keep: int) -> Selection:
             raise NotImplementedError
 
-    with pytest.raises(TypeError, match="derive it from one of BeforeLLM, InDecoder"):
+    places = "BeforeLLM, InDecoder, Compressing, Attending"
+    with pytest.raises(TypeError, match=f"derive it from one of {places}"):
         register("bare")(Bare)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newest(Compressing):
+    """Keeps the last entries."""
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return ()
+
+    def compress(self, entries: CacheEntries, keep: int) -> Compressed:
+        stored = len(entries.visual)
+        return Compressed(kept=torch.arange(stored - keep, stored))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything(Attending):
+    """Attends to all entries."""
+
+    def attended(self, query, keys, valid, keep):
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deep(InDecoder):
+    """Keeps the first tokens, from the middle of the decoder on."""
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return ()
+
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        return (Cut(shape.decoder.num_layers // 2),)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        return Selection(kept=torch.arange(keep))
+
+
+@pytest.mark.parametrize(
+    ("cls", "place", "needs_budget"),
+    [
+        (First, Place.BEFORE_LLM, True),
+        (Deep, Place.DECODER, True),
+        (Newest, Place.CACHE, True),
+        (Everything, Place.CACHE, False),
+    ],
+)
+def test_own_methods_of_every_place(own_registry, cls, place, needs_budget):
+    register("own")(cls)
+    call = method("own", keep_tokens=4)
+    assert call.method == cls() and call.method.places == (place,)
+    if needs_budget:
+        with pytest.raises(BudgetError, match="own needs a budget"):
+            method("own")
+    else:
+        assert method("own").budget is None
+
+
+FOLDERS = {
+    "before_llm": Place.BEFORE_LLM,
+    "decoder": Place.DECODER,
+    "cache": Place.CACHE,
+}
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_lies_in_the_folder_of_the_place_where_it_first_acts(name):
+    cls = method_class(name)
+    assert cls().place is cls().places[0] is FOLDERS[cls.__module__.split(".")[-2]]

@@ -9,6 +9,8 @@ import torch
 import vlmprune
 import zoo
 from test_text import clip
+from vlmprune.prune.contract import Place
+from vlmprune.prune.registry import method_class
 
 COLUMNS: dict[str, tuple[str, zoo.Row]] = {
     "llava (CLIP)": ("llava-clip-llama", (7, "C", 3)),
@@ -31,7 +33,8 @@ WAYS: dict[str, dict[str, object]] = {
 
 @functools.cache
 def way(name: str, column: str) -> str:
-    """The first of `WAYS` in which a method keeps 40 % of an image's tokens; "no" if none does.
+    """The first of `WAYS` in which a method keeps 40 % of an image's tokens, or of their entries in
+    the cache; "no" if none does.
 
     Anything but a typed refusal is a failure of the caller's test.
     """
@@ -39,7 +42,7 @@ def way(name: str, column: str) -> str:
     case = zoo.CASES[case_name]
     model, inputs = case.model(), case.inputs((row,))
     for words, options in WAYS.items():
-        given = dict(options)
+        given = options | zoo.SMALL.get(name, {})
         if given.pop("clip", None):
             given["clip"] = clip()
         try:
@@ -49,7 +52,10 @@ def way(name: str, column: str) -> str:
         with torch.no_grad(), handle:
             model(**inputs)
         (count,) = case.counts((row,))
-        assert handle.last.tokens_kept == [round(0.4 * count)], (name, column)
+        kept = round(0.4 * count)
+        assert handle.last.tokens_kept == [count if name in zoo.ON_CACHE else kept], (name, column)
+        for (entries,) in handle.last.entries:
+            assert entries.shape[-1] == handle.last.text_tokens[0] + kept
         return words
     return "no"
 
@@ -64,10 +70,18 @@ def method_support() -> str:
     return "\n".join(lines)
 
 
-@zoo.METHODS
+@pytest.mark.parametrize("name", vlmprune.methods())
 @pytest.mark.parametrize("column", COLUMNS)
 def test_the_method_runs_or_says_why_not(name, column):
     assert way(name, column) in {*WAYS, "no"}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_what_acts_inside_the_llm_runs_on_every_model(column):
+    """It reads nothing that only some encoders have."""
+    for name in vlmprune.methods():
+        if method_class(name).place is not Place.BEFORE_LLM:
+            assert way(name, column) == "works", name
 
 
 def test_every_family_has_a_column():

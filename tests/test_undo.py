@@ -31,6 +31,15 @@ METHODS = {
         vlmprune.method("divprune", keep_ratio=0.5),
         vlmprune.method("fastv", keep_ratio=0.25, layer=2),
     ],
+    "late": [vlmprune.method("todre", keep_ratio=0.4, pivot="received")],
+    "steps": [vlmprune.method("transprune", keep_ratio=0.4)],
+    "cache": [vlmprune.method("elastic_cache", keep_ratio=0.4)],
+    "attending": [vlmprune.method("token_select", keep_ratio=0.4, **zoo.SMALL["token_select"])],
+    "everywhere": [
+        vlmprune.method("divprune", keep_ratio=0.5),
+        vlmprune.method("corematching", keep_ratio=0.3),
+        vlmprune.method("visual_press", keep_ratio=0.2, press="received"),
+    ],
 }
 
 
@@ -138,6 +147,95 @@ def test_nothing_is_left_of_any_method(case, name):
         assert torch.equal(model(**inputs).logits, expected)
 
 
+@zoo.ALL
+@zoo.CACHE_METHODS
+def test_nothing_is_left_of_any_method_on_the_cache(case, name):
+    """Logits of the prefill do not show it, those of the second token do."""
+    model, _ = warm(case)
+    inputs = case.inputs(zoo.BATCH)
+
+    def decoded():
+        options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+        return torch.stack(model.generate(**inputs, max_new_tokens=2, **options).logits)
+
+    expected, before = decoded(), snapshot(model)
+    handle = vlmprune.patch(model, name, keep_ratio=0.4, **zoo.SMALL.get(name, {}))
+    while_patched = snapshot(model)
+    assert differences(before, while_patched) != []
+    found = decoded()
+    assert torch.equal(found[0], expected[0])
+    for row, changed in enumerate((True, True, False)):  # the last prompt has no image
+        assert torch.allclose(found[1, row], expected[1, row], atol=1e-3) is not changed
+    assert differences(while_patched, snapshot(model)) == [], "running left something"
+    handle.remove()
+    handle.remove()
+    assert differences(before, snapshot(model)) == []
+    assert torch.equal(decoded(), expected)
+
+
+def listens(model, parts: tuple[str, ...]) -> dict[str, set[int]]:
+    """Layers of the decoder in which each part has a hook or a `forward` of its own."""
+    found: dict[str, set[int]] = {part: set() for part in parts}
+    for index, layer in enumerate(model.model.language_model.layers):
+        for part in parts:
+            module = layer.get_submodule(part)
+            hooked = module._forward_hooks or module._forward_pre_hooks
+            if hooked or "forward" in vars(module):
+                found[part].add(index)
+    return found
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("fastv", {}),
+        ("pyramiddrop", {"self_attn.k_proj": {1, 2, 3}}),
+        ("transprune", {"self_attn": {0, 1, 2}, "mlp": {0, 1, 2}, "self_attn.k_proj": {1, 2, 3}}),
+        ("corematching", {"mlp.down_proj": {1}}),
+        ("elastic_cache", {"self_attn": {0, 1, 2, 3}}),
+        ("visual_press", {"self_attn": {0, 1, 2, 3}}),
+        ("token_select", {"self_attn": {0, 1, 2, 3}}),
+    ],
+)
+def test_modules_inside_layers_are_hooked_where_they_are_read_and_freed_again(case, name, where):
+    parts = ("self_attn", "self_attn.k_proj", "mlp", "mlp.down_proj")
+    model = case.model()
+    nothing = listens(model, parts)
+    assert not any(nothing.values())
+    handle = vlmprune.patch(model, name, keep_ratio=0.4, **zoo.SMALL.get(name, {}))
+    expected = {part: where.get(part, set()) for part in parts}
+    assert listens(model, parts) == expected
+    outputs(model, case)
+    assert listens(model, parts) == expected
+    handle.remove()
+    assert listens(model, parts) == nothing
+
+
+@zoo.BOTH_FAMILIES
+def test_a_forward_that_somebody_put_on_a_projection_stays(case):
+    """As accelerate does it to move weights: it is called while patched, and there afterwards."""
+    model, expected = warm(case)
+    layers = model.model.language_model.layers
+    calls: list[int] = []
+
+    def counting(index, original, *args):
+        calls.append(index)
+        return original(*args)
+
+    for index, layer in enumerate(layers):
+        own = functools.partial(counting, index, layer.self_attn.k_proj.forward)
+        layer.self_attn.k_proj.forward = own
+    before = snapshot(model)
+    with vlmprune.patch(model, "pyramiddrop", keep_ratio=0.4):
+        assert differences(before, snapshot(model)) != []
+        with torch.no_grad():
+            model(**case.inputs())
+        assert set(calls) == {0, 1, 2, 3}
+    assert differences(before, snapshot(model)) == []
+    assert same(outputs(model, case), expected)
+
+
 @zoo.FAMILIES
 @pytest.mark.parametrize("which", METHODS)
 @pytest.mark.parametrize(
@@ -211,7 +309,9 @@ def test_patching_twice_replaces(case):
 
 
 @zoo.FAMILIES
-@pytest.mark.parametrize("which", ["merging", "decoder", "both"])
+@pytest.mark.parametrize(
+    "which", ["merging", "decoder", "both", "steps", "cache", "attending", "everywhere"]
+)
 @pytest.mark.parametrize("layer", [0, 3])
 def test_an_exception_in_a_layer_leaves_the_next_call_right(case, which, layer):
     model = case.model()
@@ -294,7 +394,7 @@ def test_two_models_with_different_methods_do_not_disturb_each_other(case):
 
 
 @zoo.BOTH_FAMILIES
-@pytest.mark.parametrize("which", ["tower", "decoder"])
+@pytest.mark.parametrize("which", ["tower", "decoder", "cache", "attending", "everywhere"])
 def test_the_probes_global_name_goes_with_the_last_handle(case, which):
     """Under an attention of its own name, which no patch that another test forgot can hold."""
     name = f"mine_{case.name}_{which}"
@@ -330,7 +430,7 @@ def _torch_save(model):
 
 
 @zoo.BOTH_FAMILIES
-@pytest.mark.parametrize("which", ["before", "decoder"])
+@pytest.mark.parametrize("which", ["before", "decoder", "everywhere"])
 @pytest.mark.parametrize("duplicate", [_deepcopy, _pickle, _torch_save])
 def test_a_copy_of_a_patched_model_is_refused_or_stands_alone(case, which, duplicate):
     model = case.model()
@@ -357,7 +457,7 @@ def test_a_copy_of_a_patched_model_is_refused_or_stands_alone(case, which, dupli
 
 
 @zoo.BOTH_FAMILIES
-@pytest.mark.parametrize("which", ["before", "decoder"])
+@pytest.mark.parametrize("which", ["before", "decoder", "steps", "cache", "everywhere"])
 @pytest.mark.parametrize("how", ["forward", "generate"])
 def test_a_pruned_cache_is_refused_after_unpatch(case, which, how):
     model, inputs = case.model(), case.inputs()
@@ -403,7 +503,9 @@ def test_hooks_of_the_user_stay(case):
 
 
 @zoo.BOTH_FAMILIES
-@pytest.mark.parametrize("which", ["before", "tower", "decoder"])
+@pytest.mark.parametrize(
+    "which", ["before", "tower", "decoder", "steps", "cache", "attending", "everywhere"]
+)
 def test_the_attention_may_be_changed_while_patched(case, which):
     calls = METHODS[which]
     expected = case.model("eager")

@@ -566,6 +566,8 @@ ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)
 METHODS = pytest.mark.parametrize("name", [name for name in _ALL if name not in ON_CACHE])
 """Methods that remove tokens from the sequence."""
 CACHE_METHODS = pytest.mark.parametrize("name", ON_CACHE)
+SMALL = {"token_select": {"n_init": 1, "n_local": 2}}
+"""Fields of methods that do nothing to prompts as short as these, or refuse their budgets."""
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
