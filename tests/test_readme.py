@@ -28,15 +28,15 @@ def sweep_results() -> str:
     return sweep_table([json.loads(line) for line in lines]).markdown()
 
 
-def accuracies() -> str:
-    """The stored sweep of all methods before the LLM, one line a method."""
-    lines = (RESULTS / "sweep_before_llm.jsonl").read_text().splitlines()
+def accuracies(name: str) -> str:
+    """A stored sweep of many methods, one line a method."""
+    lines = (RESULTS / name).read_text().splitlines()
     return accuracy_table([json.loads(line) for line in lines]).markdown()
 
 
-def bench_results() -> str:
-    """The table of the stored run of `vlmprune bench model`."""
-    return bench_table(json.loads((RESULTS / "bench_model.json").read_text())).markdown()
+def bench_results(name: str) -> str:
+    """The table of a stored run of `vlmprune bench model`."""
+    return bench_table(json.loads((RESULTS / name).read_text())).markdown()
 
 
 def select_results() -> str:
@@ -46,8 +46,11 @@ def select_results() -> str:
 
 GENERATED = {
     "results": sweep_results,
-    "accuracy": accuracies,
-    "speed": bench_results,
+    "accuracy": lambda: accuracies("sweep_before_llm.jsonl"),
+    "decoder": lambda: accuracies("sweep_decoder.jsonl"),
+    "cache": lambda: accuracies("sweep_cache.jsonl"),
+    "speed": lambda: bench_results("bench_model.json"),
+    "inside": lambda: bench_results("bench_inside.json"),
     "select": select_results,
     "methods": lambda: methods_table().markdown(),
     "models": lambda: models_table().markdown(),
