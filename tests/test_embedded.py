@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import vlmprune
 from vlmprune.eval import embedded
 from vlmprune.eval.embedded import assets, benchmark, evaluate
 from vlmprune.eval.embedded.scenes import PATCHES
@@ -187,3 +188,34 @@ def test_a_quarter_chosen_well_beats_random_by_ten_points(loaded, seen):
     asked, count = embedded.questions(140), PATCHES // 4
     chosen = percent(loaded, seen, asked, evaluate.pick_diverse, count)
     assert chosen >= percent(loaded, seen, asked, evaluate.pick_random(0), count) + 10
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        vlmprune.method("transprune"),
+        vlmprune.method("sparsevlm"),
+        vlmprune.method("todre"),
+        vlmprune.method("visual_press", keep_ratio=0.25),
+        [
+            vlmprune.method("divprune", keep_ratio=0.5),
+            vlmprune.method("sparsevlm_plus", keep_ratio=0.25),
+            vlmprune.method("visual_press", keep_ratio=0.2),
+        ],
+    ],
+    ids=["transprune", "sparsevlm", "todre", "visual_press", "three"],
+)
+def test_inside_the_llm_few_tokens_answer_as_well(loaded, call):
+    """As published, or with a quarter of the cache: about as good as the dense model."""
+    model, processor = loaded
+    processor.tokenizer.padding_side = "left"
+    asked, said = embedded.questions(140), []
+    with vlmprune.patch(model, call), torch.no_grad():
+        for batch in (asked[start : start + 35] for start in range(0, len(asked), 35)):
+            texts = [embedded.prompt(processor, question.question) for question in batch]
+            pictures = [question.image for question in batch]
+            inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            said += processor.batch_decode(new, skip_special_tokens=True)
+    assert evaluate.accuracy(asked, said)["all"] >= DENSE_FLOOR - 3
