@@ -38,6 +38,8 @@ def attend(
     More than one new token attends to everything. The new keys are the last ones of `given.key`;
     where nothing was stored before them, they are attended to as they are.
     """
+    if state.attended is None:
+        return given
     call = setup.on_cache
     assert call is not None and isinstance(call.method, Attending)  # noqa: S101  (for the types)
     query, key, value = given.query, given.key, given.value
@@ -53,12 +55,11 @@ def attend(
         query, key = _turned_back(query, tables), cache.layers[layer].keys
     picked = None
     if new == 1:
-        keep = state.attended
-        if keep is not None and call.budget is not None:
-            keep = torch.where(keep < 0, length, keep)
-        else:
-            keep = None
+        rows = state.attended
+        keep = None if call.budget is None else torch.where(rows < 0, length, rows)
         picked = call.method.attended(query[:, :, 0], key, valid, keep)
+        if picked is not None and keep is None:
+            picked = _or_all(picked, valid, rows < 0)
     mask = given.mask
     if picked is not None:
         columns, valid = picked
@@ -70,6 +71,38 @@ def attend(
         key = _turned(key, (cos, sin))
         query = _turned(query, (cos[:, -new:], sin[:, -new:]))
     return Attention(query, key, value, mask)
+
+
+def unturn_prefix(setup: Setup, state: PrunedState, cache: Any, ids: Tensor, real: Tensor) -> None:
+    """Take the rotation off the keys of a text that was cached before the image came.
+
+    Its positions are taken to be consecutive, up to that of the first new token.
+
+    Args:
+        ids: (B | 1, L), the caller's position ids of the new tokens, of which `real` (B, L) count.
+    """
+    call, stored = setup.on_cache, int(cache.physical_length())
+    attends = call is not None and isinstance(call.method, Attending)
+    if not stored or not attends or setup.positions[Place.CACHE] != "repacked":
+        return
+    valid = state.segments[0].padding_to(stored)
+    valid = real.new_ones(len(real), stored) if valid is None else valid
+    ids = ids.expand_as(real).masked_fill(~real, torch.iinfo(ids.dtype).max)
+    places = ids.amin(1, keepdim=True) - 1 - valid.flip(1).cumsum(1).flip(1) + valid.long()
+    for layer in cache.layers:
+        tables = setup.rotary(layer.keys, places.clamp_min(0).to(layer.keys.device))
+        _store_unturned(layer, stored, tables)
+
+
+def _or_all(picked: Tables, valid: Tensor, everything: Tensor) -> Tables:
+    """What was picked, but all entries for the rows marked in `everything` (B,), on the CPU."""
+    if not bool(everything.any()):
+        return picked
+    columns, counts = picked
+    # Columns that do not count may be any: they must not take out one that does.
+    found = torch.zeros_like(valid).long().scatter_add(1, columns, counts.long()) > 0
+    found = torch.where(everything.to(valid.device)[:, None], valid, found)
+    return torch.arange(valid.shape[1], device=valid.device).expand_as(valid), found
 
 
 def _store_unturned(stored: Any, new: int, tables: Tables) -> None:

@@ -72,7 +72,8 @@ class PrunedState:
     owner: Ticket
     segments: list[Segment]
     attended: Tensor | None = None
-    """(B,) entries that a decoding step attends to, -1: all; for methods that evict nothing."""
+    """(B,) entries that a decoding step attends to, -1: all, 0: as many as published; for methods
+    that evict nothing. None: such a method does nothing here."""
     uncroppable: int = 0
     """Physical length of layer 0 below which a dropped token would have to come back."""
 
@@ -132,7 +133,7 @@ class PrunedCacheMixin:
         left = int(self.physical_length()) - abs(tokens_to_remove)
         if left < self._pruned.uncroppable:
             raise UnsupportedFeatureError(
-                f"crop({tokens_to_remove}) reaches into the pruned prompt, whose dropped tokens "
+                f"crop({tokens_to_remove}) reaches into what was pruned, and dropped tokens "
                 f"cannot come back: remove at most "
                 f"{int(self.physical_length()) - self._pruned.uncroppable} tokens, or run the "
                 f"prompt again with a new cache."

@@ -31,7 +31,8 @@ from .setup import Setup
 def entries_to_keep(
     setup: Setup, images: Sequence[PlacedImage], text_tokens: Sequence[int]
 ) -> list[int | None] | None:
-    """Per sample, the entries that a method on the cache keeps, None where it does nothing.
+    """Per sample, the entries that a method on the cache keeps, None where it does nothing; 0: as
+    many as it has published.
 
     None altogether where it does nothing in any of them, or there is none.
     """
@@ -52,7 +53,7 @@ def entries_to_keep(
                 f"smaller fields ({', '.join(call.method.fields())})."
             )
         else:
-            keeps.append(keep)
+            keeps.append(keep or 0)
             acts = True
     return keeps if acts else None
 
@@ -242,7 +243,7 @@ class Compression:
 
 @torch.no_grad()
 def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
-    """Let the method remove an entry of each row after a decoding step of `new` tokens."""
+    """Let the method remove entries of each row after a step of `new` tokens, as many at most."""
     call = setup.on_cache
     if call is None or not isinstance(call.method, Compressing):
         return
@@ -250,40 +251,50 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
         return
     repacks = setup.positions[Place.CACHE] == "repacked"
     stops = [*[s.start for s in state.segments[1:]], len(cache.layers)]
+    evicted = False
     for segment, stop in zip(state.segments, stops, strict=True):
         if segment.ledger is None:
             continue
         segment.ledger[:, 2:] += new * (segment.ledger[:, :1] > 0)
         width = int(cache.physical_length(segment.start))
-        slots = [_slot(call.method, *row) for row in segment.ledger.tolist()]
-        if all(slot is None for slot in slots):
+        gone = [_evicted(call.method, new, *row) for row in segment.ledger.tolist()]
+        if not any(gone):
             continue
+        evicted = True
         padding = segment.padding_to(width)
         keys = cache.layers[segment.start].keys
-        keep = keys.new_ones(len(slots), width, dtype=torch.bool) if padding is None else padding
+        keep = keys.new_ones(len(gone), width, dtype=torch.bool) if padding is None else padding
         keep = keep.clone()
-        for row, slot in enumerate(slots):
-            if slot is not None:
-                keep[row, width - int(segment.ledger[row, 2]) + slot] = False
+        for row, entries in enumerate(gone):
+            keep[row, [width - int(segment.ledger[row, 2]) + entry for entry in entries]] = False
         layout = Layout.of(keep)
         for layer in cache.layers[segment.start : stop]:
             layer.keys = _columns(layer.keys, layout)
             layer.values = _columns(layer.values, layout)
-        gone = torch.tensor([[slot is not None] for slot in slots]).long()
-        segment.ledger[:, 2:3] -= gone
+        counts = torch.tensor([[len(entries)] for entries in gone])
+        segment.ledger[:, 2:3] -= counts
         segment.padding = layout.padding
         segment.dropped += width - layout.length
         if repacks:
             before = 0 if segment.shift is None else segment.shift
-            segment.shift = before + gone.to(keep.device)
-        if not segment.start:
-            state.uncroppable = max(0, state.uncroppable - (width - layout.length))
+            segment.shift = before + counts.to(keep.device)
+    if evicted:
+        state.uncroppable = int(cache.physical_length())
 
 
-def _slot(method: Compressing, prompt: int, kept: int, stored: int, seen: int) -> int | None:
-    if not prompt:
-        return None
-    return method.evict(prompt=prompt, kept=kept, stored=stored, seen=seen)
+def _evicted(
+    method: Compressing, most: int, prompt: int, kept: int, stored: int, seen: int
+) -> list[int]:
+    """Entries of a row to remove, `most` at most: numbers among its `stored` ones."""
+    left: list[int] = []
+    gone: list[int] = []
+    while prompt and len(gone) < most:
+        slot = method.evict(prompt=prompt, kept=kept, stored=stored - len(gone), seen=seen)
+        if slot is None:
+            break
+        left = left or list(range(stored))
+        gone.append(left.pop(slot))
+    return gone
 
 
 def _columns(tensor: Tensor, layout: Layout) -> Tensor:
