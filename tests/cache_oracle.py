@@ -195,23 +195,35 @@ class CacheTruth:
 
     # --- decoding --------------------------------------------------------------------------
 
-    def decode(self, row: int, tokens: Sequence[int] = ()) -> Tensor:
-        """Logits behind the prompt and behind each of `tokens`: (1 + T, V)."""
-        return self.run(row, tokens)[0]
+    def decode(self, row: int, tokens: Sequence[int] = (), pieces: Sequence[int] = ()) -> Tensor:
+        """Logits behind the prompt and behind each of `tokens`: (1 + T, V).
+
+        Args:
+            pieces: how many tokens are fed at once, one after all of these. Those of a piece see
+                each other and all that is stored, and as many entries may be evicted after it.
+        """
+        return self.run(row, tokens, pieces)[0]
 
     @torch.no_grad()
-    def run(self, row: int, tokens: Sequence[int] = ()) -> tuple[Tensor, list[Layer]]:
+    def run(
+        self, row: int, tokens: Sequence[int] = (), pieces: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Layer]]:
         """Logits as `decode`, and what each layer stores in the end."""
         layers = self._layers(row)
-        logits = [self.prefill(row)[0]]
-        for token in tokens:
-            hidden = self.model.get_input_embeddings()(torch.tensor([token]))
+        logits = [self.prefill(row)[0][None]]
+        left = list(tokens)
+        for size in (*pieces, *(1 for _ in left)):
+            piece, left = left[:size], left[size:]
+            if not piece:
+                break
+            hidden = self.model.get_input_embeddings()(torch.tensor(piece))
             for number, block in enumerate(self.decoder.layers):
                 hidden = self._step(row, number, block, layers[number], hidden)
-            logits.append(self.model.lm_head(self.decoder.norm(hidden[0])))
+            logits.append(self.model.lm_head(self.decoder.norm(hidden)))
             for layer in layers:
-                self._evict(layer)
-        return torch.stack(logits), layers
+                for _ in piece:
+                    self._evict(layer)
+        return torch.cat(logits), layers
 
     def greedy(self, row: int, steps: int) -> tuple[Tensor, Tensor]:
         """The most likely continuation (steps,), and the logits it was chosen from (steps, V)."""
@@ -226,35 +238,40 @@ class CacheTruth:
         return [layer.stored for layer in self.run(row, tokens)[1]]
 
     def _step(self, row: int, number: int, block, layer: Layer, hidden: Tensor) -> Tensor:
-        """One layer on one new token: hidden (1, D)."""
+        """One layer on new tokens: hidden (n, D)."""
         attention, x = block.self_attn, block.input_layernorm(hidden)
         query, key, value = (projected(attention, name, x) for name in "qkv")
-        at = layer.following + layer.seen
+        at, new = layer.following + layer.seen, len(hidden)
         if self.repacked and layer.acts:
             at = layer.stored
-        tables = self._tables(hidden, [at])
+        tables = self._tables(hidden, range(at, at + new))
         layer.keys = torch.cat([layer.keys, turned(key, *tables)], 1)
         layer.values = torch.cat([layer.values, value], 1)
         if layer.unturned is not None:
             layer.unturned = torch.cat([layer.unturned, key], 1)
-        layer.seen += 1
+        layer.seen += new
+        mask = torch.full((new, layer.stored), -torch.inf).triu(layer.stored - new + 1)
         if self.attend is None:
             window = getattr(self.decoder.config, "sliding_window", None) or layer.stored
+            assert new == 1 or window == layer.stored, "pieces are not cut to windows here"
             seen = layer.keys[:, -window:], layer.values[:, -window:]
-            return _finish(block, hidden, turned(query, *tables), *seen)
+            return _finish(block, hidden, turned(query, *tables), *seen, mask[:, -window:])
         keys = layer.unturned if self.repacked else layer.keys
         if not self.repacked:
             query = turned(query, *tables)
-        given = self.attend
-        chosen = given(row, number, query[:, 0], keys) if callable(given) else given[row][number]
+        given, chosen = self.attend, None
+        if new == 1:
+            chosen = (
+                given(row, number, query[:, 0], keys) if callable(given) else given[row][number]
+            )
         if chosen is None:
             chosen = torch.arange(layer.stored)
         assert chosen[-1] == layer.stored - 1, "the new token does not see itself"
         keys, values = taken(keys, chosen), taken(layer.values, chosen)
         if self.repacked:
             cos, sin = self._tables(hidden, range(len(chosen)))
-            keys, query = turned(keys, cos, sin), turned(query, cos[-1:], sin[-1:])
-        return _finish(block, hidden, query, keys, values)
+            keys, query = turned(keys, cos, sin), turned(query, cos[-new:], sin[-new:])
+        return _finish(block, hidden, query, keys, values, mask[:, -len(chosen) :])
 
     def _tables(self, hidden: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of text at these positions, (n, D_head) each."""

@@ -438,6 +438,53 @@ def test_entries_are_those_that_transformers_stores(case):
         assert entries.rotary[0].shape == entries.rotary[1].shape == shape
 
 
+# --- several tokens at once --------------------------------------------------------------------
+
+
+@POSITIONS
+@pytest.mark.parametrize("method", ["dense", "compress", "attend"])
+def test_tokens_fed_at_once_are_those_fed_one_by_one(case, positions, method):
+    options = {
+        "dense": {},
+        "compress": {"compress": lambda row, entries: drawn(entries, False)},
+        "attend": {"attend": all_keys},
+    }[method]
+    truth = CacheTruth(case.reference("eager"), case.inputs(ROW), positions=positions, **options)
+    expected = truth.decode(0, TOKENS)
+    for pieces in ((4,), (1, 3), (2,), (3, 9)):
+        torch.testing.assert_close(truth.decode(0, TOKENS, pieces), expected, **TOLERANCE)
+
+
+@POSITIONS
+def test_entries_are_evicted_after_all_tokens_of_a_piece(case, positions):
+    model, inputs = case.reference("eager"), case.inputs(ROW)
+    options = {"positions": positions, "compress": all_entries}
+    plain = CacheTruth(model, inputs, **options)
+    size = plain.lengths(0)[0]
+    bounded = CacheTruth(
+        model,
+        inputs,
+        evict=lambda *, stored, **counts: 3 if stored > size else None,
+        **options,
+    )
+    expected = plain.decode(0, TOKENS)
+    found, layers = bounded.run(0, TOKENS, [3])
+    torch.testing.assert_close(found[:4], expected[:4], **TOLERANCE)
+    assert (found[4] - expected[4]).abs().max() > 0.05
+    assert [layer.stored for layer in layers] == [size] * 4
+    assert (bounded.decode(0, TOKENS)[2:4] - expected[2:4]).abs().amax(1).min() > 0.05
+
+
+@zoo.BOTH_FAMILIES
+def test_several_tokens_attend_to_everything(case):
+    model, inputs = case.reference("eager"), case.inputs(ROW)
+    truth = CacheTruth(model, inputs, attend=some_entries)
+    plain = CacheTruth(model, inputs)
+    found, expected = truth.decode(0, TOKENS, [3]), plain.decode(0, TOKENS)
+    torch.testing.assert_close(found[:4], expected[:4], **TOLERANCE)
+    assert (found[4] - expected[4]).abs().max() > 0.05
+
+
 # --- entries attended to -----------------------------------------------------------------------
 
 
