@@ -10,7 +10,14 @@ from PIL import Image
 from torch import nn
 
 from ..prune.budget import BUDGET_WORDS, MethodCall, plan
-from ..prune.contract import Attending, LayerSignal, ModelShape, Place, Positions
+from ..prune.contract import (
+    Attending,
+    LayerSignal,
+    ModelShape,
+    Place,
+    Positions,
+    ReceivedInLayer,
+)
 from ..prune.errors import (
     BudgetError,
     MethodFieldError,
@@ -264,6 +271,11 @@ def _check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
                 ) from None
     if call.method.place is not Place.CACHE:
         return
+    if not all(isinstance(need, ReceivedInLayer) for need in needs):
+        raise MissingSignalError(
+            f"{call.name} acts on the KV cache and declares signals that are not read for it: of "
+            f"signals only ReceivedInLayer is, and CacheEntries holds the rest."
+        )
     kinds = {layer_kind(text.config, layer) for layer in range(text.config.num_hidden_layers)}
     if kinds != {"full_attention"}:
         raise UnsupportedModelError(

@@ -33,7 +33,8 @@ Images = Literal["each", "context", "query"]
 """Which images a cut is for: every one on its own; all but the prompt's last one, pooled, so that
 the method chooses from all of them at once; the last one."""
 RowRule = Callable[[Tensor, Tensor], Tensor]
-"""Which text tokens are asked: (visual embeddings (N, D), text embeddings (T, D)) -> (T,) bool."""
+"""Which text tokens are asked, at least one: (visual embeddings (N, D), text embeddings (T, D)) ->
+(T,) bool."""
 Rows = Literal["last", "text"] | RowRule
 """Rows of attention: the prompt's last token; the text tokens behind the image, up to the prompt's
 end (its last token where there is no text); those of them that a rule picks, once per prompt, from
@@ -546,7 +547,10 @@ class CacheMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Compressing(CacheMethod):
-    """A method that removes entries after prefill."""
+    """A method that removes entries after prefill.
+
+    Of signals it may declare `ReceivedInLayer`; `CacheEntries` holds everything else.
+    """
 
     @abstractmethod
     def compress(self, entries: CacheEntries, keep: int) -> Compressed:
