@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import vlmprune
 import zoo
-from cache_oracle import CacheTruth, Entries, merged_into_nearest
+from cache_oracle import CacheTruth, Entries, is_soft_vote, merged_into_nearest
 from oracle import Rows, Truth
 from vlmprune.prune.contract import Compressing, Place
+from vlmprune.prune.methods.cache.token_select import TokenSelect
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 """Peaky random weights amplify rounding: the two orders of operations differ by about 1e-5."""
@@ -123,15 +125,71 @@ def _with_others(truth: Truth, last, stage, i: int, tokens, order) -> torch.Tens
     return torch.cat([order, others]).sort().values
 
 
+@dataclass(frozen=True, kw_only=True)
+class Noted(TokenSelect):
+    """TokenSelect that notes what it was asked, row by row, and what it answered.
+
+    Keys that were never rotated are equal wherever the same word enters the first layer, and
+    another order of operations finds another one of equals. So the oracle goes on with what was
+    chosen here, having looked at it by itself.
+    """
+
+    notes: list = field(default_factory=list, compare=False)
+
+    def attended(self, query, keys, valid, keep):
+        found = super().attended(query, keys, valid, keep)
+        for row, real in enumerate(valid):
+            count, chosen = int(real.sum()), None
+            if found is not None:
+                columns, counts = found[0][row], found[1][row]
+                chosen = columns[counts] - (len(real) - count)
+            self.notes.append((query[row].clone(), count, chosen))
+        return found
+
+    def answer(self, query: torch.Tensor, stored: int) -> torch.Tensor:
+        """What was chosen of `stored` entries for a query (H, D_head)."""
+        asked = [(note, chosen) for note, count, chosen in self.notes if count == stored]
+        found = [c for note, c in asked if torch.allclose(note, query, atol=1e-3, rtol=1e-3)]
+        assert found, "the engine never asked for this token"
+        return torch.arange(stored) if found[-1] is None else found[-1]
+
+    def reader(self, entries: Sequence[int | None]):
+        """What `CacheTruth` is told, given the entries that each row may attend to; None: all."""
+
+        def attend(row: int, layer: int, query, keys):
+            if entries[row] is None:
+                return None
+            chosen = self.answer(query, keys.shape[1])
+            sizes = {"n_init": self.n_init, "n_local": self.n_local}
+            assert is_soft_vote(chosen, query, keys, **sizes, top_k=entries[row] - self.always)
+            return chosen
+
+        return attend
+
+
+def entries_of(last, call) -> list[int | None]:
+    """Entries of each prompt that a method on the cache keeps or attends to; None without image."""
+    found: list[int | None] = [None] * len(last.text_tokens)
+    for count, sample in zip(last.tokens_in, last.image_sample, strict=True):
+        before = last.text_tokens[sample] if found[sample] is None else found[sample]
+        ratio = call.budget.word == "keep_ratio"
+        share = max(1, round(call.budget.value * count)) if ratio else call.budget.value
+        found[sample] = before + min(count, int(share))
+    return found
+
+
 class OnCache(Truth):
     """A `Truth` whose new tokens meet a cache that a method works on."""
+
+    pieces: Sequence[int] = ()
+    """How many new tokens are fed at once, one by one after all of these."""
 
     def __init__(self, cached: CacheTruth) -> None:
         self.__dict__.update(vars(cached.truth))
         self.cached = cached
 
     def next_logits(self, row: int, new_ids: Sequence[int] = ()) -> torch.Tensor:
-        return self.cached.decode(self.numbers[id(self.rows[row])], new_ids)
+        return self.cached.decode(self.numbers[id(self.rows[row])], new_ids, self.pieces)
 
     @functools.cached_property
     def numbers(self) -> dict[int, int]:
@@ -146,10 +204,12 @@ def cached_truth(case: zoo.Case, inputs: dict, model, handle, attended=None) -> 
     """What a patched model with a method on the cache must compute of the inputs that it saw last.
 
     Args:
-        attended: [row][step][layer] entries that each new token attends to, for methods that let
-            it attend to some; None: all.
+        attended: the entries that a new token attends to, as `CacheTruth` is told, for methods that
+            let it attend to some; None: all.
     """
     method, last, truth = handle.methods[-1].method, handle.last, None
+    if isinstance(method, Noted) and attended is None:
+        attended = method.reader(entries_of(last, handle.methods[-1]))
     if last.stages:
         truth = truth_of(case, inputs, model, handle)
     entries, options = last.entries, {}
