@@ -151,7 +151,8 @@ def _word(method: dict) -> str:
     """A recorded method as the command line writes it."""
     budget, known = method["budget"], method_class(method["name"])().fields()
     fields = "".join(f":{k}={v}" for k, v in method["fields"].items() if k in known)
-    return f"{method['name']}{fields}@" + (f"{budget['value']}" if budget else "published")
+    prefix = "avg:" if budget and budget["word"] == "average_tokens" else ""
+    return f"{method['name']}{fields}@" + (f"{prefix}{budget['value']}" if budget else "published")
 
 
 def test_stored_runs_are_recognised_by_a_new_sweep(tmp_path):
