@@ -124,7 +124,8 @@ def sweep_table(records: Sequence[Record]) -> Table:
 
 def accuracy_table(records: Sequence[Record]) -> Table:
     """One row per method, one column per budget: accuracy, and the average of tokens entering a
-    layer where the method decided on their number itself. Methods combined under different budgets are rows of their own."""
+    layer where the method decided on their number itself. Methods combined under different budgets
+    are rows of their own."""
     ordered = [r for r in in_order(records) if method_name(r) != "dense"]
     places = {id(r): _place(r) for r in ordered}
     last = (PUBLISHED, _MIXED)
