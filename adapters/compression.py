@@ -82,11 +82,20 @@ def refuse_cache(setup: Setup, cache: Any, *, shortened: bool) -> None:
         )
 
 
-def attend_budget(state: PrunedState, keeps: list[int | None] | None, repeats: int) -> None:
-    """Note how many entries each row attends to while decoding, for methods that evict nothing."""
+def attend_budget(
+    state: PrunedState, keeps: list[int | None] | None, repeats: int, stored: int
+) -> None:
+    """Note how many entries each row attends to while decoding, for methods that evict nothing.
+
+    Text that was cached before the prompt, in `stored` columns, counts as the prompt's does.
+    """
     if keeps is not None:
-        rows = [-1 if keep is None else keep for keep in keeps for _ in range(repeats)]
-        state.attended = torch.tensor(rows)
+        keep = torch.tensor(
+            [-1 if keep is None else keep for keep in keeps for _ in range(repeats)]
+        )
+        padding = state.segments[0].padding_to(stored)
+        before = torch.tensor(stored) if padding is None else padding.sum(1).to(keep.device)
+        state.attended = torch.where(keep > 0, keep + before, keep)
 
 
 @dataclass

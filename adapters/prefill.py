@@ -462,7 +462,7 @@ def begin(
         state.uncroppable = (
             stored + first.length - min(_trailing_text(real, somewhere), first.length)
         )
-        attend_budget(state, keeps, batch // samples)
+        attend_budget(state, keeps, batch // samples, stored)
     ids = kwargs.get("position_ids")
     if ids is None:
         seen = cache.get_seq_length() if cache is not None else 0

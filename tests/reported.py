@@ -143,13 +143,19 @@ class Noted(TokenSelect):
             if found is not None:
                 columns, counts = found[0][row], found[1][row]
                 chosen = columns[counts] - (len(real) - count)
-            self.notes.append((query[row].clone(), count, chosen))
+            self.notes.append((query[row].clone(), _mean(keys[row, :, -count:]), count, chosen))
         return found
 
-    def answer(self, query: torch.Tensor, stored: int) -> torch.Tensor:
-        """What was chosen of `stored` entries for a query (H, D_head)."""
-        asked = [(note, chosen) for note, count, chosen in self.notes if count == stored]
-        found = [c for note, c in asked if torch.allclose(note, query, atol=1e-3, rtol=1e-3)]
+    def answer(self, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """What was chosen of keys (H_kv, S, D_head) for a query (H, D_head)."""
+        stored, mean = keys.shape[1], _mean(keys)
+        found = [
+            chosen
+            for asked, of_keys, count, chosen in self.notes
+            if count == stored
+            and torch.allclose(asked, query, atol=1e-3, rtol=1e-3)
+            and torch.allclose(of_keys, mean, atol=1e-3, rtol=1e-3)
+        ]
         assert found, "the engine never asked for this token"
         return torch.arange(stored) if found[-1] is None else found[-1]
 
@@ -159,12 +165,17 @@ class Noted(TokenSelect):
         def attend(row: int, layer: int, query, keys):
             if entries[row] is None:
                 return None
-            chosen = self.answer(query, keys.shape[1])
+            chosen = self.answer(query, keys)
             sizes = {"n_init": self.n_init, "n_local": self.n_local}
             assert is_soft_vote(chosen, query, keys, **sizes, top_k=entries[row] - self.always)
             return chosen
 
         return attend
+
+
+def _mean(keys: torch.Tensor) -> torch.Tensor:
+    """Tells keys (H_kv, S, D_head) from others."""
+    return keys.mean(1)
 
 
 def entries_of(last, call) -> list[int | None]:
@@ -208,8 +219,6 @@ def cached_truth(case: zoo.Case, inputs: dict, model, handle, attended=None) -> 
             let it attend to some; None: all.
     """
     method, last, truth = handle.methods[-1].method, handle.last, None
-    if isinstance(method, Noted) and attended is None:
-        attended = method.reader(entries_of(last, handle.methods[-1]))
     if last.stages:
         truth = truth_of(case, inputs, model, handle)
     entries, options = last.entries, {}
@@ -244,4 +253,12 @@ def cached_truth(case: zoo.Case, inputs: dict, model, handle, attended=None) -> 
         cut_positions=[stage.positions for stage in last.stages],
         **options,
     )
+    if isinstance(method, Noted) and attended is None:
+        allowed = entries_of(last, handle.methods[-1])
+        for row, entered in enumerate(cached.truth.rows):
+            visual = zip(last.tokens_in, last.image_sample, strict=True)
+            prompt = last.text_tokens[row] + sum(n for n, sample in visual if sample == row)
+            if allowed[row] is not None:  # and all of a text prefix, stored earlier
+                allowed[row] += len(entered.ids) - prompt
+        cached.attend = method.reader(allowed)
     return OnCache(cached)
