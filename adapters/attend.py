@@ -50,8 +50,11 @@ def attend(
     valid = valid.to(key.device)
     if packed:
         _store_unturned(cache.layers[layer], new, tables)
-        if new == length:
-            return given
+        prefix = state.prefix.pop(layer, None)
+        if prefix is not None:
+            _store_unturned_prefix(setup, cache.layers[layer], prefix)
+        if prefix is not None or new == length:
+            return given  # the prompt sees its own positions
         query, key = _turned_back(query, tables), cache.layers[layer].keys
     picked = None
     if new == 1:
@@ -73,10 +76,10 @@ def attend(
     return Attention(query, key, value, mask)
 
 
-def unturn_prefix(setup: Setup, state: PrunedState, cache: Any, ids: Tensor, real: Tensor) -> None:
-    """Take the rotation off the keys of a text that was cached before the image came.
+def note_prefix(setup: Setup, state: PrunedState, cache: Any, ids: Tensor, real: Tensor) -> None:
+    """Note which positions a text has that was cached before the image came.
 
-    Its positions are taken to be consecutive, up to that of the first new token.
+    They are taken to be consecutive, up to that of the first new token.
 
     Args:
         ids: (B | 1, L), the caller's position ids of the new tokens, of which `real` (B, L) count.
@@ -89,9 +92,7 @@ def unturn_prefix(setup: Setup, state: PrunedState, cache: Any, ids: Tensor, rea
     valid = real.new_ones(len(real), stored) if valid is None else valid
     ids = ids.expand_as(real).masked_fill(~real, torch.iinfo(ids.dtype).max)
     places = ids.amin(1, keepdim=True) - 1 - valid.flip(1).cumsum(1).flip(1) + valid.long()
-    for layer in cache.layers:
-        tables = setup.rotary(layer.keys, places.clamp_min(0).to(layer.keys.device))
-        _store_unturned(layer, stored, tables)
+    state.prefix = dict.fromkeys(range(len(cache.layers)), places.clamp_min(0))
 
 
 def _or_all(picked: Tables, valid: Tensor, everything: Tensor) -> Tables:
@@ -109,6 +110,13 @@ def _store_unturned(stored: Any, new: int, tables: Tables) -> None:
     """Take the rotation off the last `new` keys that a layer stored."""
     last = _turned_back(stored.keys[:, :, -new:], tables)
     stored.keys = torch.cat([stored.keys[:, :, :-new], last], 2)
+
+
+def _store_unturned_prefix(setup: Setup, stored: Any, places: Tensor) -> None:
+    """Take the rotation off the first keys that a layer stored, which have `places` (B, P)."""
+    keys, count = stored.keys, places.shape[1]
+    tables = setup.rotary(keys, places.to(keys.device))
+    stored.keys = torch.cat([_turned_back(keys[:, :, :count], tables), keys[:, :, count:]], 2)
 
 
 def _columns(tensor: Tensor, columns: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ made for the *physical* one, which differs from layer to layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache as memoise
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,8 @@ class PrunedState:
     attended: Tensor | None = None
     """(B,) entries that a decoding step attends to, -1: all, 0: as many as published; for methods
     that evict nothing. None: such a method does nothing here."""
+    prefix: dict[int, Tensor] = field(default_factory=dict)
+    """[layer]: positions (B, P) of text cached earlier, whose keys are to be stored unrotated."""
     uncroppable: int = 0
     """Physical length of layer 0 below which a dropped token would have to come back."""
 

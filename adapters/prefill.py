@@ -26,7 +26,7 @@ from ..prune.contract import (
 )
 from ..prune.errors import UnsupportedFeatureError, VlmpruneError
 from ..prune.tiling import Tiling
-from .attend import unturn_prefix
+from .attend import note_prefix
 from .cache import PrunedState, make_pruned, pruned_state
 from .compression import Compression, attend_budget, entries_to_keep, refuse_cache
 from .encoding import Encoded, choose
@@ -469,7 +469,7 @@ def begin(
         ids = torch.arange(length, device=embeds.device)[None] + seen
     ids = ids[..., -length:]
     if keeps is not None and state is not None:
-        unturn_prefix(setup, state, cache, ids, real)
+        note_prefix(setup, state, cache, ids, real)
     repacks = setup.positions.get(Place.BEFORE_LLM) == "repacked"
     before = [stage for image in images for stage in image.plan if stage.layer == 0]
     gone = (real & ~first.keep).cumsum(1) if repacks and before else None

@@ -306,11 +306,15 @@ EVERYWHERE["all places"] = [
     vlmprune.method("fastv", keep_ratio=0.4, layer=2),
     call_of("elastic_cache", keep_ratio=0.25),
 ]
+EVERYWHERE["votes behind a cut"] = [
+    vlmprune.method("fastv", keep_ratio=0.4, layer=2),
+    call_of("token_select", keep_ratio=0.15),
+]
 LISTS = pytest.mark.parametrize("which", EVERYWHERE)
 
 
 def positions_of(case: zoo.Case) -> list[str]:
-    return ["original"] if case.fixed_positions else ["original", "repacked"]
+    return ["original"] if case.fixed_positions else ["original", "repacked", None]
 
 
 @zoo.BOTH_FAMILIES
