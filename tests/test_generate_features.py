@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -20,44 +20,46 @@ import torch
 import vlmprune
 import zoo
 from oracle import Rows, Truth
-from reported import cached_truth, features_of, truth_of
+from reported import Noted, cached_truth, features_of, truth_of
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
+from vlmprune.prune.budget import Budget, MethodCall
+from vlmprune.prune.contract import Place
 
+TWO_PLACES = [
+    vlmprune.method("divprune", keep_ratio=0.5),
+    vlmprune.method("fastv", keep_ratio=0.25, layer=2),
+]
+ELASTIC = vlmprune.method("elastic_cache", keep_ratio=0.15, distance=-4)
+"""Evicts entries from the second new token on."""
+PRESS = vlmprune.method("visual_press", keep_ratio=0.2)
+SELECT = MethodCall(method=Noted(n_init=2, n_local=3), budget=Budget("keep_ratio", 0.2))
 PLACES = {
     "before the LLM": [vlmprune.method("divprune", keep_ratio=0.4)],
     "in the decoder": [vlmprune.method("pyramiddrop", keep_ratio=0.2)],
-    "both": [
-        vlmprune.method("divprune", keep_ratio=0.5),
-        vlmprune.method("fastv", keep_ratio=0.25, layer=2),
-    ],
-    "on the cache": [vlmprune.method("elastic_cache", keep_ratio=0.4, distance=-4)],
+    "on the cache": [ELASTIC],
+    "all": [*TWO_PLACES, ELASTIC],
 }
 MOVED = {
     "before the LLM": [vlmprune.method("visionzip", keep_ratio=0.4, scores="cls")],
     "in the decoder": [vlmprune.method("sparsevlm", keep_ratio=0.2)],
-    "both": [
-        vlmprune.method("visionzip", keep_ratio=0.5, scores="cls"),
-        vlmprune.method("fastv", keep_ratio=0.25, layer=2),
-    ],
-    "on the cache": [vlmprune.method("visual_press", keep_ratio=0.4)],
+    "on the cache": [PRESS],
+    "all": [vlmprune.method("visionzip", keep_ratio=0.5, scores="cls"), TWO_PLACES[1], PRESS],
 }
 """The same places with rows that are merged, moved, or no token (CLS of every tile)."""
-MERGED = MOVED | {
-    place: [
-        vlmprune.method("pool", keep_ratio=call.budget.value) if call.name == "divprune" else call
-        for call in calls
-    ]
-    for place, calls in PLACES.items()
-    if place in ("before the LLM", "both")
+MERGED = {
+    "before the LLM": [vlmprune.method("pool", keep_ratio=0.4)],
+    "in the decoder": MOVED["in the decoder"],
+    "on the cache": [SELECT],
+    "all": [vlmprune.method("pool", keep_ratio=0.5), TWO_PLACES[1], SELECT],
 }
 """The same places with rows that are merged."""
 CALLS = {"llava_next": MOVED, "llava_onevision": MERGED, "qwen3_vl": MERGED}
 STEPS = 3
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
-CACHE = {"on the cache"}
-INSIDE = {"in the decoder", "both", *CACHE}
+CACHE = {"on the cache", "all"}
+INSIDE = {"in the decoder", *CACHE}
 REFUSED: dict[str, tuple[set[str], str]] = {
     "prefill in chunks": (set(PLACES), "prefill_chunk_size"),
     "continuous batching": (set(PLACES), "generate_batch"),
@@ -92,14 +94,13 @@ class Bench:
     plain: bool = False
     """Whether tokens must enter as they are."""
     rows: tuple[zoo.Row, ...] = zoo.BATCH
-    at_once: bool = False
-    """Whether several tokens are fed at once, where methods that go on removing entries differ from
-    one token after the other."""
+    instead: Sequence[MethodCall] = ()
+    """Methods in place of those of the place."""
 
     @property
     def calls(self):
-        if self.place in CACHE and self.at_once:
-            return MOVED[self.place]
+        if self.instead:
+            return self.instead
         return (PLACES if self.plain else CALLS.get(self.case.name, PLACES))[self.place]
 
     @functools.cached_property
@@ -123,7 +124,7 @@ class Bench:
         return inputs, self.truth(inputs)
 
     def truth(self, inputs: dict) -> Truth:
-        if self.place in CACHE:
+        if self.handle.methods[-1].method.place is Place.CACHE:
             return cached_truth(self.case, inputs, self.model, self.handle)
         assert self.handle.last.stages
         return truth_of(self.case, inputs, self.model, self.handle)
@@ -156,13 +157,18 @@ def check_tokens(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(found[:, -expected.shape[1] :], expected)
 
 
-def check_greedy(out, truth: Truth, steps: int = STEPS, given=None) -> None:
-    """Tokens and the logits of every step."""
+def check_greedy(
+    out, truth: Truth, steps: int = STEPS, given=None, pieces: Sequence[int] = ()
+) -> None:
+    """Tokens and the logits of every step; `pieces`: how many tokens were fed at once."""
+    truth.pieces = pieces
     tokens, logits = truth.decode(steps, given=given)
     torch.testing.assert_close(torch.stack(out.logits), logits, **CLOSE)
     check_tokens(out.sequences, tokens)
 
 
+ONE_BY_ONE = (1,) * (STEPS - 1)
+"""Tokens of a turn of generate(), whose last one is fed with the next turn."""
 DETAILS = {"return_dict_in_generate": True, "output_logits": True}
 
 
@@ -218,14 +224,14 @@ def second_turn(bench):
     )
     assert torch.equal(second.sequences[:, : ids.shape[1]], ids)
     given = torch.cat([first.sequences[:, -STEPS:], question], 1)
-    check_greedy(second, truth, given=given)
+    check_greedy(second, truth, given=given, pieces=(*ONE_BY_ONE, 5))
     tokens = bench.handle.last.tokens_in
     assert tokens == bench.case.counts(bench.rows), "a text turn is no prefill with visual tokens"
 
 
 @feature("second turn with a new image")
 def second_turn_with_an_image(bench):
-    bench = Bench(bench.case, bench.place, plain=True)
+    bench = Bench(bench.case, bench.place, plain=True, instead=bench.instead)
     rows = (zoo.ONE,)
     follow_up = bench.case.inputs(((4, "A", 3),))
 
@@ -386,11 +392,14 @@ def copied_cache(bench):
             do_sample=False,
             **DETAILS,
         )
-        check_greedy(out, truth, steps=2, given=ids[:, -STEPS - 2 :])
+        given = ids[:, -STEPS - 2 :]
+        check_greedy(out, truth, steps=2, given=given, pieces=(*ONE_BY_ONE, 3))
 
 
 @feature("crop of the cache")
 def cropped_cache(bench):
+    if ELASTIC in bench.calls:  # nothing goes back behind an entry that was evicted
+        bench = Bench(bench.case, bench.place, instead=[*bench.calls[:-1], PRESS])
     inputs, truth = bench.prefill(zoo.SINGLE)
     cache = bench.generate(inputs, **DETAILS).past_key_values  # all but the last new token
     with pytest.raises(vlmprune.UnsupportedFeatureError, match="crop"):
@@ -401,6 +410,7 @@ def cropped_cache(bench):
         assert past.get_seq_length() == inputs["input_ids"].shape[1]
         with torch.no_grad():
             out = bench.model(input_ids=torch.tensor([new]), past_key_values=past)
+        truth.pieces = (len(new),)
         torch.testing.assert_close(out.logits[0], truth.next_logits(0, new)[1:], **CLOSE)
 
 
@@ -433,11 +443,14 @@ def chosen_rows(bench):
         )
         twin = copy.copy(truth)
         twin.rows = [truth.rows[b] for b in rows]
-        check_greedy(out, twin, steps=2, given=ids[order, -STEPS - 1 :])
+        given = ids[order, -STEPS - 1 :]
+        check_greedy(out, twin, steps=2, given=given, pieces=(*ONE_BY_ONE, 2))
 
 
 @feature("cached text prefix, then an image")
 def prefix(bench):
+    if ELASTIC in bench.calls:  # whose entries the reference merges only where all are new
+        bench = Bench(bench.case, bench.place, instead=[*bench.calls[:-1], PRESS])
     inputs = bench.case.inputs(zoo.SINGLE)
 
     def turns(model):
@@ -499,6 +512,7 @@ def several_tokens(bench):
         cache = bench.model(**inputs).past_key_values
         step = torch.tensor([[5, zoo.IMAGE, 9]])  # an image token that is no image is text
         out = bench.model(input_ids=step, past_key_values=cache)
+    truth.pieces = (3,)
     torch.testing.assert_close(out.logits[0], truth.next_logits(0, step[0])[1:], **CLOSE)
 
 
@@ -747,15 +761,6 @@ def compiled(bench):
 # --- the matrix --------------------------------------------------------------------------------
 
 
-AT_ONCE = {
-    "second turn on the same cache",
-    "deepcopy of the cache",
-    "rows of the cache chosen",
-    "cached text prefix, then an image",
-    "several tokens at once after the prompt",
-}
-
-
 def is_refused(name: str, place: str) -> bool:
     return place in REFUSED.get(name, ((), ""))[0]
 
@@ -763,7 +768,7 @@ def is_refused(name: str, place: str) -> bool:
 def matrix():
     families = zoo.FAMILIES.args[1]
     for case, name, place in itertools.product(families, FEATURES, PLACES):
-        if name in SLOW and (place != "both" or case.name in CALLS):
+        if name in SLOW and (place != "all" or case.name in CALLS):
             continue
         marks = [pytest.mark.slow] if name in SLOW else []
         label = f"{name}-{place}-{case.name}".replace(" ", "_")
@@ -772,7 +777,7 @@ def matrix():
 
 @pytest.mark.parametrize(("case", "name", "place"), list(matrix()))
 def test_the_feature_works_or_is_refused_at_the_call(case, name, place):
-    bench = Bench(case, place, at_once=name in AT_ONCE)
+    bench = Bench(case, place)
     if not is_refused(name, place):
         FEATURES[name](bench)
         return
@@ -782,6 +787,16 @@ def test_the_feature_works_or_is_refused_at_the_call(case, name, place):
     assert REFUSED[name][1] in str(refused.value)
     inputs, truth = bench.prefill(zoo.SINGLE)  # and the next call is right
     check_greedy(bench.generate(inputs, **DETAILS), truth)
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize(
+    "name", ["use_cache=False", "static cache", "second turn with a new image"]
+)
+def test_features_that_caches_refuse_work_before_the_llm_and_in_the_decoder_at_once(case, name):
+    bench = Bench(case, "in the decoder", instead=TWO_PLACES)
+    assert is_refused(name, "all") and not is_refused(name, bench.place)
+    FEATURES[name](bench)
 
 
 @zoo.BOTH_FAMILIES
@@ -833,7 +848,7 @@ VIDEO_CASES = pytest.mark.parametrize(
     ],
 )
 def test_features_with_videos_beside_images(case, name, place):
-    bench = Bench(case, place, rows=zoo.MIXED, at_once=name in AT_ONCE)
+    bench = Bench(case, place, rows=zoo.MIXED)
     if is_refused(name, place):
         with pytest.raises(vlmprune.UnsupportedFeatureError, match=REFUSED[name][1]):
             FEATURES[name](bench)
@@ -899,7 +914,8 @@ def test_training_with_gradient_checkpointing_is_right_or_refused(case, place):
         loss = bench.model(**inputs, labels=labels, use_cache=False).loss
         loss.backward()
     except vlmprune.UnsupportedFeatureError as refused:
-        assert ("use_cache=False" if place in CACHE else "checkpointing_disable") in str(refused)
+        word = "use_cache=False" if place == "on the cache" else "checkpointing_disable"
+        assert word in str(refused)
         assert place != "before the LLM", "checkpointing does not meet a cut before the LLM"
     else:
         torch.testing.assert_close(loss.detach(), truth.loss(list(labels)), **CLOSE)
