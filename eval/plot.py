@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .results import Record, method_name, variant
-from .table import in_order, setting_line
+from .results import Record, main_score, method_name, variant
+from .table import in_order, metric_text, scale, setting_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ _ASIDE = 2.5  # methods of equal cost are spread over so many points of the cost
 
 
 def frontier(records: Sequence[Record], path: Path) -> None:
-    """Write a PNG: accuracy over the share of dense FLOPs, a line a method."""
+    """Write a PNG: the score over the share of dense FLOPs, a line a method."""
     draw(records).savefig(path)
 
 
@@ -36,8 +36,9 @@ def draw(records: Sequence[Record]) -> Figure:
     if dense is not None:
         _, value, below, above = _point(dense)
         axes.axhspan(value - below, value + above, color="black", alpha=0.06, linewidth=0)
+        unit = " %" if scale(main_score(dense)[1]) == 100 else ""
         axes.axhline(
-            value, color="black", linestyle="--", linewidth=1, label=f"dense {value:.1f} %"
+            value, color="black", linestyle="--", linewidth=1, label=f"dense {value:.1f}{unit}"
         )
     for index, method in enumerate(methods):
         points = [_point(r) for r in done if variant(r) == method]
@@ -57,11 +58,11 @@ def draw(records: Sequence[Record]) -> Figure:
         )
     axes.set_xlim(left=0)
     axes.set_xlabel("prefill FLOPs over visual tokens, % of dense (equal costs drawn side by side)")
-    axes.set_ylabel("accuracy, % (95 % interval)")
     axes.grid(alpha=0.25)
     if done:
+        axes.set_ylabel(f"{metric_text(done[0])} (95 % interval)")
         config = done[0]["config"]
-        questions = done[0]["accuracy"]["n"]
+        questions = main_score(done[0])[1]["n"]
         figure.suptitle(
             f"{config['model']} on {config['task']}, {questions} questions", fontsize=12
         )
@@ -71,11 +72,12 @@ def draw(records: Sequence[Record]) -> Figure:
 
 
 def _point(record: Record) -> tuple[float, float, float, float]:
-    """Cost, accuracy and the interval's distance below and above it, in percent."""
-    accuracy = record["accuracy"]
+    """Cost in percent, score and the interval's distance below and above it (0 without one)."""
+    score = main_score(record)[1]
+    value, low, high = score["value"], score["low"], score["high"]
     return (
         100 * record["flops"]["visual_share"],
-        100 * accuracy["value"],
-        100 * (accuracy["value"] - accuracy["low"]),
-        100 * (accuracy["high"] - accuracy["value"]),
+        scale(score) * value,
+        scale(score) * (value - low if low is not None else 0.0),
+        scale(score) * (high - value if high is not None else 0.0),
     )

@@ -4,7 +4,8 @@ A cell's id hashes its whole configuration, so that a later run knows what is al
 Versions and hardware are recorded, not hashed.
 
 The schema counts what older readers would misread or trip over; fields that they may ignore do not
-change it. Every older schema is read. 2: `config` may hold `kinds`.
+change it. Older schemas are brought up to date when they are read. 2: `config` may hold `kinds`.
+3: `scores` by metric in place of `accuracy`, `examples`, and `config` may hold `model_args`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from ..prune.budget import PUBLISHED
 from ..prune.errors import VlmpruneError
 from ..prune.registry import method_class
 from .compose import Part
-from .stats import Spread
+from .stats import Score, Spread
 
-SCHEMA = 2
+SCHEMA = 3
 FILE_NAME = "runs.jsonl"
 
 Status = Literal["ok", "failed", "not_applicable"]
@@ -48,7 +49,8 @@ class MethodRecord(TypedDict):
 class Config:
     """Everything that decides a cell's outcome. No `methods` is the dense model.
 
-    `kinds` (sorted): the kinds of questions that are asked; None, which no id tells of, for all.
+    `kinds` (sorted): the kinds of questions that are asked; None for all. `model_args`: how model
+    and processor were loaded beyond the other fields. Ids do not tell of either where it is None.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Config:
     dtype: str
     attn_implementation: str
     kinds: tuple[str, ...] | None = None
+    model_args: Mapping[str, object] | None = None
 
     @property
     def id(self) -> str:
@@ -73,13 +76,14 @@ class Config:
     def as_json(self) -> dict[str, Any]:
         """The configuration as it comes back from the file."""
         values = asdict(self)
-        if self.kinds is None:
-            del values["kinds"]
+        for optional in ("kinds", "model_args"):
+            if values[optional] is None:
+                del values[optional]
         return json.loads(json.dumps(values, default=str))
 
     @property
     def setting(self) -> tuple[object, ...]:
-        """What two cells share when their accuracies may be compared question by question."""
+        """What two cells share when their scores may be compared question by question."""
         shared = {k: v for k, v in self.as_json().items() if k not in ("methods", "positions")}
         return tuple(sorted((key, str(value)) for key, value in shared.items()))
 
@@ -93,14 +97,16 @@ def method_record(part: Part) -> MethodRecord:
     )
 
 
-class Accuracy(TypedDict):
-    value: float
-    n: int
-    correct: int
-    low: float
-    high: float
-    by_kind: dict[str, dict[str, float]]
-    outcomes: str
+class Example(TypedDict):
+    """A question as a cell answered it. `picture`: what was kept, a file below the folder of the
+    result file."""
+
+    id: str | int
+    question: str
+    answer: str
+    prediction: str
+    score: float | None
+    picture: str | None
 
 
 class Tokens(TypedDict):
@@ -151,9 +157,9 @@ class Times(TypedDict):
 
 
 class Measured(TypedDict):
-    """What running a cell yields."""
+    """What running a cell yields. `scores` are by metric, the task's main one first."""
 
-    accuracy: Accuracy
+    scores: dict[str, Score]
     tokens: Tokens
     flops: FlopsRecord
     times: Times
@@ -161,6 +167,7 @@ class Measured(TypedDict):
     peak_memory_bytes: int | None
     positions: str | None
     notes: list[str]
+    examples: list[Example]
 
 
 class Record(TypedDict, total=False):
@@ -174,7 +181,7 @@ class Record(TypedDict, total=False):
     seconds: float
     batch_size: int
     load_average: float | None
-    accuracy: Accuracy
+    scores: dict[str, Score]
     tokens: Tokens
     flops: FlopsRecord
     times: Times
@@ -182,6 +189,7 @@ class Record(TypedDict, total=False):
     peak_memory_bytes: int | None
     positions: str | None
     notes: list[str]
+    examples: list[Example]
     error: dict[str, str]
     versions: dict[str, str]
     hardware: dict[str, object]
@@ -190,6 +198,11 @@ class Record(TypedDict, total=False):
 def setting_of(record: Mapping[str, Any]) -> tuple[object, ...]:
     """`Config.setting` of a record."""
     return Config(**record["config"]).setting
+
+
+def main_score(record: Mapping[str, Any]) -> tuple[str, Score]:
+    """The task's main metric and what a finished cell has of it."""
+    return next(iter(record["scores"].items()))
 
 
 def method_name(record: Mapping[str, Any]) -> str:
@@ -274,29 +287,8 @@ class Store:
             os.fsync(file.fileno())
 
     def read(self) -> list[Record]:
-        """The last record of every id, in the order in which ids first appeared.
-
-        A last line torn by an interrupt is left out.
-        """
-        records: dict[str, Record] = {}
-        if not self.path.exists():
-            return []
-        lines = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                known = record["schema"]
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by an interrupt: that cell counts as not run
-            if known > SCHEMA:
-                raise ResultsError(
-                    f"{self.path}, line {number} was written by a newer vlmprune (schema {known}, "
-                    f"this one reads {SCHEMA}): upgrade, or choose another --output_path."
-                )
-            records[record["id"]] = record
-        return list(records.values())
+        """The last record of every id; see `read_records`."""
+        return read_records(self.path) if self.path.exists() else []
 
     def _end_torn_line(self) -> None:
         """Give a line that an interrupt cut short its end, so that the next one starts afresh."""
@@ -306,3 +298,57 @@ class Store:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The last record of every id, in the order in which ids first appeared.
+
+    A line that an interrupt tore is left out: that cell counts as not run.
+
+    Args:
+        path: a `runs.jsonl`, or the folder that it is in.
+
+    Raises:
+        ResultsError: there is no such file, or a newer vlmprune wrote it.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ResultsError(
+            f"{str(file)!r} cannot be read ({error.strerror}): give a {FILE_NAME} of `vlmprune "
+            f"sweep`, or its folder."
+        ) from error
+    records: dict[str, Record] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            known = record["schema"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if known > SCHEMA:
+            raise ResultsError(
+                f"{file}, line {number} was written by a newer vlmprune (schema {known}, this one "
+                f"reads {SCHEMA}): upgrade, or choose another --output_path."
+            )
+        records[record["id"]] = _up_to_date(record)
+    return list(records.values())
+
+
+def _up_to_date(record: dict[str, Any]) -> Record:
+    """A record of any older schema in the present one."""
+    if "accuracy" in record:
+        old = record.pop("accuracy")
+        score = Score(
+            value=old["value"],
+            unit="share",
+            n=old["n"],
+            low=old["low"],
+            high=old["high"],
+            higher_is_better=True,
+            by_kind=old["by_kind"],
+            outcomes=[float(c) for c in old["outcomes"]],
+            replicates=[],
+        )
+        record |= {"scores": {"accuracy": score}, "examples": []}
+    return record  # type: ignore[return-value]

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from ..prune.budget import PUBLISHED
 from .environment import describe
-from .results import Record, Times, Tokens, budget_text, method_name, variant
-from .stats import Spread, paired_difference
+from .results import Record, Times, Tokens, budget_text, main_score, method_name, variant
+from .stats import Score, Spread, difference
 
 NOTES = (
-    "Accuracy with its 95 % interval; difference to dense paired question by question. Tokens: "
+    "{} with its 95 % interval; difference to dense paired question by question. Tokens: "
     "visual tokens kept of those an image has, and the mean entering a decoder layer (in brackets: "
     "left behind it, as SparseVLM counts, where that differs). Prefill: decoder FLOPs with text "
     "(multiply-add = 2). Share: of the dense decoder FLOPs, visual tokens only. Times: medians at "
@@ -103,7 +103,7 @@ def sweep_table(records: Sequence[Record]) -> Table:
     headers = (
         "Method",
         "Budget",
-        "Accuracy %",
+        _metric(ordered),
         "vs dense",
         "Tokens",
         "Avg/layer",
@@ -117,7 +117,7 @@ def sweep_table(records: Sequence[Record]) -> Table:
         headers=headers,
         rows=[_row(record, dense, len(headers)) for record in ordered],
         title=_title(ordered[0]) if ordered else None,
-        notes=NOTES,
+        notes=NOTES.format(_metric(ordered).removesuffix(" %")),
         droppable=(9, 6, 5, 3, 8),
     )
 
@@ -154,8 +154,7 @@ def _accuracy(record: Record) -> str:
     if record["status"] != "ok":
         return "not applicable" if record["status"] == "not_applicable" else "FAILED"
     own = f" ({record['tokens']['average_per_layer']:.4g} a layer)"
-    value = f"{100 * record['accuracy']['value']:.1f}"
-    return value + own * (PUBLISHED in budget_text(record))
+    return in_unit(main_score(record)[1]) + own * (PUBLISHED in budget_text(record))
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:
@@ -174,13 +173,10 @@ def _row(record: Record, dense: Record | None, width: int) -> tuple[str, ...]:
     if record["status"] != "ok":
         what = "not applicable" if record["status"] == "not_applicable" else "FAILED"
         return (*head, what, *[""] * (width - 3))
-    accuracy, tokens, times = record["accuracy"], record["tokens"], record["times"]
-    value = (
-        f"{100 * accuracy['value']:.1f} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]"
-    )
+    tokens, times = record["tokens"], record["times"]
     return (
         *head,
-        value,
+        with_interval(main_score(record)[1]),
         _difference(record, dense),
         f"{tokens['kept_per_image']:.4g}/{tokens['in_per_image']:.4g}",
         _averages(tokens),
@@ -208,10 +204,39 @@ def _first_token(times: Times) -> str:
 def _difference(record: Record, dense: Record | None) -> str:
     if dense is None or record is dense:
         return ""
-    value, low, high = paired_difference(
-        record["accuracy"]["outcomes"], dense["accuracy"]["outcomes"]
-    )
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    score = main_score(record)[1]
+    found = difference(score, main_score(dense)[1])
+    value, *interval = (None if x is None else x * scale(score) for x in found)
+    low, high = interval
+    return f"{value:+.1f}" + ("" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]")
+
+
+def scale(score: Score) -> int:
+    """What a value is multiplied with to be shown: shares are in percent."""
+    return 100 if score["unit"] == "share" else 1
+
+
+def in_unit(score: Score) -> str:
+    """The value, in percent or points."""
+    return f"{scale(score) * score['value']:.1f}"
+
+
+def with_interval(score: Score) -> str:
+    """The value and its 95 % interval, in percent or points."""
+    if score["low"] is None or score["high"] is None:
+        return in_unit(score)
+    by = scale(score)
+    return f"{in_unit(score)} [{by * score['low']:.1f}, {by * score['high']:.1f}]"
+
+
+def metric_text(record: Mapping[str, Any]) -> str:
+    """The name of the main metric as a heading."""
+    name, score = main_score(record)
+    return f"{name[0].upper()}{name[1:]}{' %' if score['unit'] == 'share' else ''}"
+
+
+def _metric(records: Sequence[Record]) -> str:
+    return next((metric_text(r) for r in records if r["status"] == "ok"), "Score")
 
 
 def milliseconds(spread: Spread | None) -> str:

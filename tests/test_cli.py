@@ -219,7 +219,7 @@ def test_sweep_writes_results_table_and_picture(tiny, tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [r["status"] for r in records] == ["ok"] * 5
     assert records[0]["config"]["methods"] == []
-    assert {r["accuracy"]["n"] for r in records} == {4}
+    assert {r["scores"]["accuracy"]["n"] for r in records} == {4}
     assert records[0]["config"]["attn_implementation"] == "sdpa"
     with Image.open(tmp_path / "frontier.png") as picture:
         assert picture.format == "PNG"
@@ -310,7 +310,7 @@ def test_sweep_of_one_kind_of_questions_has_its_own_cells(tiny, tmp_path, capsys
     captured = capsys.readouterr()
     assert "5 run" in captured.err and captured.out.count("| dense |") == 2
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [r["accuracy"]["n"] for r in records] == [6] * 5 + [3] * 5
+    assert [r["scores"]["accuracy"]["n"] for r in records] == [6] * 5 + [3] * 5
     assert "kinds" not in records[0]["config"] and records[5]["config"]["kinds"] == ["long"]
     assert sweep(tmp_path, "--kinds", "long", "--log_samples") == 0
     assert "5 already there" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import vlmprune
+from vlmprune.eval import answering
 from vlmprune.eval.evaluate import Evaluator
 from vlmprune.eval.loading import ModelLoadError, fingerprint, load, resolve_device
 from vlmprune.eval.measure import kv_bytes, measure
@@ -138,7 +139,7 @@ def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     bench = evaluator(case)
     dense, samples = bench.run()
     images = [case.num_tokens(letter) for letter in "ABCABC"]
-    assert [s.images for s in samples] == [[n] for n in images]
+    assert [s.kept for s in samples] == images
     assert dense["tokens"]["in_per_image"] == dense["tokens"]["kept_per_image"]
     assert dense["tokens"]["average_per_layer"] == dense["tokens"]["average_after_cuts"]
     assert dense["tokens"]["text"] == {False: 8.5, True: 10.5}[case.qwen]
@@ -146,7 +147,7 @@ def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     answers = [s.prediction for s in samples]
 
     bench = evaluator(case, answers=answers)
-    assert bench.run()[0]["accuracy"]["outcomes"] == "111111"
+    assert bench.run()[0]["scores"]["accuracy"]["outcomes"] == [1.0] * 6
     pruned, _ = bench.run([vlmprune.method("fastv", keep_tokens=6, layer=1)])
     tokens = pruned["tokens"]
     mean = sum(images) / 6
@@ -165,8 +166,8 @@ def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     assert pruned["flops"]["vision"] == dense["flops"]["vision"]
     assert pruned["kv_bytes"] < dense["kv_bytes"]
     assert pruned["positions"] == "original"
-    accuracy = pruned["accuracy"]
-    assert accuracy["n"] == 6 and accuracy["correct"] == accuracy["outcomes"].count("1")
+    accuracy = pruned["scores"]["accuracy"]
+    assert accuracy["n"] == 6 and 6 * accuracy["value"] == sum(accuracy["outcomes"])
     assert {kind: entry["n"] for kind, entry in accuracy["by_kind"].items()} == {
         "long": 3,
         "short": 3,
@@ -187,7 +188,7 @@ def test_several_methods_act_together(case: Case):
     first, _ = evaluator(case).run(calls[:1])
     assert both["kv_bytes"] < first["kv_bytes"]
     assert both["flops"]["visual_share"] < first["flops"]["visual_share"]
-    assert [s.kept for s in samples] == [[3]] * 6
+    assert [s.kept for s in samples] == [3] * 6
 
 
 def test_a_failing_method_leaves_the_model_unpatched():
@@ -199,12 +200,12 @@ def test_a_failing_method_leaves_the_model_unpatched():
 
 
 def test_answers_end_with_their_end_token():
-    bench = evaluator(CLIP)
-    bench.model.generation_config.eos_token_id = [7, 9]
-    assert bench._length([3, 9, 0, 0]) == 2
-    assert bench._length([3, 4, 5]) == 3
-    bench.model.generation_config.eos_token_id = 4
-    assert bench._length([3, 4, 4]) == 2
+    model = CLIP.model()
+    model.generation_config.eos_token_id = [7, 9]
+    assert answering._length(model, [3, 9, 0, 0]) == 2
+    assert answering._length(model, [3, 4, 5]) == 3
+    model.generation_config.eos_token_id = 4
+    assert answering._length(model, [3, 4, 4]) == 2
 
 
 # --- Loading ---------------------------------------------------------------------------------

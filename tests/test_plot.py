@@ -21,7 +21,7 @@ def test_every_finished_method_and_the_dense_model_are_drawn(records):
     (axes,) = draw(records).axes
     _, labels = axes.get_legend_handles_labels()
     assert labels == ["dense 75.0 %", "grid", "fastv"]
-    assert "%" in axes.get_xlabel() and "accuracy" in axes.get_ylabel()
+    assert "%" in axes.get_xlabel() and "Accuracy %" in axes.get_ylabel()
     bars = [c for c in axes.containers if c.has_yerr]
     assert len(bars) == 2
     x, y = bars[0].lines[0].get_data()

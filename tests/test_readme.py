@@ -14,6 +14,7 @@ from test_support import method_support
 from vlmprune.eval.bench import bench_table
 from vlmprune.eval.bench_select import summary_table
 from vlmprune.eval.listing import methods_table, models_table
+from vlmprune.eval.results import read_records
 from vlmprune.eval.table import accuracy_table, sweep_table
 
 ROOT = Path(__file__).parent.parent
@@ -24,14 +25,12 @@ RESULTS = ROOT / "eval" / "embedded" / "results"
 
 def sweep_results() -> str:
     """The table of the stored run of `vlmprune sweep`."""
-    lines = (RESULTS / "sweep.jsonl").read_text().splitlines()
-    return sweep_table([json.loads(line) for line in lines]).markdown()
+    return sweep_table(read_records(RESULTS / "sweep.jsonl")).markdown()
 
 
 def accuracies(name: str) -> str:
     """A stored sweep of many methods, one line a method."""
-    lines = (RESULTS / name).read_text().splitlines()
-    return accuracy_table([json.loads(line) for line in lines]).markdown()
+    return accuracy_table(read_records(RESULTS / name)).markdown()
 
 
 def bench_results(name: str) -> str:

@@ -54,18 +54,12 @@ def cells(*words: str, budgets=("0.5", "0.25")) -> list[Cell]:
 
 
 def measured(outcomes: str = "1101", share: float = 1.0) -> dict:
-    correct = outcomes.count("1")
-    low, high = stats.wilson(correct, len(outcomes))
     spread = stats.spread([0.010, 0.012, 0.011])
     return {
-        "accuracy": {
-            "value": correct / len(outcomes),
-            "n": len(outcomes),
-            "correct": correct,
-            "low": low,
-            "high": high,
-            "by_kind": {"what": {"value": 1.0, "n": 2}},
-            "outcomes": outcomes,
+        "scores": {
+            "accuracy": stats.mean_score(
+                [float(c) for c in outcomes], by_kind={"what": {"value": 1.0, "n": 2}}
+            )
         },
         "tokens": {
             "in_per_image": 196.0,
@@ -92,6 +86,7 @@ def measured(outcomes: str = "1101", share: float = 1.0) -> dict:
         "peak_memory_bytes": None,
         "positions": None,
         "notes": [],
+        "examples": [],
     }
 
 
@@ -376,7 +371,7 @@ def test_a_failed_cell_is_recorded_the_sweep_goes_on_and_a_rerun_tries_again(tmp
     failed = [r for r in Store(tmp_path).read() if r["status"] == "failed"]
     assert [r["error"]["message"] for r in failed] == ["out of luck"] * 2
     assert "RuntimeError: out of luck" in failed[0]["error"]["traceback"]
-    assert "accuracy" not in failed[0]
+    assert "scores" not in failed[0]
     again = Runner()
     assert len(go(cells("grid", "random"), again, tmp_path).ok) == 2
     assert all(r["status"] == "ok" for r in Store(tmp_path).read())  # the last line counts
@@ -453,14 +448,48 @@ def test_wilson_interval():
 
 
 def test_paired_difference_uses_the_pairing():
-    value, low, high = stats.paired_difference("1" * 50 + "0" * 50, "1" * 50 + "0" * 50)
+    half = [1.0] * 50 + [0.0] * 50
+    value, low, high = stats.paired_difference(half, half)
     assert value == 0 and low < 0 < high and high - low < 0.08  # nothing changed: narrow
-    _, low, high = stats.paired_difference("10" * 50, "01" * 50)
+    _, low, high = stats.paired_difference([1.0, 0.0] * 50, [0.0, 1.0] * 50)
     assert high - low > 0.3  # the same shares, every question changed: wide
-    value, low, high = stats.paired_difference("1" * 90 + "0" * 10, "1" * 60 + "0" * 40)
+    value, low, high = stats.paired_difference([1.0] * 90 + [0.0] * 10, [1.0] * 60 + [0.0] * 40)
     assert value == pytest.approx(0.3) and low > 0.2
     with pytest.raises(ValueError, match="paired"):
-        stats.paired_difference("11", "1")
+        stats.paired_difference([1.0, 1.0], [1.0])
+
+
+def test_a_difference_is_paired_by_questions_or_by_resamples():
+    graded = [i % 10 / 10 for i in range(100)]
+    better = [x + 0.05 for x in graded]
+    a, b = (stats.mean_score(values) for values in (better, graded))
+    assert stats.difference(a, b) == pytest.approx((0.05, 0.05, 0.05))  # each by the same
+    assert a["high"] - a["low"] > 0.1
+    totals = [
+        stats.aggregate_score(
+            sum(values), 100, unit="points", replicates=stats.resampled(values, sum)
+        )
+        for values in (better, graded)
+    ]
+    assert stats.difference(*totals) == pytest.approx((5, 5, 5))
+    assert totals[0]["low"] < totals[0]["value"] < totals[0]["high"]
+    alone = stats.aggregate_score(3.0, 100, unit="points")
+    assert stats.difference(alone, totals[0])[1:] == (None, None)
+    assert stats.mean_score([0.5])["low"] is None
+
+
+def test_records_of_older_schemas_are_brought_up_to_date():
+    for file in STORED.glob("sweep*.jsonl"):
+        raw = [json.loads(line) for line in file.read_text().splitlines()]
+        assert {record["schema"] for record in raw} <= {1, 2}
+        known = {record["id"]: record for record in raw}
+        for record in results.read_records(file):
+            if record["status"] != "ok":
+                continue
+            name, score = results.main_score(record)
+            assert name == "accuracy" and "accuracy" not in record
+            old = known[record["id"]]
+            assert old["accuracy"]["correct"] == sum(score["outcomes"])
 
 
 def test_spread():
