@@ -41,7 +41,9 @@ examples:
       tokens that the image had at first
   vlmprune sweep --kinds read --limit all
       only questions of this kind, whose answers have two or three words
-  vlmprune sweep --model llava-hf/llava-1.5-7b-hf --device cuda --batch_size 16
+  vlmprune sweep --model llava-hf/llava-1.5-7b-hf --tasks gqa,pope --device cuda --batch_size 16
+  torchrun --nproc_per_node 2 -m vlmprune sweep --limit 100
+      two processes share the questions
 
 Interrupt it when you like: the same command goes on where it stopped. The table and the picture
 show every cell in the folder with the same model, questions and seed, so that a later call with
@@ -168,6 +170,12 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         "--attn_implementation", metavar="NAME", help="sdpa, eager, ... (default: transformers')"
     )
     group.add_argument(
+        "--model_args",
+        metavar="KEY=VALUE,...",
+        help="how model and processor are loaded: revision, trust_remote_code, min_pixels, "
+        "max_pixels, ...",
+    )
+    group.add_argument(
         "--clip",
         metavar="DIR_OR_NAME",
         help="the CLIP checkpoint of the model's vision tower, for methods that read its text "
@@ -204,6 +212,17 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     _positions_argument(group)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="with commas or spaces: tinyscenes, the embedded benchmark, or any task of lmms-eval "
+        "(default: tinyscenes)",
+    )
+    group.add_argument(
+        "--include_path", metavar="DIR", help="a folder with further tasks of lmms-eval"
+    )
+    group.add_argument(
         "--limit",
         type=_limit,
         default=500,
@@ -225,7 +244,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         default="./vlmprune_runs",
         metavar="DIR",
-        help="for runs.jsonl, table.md and frontier.png (default: ./vlmprune_runs)",
+        help="for runs.jsonl, tables and pictures (default: ./vlmprune_runs)",
     )
     group.add_argument(
         "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
@@ -422,6 +441,9 @@ def _sweep(args: argparse.Namespace) -> int:
         positions=args.positions,
         limit=args.limit,
         kinds=split_list(args.kinds or []),
+        tasks=split_list(args.tasks),
+        include_path=args.include_path,
+        model_args=parse_fields(split_list([args.model_args or ""])),
         batch_size=args.batch_size,
         seed=args.seed,
         output_path=args.output_path,

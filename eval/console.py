@@ -24,8 +24,8 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def progress() -> Progress:
-    """A bar on stderr; silent where stderr is not a terminal."""
+def progress(*, shown: bool = True) -> Progress:
+    """A bar on stderr; silent where stderr is not a terminal, or not `shown`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -33,7 +33,7 @@ def progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=stderr(),
-        disable=not sys.stderr.isatty(),
+        disable=not (shown and sys.stderr.isatty()),
         transient=True,
     )
 

@@ -32,7 +32,7 @@ EXAMPLES = 4
 _CACHED_BYTES = 2**30  # encoded questions are kept between cells up to this size
 
 SavePicture = Callable[[Image.Image, int], str]
-"""Stores a picture of an example by its number and says where."""
+"""Stores the picture of an example by its number and says where; only the first process does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +149,8 @@ class Evaluator:
 
         torch.manual_seed(self.seed)
         options: PatchOptions = {"positions": positions, "clip": self.clip}
-        done = self.processes.gather(
-            partial(self._share, calls, options, progress, save_picture, inspect)
-        )
+        drawn = EXAMPLES if save_picture else 0
+        done = self.processes.gather(partial(self._share, calls, options, drawn, progress, inspect))
         answers = self.processes.dealt([share.answers for share in done])
         samples = [
             self._sample(question, found)
@@ -167,18 +166,18 @@ class Evaluator:
             peak_memory_bytes=measured.peak_memory_bytes,
             positions=" ".join(sorted(set().union(*(share.modes for share in done)))) or None,
             notes=sorted(set().union(*(share.notes for share in done))),
-            examples=self._examples(samples, done),
+            examples=self._examples(samples, done, save_picture),
         ), samples
 
     def _share(
         self,
         calls: Sequence[MethodCall],
         options: PatchOptions,
+        drawn: int,
         progress: Callable[[int], None],
-        save_picture: SavePicture | None,
         inspect: Callable[[Handle], None],
     ) -> _Share:
-        """Answer what this process is dealt."""
+        """Answer what this process is dealt, and draw what was kept for the first questions."""
         share = _Share([], set(), set(), {})
         questions = self.processes.share(self.questions)
         numbers = self.processes.share(range(len(self.questions)))
@@ -197,13 +196,11 @@ class Evaluator:
                 if handle is not None:
                     share.notes |= {handle.last.note} if handle.last.note else set()
                     share.modes |= {handle.last.positions}
-                if save_picture is not None:
-                    for index, question in enumerate(asked):
-                        if (number := numbers[start + index]) < EXAMPLES:
-                            share.pictures[number] = save_picture(
-                                handle.overlay(question.image, index) if handle else question.image,
-                                number,
-                            )
+                for index, question in enumerate(asked):
+                    if (number := numbers[start + index]) < drawn:
+                        share.pictures[number] = (
+                            handle.overlay(question.image, index) if handle else question.image
+                        )
                 progress(len(asked) * self.processes.world)
             if handle is not None:
                 inspect(handle)
@@ -269,9 +266,14 @@ class Evaluator:
             },
         )
 
-    def _examples(self, samples: Sequence[Sample], done: Sequence[_Share]) -> list[Example]:
-        pictures = {n: path for share in done for n, path in share.pictures.items()}
-        return [example(samples[n], pictures.get(n)) for n in range(min(EXAMPLES, len(samples)))]
+    def _examples(
+        self, samples: Sequence[Sample], done: Sequence[_Share], save_picture: SavePicture | None
+    ) -> list[Example]:
+        paths: dict[int, str] = {}
+        if save_picture is not None and self.processes.first:
+            for share in done:
+                paths |= {n: save_picture(picture, n) for n, picture in share.pictures.items()}
+        return [example(sample, paths.get(n)) for n, sample in enumerate(samples[:EXAMPLES])]
 
 
 def example(sample: Sample, picture: str | None) -> Example:
@@ -293,4 +295,4 @@ class _Share:
     answers: list[Answer]
     notes: set[str]
     modes: set[str]
-    pictures: dict[int, str]
+    pictures: dict[int, Image.Image]

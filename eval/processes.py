@@ -28,16 +28,23 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+    device: str | None = None
+    """The accelerator that this process was given, or the CPU; None for the only process."""
 
     @classmethod
-    def started(cls) -> Processes:
-        """Join the processes that torchrun or accelerate started; alone without them."""
+    def started(cls, *, cpu: bool = False) -> Processes:
+        """Join the processes that torchrun or accelerate started; alone without them.
+
+        Args:
+            cpu: stay on the CPU where there are accelerators.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
+        import torch
         from accelerate import PartialState
 
-        state = PartialState()
-        return cls(rank=state.process_index, world=state.num_processes)
+        state = PartialState(cpu=cpu or not torch.accelerator.is_available())
+        return cls(state.process_index, state.num_processes, str(state.device))
 
     @property
     def first(self) -> bool:

@@ -20,6 +20,7 @@ from ..prune.errors import (
 )
 from .compose import Parts
 from .environment import load_average
+from .processes import Processes
 from .results import SCHEMA, Config, Measured, Record, Store, parts_text
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,13 @@ class Summary:
 def sweep(
     cells: Sequence[Cell],
     run: Callable[[Cell], Measured],
-    store: Store,
+    store: Store | None,
     *,
     batch_size: int,
     versions: Mapping[str, str],
     hardware: Mapping[str, object],
     on_cell: Callable[[Cell], None] = lambda cell: None,
+    processes: Processes | None = None,
 ) -> Summary:
     """Run the cells that `store` does not hold yet and append each as it finishes.
 
@@ -80,10 +82,13 @@ def sweep(
     interrupt leaves everything that was finished.
 
     Args:
-        run: evaluates one cell.
+        run: evaluates one cell, in all processes together.
+        store: where finished cells are; None in all processes but the first.
         on_cell: called for every cell before it is run.
     """
-    known = {record["id"]: record for record in store.read()}
+    processes = processes or Processes()
+    records = processes.from_first(lambda: store.read() if store else [])
+    known = {record["id"]: record for record in records}
     summary = Summary()
     _warn_of_changes(
         [known[c.config.id] for c in cells if c.config.id in known], versions, hardware
@@ -106,20 +111,20 @@ def sweep(
             record |= {"status": "failed", "error": _error(error) | {"traceback": trace}}
             summary.failed.append((cell, f"{type(error).__name__}: {error}"))
             logger.info("%s failed", cell, exc_info=True)
-        store.append(
-            Record(
-                schema=SCHEMA,
-                id=cell.config.id,
-                config=cell.config.as_json(),
-                finished=datetime.now(UTC).isoformat(timespec="seconds"),
-                seconds=round(time.perf_counter() - started, 3),
-                batch_size=batch_size,
-                load_average=load_average(),
-                versions=dict(versions),
-                hardware=dict(hardware),
-                **record,  # type: ignore[typeddict-item]
-            )
+        finished = Record(
+            schema=SCHEMA,
+            id=cell.config.id,
+            config=cell.config.as_json(),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - started, 3),
+            batch_size=batch_size,
+            load_average=load_average(),
+            versions=dict(versions),
+            hardware=dict(hardware),
+            **record,  # type: ignore[typeddict-item]
         )
+        if store is not None:
+            store.append(finished)
     return summary
 
 

@@ -1,24 +1,36 @@
-"""`vlmprune sweep`: load, run the grid, then the table and the frontier."""
+"""`vlmprune sweep`: load once, run the grid on every task, then the tables and the frontiers."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from ..prune.contract import Positions
+from ..prune.errors import MethodFieldError
 from .compose import Parts, grid, parse, parse_budgets
 from .console import progress, stdout
 from .environment import hardware, versions
-from .evaluate import Evaluator, Sample
+from .evaluate import Benchmark, Evaluator, Sample
 from .loading import fingerprint, load, load_clip, resolve_device, short_name
 from .plot import frontier
+from .processes import Processes
 from .results import Config, Measured, Store, method_record, setting_of
 from .sweep import Cell, Summary, sweep
 from .table import sweep_table
-from .task import EmbeddedTask, Question, Task, asked
+from .task import EmbeddedTask, Task, asked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..adapters.clip_text import ClipText
+
+_PICTURE_SIDE = 448
 
 
 def run(
@@ -37,61 +49,90 @@ def run(
     attn_implementation: str | None,
     kinds: Sequence[str] | None = None,
     clip: str | None = None,
+    tasks: Sequence[str] = (),
+    include_path: str | None = None,
+    model_args: Mapping[str, object] | None = None,
     task: Task | None = None,
 ) -> int:
-    """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code."""
+    """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code.
+
+    Args:
+        task: a task that is not known by a name, in place of `tasks`.
+    """
     combinations = grid(
         [parse(text, seed) for text in methods if text != "dense"], parse_budgets(budgets)
     )
-    task = task or EmbeddedTask()
-    questions = asked(task, limit, kinds)
+    processes = Processes.started(cpu=device == "cpu")
     folder = Path(output_path)
-    store = Store(folder)
-    device = resolve_device(device)
+    store = Store(folder) if processes.first else None
+    device = resolve_device(device or processes.device)
     model, processor = load(
-        model_name, dtype=dtype, attn_implementation=attn_implementation, device=device
+        model_name,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device=device,
+        **(model_args or {}),  # type: ignore[arg-type]
     )
-    evaluator = Evaluator(
+    found = _benchmarks(
+        [task] if task else tasks or [EmbeddedTask().name],
         model,
         processor,
-        task,
-        questions,
+        kinds=kinds,
+        include_path=include_path,
+        limit=limit,
         batch_size=batch_size,
         seed=seed,
         clip=load_clip(clip, processor, device=device),
+        processes=processes,
     )
     base = Config(
         model=short_name(model_name),
         fingerprint=fingerprint(model),
         methods=(),
         positions=None,
-        task=task.name,
-        task_version=task.version,
+        task="",
+        task_version="",
         limit=limit,
         seed=seed,
-        max_new_tokens=task.max_new_tokens,
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        max_new_tokens=0,
+        dtype=str(model.dtype).removeprefix("torch."),
         attn_implementation=model.config._attn_implementation,
         kinds=tuple(sorted(set(kinds))) if kinds else None,
+        model_args=dict(model_args) if model_args else None,
     )
-    cells = [_cell(base, parts, positions) for parts in combinations]
+    bases = [
+        dataclasses.replace(
+            base,
+            task=benchmark.name,
+            task_version=benchmark.version,
+            max_new_tokens=benchmark.max_new_tokens,
+        )
+        for benchmark in found
+    ]
+    cells = [_cell(of_task, parts, positions) for of_task in bases for parts in combinations]
+    benchmark_of = {benchmark.name: benchmark for benchmark in found}
+    counts = [benchmark_of[cell.config.task].count for cell in cells]
 
-    with progress() as bar:
-        answered = bar.add_task("starting", total=len(cells) * len(questions))
+    with progress(shown=processes.first) as bar:
+        answered = bar.add_task("starting", total=sum(counts))
 
         def run_cell(cell: Cell) -> Measured:
-            measured, samples = evaluator.run(
+            def save_picture(picture: Image.Image, number: int) -> str:
+                return _save_picture(picture, folder, f"pictures/{cell.config.id}/{number}.jpg")
+
+            measured, samples = benchmark_of[cell.config.task].run(
                 cell.calls,
                 positions=positions if cell.parts else None,
                 progress=lambda n: bar.advance(answered, n),
+                save_picture=save_picture,
             )
-            if log_samples:
-                _write_samples(folder / "samples" / f"{cell.config.id}.jsonl", questions, samples)
+            if log_samples and processes.first:
+                _write_samples(folder / "samples" / f"{cell.config.id}.jsonl", samples)
             return measured
 
         def begin(cell: Cell) -> None:
-            done = cells.index(cell) * len(questions)
-            bar.update(answered, description=str(cell), completed=done)
+            text = f"{cell.config.task}: {cell}" if len(found) > 1 else str(cell)
+            bar.update(answered, description=text, completed=sum(counts[: cells.index(cell)]))
 
         try:
             summary = sweep(
@@ -100,28 +141,90 @@ def run(
                 store,
                 batch_size=batch_size,
                 versions=versions(),
-                hardware=hardware(device),
+                hardware=hardware(device)
+                | ({"processes": processes.world} if processes.world > 1 else {}),
                 on_cell=begin,
+                processes=processes,
             )
         except KeyboardInterrupt:
             bar.stop()
             sys.stderr.write(
-                f"interrupted: finished cells are in {store.path}, the same command goes on there\n"
+                f"interrupted: finished cells are in {folder}, the same command goes on there\n"
             )
             return 130
-    report(store, base)
-    _say_what_happened(summary, folder)
+    if store is not None:
+        report(store, bases)
+        _say_what_happened(summary, folder)
     return 1 if summary.failed else 0
 
 
-def report(store: Store, base: Config) -> None:
-    """Table to stdout and `table.md`, frontier to `frontier.png`: all cells of this setting."""
-    records = [r for r in store.read() if setting_of(r) == base.setting]
-    table = sweep_table(records)
-    table.print(stdout())
-    folder = store.path.parent
-    (folder / "table.md").write_text(table.markdown() + "\n", encoding="utf-8")
-    frontier(records, folder / "frontier.png")
+def report(store: Store, bases: Sequence[Config]) -> None:
+    """Tables to stdout and `table.md`, frontiers to PNG: all cells of these settings."""
+    folder, console = store.path.parent, stdout()
+    records = store.read()
+    texts = []
+    for base in bases:
+        of_task = [r for r in records if setting_of(r) == base.setting]
+        table = sweep_table(of_task)
+        table.print(console)
+        texts.append(table.markdown())
+        name = "frontier.png" if len(bases) == 1 else f"frontier_{base.task}.png"
+        frontier(of_task, folder / name)
+    (folder / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def _benchmarks(
+    tasks: Sequence[str | Task],
+    model: PreTrainedModel,
+    processor: Any,
+    *,
+    kinds: Sequence[str] | None,
+    include_path: str | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+    clip: ClipText | None,
+    processes: Processes,
+) -> list[Benchmark]:
+    """Each task once: the embedded benchmark as it is, all others through lmms-eval."""
+    embedded = EmbeddedTask()
+    found: list[Benchmark] = []
+    for name in dict.fromkeys(tasks):
+        if not isinstance(name, str) or name == embedded.name:
+            task = embedded if isinstance(name, str) else name
+            questions = asked(task, limit, kinds)
+            found.append(
+                Evaluator(
+                    model,
+                    processor,
+                    task,
+                    questions,
+                    batch_size=batch_size,
+                    seed=seed,
+                    clip=clip,
+                    processes=processes,
+                )
+            )
+            continue
+        if kinds:
+            raise MethodFieldError(
+                f"--kinds {' '.join(kinds)}: only {embedded.name} has kinds of questions, not "
+                f"{name}: leave one of them out."
+            )
+        from .lmms.benchmark import benchmarks
+
+        found += benchmarks(
+            [name],
+            model,
+            processor,
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            clip=clip,
+            processes=processes,
+        )
+    return found
 
 
 def _cell(base: Config, parts: Parts, positions: Positions | None) -> Cell:
@@ -130,20 +233,20 @@ def _cell(base: Config, parts: Parts, positions: Positions | None) -> Cell:
     return Cell(dataclasses.replace(base, methods=records, positions=positions), parts)
 
 
-def _write_samples(path: Path, questions: Sequence[Question], samples: Sequence[Sample]) -> None:
+def _save_picture(picture: Image.Image, folder: Path, name: str) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    smaller = picture.convert("RGB")
+    smaller.thumbnail((4 * _PICTURE_SIDE, _PICTURE_SIDE))  # panels of an image stand side by side
+    smaller.save(path, quality=85)
+    return name
+
+
+def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
-        for question, sample in zip(questions, samples, strict=True):
-            line = {
-                "id": question.id,
-                "kind": question.kind,
-                "question": question.question,
-                "answer": question.answer,
-                "prediction": sample.prediction,
-                "right": sample.right,
-                "kept": sample.kept,
-            }
-            file.write(json.dumps(line) + "\n")
+        for sample in samples:
+            file.write(json.dumps(sample.as_json()) + "\n")
 
 
 def _say_what_happened(summary: Summary, folder: Path) -> None:
