@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TypeVar
 
 from ..prune.errors import VlmpruneError
@@ -24,7 +25,10 @@ class ProcessError(VlmpruneError, RuntimeError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world` of them; by default the only one."""
+    """This process among `world` of them; by default the only one.
+
+    A context manager, so that the processes part in order: `with Processes.started() as p: ...`.
+    """
 
     rank: int = 0
     world: int = 1
@@ -45,6 +49,23 @@ class Processes:
 
         state = PartialState(cpu=cpu or not torch.accelerator.is_available())
         return cls(state.process_index, state.num_processes, str(state.device))
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.world > 1:
+            from accelerate import PartialState
+
+            state = PartialState()
+            if kind is None:
+                state.wait_for_everyone()
+            state.destroy_process_group()
 
     @property
     def first(self) -> bool:

@@ -62,100 +62,100 @@ def run(
     combinations = grid(
         [parse(text, seed) for text in methods if text != "dense"], parse_budgets(budgets)
     )
-    processes = Processes.started(cpu=device == "cpu")
-    folder = Path(output_path)
-    store = Store(folder) if processes.first else None
-    device = resolve_device(device or processes.device)
-    model, processor = load(
-        model_name,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        device=device,
-        **(model_args or {}),  # type: ignore[arg-type]
-    )
-    found = _benchmarks(
-        [task] if task else tasks or [EmbeddedTask().name],
-        model,
-        processor,
-        kinds=kinds,
-        include_path=include_path,
-        limit=limit,
-        batch_size=batch_size,
-        seed=seed,
-        clip=load_clip(clip, processor, device=device),
-        processes=processes,
-    )
-    base = Config(
-        model=short_name(model_name),
-        fingerprint=fingerprint(model),
-        methods=(),
-        positions=None,
-        task="",
-        task_version="",
-        limit=limit,
-        seed=seed,
-        max_new_tokens=0,
-        dtype=str(model.dtype).removeprefix("torch."),
-        attn_implementation=model.config._attn_implementation,
-        kinds=tuple(sorted(set(kinds))) if kinds else None,
-        model_args=dict(model_args) if model_args else None,
-    )
-    bases = [
-        dataclasses.replace(
-            base,
-            task=benchmark.name,
-            task_version=benchmark.version,
-            max_new_tokens=benchmark.max_new_tokens,
+    with Processes.started(cpu=device == "cpu") as processes:
+        folder = Path(output_path)
+        store = Store(folder) if processes.first else None
+        device = resolve_device(device or processes.device)
+        model, processor = load(
+            model_name,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device=device,
+            **(model_args or {}),  # type: ignore[arg-type]
         )
-        for benchmark in found
-    ]
-    cells = [_cell(of_task, parts, positions) for of_task in bases for parts in combinations]
-    benchmark_of = {benchmark.name: benchmark for benchmark in found}
-    counts = [benchmark_of[cell.config.task].count for cell in cells]
-
-    with progress(shown=processes.first) as bar:
-        answered = bar.add_task("starting", total=sum(counts))
-
-        def run_cell(cell: Cell) -> Measured:
-            def save_picture(picture: Image.Image, number: int) -> str:
-                return _save_picture(picture, folder, f"pictures/{cell.config.id}/{number}.jpg")
-
-            measured, samples = benchmark_of[cell.config.task].run(
-                cell.calls,
-                positions=positions if cell.parts else None,
-                progress=lambda n: bar.advance(answered, n),
-                save_picture=save_picture,
+        found = _benchmarks(
+            [task] if task else tasks or [EmbeddedTask().name],
+            model,
+            processor,
+            kinds=kinds,
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            clip=load_clip(clip, processor, device=device),
+            processes=processes,
+        )
+        base = Config(
+            model=short_name(model_name),
+            fingerprint=fingerprint(model),
+            methods=(),
+            positions=None,
+            task="",
+            task_version="",
+            limit=limit,
+            seed=seed,
+            max_new_tokens=0,
+            dtype=str(model.dtype).removeprefix("torch."),
+            attn_implementation=model.config._attn_implementation,
+            kinds=tuple(sorted(set(kinds))) if kinds else None,
+            model_args=dict(model_args) if model_args else None,
+        )
+        bases = [
+            dataclasses.replace(
+                base,
+                task=benchmark.name,
+                task_version=benchmark.version,
+                max_new_tokens=benchmark.max_new_tokens,
             )
-            if log_samples and processes.first:
-                _write_samples(folder / "samples" / f"{cell.config.id}.jsonl", samples)
-            return measured
+            for benchmark in found
+        ]
+        cells = [_cell(of_task, parts, positions) for of_task in bases for parts in combinations]
+        benchmark_of = {benchmark.name: benchmark for benchmark in found}
+        counts = [benchmark_of[cell.config.task].count for cell in cells]
 
-        def begin(cell: Cell) -> None:
-            text = f"{cell.config.task}: {cell}" if len(found) > 1 else str(cell)
-            bar.update(answered, description=text, completed=sum(counts[: cells.index(cell)]))
+        with progress(shown=processes.first) as bar:
+            answered = bar.add_task("starting", total=sum(counts))
 
-        try:
-            summary = sweep(
-                cells,
-                run_cell,
-                store,
-                batch_size=batch_size,
-                versions=versions(),
-                hardware=hardware(device)
-                | ({"processes": processes.world} if processes.world > 1 else {}),
-                on_cell=begin,
-                processes=processes,
-            )
-        except KeyboardInterrupt:
-            bar.stop()
-            sys.stderr.write(
-                f"interrupted: finished cells are in {folder}, the same command goes on there\n"
-            )
-            return 130
-    if store is not None:
-        report(store, bases)
-        _say_what_happened(summary, folder)
-    return 1 if summary.failed else 0
+            def run_cell(cell: Cell) -> Measured:
+                def save_picture(picture: Image.Image, number: int) -> str:
+                    return _save_picture(picture, folder, f"pictures/{cell.config.id}/{number}.jpg")
+
+                measured, samples = benchmark_of[cell.config.task].run(
+                    cell.calls,
+                    positions=positions if cell.parts else None,
+                    progress=lambda n: bar.advance(answered, n),
+                    save_picture=save_picture,
+                )
+                if log_samples and processes.first:
+                    _write_samples(folder / "samples" / f"{cell.config.id}.jsonl", samples)
+                return measured
+
+            def begin(cell: Cell) -> None:
+                text = f"{cell.config.task}: {cell}" if len(found) > 1 else str(cell)
+                bar.update(answered, description=text, completed=sum(counts[: cells.index(cell)]))
+
+            try:
+                summary = sweep(
+                    cells,
+                    run_cell,
+                    store,
+                    batch_size=batch_size,
+                    versions=versions(),
+                    hardware=hardware(device)
+                    | ({"processes": processes.world} if processes.world > 1 else {}),
+                    on_cell=begin,
+                    processes=processes,
+                )
+            except KeyboardInterrupt:
+                bar.stop()
+                sys.stderr.write(
+                    f"interrupted: finished cells are in {folder}, the same command goes on there\n"
+                )
+                return 130
+        if store is not None:
+            report(store, bases)
+            _say_what_happened(summary, folder)
+        return 1 if summary.failed else 0
 
 
 def report(store: Store, bases: Sequence[Config]) -> None:
