@@ -1,4 +1,4 @@
-"""The command line: `vlmprune sweep | ask | bench | methods | models | where`.
+"""The command line: `vlmprune sweep | report | ask | bench | methods | models | presets | where`.
 
 Arguments are read here, with nothing heavy imported, so that `--help` is instant; the work is in
 the modules that each command imports when it runs. Exit codes: 0 done, 1 a cell failed, 2 wrong
@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from .. import __version__
@@ -42,12 +42,25 @@ examples:
   vlmprune sweep --kinds read --limit all
       only questions of this kind, whose answers have two or three words
   vlmprune sweep --model llava-hf/llava-1.5-7b-hf --tasks gqa,pope --device cuda --batch_size 16
+  vlmprune sweep --preset llava-1.5 --methods divprune,fastv --device cuda -o llava
+      the literature's budgets and tasks for a model, with methods of your choice
+  vlmprune sweep --config vlmprune_runs/sweep.yaml --limit all
+      an earlier sweep again, with another number of questions
   torchrun --nproc_per_node 2 -m vlmprune sweep --limit 100
       two processes share the questions
 
 Interrupt it when you like: the same command goes on where it stopped. The table and the picture
 show every cell in the folder with the same model, questions and seed, so that a later call with
 other methods or budgets adds to them. Exit code: 0, or 1 if a cell failed.
+"""
+_REPORT_EXAMPLES = """\
+examples:
+  vlmprune report ./vlmprune_runs -o report.html
+      one page that opens offline: frontier, tables, pictures of the kept tokens, configurations
+  vlmprune report a/runs.jsonl b/runs.jsonl -o report.md
+  vlmprune report ./vlmprune_runs -o numbers.csv
+  vlmprune report ./vlmprune_runs -o ./lm_eval_results
+      a folder: results_*.json and samples_*.jsonl as lm-eval writes them
 """
 _ASK_EXAMPLES = """\
 examples:
@@ -92,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(args.verbosity)
     quiet_transformers(args.verbosity)
     try:
+        if args.command == "sweep" and (args.config or args.preset):
+            from .config import layered
+
+            given = layered(sweep_parser(), config=args.config, preset_name=args.preset)
+            args = build_parser(given).parse_args(argv)
         return args.run(args)
     except VlmpruneError as error:
         if args.verbosity == "DEBUG":
@@ -103,8 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their arguments."""
+def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse.ArgumentParser:
+    """All commands and their arguments.
+
+    Args:
+        sweep_defaults: take the place of defaults of the sweep command.
+    """
     parser = _Parser(
         prog="vlmprune",
         description="Token pruning for vision-language models: measure what it costs and saves.",
@@ -126,8 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    _sweep_arguments(
-        command("sweep", _sweep, "evaluate a grid of methods x budgets", _SWEEP_EXAMPLES)
+    sweep = command("sweep", _sweep, "evaluate a grid of methods x budgets", _SWEEP_EXAMPLES)
+    _sweep_arguments(sweep)
+    sweep.set_defaults(**(sweep_defaults or {}))
+    _report_arguments(
+        command("report", _report, "show the results of sweeps, e.g. as a page", _REPORT_EXAMPLES)
     )
     _ask_arguments(
         command("ask", _ask, "ask one question, dense and pruned, and compare", _ASK_EXAMPLES)
@@ -136,8 +161,17 @@ def build_parser() -> argparse.ArgumentParser:
     _bench_commands(bench)
     command("methods", _methods, "list the pruning methods")
     command("models", _models, "list the supported model families")
+    command("presets", _presets, "list the presets of `sweep` and their published numbers")
     where = command("where", _where, "print the folder of the embedded model or benchmark")
     where.add_argument("what", choices=("model", "data"))
+    return parser
+
+
+def sweep_parser() -> argparse.ArgumentParser:
+    """The arguments of the sweep command alone."""
+    parser = _Parser(prog="vlmprune sweep")
+    _verbosity_argument(parser, "WARNING")
+    _sweep_arguments(parser)
     return parser
 
 
@@ -192,6 +226,18 @@ def _positions_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("settings given elsewhere; flags typed here go before them")
+    group.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="a grid of the literature, whole or in part: see `vlmprune presets`",
+    )
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML with flags as keys; goes before the preset. A sweep writes its own as "
+        "sweep.yaml into its folder",
+    )
     group = parser.add_argument_group("grid")
     group.add_argument(
         "--methods",
@@ -250,6 +296,30 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
     )
     _model_arguments(parser)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUNS", help="files runs.jsonl, or the folders they are in"
+    )
+    parser.add_argument(
+        "--output_path",
+        "-o",
+        metavar="OUT",
+        help="ends on .html, .md or .csv; a folder for lm-eval's files (default: Markdown to "
+        "stdout)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("html", "markdown", "csv", "lm-eval"),
+        help="whatever OUT ends on",
+    )
+    parser.add_argument(
+        "--examples",
+        type=_count,
+        metavar="N",
+        help="questions of every task that are shown, with pictures (default: all recorded)",
+    )
 
 
 def _ask_arguments(parser: argparse.ArgumentParser) -> None:
@@ -388,6 +458,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _positives(text: str) -> list[int]:
     return [_positive(word) for word in split_list([text])]
 
@@ -433,9 +507,11 @@ def parse_fields(parts: Sequence[str]) -> dict[str, object]:
 
 
 def _sweep(args: argparse.Namespace) -> int:
+    from .config import resolved
     from .sweep_command import run
 
     return run(
+        settings=resolved(sweep_parser(), args),
         methods=split_list(args.methods),
         budgets=split_list(args.budgets),
         positions=args.positions,
@@ -454,6 +530,12 @@ def _sweep(args: argparse.Namespace) -> int:
         attn_implementation=args.attn_implementation,
         clip=args.clip,
     )
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .report.command import run
+
+    return run(runs=args.runs, output=args.output_path, format=args.format, examples=args.examples)
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -515,6 +597,14 @@ def _methods(args: argparse.Namespace) -> int:
     from .listing import methods_table
 
     methods_table().print(stdout())
+    return 0
+
+
+def _presets(args: argparse.Namespace) -> int:
+    from .console import stdout
+    from .presets.listing import presets_table
+
+    presets_table().print(stdout())
     return 0
 
 

@@ -1,0 +1,95 @@
+"""A report as Markdown: what is pasted into an issue, or read in a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from ..table import Table
+from .averages import averages_table
+from .cells import Section, command_of
+from .escape import fenced, markdown, one_line
+from .examples import Asked, asked
+from .published import beside_published
+from .tables import Grid, facts, kinds_table, main_table, metrics_table
+
+BEST = "★"
+NOTES = (
+    f"{BEST}: no other cell is both as good and as cheap (FLOPs share). Brackets: 95 % intervals; "
+    "`vs dense` is paired question by question. Tokens kept: of those an image has; tokens a "
+    "layer: mean entering a decoder layer. FLOPs share: decoder, visual tokens only. Times: "
+    "medians at batch 1, % of dense on the same questions in turn."
+)
+
+
+def render(sections: Sequence[Section], most: int | None = None) -> str:
+    """All sections, one after the other.
+
+    Args:
+        most: questions of every task that are shown; None for all that were recorded.
+    """
+    parts = ["# vlmprune report"]
+    for model, grid in averages_table(sections):
+        parts += [f"## Average over tasks: {markdown(model)}", table(grid)]
+    for section in sections:
+        parts += _section(section, most)
+    return "\n\n".join(parts) + "\n"
+
+
+def table(grid: Grid) -> str:
+    """A grid as a Markdown table; its texts are escaped here."""
+    rows = []
+    for row in grid.rows:
+        first, *others = (markdown(entry.text) for entry in row.entries)
+        rows.append((f"{first} {BEST}" if row.best else first, *others))
+    headers = tuple(markdown(header) for header in grid.headers)
+    return Table(headers, rows, numbers_from=grid.numbers_from).markdown()
+
+
+def _section(section: Section, most: int | None) -> list[str]:
+    config = section.config
+    parts = [
+        f"## {markdown(config['task'])}: {markdown(config['model'])}",
+        "\n".join(f"- {word}: {markdown(value)}" for word, value in facts(section)),
+        table(main_table(section)),
+        NOTES,
+    ]
+    for title, grid in (
+        ("All metrics", metrics_table(section)),
+        ("By kind of question", kinds_table(section)),
+        ("Published beside measured", beside_published(section)),
+    ):
+        if grid is not None:
+            parts += [f"### {title}", table(grid)]
+    if section.missing:
+        parts.append("### Not run")
+        parts.append(
+            "\n".join(
+                f"- {markdown(cell.name)} ({cell.record['status'].replace('_', ' ')}): "
+                f"{markdown(cell.reason)}"
+                for cell in section.missing
+            )
+        )
+    if examples := asked(section, most):
+        parts += ["### Examples", *(_example(example) for example in examples)]
+    parts += ["### Configurations", *_configurations(section)]
+    return parts
+
+
+def _example(example: Asked) -> str:
+    head = f"**{markdown(example.question)}** Right answer: {markdown(example.answer)}"
+    rows = [
+        (markdown(given.cell.name), markdown(given.prediction), given.verdict)
+        for given in example.given
+    ]
+    return f"{head}\n\n{Table(('Method', 'Answer', ''), rows, numbers_from=3).markdown()}"
+
+
+def _configurations(section: Section) -> list[str]:
+    return [
+        f"`{cell.record['id']}`: {markdown(cell.name)}\n\n{fenced(one_line(command_of(cell)))}"
+        if cell.record["id"].isalnum()
+        else f"{markdown(cell.record['id'])}: {markdown(cell.name)}\n\n"
+        + fenced(json.dumps(cell.record["config"]))
+        for cell in section.cells
+    ]
