@@ -14,6 +14,7 @@ from PIL import Image
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
 from .compose import Parts, grid, parse, parse_budgets
+from .config import write_config
 from .console import progress, stdout
 from .environment import hardware, versions
 from .evaluate import Benchmark, Evaluator, Sample
@@ -53,11 +54,13 @@ def run(
     include_path: str | None = None,
     model_args: Mapping[str, object] | None = None,
     task: Task | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code.
 
     Args:
         task: a task that is not known by a name, in place of `tasks`.
+        settings: all flags, as they are written to `sweep.yaml` beside the results.
     """
     combinations = grid(
         [parse(text, seed) for text in methods if text != "dense"], parse_budgets(budgets)
@@ -65,6 +68,8 @@ def run(
     with Processes.started(cpu=device == "cpu") as processes:
         folder = Path(output_path)
         store = Store(folder) if processes.first else None
+    if store is not None and settings is not None:
+        write_config(folder, settings)
         device = resolve_device(device or processes.device)
         model, processor = load(
             model_name,
