@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import vlmprune
+from PIL import Image
 from vlmprune.eval import answering
 from vlmprune.eval.evaluate import Evaluator
 from vlmprune.eval.loading import ModelLoadError, fingerprint, load, resolve_device
@@ -26,7 +27,12 @@ class Asked:
     kind: str
     question: str
     answer: str
-    image: str
+    image: Image.Image
+
+
+def picture(letter: str) -> Image.Image:
+    """Stands for an image of the zoo; its colour tells which."""
+    return Image.new("RGB", (40, 30), ("ABC".index(letter), 0, 0))
 
 
 class FakeTask:
@@ -40,7 +46,8 @@ class FakeTask:
     def questions(self, limit: int | None) -> list[Asked]:
         kinds = ("long", "short")
         return [
-            Asked(i, kinds[i % 2], f"question {i}", self.answers[i], "ABC"[i % 3]) for i in range(6)
+            Asked(i, kinds[i % 2], f"question {i}", self.answers[i], picture("ABC"[i % 3]))
+            for i in range(6)
         ][:limit]
 
     def prompt(self, processor, question):
@@ -59,7 +66,8 @@ class FakeProcessor:
     def __call__(self, text, images, **options):
         assert options["padding_side"] == "left"
         words = {"long": 9, "short": 4}
-        rows = [(words[q.kind], image, 2) for q, image in zip(text, images, strict=True)]
+        letters = ["ABC"[image.getpixel((0, 0))[0]] for image in images]
+        rows = [(words[q.kind], letter, 2) for q, letter in zip(text, letters, strict=True)]
         return self.case.inputs(rows)
 
     def batch_decode(self, rows, **_):
