@@ -23,7 +23,7 @@ from .plot import frontier
 from .processes import Processes
 from .results import Config, Measured, Store, method_record, setting_of
 from .sweep import Cell, Summary, sweep
-from .table import sweep_table
+from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
 
 if TYPE_CHECKING:
@@ -175,6 +175,11 @@ def report(store: Store, bases: Sequence[Config]) -> None:
         texts.append(table.markdown())
         name = "frontier.png" if len(bases) == 1 else f"frontier_{base.task}.png"
         frontier(of_task, folder / name)
+    if len(bases) > 1:
+        settings = {base.setting for base in bases}
+        table = averages_table([r for r in records if setting_of(r) in settings])
+        table.print(console)
+        texts.append(table.markdown())
     (folder / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 

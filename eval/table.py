@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ..prune.budget import PUBLISHED
+from .averages import percent_of_dense
 from .environment import describe
 from .results import Record, Times, Tokens, budget_text, main_score, method_name, variant
 from .stats import Score, Spread, difference
@@ -139,6 +140,30 @@ def accuracy_table(records: Sequence[Record]) -> Table:
             for name in dict.fromkeys(name for name, _ in places.values())
         ],
         title=_title(ordered[0]) if ordered else None,
+    )
+
+
+def averages_table(records: Sequence[Record]) -> Table:
+    """Percent of dense on every task, and their mean, of all methods and budgets."""
+    shares = percent_of_dense(records)
+    tasks = list(dict.fromkeys(task for share in shares for task in share.tasks))
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    return Table(
+        headers=("Method", "Budget", *tasks, "Average"),
+        rows=[
+            (
+                share.variant,
+                share.budget,
+                *(percent(share.by_task.get(task)) for task in tasks),
+                percent(share.average),
+            )
+            for share in shares
+        ],
+        notes="Main metric in percent of the dense model's; the average is over all tasks of the "
+        "line, and missing where the dense model is.",
     )
 
 
