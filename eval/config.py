@@ -53,17 +53,20 @@ def layered(
     return of_preset | of_file | {"preset": found.name}
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml is not typed
     """Refuses a key that is there twice; YAML itself would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
-            if keys.count(key) > 1:
+        mapping = super().construct_mapping(node, deep)  # refuses keys that no dict can have
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key!r} is there twice", problem_mark=key_node.start_mark
                 )
-        return super().construct_mapping(node, deep)
+            seen.add(key)
+        return mapping
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -75,7 +78,8 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"`vlmprune sweep` as its keys, or a {FILE_NAME} that a sweep has written."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        said = " ".join(str(error).replace("<unicode string>", path.name).split())
+        raise ConfigError(f"{path} is not valid YAML: {said}.") from error
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path} holds {'nothing' if content is None else f'a {type(content).__name__}'}: "
@@ -170,7 +174,9 @@ def write_config(folder: Path, settings: Mapping[str, Any]) -> Path:
     """Write `sweep.yaml`, whole or not at all; `vlmprune sweep --config` repeats it."""
     path = folder / FILE_NAME
     head = f"# vlmprune {__version__}. This sweep again: vlmprune sweep --config {FILE_NAME}\n"
-    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(
+        dict(settings), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
     unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
     unfinished.write_text(head + text, encoding="utf-8")
     unfinished.replace(path)
