@@ -52,7 +52,7 @@ class Segment:
         before = self.padding_to(stored)
         if before is None:
             before = new.new_ones(new.shape[0], stored)
-        return torch.cat([before, new], dim=1)
+        return torch.cat([before.to(new.device), new], dim=1)
 
 
 class Ticket:

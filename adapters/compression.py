@@ -232,7 +232,7 @@ class Compression:
                 earlier = segment.padding_to(past)
                 if earlier is None:
                     earlier = layout.keep.new_ones(len(layout.keep), past)
-                segment.padding = torch.cat([earlier, layout.keep], 1)
+                segment.padding = torch.cat([earlier.to(layout.keep.device), layout.keep], 1)
             segment.dropped += width - layout.length
             entries, stay = torch.tensor(before), torch.tensor(layout.counts)
             segment.ledger = torch.stack([entries, stay, stay, entries], 1) * acted
@@ -285,8 +285,10 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
         segment.padding = layout.padding
         segment.dropped += width - layout.length
         if repacks:
-            before = 0 if segment.shift is None else segment.shift
-            segment.shift = before + counts.to(keep.device)
+            if segment.shift is None:
+                segment.shift = counts.to(keep.device)
+            else:
+                segment.shift = segment.shift + counts.to(segment.shift.device)
     if evicted:
         state.uncroppable = int(cache.physical_length())
 

@@ -32,7 +32,7 @@ def continue_text(state: PrunedState, kwargs: dict[str, Any]) -> Tensor | None:
     if shifted and ids is None:
         ids = torch.arange(length, device=embeds.device)[None] + cache.get_seq_length()
     first = state.segments[0].shift
-    kwargs["position_ids"] = ids if first is None or ids is None else ids - first
+    kwargs["position_ids"] = ids if first is None or ids is None else ids - first.to(ids.device)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         return ids if shifted else None  # a static cache: `static_padding` built its mask
     # A single new token is always real; more of them may be padded.
@@ -68,7 +68,8 @@ def continue_layer(
         return None
     new: dict[str, Any] = {}
     if kwargs.get("attention_mask") is not None or segment.padding is not None:
-        key: tuple[Any, ...] = ("mask", segment.start, layer_kind(setup.config, layer))
+        kind = layer_kind(setup.config, layer)
+        key: tuple[Any, ...] = ("mask", segment.start, kind, hidden.device)
         if key not in memo:
             padding = segment.padding_to(_mask_length(cache, hidden.shape[1], layer))
             memo[key] = layer_mask(setup.config, layer, hidden, padding, cache)
@@ -76,7 +77,7 @@ def continue_layer(
     if ids is not None:
         key = ("rotary", segment.start, hidden.device)
         if key not in memo:
-            own = ids if segment.shift is None else ids - segment.shift
+            own = ids if segment.shift is None else ids - segment.shift.to(ids.device)
             memo[key] = setup.rotary(hidden, own)
         new["position_embeddings"] = memo[key]
     return {**kwargs, **new} if new else None

@@ -108,7 +108,7 @@ def encode(
             tokens = VisualTokens(
                 num_tokens=tiling.num_tokens, tiling=tiling, shape=setup.shape, signals=seen
             )
-            chosen = choose(stages[0], tokens, stopwatch)
+            chosen = choose(stages[0], tokens, stopwatch, device)
             if stages[0].adaptive:
                 found = Budget("keep_tokens", max(1, chosen.count))
                 calls = (replace(calls[0], budget=found), *calls[1:])
@@ -120,9 +120,11 @@ def encode(
 
 
 @torch.no_grad()
-def choose(stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch) -> Selection:
-    """What `stage` keeps of `tokens`, on the device that they are on."""
-    device, method = stopwatch.device, stage.call.method
+def choose(
+    stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch, device: torch.device
+) -> Selection:
+    """What `stage` keeps of `tokens`, whose signals are on `device`."""
+    method = stage.call.method
     if not isinstance(method, Pruning):
         raise VlmpruneError(f"{method.name} removes nothing from the sequence.")
     # Scores are float32 whatever autocast the caller is in.

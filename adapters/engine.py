@@ -52,6 +52,7 @@ from .cache import PrunedState, Ticket, pruned_state
 from .clip_text import ClipText
 from .compression import evict
 from .continuation import continue_layer, continue_text, static_padding
+from .devices import execution_device
 from .encoding import Encoded, encode, encode_merged
 from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .guards import check_generate
@@ -92,6 +93,8 @@ class _Local(threading.local):
         """What the images that are encoded next belong to."""
         self.visual: dict[Modality, Tensor] = {}
         self.encoded: dict[Modality, Encoded] = {}
+        self.handed: dict[str, Encoded | None] = {}
+        """What is known of outputs that the model was given, by modality."""
         self.prefill: Prefill | None = None
         self.visual_mask: Tensor | None = None
         self.chosen: Chosen | None = None
@@ -160,6 +163,9 @@ class Engine:
             self.text.register_forward_pre_hook(self._before_text, with_kwargs=True),
             self.text.register_forward_hook(self._after_text, always_call=True),
         ]
+        if hasattr(self.model, "_hf_hook"):  # spread by accelerate, which rebuilds its arguments
+            before = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+            hooks.append(before)
         self._undo += [hook.remove for hook in hooks]
         for index, layer in enumerate(self.text.layers):
             self._install_on_layer(index, layer)
@@ -356,6 +362,11 @@ class Engine:
     # --- multimodal core ---------------------------------------------------------------------
 
     @torch.compiler.disable
+    def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        outputs: Mapping[str, Any] = kwargs.get("mm_encoder_outputs") or {}
+        self._local.handed = {name: getattr(o, _MARK, None) for name, o in outputs.items()}
+
+    @torch.compiler.disable
     def _before_core(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -376,7 +387,7 @@ class Engine:
             self._refuse_modality(modality)
             local.visual[modality] = self._placeholders(modality, ids, embeds)
             if output is not None:
-                local.encoded[modality] = self._own(output)
+                local.encoded[modality] = self._own(output, local.handed.get(modality.name))
             elif ids is not None:
                 local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
         if not local.visual and embeds is not None:
@@ -403,12 +414,13 @@ class Engine:
         if embeds is None:
             return ids == token  # type: ignore[return-value]
         row = self.core.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+        row = row.to(embeds.device)
         marked: Tensor = (embeds == row).all(-1)
         return marked
 
-    def _own(self, output: Any) -> Encoded:
-        """What this patch knows of an encoder output that it is handed."""
-        encoded: Encoded | None = getattr(output, _MARK, None)
+    def _own(self, output: Any, handed: Encoded | None) -> Encoded:
+        """What this patch knows of an encoder output that it is handed, or a copy of it."""
+        encoded: Encoded | None = getattr(output, _MARK, handed)
         if encoded is None or encoded.owner is not self.setup.ticket:
             raise UnsupportedFeatureError(
                 "mm_encoder_outputs was not made by this patch, so that nothing is known "
@@ -485,6 +497,8 @@ class Engine:
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hidden, *rest = args
+        device = execution_device(module)  # of a sharded model, it may be another than the last
+        hidden = hidden if device is None else hidden.to(device)
         prefill, continued = self._local.prefill, self._local.continued
         if prefill is not None:
             hidden, kwargs = prefill.enter_layer(layer, module, hidden, kwargs)
@@ -492,7 +506,7 @@ class Engine:
         if continued is None:
             return None
         new = continue_layer(self.setup, layer, hidden, kwargs, continued.ids, continued.memo)
-        return None if new is None else (args, new)
+        return None if new is None else ((hidden, *rest), new)
 
     @torch.compiler.disable
     def _hear_decoder(

@@ -88,6 +88,15 @@ class Here:
     window: int | None
     """Keys that a row sees at most."""
 
+    def place(self, image: PlacedImage, columns: Tensor, device: torch.device) -> Tensor:
+        """Where columns of the caller's sequence are now, in the image's row; on the device of the
+        layer, which need not be that of the batch."""
+        return self.layout.place[image.row, columns].to(device)
+
+    def rows_of(self, image: PlacedImage, device: torch.device) -> Tensor:
+        """Where the rows of an image are now: (K,)."""
+        return self.place(image, image.columns[image.slots], device)
+
     def seen(self, row: int, columns: Tensor) -> Tensor | None:
         """(R, S) bool: the keys that rows at `columns` of the shortened batch see."""
         keys = torch.arange(self.past + self.layout.length, device=columns.device)
@@ -122,19 +131,17 @@ def hear_attention(
     key = key[:, :, : past + here.layout.length]  # a static cache is longer
     received: dict[int, Tensor] = {}
     for number, image in enumerate(prompts.images):
-        columns = here.layout.place[image.row, image.columns[image.slots]]
+        columns = here.rows_of(image, key.device)
         for need in needs:
             if isinstance(need, TextAttention) and not need.ahead:
-                asked = here.layout.place[image.row, prompts.asked(number, need.rows)]
+                asked = here.place(image, prompts.asked(number, need.rows), key.device)
                 rows = query[image.row][:, asked]
-                image.signals[need] = _attention(
-                    need, image, here, columns, asked, rows, key, scale
-                )
+                image.hear(need, _attention(need, image, here, columns, asked, rows, key, scale))
             elif isinstance(need, ReceivedInLayer):
                 if image.row not in received:
                     received[image.row] = received_in(here, image.row, query, key, scale)
                 first = past + here.layout.length - len(received[image.row])
-                image.signals[need] = received[image.row][past + columns - first]
+                image.hear(need, received[image.row][past + columns - first])
 
 
 def received_in(here: Here, row: int, query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -192,18 +199,17 @@ def hear_ahead(
         if stored is not None:
             key = torch.cat([stored, key], 2)
         for number, image in enumerate(prompts.images):
-            columns = here.layout.place[image.row, image.columns[image.slots]]
+            columns = here.rows_of(image, key.device)
             for need in needs:
                 if not (isinstance(need, TextAttention) and need.ahead):
                     continue
-                asked = here.layout.place[image.row, prompts.asked(number, need.rows)]
+                asked = here.place(image, prompts.asked(number, need.rows), key.device)
                 at = image.row if rotary[0].shape[0] > 1 else 0
                 tables = rotary[0][at : at + 1, asked], rotary[1][at : at + 1, asked]
                 given = attention.q_proj(normed[image.row : image.row + 1, asked])
                 rows = _turned(attention, "q", given, tables)[0]
-                image.signals[need] = _attention(
-                    need, image, here, columns, asked, rows, key, attention.scaling
-                )
+                found = _attention(need, image, here, columns, asked, rows, key, attention.scaling)
+                image.hear(need, found)
     return projected
 
 
@@ -222,12 +228,12 @@ def hear_input(needs: list[LayerSignal], prompts: Prompts, here: Here, hidden: T
     for image in prompts.images:
         for need in needs:
             if isinstance(need, Hidden):
-                columns = here.layout.place[image.row, image.columns[image.slots]]
-                image.signals[need] = hidden[image.row, columns].detach()
+                columns = here.rows_of(image, hidden.device)
+                image.hear(need, hidden[image.row, columns].detach())
             elif isinstance(need, MeanHidden):
                 part = prompts.part(image, need.of) & here.layout.keep[image.row]
-                columns = here.layout.place[image.row, part.nonzero()[:, 0]]
-                image.signals[need] = hidden[image.row, columns].detach().float().mean(0)
+                columns = here.place(image, part.nonzero()[:, 0], hidden.device)
+                image.hear(need, hidden[image.row, columns].detach().float().mean(0))
 
 
 def hear_positions(needs: list[LayerSignal], prompts: Prompts, here: Here, rotary: Rotary) -> None:
@@ -235,12 +241,12 @@ def hear_positions(needs: list[LayerSignal], prompts: Prompts, here: Here, rotar
     for number, image in enumerate(prompts.images):
         for need in needs:
             if isinstance(need, RotaryAffinity):
-                columns = here.layout.place[image.row, image.columns[image.slots]]
-                asked = here.layout.place[image.row, prompts.asked(number, need.rows)]
+                columns = here.rows_of(image, rotary[0].device)
+                asked = here.place(image, prompts.asked(number, need.rows), rotary[0].device)
                 at = image.row if rotary[0].shape[0] > 1 else 0
                 cos, sin = (table[at].detach().float() for table in rotary)
                 product = cos[columns] @ cos[asked].T + sin[columns] @ sin[asked].T
-                image.signals[need] = product / cos.shape[-1] ** 0.5
+                image.hear(need, product / cos.shape[-1] ** 0.5)
 
 
 def hear_step(
@@ -257,14 +263,14 @@ def hear_step(
             continue
         values: dict[int, Tensor] = {}
         for image in prompts.images:
-            row, columns = image.row, image.columns[image.slots]
+            row, columns = image.row, here.rows_of(image, after.device)
             count = here.entries(row)
             if row not in values:
                 values[row] = need.read(
                     before[row, -count:].detach().float(), after[row, -count:].detach().float()
                 )
             first = here.layout.length - count
-            image.signals[need] = values[row][here.layout.place[row, columns] - first]
+            image.hear(need, values[row][columns - first])
 
 
 def hear_neurons(
@@ -274,7 +280,8 @@ def hear_neurons(
     for number, image in enumerate(prompts.images):
         for need in needs:
             if isinstance(need, Neurons):
-                place = here.layout.place[image.row]
-                visual = activations[image.row, place[image.columns[image.slots]]]
-                text = activations[image.row, place[prompts.asked(number, "text")]]
-                image.signals[need] = need.read(visual.detach(), text.detach()).float()
+                device = activations.device
+                visual = activations[image.row, here.rows_of(image, device)]
+                asked = here.place(image, prompts.asked(number, "text"), device)
+                text = activations[image.row, asked]
+                image.hear(need, need.read(visual.detach(), text.detach()).float())

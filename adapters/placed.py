@@ -59,6 +59,10 @@ class PlacedImage:
             return self.slots
         return self.order[self.order >= 0].sort().values
 
+    def hear(self, need: Signal, value: Tensor) -> None:
+        """Note a signal; choices are made where the batch is, whatever device a layer is on."""
+        self.signals[need] = value.to(self.slots.device)
+
     def mark(self, keep: Tensor) -> None:
         """Make exactly this image's slots survive in `keep` (B, L), in place."""
         rows = self.rows[:, None]

@@ -173,7 +173,7 @@ class Prefill:
                 hidden = self._cut(layer, module, hidden, kwargs["position_embeddings"])
             self._enter_segment(start)
         if start:
-            mask = ("mask", start, layer_kind(setup.config, layer))
+            mask = ("mask", start, layer_kind(setup.config, layer), hidden.device)
             if mask not in self._memo:
                 self._memo[mask] = layer_mask(setup.config, layer, hidden, self.padding, self.cache)
             kwargs = {
@@ -217,7 +217,7 @@ class Prefill:
         number = visual.flatten().cumsum(0).view_as(visual) - 1
         if self._source is not None:
             number = number.gather(1, self._source.to(number.device))
-        here = self.layout.shorten(visual) & self.layout.valid
+        here = self.layout.shorten(visual) & self.layout.valid.to(visual.device)
         return here, self.layout.shorten(number)[here]
 
     def after_attention(self, layer: int, module: Any, kwargs: Mapping[str, Any]) -> None:
@@ -317,7 +317,8 @@ class Prefill:
         if not (needs := self._wanted(layer, cutting=True)):
             return None
         before = max(start for start in self.setup.starts if start < layer)
-        rotary = self._rotary(before, hidden, rotary)
+        cos, sin = self._rotary(before, hidden, rotary)
+        rotary = cos.to(hidden.device), sin.to(hidden.device)
         here = self._here(layer - 1)
         with torch.no_grad(), self._listening():
             hear_input(needs, self.prompts, here, hidden)
@@ -375,7 +376,9 @@ class Prefill:
                 alive=torch.cat([image.row_tokens for image in images]),
                 layer=layer,
             )
-            chosen = choose(replace(stage, keep=keep), tokens, images[0].stopwatch)
+            chosen = choose(
+                replace(stage, keep=keep), tokens, images[0].stopwatch, images[0].slots.device
+            )
             parts = [chosen] if len(images) == 1 else _split(stage, chosen, sizes)
             found = list(zip(numbers, parts, strict=True))
         if self.chosen is not None:
@@ -390,17 +393,17 @@ class Prefill:
         """Put merged and moved rows into their slots, and note whose tokens they are."""
         if not moves:
             return hidden
-        moved, length = hidden.clone(), self.prompts.real.shape[1]
-        own = torch.arange(length, device=hidden.device).repeat(len(hidden), 1)
-        source = own.clone()
+        moved, (batch, length) = hidden.clone(), self.prompts.real.shape
+        source = torch.arange(length, device=self.prompts.real.device).repeat(batch, 1)
         for image, chosen, (left, entered) in moves:
             for row in image.rows.tolist():
-                rows = hidden[row, self.layout.place[row, left]]
+                place = self.layout.place[row].to(hidden.device)
+                rows = hidden[row, place[left.to(hidden.device)]]
                 if chosen.features is not None:
                     everywhere = torch.arange(len(rows), device=rows.device)
-                    at = everywhere if chosen.rows is None else chosen.rows
+                    at = everywhere if chosen.rows is None else chosen.rows.to(rows.device)
                     rows = rows.index_copy(0, at, chosen.features.to(rows))
-                moved[row, self.layout.place[row, entered]] = rows
+                moved[row, place[entered.to(hidden.device)]] = rows
                 source[row, entered] = left
         self._source = source if self._source is None else self._source.gather(1, source)
         self.positions = _gathered(self.positions, source)
@@ -467,7 +470,7 @@ def begin(
     if ids is None:
         seen = cache.get_seq_length() if cache is not None else 0
         ids = torch.arange(length, device=embeds.device)[None] + seen
-    ids = ids[..., -length:]
+    ids = ids[..., -length:].to(embeds.device)
     if keeps is not None and state is not None:
         note_prefix(setup, state, cache, ids, real)
     repacks = setup.positions.get(Place.BEFORE_LLM) == "repacked"

@@ -26,7 +26,7 @@ class Stopwatch:
     def __enter__(self) -> Stopwatch:
         if self._cuda:
             self._begin = torch.cuda.Event(enable_timing=True)
-            self._begin.record()
+            self._begin.record(torch.cuda.current_stream(self.device))
         else:
             self._started = time.perf_counter()
         return self
@@ -39,7 +39,7 @@ class Stopwatch:
     ) -> None:
         if self._cuda:
             end = torch.cuda.Event(enable_timing=True)
-            end.record()
+            end.record(torch.cuda.current_stream(self.device))
             self._spans.append((self._begin, end))
         else:
             self._seconds += time.perf_counter() - self._started

@@ -67,4 +67,5 @@ class Setup:
         and on the device of `like`."""
         if position_ids.dim() == 3:
             position_ids = position_ids[-3:]  # without the row that only tells packed sequences
-        return self.text.rotary_emb(like, position_ids.to(like.device))
+        cos, sin = self.text.rotary_emb(like, position_ids.to(like.device))
+        return cos.to(like.device), sin.to(like.device)  # on a sharded model it is elsewhere

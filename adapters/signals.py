@@ -98,7 +98,11 @@ class Reader:
         shape = self._family.shape(self._model)
         needs = [need for need in method.needs(shape) if not isinstance(need, LayerSignal)]
         columns = {need: self._column(need, method) for need in needs}
-        return [{n: columns[n][i] for n in columns} for i in range(len(self._features))]
+        # An encoder may be spread over several devices: choices are made where its features are.
+        return [
+            {n: columns[n][i].to(features.device) for n in columns}
+            for i, features in enumerate(self._features)
+        ]
 
     def _column(self, need: Signal, method: BeforeLLM) -> Sequence[Tensor]:
         """One signal of all images."""

@@ -550,13 +550,9 @@ GONE = Case(
 SLIDING = Case("llava-clip-mistral-sliding", _clip_mistral_sliding, CLIP)
 """Windows shorter than the prompts: tokens drop out of sight, and of the cache."""
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+FAMILY_NAMES = ("llava-clip-llama", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = pytest.mark.parametrize(
-    "case",
-    [
-        CASES[name]
-        for name in ("llava-clip-llama", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
-    ],
-    ids=lambda case: case.name,
+    "case", [CASES[name] for name in FAMILY_NAMES], ids=lambda case: case.name
 )
 BOTH_FAMILIES = pytest.mark.parametrize(
     "case", [CASES["llava-clip-llama"], CASES["qwen2_5_vl"]], ids=lambda case: case.name

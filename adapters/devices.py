@@ -1,0 +1,33 @@
+"""Where modules compute, for models whose layers are spread over several devices or offloaded.
+
+accelerate moves the inputs of a module inside its `forward`, after all hooks; and the weights of an
+offloaded module are on the meta device until then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_META = torch.device("meta")
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """The device that a module's forward runs on; None for one without weights."""
+    weight = next(module.parameters(), None)
+    if weight is None or weight.device != _META:
+        return None if weight is None else weight.device
+    for part in module.modules():
+        for hook in _hooks(part):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return _META
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on one module."""
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
