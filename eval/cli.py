@@ -260,7 +260,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tasks",
         nargs="+",
-        default=["tinyscenes"],
+        default=[],
         metavar="TASK",
         help="with commas or spaces: tinyscenes, the embedded benchmark, or any task of lmms-eval "
         "(default: tinyscenes)",

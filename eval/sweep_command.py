@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..adapters.registry import family_of
+from ..prune.contract import ClipText as ClipTextSignal
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
-from .compose import Parts, grid, parse, parse_budgets
+from .compose import Part, Parts, grid, parse, parse_budgets
 from .config import write_config
 from .console import progress, stdout
 from .environment import hardware, versions
@@ -22,7 +24,7 @@ from .loading import fingerprint, load, load_clip, resolve_device, short_name
 from .plot import frontier
 from .processes import Processes
 from .results import Config, Measured, Store, method_record, setting_of
-from .sweep import Cell, Summary, sweep
+from .sweep import REFUSALS, Cell, Summary, sweep
 from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
 
@@ -68,8 +70,9 @@ def run(
     with Processes.started(cpu=device == "cpu") as processes:
         folder = Path(output_path)
         store = Store(folder) if processes.first else None
-    if store is not None and settings is not None:
-        write_config(folder, settings)
+        if store is not None and settings is not None:
+            named = {} if task else {"tasks": list(tasks) or [EmbeddedTask().name]}
+            write_config(folder, {**settings, **named})
         device = resolve_device(device or processes.device)
         model, processor = load(
             model_name,
@@ -87,7 +90,9 @@ def run(
             limit=limit,
             batch_size=batch_size,
             seed=seed,
-            clip=load_clip(clip, processor, device=device),
+            clip=load_clip(clip, processor, device=device)
+            if clip and _reads_clip(combinations, model)
+            else None,
             processes=processes,
         )
         base = Config(
@@ -235,6 +240,19 @@ def _benchmarks(
             processes=processes,
         )
     return found
+
+
+def _reads_clip(combinations: Sequence[Parts], model: PreTrainedModel) -> bool:
+    """Whether a method compares the image with the question in CLIP's space."""
+    shape = family_of(model).shape(model)
+
+    def reads(part: Part) -> bool:
+        try:
+            return any(isinstance(need, ClipTextSignal) for need in part.method.needs(shape))
+        except REFUSALS:  # the cell will say so
+            return False
+
+    return any(reads(part) for parts in combinations for part in parts)
 
 
 def _cell(base: Config, parts: Parts, positions: Positions | None) -> Cell:
