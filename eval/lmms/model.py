@@ -9,6 +9,7 @@ A failed generation is raised, in every process of the run; it is never scored a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -22,7 +23,7 @@ from ...adapters.patching import Handle, patch
 from ...prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError, UnsupportedFeatureError
-from ..answering import Answer, answer
+from ..answering import Answer, answer, tokens_of
 from ..loading import EMBEDDED, load, load_clip, resolve_device
 from ..measure import PatchOptions
 from ..processes import Processes
@@ -69,10 +70,10 @@ class OnAnswer(Protocol):
     ) -> None: ...
 
 
-def _ignore(
+def ignore(
     request: Instance, answer: Answer, handle: Handle | None, encoded: Encoded, row: int
 ) -> None:
-    pass
+    """What is told where nobody listens."""
 
 
 class VlmPrune(lmms):
@@ -133,6 +134,10 @@ class VlmPrune(lmms):
             video=Video(num_frames=num_frames, fps=fps),
             system_prompt=system_prompt,
         )
+        if processes.world > 1:  # lmms-eval gathers and waits with it
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator()
         self.use(calls, positions)
 
     @classmethod
@@ -180,8 +185,7 @@ class VlmPrune(lmms):
         self.encode = encoder_for(model, processor, video)
         self.wrapper = wrapper_of(model)
         self.device = model.get_input_embeddings().weight.device
-        self.accelerator = _accelerator(processes)
-        self.on_answer: OnAnswer = _ignore
+        self.on_answer: OnAnswer = ignore
         self._clip = clip
         self._rank, self._world_size = processes.rank, processes.world
         self.calls: tuple[MethodCall, ...] = ()
@@ -207,7 +211,9 @@ class VlmPrune(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers, in order. An error in one process is raised in all."""
         answers: list[Answer] = []
+        started = time.perf_counter()
         self.processes.gather(lambda: answers.extend(self.answers(requests)))
+        _log(answers, time.perf_counter() - started)
         return [result(answer) for answer in answers]
 
     def answers(self, requests: Sequence[Instance]) -> list[Answer]:
@@ -290,6 +296,23 @@ def result(answer: Answer) -> GenerationResult:
     return GenerationResult(text=answer.text, token_counts=counts)
 
 
+def _log(answers: Sequence[Answer], seconds: float) -> None:
+    """For the `throughput` of lmms-eval's results: speed, and means of visual tokens."""
+    from lmms_eval.models.model_utils.gen_metrics import log_metrics
+
+    tokens, generated = tokens_of(answers), sum(answer.generated for answer in answers)
+    log_metrics(
+        total_elapsed_time=seconds,
+        total_gen_tokens=generated,
+        avg_speed=generated / seconds,
+        additional_metrics={
+            "visual_tokens": tokens["in_per_image"],
+            "visual_tokens_kept": tokens["kept_per_image"],
+            "visual_tokens_per_layer": tokens["average_per_layer"],
+        },
+    )
+
+
 def _refuse(what: str, instead: str) -> NoReturn:
     raise UnsupportedFeatureError(f"vlmprune does not answer requests of type {what}: {instead}.")
 
@@ -334,10 +357,3 @@ def _load(name: str, pixels: Mapping[str, int], **options: Any) -> tuple[PreTrai
     for part in (found[1].image_processor, found[1].video_processor):
         part.size = type(part.size)(**size) if not isinstance(part.size, dict) else size
     return found
-
-
-def _accelerator(processes: Processes) -> Any:
-    """What lmms-eval gathers and waits with."""
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=processes.device == "cpu") if processes.world > 1 else Accelerator()
