@@ -162,8 +162,13 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
     command("methods", _methods, "list the pruning methods")
     command("models", _models, "list the supported model families")
     command("presets", _presets, "list the presets of `sweep` and their published numbers")
-    where = command("where", _where, "print the folder of the embedded model or benchmark")
-    where.add_argument("what", choices=("model", "data"))
+    where = command("where", _where, "print where the embedded model and benchmark are")
+    where.add_argument(
+        "what",
+        choices=("model", "data", "tasks", "task-name"),
+        help="folders of the embedded model, of its data, of our tasks for lmms-eval's "
+        "--include_path; or the name of the embedded benchmark among these tasks",
+    )
     return parser
 
 
@@ -620,6 +625,13 @@ def _where(args: argparse.Namespace) -> int:
     from . import embedded
     from .console import stdout
 
-    folder = embedded.MODEL_DIR if args.what == "model" else embedded.DATA_DIR
-    stdout().print(str(folder), markup=False)
+    from .tasks import TASKS_DIR
+
+    found = {
+        "model": embedded.MODEL_DIR,
+        "data": embedded.DATA_DIR,
+        "tasks": TASKS_DIR,
+        "task-name": embedded.TASK,
+    }
+    stdout().print(str(found[args.what]), markup=False)
     return 0

@@ -94,14 +94,17 @@ def _tasks(names: Sequence[str], wrapper: str, include_path: str | None) -> dict
     from lmms_eval.tasks import TaskManager, get_task_dict
 
     folders = [str(TASKS_DIR), *([include_path] if include_path else [])]
-    manager = TaskManager(include_path=folders, model_name=wrapper)
+    manager = TaskManager(include_path=folders, include_defaults=False, model_name=wrapper)
+    if not all(name in manager.all_subtasks for name in names):  # indexing the others takes long
+        manager = TaskManager(include_path=folders, model_name=wrapper)
     for name in names:
         if name not in manager.all_tasks:
             raise TaskError(f"Unknown task {name!r}. {_nearest(name, manager.all_tasks)}")
     found: dict[str, Any] = {}
     for name in names:
         try:
-            found |= _leaves(get_task_dict([name], manager, "chat"))
+            with _data_bars():
+                found |= _leaves(get_task_dict([name], manager, "chat"))
         except Exception as error:
             raise TaskError(
                 f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}"
@@ -418,6 +421,21 @@ def _quiet_bars() -> Iterator[None]:
     finally:
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
+
+
+@contextlib.contextmanager
+def _data_bars() -> Iterator[None]:
+    """Bars of data sets only on a terminal."""
+    import datasets
+
+    change = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if change:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if change:
+            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
