@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .presets import reported_metrics
 from .results import Config, Record, budget_text, main_score, variant
 
 _OF_A_TASK = ("methods", "positions", "task", "task_version", "max_new_tokens")
@@ -47,8 +48,10 @@ def percent_of_dense(
     lower is better, dense / score is taken, so that below 100 is always worse.
 
     Args:
-        metrics: by task, the metric to take; `a+b` is the sum of two. Others: the main one.
+        metrics: by task, the metric to take; `a+b` is the sum of two. Without, the metric that
+            papers report for the task. Where there is none of either, the task's main metric.
     """
+    chosen = reported_metrics() if metrics is None else metrics
     finished = [record for record in records if record["status"] == "ok"]
     dense = {
         Config(**record["config"]).setting: record
@@ -61,7 +64,7 @@ def percent_of_dense(
             key = (variant(record), budget_text(record), *_settings(record))
             baseline = dense.get(Config(**record["config"]).setting)
             task = record["config"]["task"]
-            groups.setdefault(key, {})[task] = _percent(record, baseline, (metrics or {}).get(task))
+            groups.setdefault(key, {})[task] = _percent(record, baseline, chosen.get(task))
     return [
         PercentOfDense(variant=str(key[0]), budget=str(key[1]), by_task=by_task)
         for key, by_task in groups.items()
@@ -75,25 +78,18 @@ def _settings(record: Record) -> tuple[tuple[str, str], ...]:
 
 
 def _percent(record: Record, dense: Record | None, metric: str | None) -> float | None:
-    measured, baseline = _value(record, metric), _value(dense, metric) if dense else None
-    if measured is None or baseline is None:
+    if dense is None:
         return None
-    over, under = (
-        (measured, baseline) if _higher_is_better(record, metric) else (baseline, measured)
-    )
-    return 100 * over / under if under else None
-
-
-def _value(record: Record, metric: str | None) -> float | None:
-    if metric is None:
-        return main_score(record)[1]["value"]
-    parts = metric.split("+")
-    if any(part not in record["scores"] for part in parts):
+    parts = (metric or "").split("+")
+    if not all(part in each["scores"] for part in parts for each in (record, dense)):
+        parts = [main_score(record)[0]]
+    if parts[0] not in dense["scores"]:
         return None
-    return math.fsum(record["scores"][part]["value"] for part in parts)
+    measured, baseline = (_sum(each, parts) for each in (record, dense))
+    if not record["scores"][parts[0]]["higher_is_better"]:
+        measured, baseline = baseline, measured
+    return 100 * measured / baseline if baseline else None
 
 
-def _higher_is_better(record: Record, metric: str | None) -> bool:
-    if metric is None:
-        return main_score(record)[1]["higher_is_better"]
-    return record["scores"][metric.split("+")[0]]["higher_is_better"]
+def _sum(record: Record, metrics: Sequence[str]) -> float:
+    return math.fsum(record["scores"][metric]["value"] for metric in metrics)

@@ -162,8 +162,9 @@ def averages_table(records: Sequence[Record]) -> Table:
             )
             for share in shares
         ],
-        notes="Main metric in percent of the dense model's; the average is over all tasks of the "
-        "line, and missing where the dense model is.",
+        notes="In percent of the dense model, by the metric that papers report (else the task's "
+        "main one); the average is over all tasks of the line, and missing where the dense model "
+        "is.",
     )
 
 

@@ -283,6 +283,16 @@ def test_percent_of_dense_is_the_mean_over_tasks():
     assert summed.by_task["mme"] == pytest.approx(100 * 1500 / 1800)
 
 
+def test_percent_of_dense_takes_the_metric_that_papers_report():
+    main, reported = "pope_accuracy", "pope_f1_score"
+    records = [
+        record(task="pope", scores={main: 0.9, reported: 0.8}),
+        record("visionzip", "192", task="pope", scores={main: 0.9, reported: 0.6}),
+    ]
+    assert [share.average for share in percent_of_dense(records)] == pytest.approx([75])
+    assert [share.average for share in percent_of_dense(records, {})] == pytest.approx([100])
+
+
 def test_percent_of_dense_is_open_where_a_task_lacks_its_dense_model():
     records = [
         record(scores={"exact_match": 0.5}),
@@ -294,8 +304,10 @@ def test_percent_of_dense_is_open_where_a_task_lacks_its_dense_model():
     assert found.average is None
     other = percent_of_dense([record(limit=10), record("visionzip", "192")])
     assert [o.average for o in other] == [None]  # a dense model on other questions does not count
-    zero = percent_of_dense([record(scores={"m": 0.0}), record("visionzip", "192")])
+    zero = percent_of_dense([record(scores={"exact_match": 0.0}), record("visionzip", "192")])
     assert [z.average for z in zero] == [None]
+    unknown = percent_of_dense([record(scores={"other": 0.5}), record("visionzip", "192")])
+    assert [u.average for u in unknown] == [None]
 
 
 def test_percent_of_dense_turns_errors_round_and_leaves_failures_out():

@@ -17,7 +17,17 @@ import yaml
 
 from ...prune.errors import VlmpruneError, did_you_mean
 
-__all__ = ["Benchmark", "Preset", "Published", "UnknownPresetError", "preset", "preset_names"]
+__all__ = [
+    "Benchmark",
+    "Preset",
+    "Published",
+    "UnknownPresetError",
+    "benchmarks",
+    "preset",
+    "preset_names",
+    "reported_metrics",
+    "sources",
+]
 
 _BENCHMARKS = "benchmarks"  # the one file here that is no preset
 
@@ -110,11 +120,6 @@ class Preset:
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.sweep["tasks"])
 
-    @property
-    def metrics(self) -> dict[str, str]:
-        """By task, the metric that papers on this preset report."""
-        return {b.task: b.metric for b in reversed(benchmarks().values()) if b.task in self.tasks}
-
 
 def preset_names() -> list[str]:
     """All presets, sorted."""
@@ -147,6 +152,11 @@ def preset(name: str) -> Preset:
 def benchmarks() -> dict[str, Benchmark]:
     """By the name that papers give them."""
     return {name: Benchmark(name, **entry) for name, entry in _read(_BENCHMARKS).items()}
+
+
+def reported_metrics() -> dict[str, str]:
+    """By task, the metric that most papers report, as `Benchmark.metric`."""
+    return {each.task: each.metric for each in reversed(benchmarks().values())}
 
 
 def _entries(table: Mapping[str, Any]) -> list[Published]:
