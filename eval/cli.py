@@ -161,7 +161,12 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
     _bench_commands(bench)
     command("methods", _methods, "list the pruning methods")
     command("models", _models, "list the supported model families")
-    command("presets", _presets, "list the presets of `sweep` and their published numbers")
+    presets = command(
+        "presets", _presets, "list the presets of `sweep` and their published numbers"
+    )
+    presets.add_argument(
+        "name", nargs="?", metavar="NAME", help="show the numbers that this one holds"
+    )
     where = command("where", _where, "print where the embedded model and benchmark are")
     where.add_argument(
         "what",
@@ -607,9 +612,9 @@ def _methods(args: argparse.Namespace) -> int:
 
 def _presets(args: argparse.Namespace) -> int:
     from .console import stdout
-    from .presets.listing import presets_table
+    from .presets.listing import presets_table, published_table
 
-    presets_table().print(stdout())
+    (published_table(args.name) if args.name else presets_table()).print(stdout())
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import statistics
 
 import pytest
 from vlmprune.eval import cli
@@ -175,6 +176,36 @@ def test_pruned_models_are_seldom_above_their_dense_model(name):
         assert entry.value < 1.1 * dense[entry.lineage, entry.benchmark.name], entry
 
 
+PRINTED = {
+    (
+        "llava-1.5",
+        "RESTORE",
+    ): "96.0 96.8 98.1 96.8 96.9 97.5 96.5 91.8 84.5 97.2 95.6 96.3 96.3 95.5 "
+    "75.2 80.9 90.6 93.0 93.8 92.8 92.2",
+    ("llava-1.5", "TwigVLM"): "96.5 96.5 92.2 95.1 77.0 87.6",
+    ("llava-1.5", "TransPrune"): "97.8 98.8 100.0 98.4 94.4",
+    ("llava-next", "VisionZip"): "96.1 97.6 93.3 95.0 86.4 92.0",
+    ("llava-next", "TwigVLM"): "97.6 88.2",
+    ("llava-next", "TransPrune"): "98.9 99.3 99.8 98.4 95.5",
+    ("qwen2.5-vl", "RESTORE"): "95.9 95.8 93.6 93.9 88.6 90.6 87.5 86.9 83.5",
+}
+
+
+@pytest.mark.parametrize(("name", "lineage"), PRINTED)
+def test_numbers_give_the_averages_that_their_tables_print(name, lineage):
+    """Of tables with all their benchmarks here: a slip in copying would show."""
+    entries = [entry for entry in preset(name).published if entry.lineage == lineage]
+    dense = {entry.benchmark: entry.value for entry in entries if entry.method == "dense"}
+    rows: dict[tuple[str, ...], list[float]] = {}
+    for entry in entries:
+        if entry.method != "dense":
+            run = (entry.method, str(entry.fields), str(entry.budget))
+            rows.setdefault(run, []).append(100 * entry.value / dense[entry.benchmark])
+    complete = [statistics.fmean(row) for row in rows.values() if len(row) == len(dense)]
+    printed = [float(word) for word in PRINTED[name, lineage].split()]
+    assert complete == pytest.approx(printed, abs=0.25)
+
+
 def test_disagreeing_lineages_are_all_there():
     values = found("fastv", "avg:192")
     assert values == {"VisionZip": 52.7, "TwigVLM": 56.5, "RESTORE": 57.1}
@@ -335,6 +366,20 @@ def test_the_command_lists_presets_with_all_sources(capsys):
     for name, entry in itertools.product(PRESETS, preset("llava-1.5").published):
         assert f"| {name} |" in printed and entry.source in printed
     assert len(presets_table().rows) == len(PRESETS)
+
+
+def test_the_command_shows_what_a_preset_holds(capsys):
+    assert cli.main(["presets", "qwen2.5-vl"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = [line for line in lines if line.startswith("| Method")]
+    assert [cell.strip() for cell in header.split("|")[4:6]] == ["GQA", "MME"]
+    row = next(
+        line for line in lines if line.startswith("| holov(scores=received) | 0.111 | HoloV")
+    )
+    assert "| 72.4 |" in row and "| 2006 |" in row
+    assert any("TextVQA: here without the OCR tokens" in line for line in lines)
+    assert cli.main(["presets", "qwen2.5vl"]) == 2
+    assert "Did you mean: qwen2.5-vl" in capsys.readouterr().err
 
 
 def test_places_decide_which_budgets_are_one():

@@ -1,9 +1,9 @@
-"""The table of presets."""
+"""Tables of the presets and of what they hold."""
 
 from __future__ import annotations
 
 from ..table import Table
-from . import preset, preset_names, sources
+from . import Benchmark, Published, preset, preset_names, sources
 
 
 def presets_table() -> Table:
@@ -31,3 +31,38 @@ def presets_table() -> Table:
         wrapping=(1, 3, 4, 5),
         droppable=(4, 2),
     )
+
+
+def published_table(name: str) -> Table:
+    """A line for every run that a source of the preset reports, a column for every benchmark.
+
+    Raises:
+        UnknownPresetError: there is no such preset.
+    """
+    found = preset(name)
+    columns = dict.fromkeys(entry.benchmark for entry in found.published)
+    runs: dict[tuple[str, str, str], dict[str, float]] = {}
+    for entry in found.published:
+        run = (_method(entry), entry.budget or "", entry.lineage)
+        runs.setdefault(run, {})[entry.benchmark.name] = entry.value
+    notes = [f"{column.name}: {column.note}" for column in columns if column.note]
+    remarks = dict.fromkeys(f"{e.lineage}: {e.note}" for e in found.published if e.note)
+    return Table(
+        headers=("Method", "Budget", "Source", *(column.name for column in columns)),
+        rows=[(*run, *(_number(row.get(c.name), c) for c in columns)) for run, row in runs.items()],
+        numbers_from=3,
+        title=f"{name}: {found.about}",
+        notes=f"Benchmarks. {'; '.join(notes)}.\n\nRuns. {'; '.join(remarks)}.\n\n"
+        f"Sources. {'; '.join(sources(found.published))}.",
+    )
+
+
+def _number(value: float | None, benchmark: Benchmark) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if benchmark.full == 100 else f"{value:g}"
+
+
+def _method(entry: Published) -> str:
+    fields = ", ".join(f"{key}={value}" for key, value in entry.fields.items())
+    return f"{entry.method}({fields})" if fields else entry.method
