@@ -275,7 +275,8 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
         keep = keys.new_ones(len(gone), width, dtype=torch.bool) if padding is None else padding
         keep = keep.clone()
         for row, entries in enumerate(gone):
-            keep[row, [width - int(segment.ledger[row, 2]) + entry for entry in entries]] = False
+            first = width - int(segment.ledger[row, 2])
+            keep[row, torch.tensor(entries, dtype=torch.long, device=keep.device) + first] = False
         layout = Layout.of(keep)
         for layer in cache.layers[segment.start : stop]:
             layer.keys = _columns(layer.keys, layout)

@@ -20,14 +20,20 @@ def execution_device(module: nn.Module) -> torch.device | None:
     if weight is None or weight.device != _META:
         return None if weight is None else weight.device
     for part in module.modules():
-        for hook in _hooks(part):
+        for hook in offload_hooks(part):
             device = getattr(hook, "execution_device", None)
             if device is not None:
                 return torch.device(device)
     return _META
 
 
-def _hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hooks on one module."""
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its inputs: with its input embeddings."""
+    device = execution_device(model.get_input_embeddings())
+    return model.device if device is None else device
+
+
+def offload_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on one module, in order."""
     hook = getattr(module, "_hf_hook", None)
     return list(getattr(hook, "hooks", [hook])) if hook is not None else []

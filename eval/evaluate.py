@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from ..adapters.clip_text import ClipText
+from ..adapters.devices import input_device
 from ..adapters.patching import Handle, patch
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
@@ -111,7 +112,7 @@ class Evaluator:
         self.clip = clip
         self.processes = processes or Processes()
         self.cost = model_cost(model)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self._encoded: dict[tuple[str | int, ...], Any] = {}
         self._encoded_bytes = 0
 

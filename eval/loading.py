@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from ..adapters.devices import offload_hooks
 from ..prune.errors import VlmpruneError
+from .embedded import MODEL_DIR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     from ..adapters.clip_text import ClipText
 
 EMBEDDED = "embedded"
+SHARDED = "auto"
+"""The device of a model that is spread over all devices there are, then memory, then disk."""
 _SAMPLED = 64  # values of each parameter that go into the fingerprint
 
 
@@ -24,14 +30,26 @@ class ModelLoadError(VlmpruneError, OSError):
     """A model or device that cannot be had."""
 
 
-def resolve_device(name: str | None) -> str:
-    """`name`, or CUDA where there is one, else the CPU."""
+def resolve_device(name: str | None, *, may_shard: bool = False) -> str:
+    """`name`, or CUDA where there is one, else the CPU.
+
+    Args:
+        may_shard: let `auto` pass, which `load` spreads the model for.
+    """
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == SHARDED:
+        if may_shard:
+            return name
+        raise ModelLoadError(
+            "Device 'auto' spreads a checkpoint over devices, and this command makes its model "
+            "itself: write cpu, cuda or cuda:0."
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ModelLoadError(f"Unknown device {name!r}: write cpu, cuda or cuda:0.") from None
+        auto = " (or auto, to spread a large model)" if may_shard else ""
+        raise ModelLoadError(f"Unknown device {name!r}: write cpu, cuda or cuda:0{auto}.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelLoadError(
             f"Device {name!r}: this PyTorch sees no CUDA device; use --device cpu."
@@ -40,7 +58,15 @@ def resolve_device(name: str | None) -> str:
 
 
 def load(
-    name: str, *, dtype: str = "auto", attn_implementation: str | None = None, device: str = "cpu"
+    name: str,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device: str = "cpu",
+    device_map: str | Mapping[str, str | int] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    processor_args: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model in evaluation mode and its processor.
 
@@ -48,22 +74,35 @@ def load(
         name: `embedded`, a folder, or a name on the Hugging Face Hub.
         dtype: `auto` is float32 on the CPU and elsewhere the checkpoint's own.
         attn_implementation: None leaves the choice to transformers.
-    """
-    if dtype == "auto" and (device == "cpu" or name == EMBEDDED):
-        dtype = "float32"
-    try:
-        if name == EMBEDDED:
-            from . import embedded
+        device: where the whole model goes; `auto` is device_map="auto".
+        device_map: which device each part goes to, as `from_pretrained` takes it: `auto` fills all
+            accelerators, then memory, then the disk. It takes the place of `device`.
+        revision: branch, tag or commit of a model on the Hub.
+        trust_remote_code: whether code of the checkpoint may be run.
+        processor_args: further arguments of the processor, e.g. {"max_pixels": 1003520}.
 
-            model, processor = embedded.load_model(
-                dtype=dtype, attn_implementation=attn_implementation or "sdpa", device=device
-            )
-            return model.eval(), processor
+    Raises:
+        ModelLoadError: the model cannot be had, or not in this way.
+    """
+    if device == SHARDED and device_map is None:
+        device_map = SHARDED
+    on_cpu = not torch.cuda.is_available() if device_map is not None else device == "cpu"
+    if dtype == "auto" and (on_cpu or name == EMBEDDED):
+        dtype = "float32"
+    source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        source["revision"] = revision
+    chosen: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    if attn_implementation:
+        chosen["attn_implementation"] = attn_implementation
+    try:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        chosen = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **chosen)
-        return model.eval().to(device), AutoProcessor.from_pretrained(name)
+        path = str(MODEL_DIR) if name == EMBEDDED else name
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **chosen, **source)
+        if device_map is None:
+            model = model.to(device)
+        return model.eval(), AutoProcessor.from_pretrained(path, **source, **(processor_args or {}))
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelLoadError(
@@ -79,7 +118,9 @@ def load_clip(name: str | None, processor: Any, *, device: str) -> ClipText | No
     from ..adapters.clip_text import ClipText
 
     try:
-        return ClipText.from_pretrained(name, processor).to(device)
+        return ClipText.from_pretrained(name, processor).to(
+            resolve_device(None) if device == SHARDED else device
+        )
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"--clip {name!r} cannot be loaded: {error} Give the CLIP checkpoint that the model's "
@@ -95,18 +136,33 @@ def short_name(name: str) -> str:
 def fingerprint(model: PreTrainedModel) -> str:
     """12 hex digits over the configuration and a sample of every parameter's values.
 
-    The same for a checkpoint loaded from a folder or from the Hub; another one after retraining.
+    The same for a checkpoint loaded from a folder or from the Hub, on one device or on several;
+    another one after retraining.
     """
     digest = hashlib.sha256()
     config = model.config.to_diff_dict()
     digest.update(json.dumps(_stable(config), sort_keys=True, default=str).encode())
     for key, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
+        flat = (_offloaded(model, key) if tensor.is_meta else tensor.detach()).flatten()
         step = max(1, flat.numel() // _SAMPLED)
         values = flat[::step].to("cpu", torch.float32).contiguous()
         digest.update(f"{key}{tuple(tensor.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _offloaded(model: PreTrainedModel, key: str) -> Tensor:
+    """A parameter that waits in memory or on the disk until its module runs."""
+    path, _, name = key.rpartition(".")
+    for hook in offload_hooks(model.get_submodule(path)):
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None and name in weights:
+            found: Tensor = weights[name]
+            return found
+    raise ModelLoadError(
+        f"{key} is on the meta device, and nothing says where its values are: load the model with "
+        f"its weights."
+    )
 
 
 def _stable(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from ..adapters.clip_text import ClipText
+from ..adapters.devices import input_device
 from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
 from ..prune.budget import MethodCall
@@ -128,7 +129,7 @@ def measure(
     Peak memory is what CUDA's allocator reports; on CPU it is not attributable to a call: None
     (`vlmprune bench model --memory` measures it in processes of their own).
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     tower = family_of(model).vision_tower(model)
     timings = Timings()
     peak: int | None = None

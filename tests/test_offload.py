@@ -9,6 +9,10 @@ import vlmprune
 import zoo
 from accelerate import cpu_offload, dispatch_model
 from test_undo import differences, snapshot
+from transformers import AutoModelForImageTextToText
+from vlmprune.eval.evaluate import Evaluator
+from vlmprune.eval.loading import ModelLoadError, fingerprint, load, resolve_device
+from vlmprune.eval.task import EmbeddedTask
 
 STEPS = 4
 ROWS = (zoo.TWO, zoo.ONE)
@@ -93,6 +97,7 @@ def test_patched_models_answer_as_they_do_in_memory(case, offload, tmp_path):
                 expected[name] = generate(model, case), handle.last.kept
     offloaded = offload(case.model(), tmp_path)
     assert any(weight.is_meta for weight in offloaded.parameters())
+    assert fingerprint(offloaded) == fingerprint(model)
     assert torch.equal(generate(offloaded, case), expected.pop("dense"))
     before = snapshot(offloaded)
     for name, (tokens, kept) in expected.items():
@@ -101,3 +106,51 @@ def test_patched_models_answer_as_they_do_in_memory(case, offload, tmp_path):
             for one, other in zip(handle.last.kept, kept, strict=True):
                 assert torch.equal(one, other), name
         assert not changed(before, snapshot(offloaded)), name
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_disk():
+    return load("embedded", device_map={"": "disk"})
+
+
+def test_models_are_loaded_as_a_device_map_says(on_disk):
+    model, processor = on_disk
+    assert all(weight.is_meta for weight in model.parameters())
+    assert fingerprint(model) == fingerprint(load("embedded")[0])
+    questions = EmbeddedTask().questions(2)
+    evaluator = Evaluator(
+        model, processor, EmbeddedTask(), questions, batch_size=2, timed_questions=1
+    )
+    assert evaluator.device == torch.device("cpu")
+    measured, _ = evaluator.run([vlmprune.method("fastv", keep_ratio=0.3)])
+    assert measured["flops"]["visual_share"] < 0.6
+    assert measured["times"]["first_token"]["median"] > 0
+
+
+def test_device_auto_is_a_device_map(monkeypatch):
+    assert resolve_device("auto", may_shard=True) == "auto"
+    with pytest.raises(ModelLoadError, match="write cpu"):
+        resolve_device("auto")
+    asked = {}
+
+    def from_pretrained(*args, **kwargs):
+        asked.update(kwargs)
+        return original(*args, **kwargs)
+
+    original = AutoModelForImageTextToText.from_pretrained
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    load("embedded", device="auto", revision="main")
+    assert asked["device_map"] == "auto" and asked["revision"] == "main"
+
+
+def test_processors_take_arguments_of_their_own():
+    _, processor = load("embedded", processor_args={"padding_side": "left"})
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_a_model_without_weights_has_no_fingerprint():
+    with pytest.raises(ModelLoadError, match="nothing says where"):
+        fingerprint(zoo.CASES["llava-clip-llama"].model().to("meta"))
