@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-_PACKAGES = ("vlmprune", "torch", "torchvision", "transformers", "numpy", "pillow")
+_PACKAGES = (
+    *("vlmprune", "torch", "torchvision", "transformers", "accelerate", "lmms-eval"),
+    *("numpy", "pillow"),
+)
 
 
 @cache

@@ -258,7 +258,8 @@ def with_interval(score: Score) -> str:
 def metric_text(record: Mapping[str, Any]) -> str:
     """The name of the main metric as a heading."""
     name, score = main_score(record)
-    return f"{name[0].upper()}{name[1:]}{' %' if score['unit'] == 'share' else ''}"
+    words = f"{name[0].upper()}{name[1:]}".replace("_", " ")
+    return words + (" %" if score["unit"] == "share" else "")
 
 
 def _metric(records: Sequence[Record]) -> str:
