@@ -629,7 +629,6 @@ def _models(args: argparse.Namespace) -> int:
 def _where(args: argparse.Namespace) -> int:
     from . import embedded
     from .console import stdout
-
     from .tasks import TASKS_DIR
 
     found = {
