@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .adapters.clip_text import ClipText
     from .adapters.patching import Handle, patch, unpatch
     from .adapters.registry import model_names as models
+    from .eval.compare import Comparison, compare
     from .prune.errors import (
         BudgetError,
         MethodFieldError,
@@ -37,6 +38,8 @@ _HOME = {
     "unpatch": ("adapters.patching", "unpatch"),
     "Handle": ("adapters.patching", "Handle"),
     "models": ("adapters.registry", "model_names"),
+    "compare": ("eval.compare", "compare"),
+    "Comparison": ("eval.compare", "Comparison"),
     "method": ("prune.registry", "method"),
     "methods": ("prune.registry", "method_names"),
     "VlmpruneError": ("prune.errors", "VlmpruneError"),
@@ -51,6 +54,7 @@ _HOME = {
 __all__ = [
     "BudgetError",
     "ClipText",
+    "Comparison",
     "Handle",
     "MethodFieldError",
     "MissingSignalError",
@@ -59,6 +63,7 @@ __all__ = [
     "UnsupportedModelError",
     "VlmpruneError",
     "__version__",
+    "compare",
     "method",
     "methods",
     "models",

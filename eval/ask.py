@@ -4,59 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..prune.budget import Budget
 from ..prune.contract import Positions
-from ..prune.errors import BudgetError, MethodFieldError, VlmpruneError
+from ..prune.errors import BudgetError, MethodFieldError
+from .compare import Asked, InputError, Row, compare_cells, read_picture
 from .compose import Parts, parse
 from .console import stdout
-from .evaluate import Evaluator, Sample
 from .loading import EMBEDDED, load, load_clip, resolve_device, short_name
-from .results import Measured, parts_text
+from .results import parts_text
 from .stats import Spread
 from .table import Table, milliseconds
 from .task import EmbeddedTask, Question
 
 _REPEATS = 5
-
-
-class InputError(VlmpruneError, ValueError):
-    """A picture or question that cannot be read."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A `Question` typed by the user; `answer` is empty where nobody knows it."""
-
-    question: str
-    image: Image.Image
-    answer: str = ""
-    kind: str = ""
-    id: str = "asked"
-
-
-@dataclass(frozen=True)
-class _OneQuestion:
-    """The `Task` of a single question."""
-
-    question: Question
-    max_new_tokens: int
-    name: str = "ask"
-    version: str = "1"
-
-    def questions(self, limit: int | None) -> list[Question]:
-        return [self.question]
-
-    def prompt(self, processor: Any, question: Question) -> str:
-        return EmbeddedTask().prompt(processor, question)
-
-    def is_correct(self, prediction: str, question: Question) -> bool:
-        return prediction.strip() == question.answer
 
 
 def run(
@@ -77,41 +41,37 @@ def run(
 ) -> int:
     """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
     parts = _parts(method_name, method_args, Budget.of(**budget))
-    calls = [part.call for part in parts]
+    for part in parts:
+        _ = part.call  # refuses a budget before anything is loaded
     _check_save(save)
     asked = _read(image, question)
-    device = resolve_device(device)
+    device = resolve_device(device, may_shard=True)
     model, processor = load(
         model_name, dtype=dtype, attn_implementation=attn_implementation, device=device
     )
-    task = _OneQuestion(asked, max_new_tokens)
-    evaluator = Evaluator(
+    compared = compare_cells(
         model,
         processor,
-        task,
-        [asked],
-        batch_size=1,
-        timed_questions=1,
-        repeats=_REPEATS,
-        clip=load_clip(clip, processor, device=device),
-    )
-    dense, (dense_sample,) = evaluator.run()
-    pictures: list[Image.Image] = []
-    pruned, (pruned_sample,) = evaluator.run(
-        calls,
+        asked,
+        [(), parts],
+        max_new_tokens=max_new_tokens,
         positions=positions,
-        inspect=lambda handle: pictures.append(handle.overlay(asked.image)),
+        clip=load_clip(clip, processor, device=device),
+        repeats=_REPEATS,
     )
-    table = _table(parts_text(parts), (dense, dense_sample), (pruned, pruned_sample))
+    dense, pruned = compared.rows
+    if pruned.refusal is not None:
+        raise pruned.refusal
+    table = _table(parts_text(parts), dense, pruned)
     console = stdout()
     console.print(f"{short_name(model_name)}: {asked.question}", markup=False)
     if asked.answer:
         console.print(f"right answer: {asked.answer}", markup=False)
     table.print(console)
-    for note in pruned["notes"]:
+    for note in pruned.measured["notes"] if pruned.measured else []:
         sys.stderr.write(f"note: {note}\n")
-    if save:
-        pictures[0].save(save)
+    if save and pruned.picture is not None:
+        pruned.picture.save(save)
         sys.stderr.write(f"kept tokens: {save}\n")
     return 0
 
@@ -149,7 +109,7 @@ def _check_save(save: str | None) -> None:
         raise InputError(f"--save {save!r}: the folder {str(path.parent)!r} does not exist.")
 
 
-def _read(image: str, question: str | None) -> _Asked | Question:
+def _read(image: str, question: str | None) -> Question:
     if image.startswith(f"{EMBEDDED}:"):
         questions = EmbeddedTask().questions(None)
         number = image.partition(":")[2]
@@ -159,23 +119,17 @@ def _read(image: str, question: str | None) -> _Asked | Question:
                 f"embedded:{len(questions) - 1}."
             )
         found = questions[int(number)]
-        return _Asked(question, found.image) if question else found
+        return Asked(question, found.image) if question else found
     if not question:
         raise InputError('No question given: vlmprune ask IMAGE "QUESTION" --method ...')
-    try:
-        picture = Image.open(Path(image)).convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"{image!r} is not a picture that Pillow can read.") from None
-    except OSError as error:
-        raise InputError(f"{image!r} cannot be read: {error.strerror or error}.") from error
-    return _Asked(question, picture)
+    return Asked(question, read_picture(image))
 
 
-def _table(
-    pruned_name: str, dense: tuple[Measured, Sample], pruned: tuple[Measured, Sample]
-) -> Table:
+def _table(name: str, dense: Row, pruned: Row) -> Table:
     """One line a quantity: dense, pruned, and the share saved."""
-    a, b = dense[0], pruned[0]
+    a, b = dense.measured, pruned.measured
+    if a is None or b is None:
+        raise InputError("There is nothing to compare.")
 
     def line(name: str, before: float, after: float, text: str) -> tuple[str, ...]:
         saved = f"{100 * (1 - after / before):.0f} %" if before else ""
@@ -189,9 +143,9 @@ def _table(
 
     tokens_a, tokens_b = a["tokens"], b["tokens"]
     return Table(
-        headers=("", "dense", pruned_name, "saved"),
+        headers=("", "dense", name, "saved"),
         rows=[
-            ("answer", dense[1].prediction, pruned[1].prediction, ""),
+            ("answer", dense.answer, pruned.answer, ""),
             line("visual tokens", tokens_a["kept_per_image"], tokens_b["kept_per_image"], "{:.0f}"),
             line(
                 "average per layer",

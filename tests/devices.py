@@ -1,5 +1,5 @@
-"""Devices that are not there: tensors in memory that say they are on `xla:0`, `xla:1` and so on, and
-refuse to meet tensors of another device, as those of an accelerator do.
+"""Devices that are not there: tensors in memory that say they are on `xla:0`, `xla:1` and so on,
+and refuse to meet tensors of another device, as those of an accelerator do.
 
     with Devices():
         model.to("xla:0")

@@ -317,10 +317,10 @@ def test_sweep_of_one_kind_of_questions_has_its_own_cells(tiny, tmp_path, capsys
 
 
 def test_ask_with_several_methods(tmp_path, capsys, monkeypatch):
-    from vlmprune.eval import ask
+    from vlmprune.eval import ask, compare
 
     monkeypatch.setattr(ask, "load", lambda *_, **__: (CLIP.model(), FakeProcessor(CLIP)))
-    monkeypatch.setattr(ask._OneQuestion, "prompt", lambda self, processor, question: question)
+    monkeypatch.setattr(compare.OneQuestion, "prompt", lambda self, processor, question: question)
     monkeypatch.setattr(ask, "_read", lambda *_: FakeTask().questions(1)[0])
     argv = ["ask", "A", "why?", "--method", "divprune@0.5+fastv:layer=2", "--keep_tokens", "3"]
     monkeypatch.setattr("vlmprune.adapters.patching.Handle.overlay", lambda *_: None)

@@ -1,5 +1,5 @@
-"""Models whose layers are on two devices by turns: methods answer as they do on one. The devices are
-those of `devices`, which refuse tensors of one another as accelerators do."""
+"""Models whose layers are on two devices by turns: methods answer as they do on one. The devices
+are those of `devices`, which refuse tensors of one another as accelerators do."""
 
 from __future__ import annotations
 

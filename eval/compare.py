@@ -1,0 +1,370 @@
+"""`vlmprune.compare`: one question about one picture, to the dense model and with methods."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ..prune.budget import Budget, MethodCall
+from ..prune.contract import Positions
+from ..prune.errors import BudgetError, MethodFieldError, VlmpruneError
+from .compose import Part, Parts, grid, parse, parse_budgets
+from .evaluate import Evaluator
+from .results import Measured, budget_text, changed_fields, method_record
+from .side_by_side import Panel, data_url, side_by_side
+from .sweep import REFUSALS
+from .table import Table, milliseconds
+from .task import EmbeddedTask, Question, normalise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..adapters.clip_text import ClipText
+
+Wanted = str | MethodCall | Sequence[str | MethodCall]
+"""A method, or several that act together: names, command-line words, `vlmprune.method(...)`."""
+
+
+class InputError(VlmpruneError, ValueError):
+    """A picture or question that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A `Question` typed by the user; `answer` is empty where nobody knows it."""
+
+    question: str
+    image: Image.Image
+    answer: str = ""
+    kind: str = ""
+    id: str = "asked"
+
+
+@dataclass(frozen=True)
+class OneQuestion:
+    """The `Task` of a single question, put through the model's own chat template."""
+
+    question: Question
+    max_new_tokens: int
+    name: str = "ask"
+    version: str = "1"
+
+    def questions(self, limit: int | None) -> list[Question]:
+        return [self.question]
+
+    def prompt(self, processor: Any, question: Question) -> str:
+        if not getattr(processor, "chat_template", None):
+            raise InputError(
+                f"{type(processor).__name__} has no chat template to put the question into: load "
+                f"the processor of a chat model, or set processor.chat_template."
+            )
+        return EmbeddedTask().prompt(processor, question)
+
+    def is_correct(self, prediction: str, question: Question) -> bool:
+        return normalise(prediction) == normalise(question.answer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one method made of the question, or why it could not (`refusal`)."""
+
+    name: str
+    """As it is typed on the command line, budget included; `dense` for the model as it is."""
+    answer: str = ""
+    correct: bool | None = None
+    """None where the right answer is not known."""
+    measured: Measured | None = None
+    """Everything that a sweep records."""
+    picture: Image.Image | None = None
+    """The image with its dropped tokens faded out; for the dense model the image."""
+    refusal: VlmpruneError | None = None
+
+    @property
+    def tokens(self) -> float | None:
+        """Visual tokens alive after the last cut."""
+        return self.measured["tokens"]["kept_per_image"] if self.measured else None
+
+    @property
+    def average_tokens(self) -> float | None:
+        """Visual tokens that enter a decoder layer, on average."""
+        return self.measured["tokens"]["average_per_layer"] if self.measured else None
+
+    @property
+    def flops_share(self) -> float | None:
+        """Prefill FLOPs over visual tokens, as a share of the dense model's."""
+        return self.measured["flops"]["visual_share"] if self.measured else None
+
+    @property
+    def kv_bytes(self) -> float | None:
+        """Bytes that the KV cache holds after the prompt."""
+        return self.measured["kv_bytes"] if self.measured else None
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """Median time to the first token."""
+        return self.measured["times"]["first_token"]["median"] if self.measured else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The answers side by side: `rows` (the dense model first), `table()` and `picture()`.
+
+    Shown as both in a notebook; `str()` is the table as Markdown.
+    """
+
+    question: str
+    rows: tuple[Row, ...]
+    right_answer: str = ""
+
+    @property
+    def dense(self) -> Row:
+        return self.rows[0]
+
+    def table(self) -> Table:
+        """One line a method."""
+        return Table(
+            headers=(
+                "Method",
+                "Answer",
+                "Tokens",
+                "Avg/layer",
+                "FLOPs %",
+                "KV KiB",
+                "First token ms",
+            ),
+            rows=[_cells(row) for row in self.rows],
+            title=self.question,
+            wrapping=(1,),
+        )
+
+    def picture(self, columns: int = 3) -> Image.Image:
+        """The picture with each method's kept tokens and its answer, `columns` beside each other.
+
+        Answers are green or red where the right one is known.
+        """
+        title = self.question + (f"   ({self.right_answer})" if self.right_answer else "")
+        panels = [
+            Panel(row.picture, _caption(row), row.answer, _COLORS[row.correct])
+            for row in self.rows
+            if row.picture is not None
+        ]
+        return side_by_side(title, panels, columns)
+
+    def __str__(self) -> str:
+        return self.table().markdown()
+
+    def _repr_html_(self) -> str:
+        table = self.table()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in table.headers)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
+            for row in table.rows
+        )
+        return (
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f'<img alt="{html.escape(self.question)}" src="{data_url(self.picture())}">'
+        )
+
+
+_COLORS = {None: "black", True: "#2a7a2a", False: "#b02020"}
+
+
+def compare(
+    model: PreTrainedModel,
+    processor: Any,
+    image: Image.Image | str | PathLike[str],
+    question: str,
+    methods: Wanted | Sequence[Wanted],
+    *,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    average_tokens: float | None = None,
+    flops_ratio: float | None = None,
+    budgets: Sequence[str | float] = (),
+    answer: str = "",
+    max_new_tokens: int = 32,
+    positions: Positions | None = None,
+    clip: ClipText | None = None,
+    repeats: int = 3,
+) -> Comparison:
+    """Ask one question about one picture: the model as it is, then with every method.
+
+    Args:
+        model: not patched, or its patch is taken off; left as it was loaded.
+        processor: the model's, with a chat template.
+        image: a picture or its path.
+        methods: names, words as on the command line ("fastv:layer=3@0.25",
+            "divprune@0.5+fastv"), `vlmprune.method(...)`, or lists of these that act together.
+        keep_ratio, keep_tokens, average_tokens, flops_ratio: the budget of methods that were given
+            without one.
+        budgets: several budgets for them instead, as on the command line: 0.25, 64, "avg:64",
+            "published".
+        answer: the right answer, where it is known.
+        max_new_tokens: length of an answer at most.
+        positions, clip: as `vlmprune.patch` takes them.
+        repeats: times that each is timed.
+
+    Returns:
+        a row for each; a method that cannot run on this model has the reason in its row.
+
+    Raises:
+        InputError: the picture cannot be read, or there is no chat template.
+        UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
+    """
+    given = {
+        "keep_ratio": keep_ratio,
+        "keep_tokens": keep_tokens,
+        "average_tokens": average_tokens,
+        "flops_ratio": flops_ratio,
+    }
+    one = Budget.of(**{word: value for word, value in given.items() if value is not None})
+    cells = _cells_of(methods, one, budgets)
+    if not question.strip():
+        raise InputError('The question is empty: write for example "What is in the picture?".')
+    asked = Asked(question, read_picture(image), answer)
+    return compare_cells(
+        model,
+        processor,
+        asked,
+        cells,
+        max_new_tokens=max_new_tokens,
+        positions=positions,
+        clip=clip,
+        repeats=repeats,
+    )
+
+
+def compare_cells(
+    model: PreTrainedModel,
+    processor: Any,
+    asked: Question,
+    cells: Sequence[Parts],
+    *,
+    max_new_tokens: int,
+    positions: Positions | None,
+    clip: ClipText | None,
+    repeats: int,
+) -> Comparison:
+    """As `compare`, with the cells of a grid, the dense one (nothing) first."""
+    from ..adapters.patching import unpatch
+
+    unpatch(model)
+    task = OneQuestion(asked, max_new_tokens)
+    evaluator = Evaluator(
+        model,
+        processor,
+        task,
+        [asked],
+        batch_size=1,
+        timed_questions=1,
+        repeats=repeats,
+        clip=clip,
+    )
+    rows = []
+    for parts in cells:
+        pictures: list[Image.Image] = [] if parts else [asked.image]
+        name = "+".join(map(_word, parts)) or "dense"
+        try:
+            measured, (sample,) = evaluator.run(
+                [part.call for part in parts],
+                positions=positions if parts else None,
+                inspect=lambda handle: pictures.append(handle.overlay(asked.image)),  # noqa: B023
+            )
+        except REFUSALS as refusal:
+            if not parts:
+                raise
+            rows.append(Row(name=name, refusal=refusal))
+            continue
+        correct = task.is_correct(sample.prediction, asked) if asked.answer else None
+        rows.append(
+            Row(
+                name=name,
+                answer=sample.prediction,
+                correct=correct,
+                measured=measured,
+                picture=pictures[0],
+            )
+        )
+    return Comparison(asked.question, tuple(rows), asked.answer)
+
+
+def read_picture(image: Image.Image | str | PathLike[str]) -> Image.Image:
+    """A picture or the file of one, in RGB.
+
+    Raises:
+        InputError: there is no such file, or it is no picture.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        return Image.open(Path(image)).convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{str(image)!r} is not a picture that Pillow can read.") from None
+    except OSError as error:
+        raise InputError(f"{str(image)!r} cannot be read: {error.strerror or error}.") from error
+
+
+def _cells_of(
+    methods: Wanted | Sequence[Wanted], one: Budget | None, several: Sequence[str | float]
+) -> list[Parts]:
+    """The dense model, then every method with every budget."""
+    if one is not None and several:
+        raise BudgetError(f"{one} and budgets= cannot be given together: leave one of them out.")
+    listed: Sequence[Wanted] = [methods] if isinstance(methods, str | MethodCall) else methods
+    wanted = [_parts(each) for each in listed]
+    budgets = parse_budgets([str(word) for word in several]) if several else [one]
+    if budgets == [None]:
+        for part in (part for parts in wanted for part in parts):
+            if part.open and part.method.needs_budget:
+                name = part.method.name
+                raise BudgetError(
+                    f"{name} needs a budget: give keep_ratio=0.25 or another one for all methods, "
+                    f'budgets=["0.5", "0.25"], or write it behind the method, "{name}@0.25".'
+                )
+    return grid(wanted, budgets)
+
+
+def _parts(wanted: Wanted) -> Parts:
+    if isinstance(wanted, str):
+        return parse(wanted)
+    if isinstance(wanted, MethodCall):
+        return (Part(wanted.method, wanted.budget),)
+    if not isinstance(wanted, Sequence) or not wanted:
+        raise MethodFieldError(
+            f"{wanted!r} is no method: give a name, a word such as "
+            f'"divprune@0.5+fastv:layer=3@0.25", vlmprune.method(...), or a list of these.'
+        )
+    return tuple(part for each in wanted for part in _parts(each))
+
+
+def _word(part: Part) -> str:
+    """A method as it is typed on the command line."""
+    fields = changed_fields(part.method.name, part.method.fields(), seed=0)
+    budget = budget_text({"config": {"methods": [method_record(part)]}})
+    return f"{':'.join([part.method.name, *fields])}@{budget}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.measured is None:
+        reason = str(row.refusal).partition(": ")[0].partition(". ")[0]
+        return (row.name, f"not applicable: {reason}", *[""] * 5)
+    return (
+        row.name,
+        row.answer,
+        f"{row.tokens:.0f}",
+        f"{row.average_tokens:.1f}",
+        f"{100 * (row.flops_share or 0):.1f}",
+        f"{(row.kv_bytes or 0) / 1024:.0f}",
+        milliseconds(row.measured["times"]["first_token"]),
+    )
+
+
+def _caption(row: Row) -> str:
+    count = f"{row.tokens:.0f}"
+    return f"all {count} tokens" if row.name == "dense" else f"{row.name}: {count} tokens"
