@@ -1,7 +1,7 @@
 """Chat messages of lmms-eval -> inputs of a model, as the family's own wrapper makes them.
 
 The wrappers of the LLaVA families hand pictures to the processor as they are; those of the Qwen
-families have qwen_vl_utils scale them first. Both are followed to the last pixel.
+families have qwen_vl_utils scale them first. Both are followed to the last pixel, but for JPEG.
 """
 
 from __future__ import annotations
@@ -64,10 +64,8 @@ class Encoder(Protocol):
 
 def encoder_for(model: PreTrainedModel, processor: Any, video: Video) -> Encoder:
     """What makes inputs of this model."""
-    name = model.config.model_type
-    if name.startswith("qwen"):
-        return QwenEncoder(model, processor, video, separate_frames=name == "qwen3_vl")
-    return LlavaEncoder(model, processor, video)
+    qwen = model.config.model_type.startswith("qwen")
+    return (QwenEncoder if qwen else LlavaEncoder)(model, processor, video)
 
 
 class LlavaEncoder:
@@ -119,18 +117,16 @@ class LlavaEncoder:
 class QwenEncoder:
     """Qwen2-VL, 2.5 and 3: qwen_vl_utils reads and scales pictures and videos.
 
-    `separate_frames` (Qwen3-VL): patches of 16 pixels that the processor does not scale again, and
-    a system prompt that the chat template does not add by itself.
+    The wrapper of Qwen2-VL hands pictures on as JPEG, which ours does not.
     """
 
     default_new_tokens = 128
 
-    def __init__(
-        self, model: PreTrainedModel, processor: Any, video: Video, *, separate_frames: bool
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any, video: Video) -> None:
         self.processor = processor
         self.video = video
-        self.separate_frames = separate_frames
+        self.second = model.config.model_type == "qwen2_vl"
+        self.third = model.config.model_type == "qwen3_vl"
         size = processor.image_processor.size
         self.limits = {
             "min_pixels": size["shortest_edge"],
@@ -146,16 +142,17 @@ class QwenEncoder:
             messages,
             return_video_kwargs=True,
             return_video_metadata=True,
-            **({"image_patch_size": 16} if self.separate_frames else {}),
+            **({"image_patch_size": 16} if self.third else {}),
         )
-        clips, metadata = zip(*videos, strict=True) if videos else ((), ())
-        options = {**options, "do_resize": False} if self.separate_frames else {}
+        clips, metadata = map(list, zip(*videos, strict=True)) if videos else ([], [])
+        if self.second:
+            clips, metadata = [_thinned(clip, self.video.num_frames) for clip in clips], []
         inputs = self.processor(
             text=texts,
             images=images,
-            videos=list(clips) or None,
-            video_metadata=list(metadata) or None,
-            **options,
+            videos=clips or None,
+            video_metadata=metadata or None,
+            **({**options, "do_resize": False} if self.third else {}),  # scaled once is enough
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -173,12 +170,14 @@ class QwenEncoder:
         )
 
     def _messages(self, chat: ChatMessages) -> list[dict[str, Any]]:
-        messages = chat.to_hf_messages(video_kwargs=self.limits)
+        messages = chat.to_hf_messages(
+            video_kwargs=self.limits, image_kwargs=self.limits if self.second else {}
+        )
         for message in messages:
             for content in message["content"]:
                 if content["type"] == "video":
                     content |= self._sampling(content["video"])
-        if self.separate_frames and messages[0]["role"] != "system":
+        if (self.second or self.third) and messages[0]["role"] != "system":
             text = {"type": "text", "text": SYSTEM_PROMPT}
             messages.insert(0, {"role": "system", "content": [text]})
         return messages
@@ -186,10 +185,16 @@ class QwenEncoder:
     def _sampling(self, path: str) -> dict[str, float]:
         """How many frames: even, as two make one, and no more than there are."""
         if self.video.fps is not None:
-            return {"fps": self.video.fps} | (
-                {"max_frames": self.video.num_frames} if self.separate_frames else {}
-            )
+            most = {"max_frames": self.video.num_frames} if self.third else {}
+            return {"fps": self.video.fps} | most
+        if self.second:  # two a second, and evenly spaced ones of these
+            return {}
         return {"nframes": max(2, min(self.video.num_frames, _count_frames(path)) // 2 * 2)}
+
+
+def _thinned(clip: Any, most: int) -> Any:
+    """At most so many frames of a video (T, 3, H, W), evenly spaced."""
+    return clip[np.unique(np.linspace(0, len(clip) - 1, most, dtype=int))]
 
 
 def _prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -237,16 +242,16 @@ def _count_frames(path: str) -> int:
 
 
 def _frames(path: str, count: int) -> Any:
-    """`count` evenly spaced frames of a video file (all of a shorter one): (T, H, W, 3), uint8."""
-    total = _count_frames(path)
-    wanted = set(np.linspace(0, total - 1, min(count, total), dtype=int).tolist())
+    """`count` evenly spaced frames of a video file, some of them twice if it is shorter, so that
+    videos make a batch: (T, H, W, 3), uint8."""
+    wanted = np.linspace(0, _count_frames(path) - 1, count, dtype=int).tolist()
+    found: dict[int, Any] = {}
     with _opened_video(path) as container:
-        found = [
-            frame.to_ndarray(format="rgb24")
-            for number, frame in enumerate(container.decode(video=0))
-            if number in wanted
-        ]
-    return np.stack(found)
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                found[number] = frame.to_ndarray(format="rgb24")
+    last = found[max(found)]  # where a file promises more frames than it has
+    return np.stack([found.get(number, last) for number in wanted])
 
 
 def _opened_video(path: str) -> Any:
