@@ -15,6 +15,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install
 import lmms_kit
 import vlmprune
 import zoo
+from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
 from test_processes import torchrun
 from vlmprune.eval import embedded
@@ -95,12 +96,12 @@ def test_points_that_are_no_mean_have_paired_resamples(folder):
 
 def test_videos_are_drawn(folder):
     for name in ("qwen2_5_vl", "qwen3_vl", "llava_onevision"):
-        benchmark = tiny(name, "tiny_videos", folder, limit=2)
+        benchmark = tiny(name, "tiny_videos", folder, limit=1)
         for calls in ((), DIVPRUNE):
             drawn: dict[int, Image.Image] = {}
             measured, samples = benchmark.run(calls, save_picture=pictures(drawn))
-            assert sorted(drawn) == [0, 1]
-            assert len(samples) == 2 and measured["tokens"]["in_per_image"] > 8
+            assert list(drawn) == [0]
+            assert len(samples) == 1 and measured["tokens"]["in_per_image"] > 8
         assert measured["tokens"]["kept_per_image"] < measured["tokens"]["in_per_image"] / 5
 
 
@@ -124,7 +125,9 @@ def test_versions_tell_tasks_apart_and_not_places(folder, tmp_path):
     assert changed.version != one.version  # scored otherwise
 
 
-def test_errors(folder):
+def test_errors(folder, monkeypatch):
+    for retried in (ConfigurableTask.download, ConfigurableTask.process_results):
+        monkeypatch.setattr(retried.retry, "sleep", lambda seconds: None)
     model, processor = zoo.CASES["llava-clip-llama"].model(), lmms_kit.PROCESSORS["llava_next"]()
     path = str(lmms_kit.tasks(folder))
     with pytest.raises(TaskError, match=r"'tiny_picture'\. Did you mean: tiny_pictures"):
@@ -163,8 +166,8 @@ def test_sweeps_of_local_tasks(folder, tmp_path):
     model = lmms_kit.checkpoint("llava-clip-llama", folder)
     path = lmms_kit.tasks(folder)
     words = [
-        *("sweep", "--model", model, "--tasks", "tiny_pictures,tiny_pairs,tiny_failing"),
-        *("--include_path", path, "--methods", "divprune", "--budgets", 0.25, "--limit", 5),
+        *("sweep", "--model", model, "--tasks", "tiny_pairs,tiny_failing"),
+        *("--include_path", path, "--methods", "divprune", "--budgets", 0.25, "--limit", 4),
         *("--device", "cpu", "-b", 2, "-s", "-o"),
     ]
     alone = [sys.executable, "-m", "vlmprune", *map(str, words), str(tmp_path / "one")]
@@ -173,7 +176,7 @@ def test_sweeps_of_local_tasks(folder, tmp_path):
     assert one.returncode == 1, one.stderr
     assert "KeyError" in one.stderr and "KeyError" in two.stderr
     records = [read_records(tmp_path / name) for name in ("one", "two")]
-    assert [r["status"] for r in records[0]] == ["ok"] * 4 + ["failed"] * 2
+    assert [r["status"] for r in records[0]] == ["ok"] * 2 + ["failed"] * 2
     for a, b in zip(*records, strict=True):
         assert (a["id"], a["status"]) == (b["id"], b["status"])
         assert b["hardware"]["processes"] == 2

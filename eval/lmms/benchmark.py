@@ -106,9 +106,10 @@ def _tasks(names: Sequence[str], wrapper: str, include_path: str | None) -> dict
             with _data_bars():
                 found |= _leaves(get_task_dict([name], manager, "chat"))
         except Exception as error:
+            cause = _cause(error)
             raise TaskError(
-                f"Task {name!r} cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+                f"Task {name!r} cannot be loaded: {type(cause).__name__}: {cause}"
+            ) from cause
     for name, task in found.items():
         if task.OUTPUT_TYPE != "generate_until":
             raise TaskError(
@@ -296,7 +297,7 @@ class _Shared:
             except Exception as error:
                 if not self.answers:  # raised in all processes
                     raise
-                failure = error
+                failure = _cause(error)
             finally:
                 del self.lm.generate_until
 
@@ -374,6 +375,17 @@ def _question(chat: Any) -> str:
 
 def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else str(value)
+
+
+def _cause(error: Exception) -> Exception:
+    """What was behind it when lmms-eval gave up trying again."""
+    from tenacity import RetryError
+
+    if isinstance(error, RetryError):
+        cause = error.last_attempt.exception()
+        if isinstance(cause, Exception):
+            return cause
+    return error
 
 
 @contextlib.contextmanager
