@@ -111,7 +111,7 @@ class Row:
         return self.measured["times"]["first_token"]["median"] if self.measured else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """The answers side by side: `rows` (the dense model first), `table()` and `picture()`.
 
@@ -155,6 +155,9 @@ class Comparison:
             if row.picture is not None
         ]
         return side_by_side(title, panels, columns)
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {', '.join(row.name for row in self.rows)}: {self.question!r}>"
 
     def __str__(self) -> str:
         return self.table().markdown()

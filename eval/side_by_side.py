@@ -81,7 +81,7 @@ def wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width
 def data_url(picture: Image.Image) -> str:
     """A picture as an address that holds it, for pages without files."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80, optimize=True)
+    picture.save(buffer, "JPEG", quality=72, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
