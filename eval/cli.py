@@ -203,7 +203,11 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", default="embedded", metavar="DIR_OR_NAME", help="default: the embedded model"
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    group.add_argument(
+        "--device",
+        help="cpu, cuda, cuda:1, or auto: spread a large model over all accelerators, memory and "
+        "disk (default: cuda if there is one)",
+    )
     group.add_argument(
         "--dtype",
         default="auto",

@@ -108,7 +108,8 @@ class Row:
     @property
     def first_token_seconds(self) -> float | None:
         """Median time to the first token."""
-        return self.measured["times"]["first_token"]["median"] if self.measured else None
+        spread = self.measured["times"]["first_token"] if self.measured else None
+        return spread["median"] if spread else None
 
 
 @dataclass(frozen=True, repr=False)

@@ -29,6 +29,9 @@ def versions() -> dict[str, str]:
 
 def hardware(device: str | torch.device) -> dict[str, object]:
     """The processor that ran, how many cores this process may use, and the accelerator if any."""
+    spread = device == "auto"  # the model is spread over what there is
+    if spread:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     record: dict[str, object] = {
         "device": device.type,
@@ -44,6 +47,8 @@ def hardware(device: str | torch.device) -> dict[str, object]:
         record["accelerator"] = properties.name
         record["accelerator_memory_gib"] = round(properties.total_memory / 2**30, 1)
         record["cuda"] = torch.version.cuda
+        if spread:
+            record["accelerators"] = torch.cuda.device_count()
     return record
 
 

@@ -42,8 +42,8 @@ def resolve_device(name: str | None, *, may_shard: bool = False) -> str:
         if may_shard:
             return name
         raise ModelLoadError(
-            "Device 'auto' spreads a checkpoint over devices, and this command makes its model "
-            "itself: write cpu, cuda or cuda:0."
+            "Device 'auto' spreads one checkpoint over all devices, which neither a model that is "
+            "made here nor one of several processes can be: write cpu, cuda or cuda:0."
         )
     try:
         device = torch.device(name)

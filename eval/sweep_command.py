@@ -73,7 +73,7 @@ def run(
         if store is not None and settings is not None:
             named = {} if task else {"tasks": list(tasks) or [EmbeddedTask().name]}
             write_config(folder, {**settings, **named})
-        device = resolve_device(device or processes.device)
+        device = resolve_device(device or processes.device, may_shard=processes.world == 1)
         model, processor = load(
             model_name,
             dtype=dtype,
