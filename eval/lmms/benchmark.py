@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from ...adapters.clip_text import ClipText
+from ...adapters.overlay import _GAP as PANEL_GAP
 from ...adapters.patching import Handle
 from ...prune.budget import MethodCall
 from ...prune.contract import Positions
@@ -272,6 +274,7 @@ class _Shared:
     def evaluate(self) -> Mapping[str, Any]:
         """Results of lmms-eval; nothing in processes but the first."""
         from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
 
         benchmark, found = self.benchmark, {}
         failure: Exception | None = None
@@ -282,6 +285,7 @@ class _Shared:
                     model=self.lm,
                     model_args=" ".join(map(str, self.lm.calls)) or "dense",
                     tasks=[benchmark.task],
+                    task_manager=TaskManager(include_defaults=False),  # it is loaded already
                     batch_size=self.lm.batch_size,
                     limit=benchmark.count,
                     bootstrap_iters=0,
@@ -364,7 +368,22 @@ def _picture(handle: Handle | None, encoded: Encoded, row: int) -> Image.Image:
         return handle.overlay(first.convert("RGB"), index)
     blocks = len(handle.last.tilings[index].blocks)
     frames = [first[len(first) * block // blocks] for block in range(blocks)]
-    return handle.overlay(frames, index)
+    return _in_rows(handle.overlay(frames, index), blocks)
+
+
+def _in_rows(picture: Image.Image, panels: int) -> Image.Image:
+    """Panels that stand side by side, in as many rows as columns."""
+    width = (picture.width + PANEL_GAP) // panels
+    columns = math.ceil(math.sqrt(panels))
+    rows = math.ceil(panels / columns)
+    height = picture.height + PANEL_GAP
+    size = columns * width - PANEL_GAP, rows * height - PANEL_GAP
+    found = Image.new("RGB", size, "white")
+    for panel in range(panels):
+        left = panel * width
+        part = picture.crop((left, 0, left + width - PANEL_GAP, picture.height))
+        found.paste(part, (panel % columns * width, panel // columns * height))
+    return found
 
 
 def _question(chat: Any) -> str:
