@@ -76,7 +76,7 @@ def ignore(
     """What is told where nobody listens."""
 
 
-class VlmPrune(lmms):
+class VlmPrune(lmms):  # type: ignore[misc]
     """A model of any supported family, pruned or dense. Arguments are those of `--model_args`.
 
     Args:

@@ -36,7 +36,7 @@ def address(requests: Sequence[Any], wrapper: str) -> None:
     """
     renamed: dict[int, Any] = {}
     for request in {id(request): request for request in requests}.values():
-        task = getattr(request.arguments[1], "__self__", None)
+        task: Any = getattr(request.arguments[1], "__self__", None)
         name = getattr(task, "model_name", wrapper)
         if name != wrapper and (_named(task.config, wrapper) or _named(task.config, name)):
             task.model_name = wrapper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.eval.embedded import questions
@@ -45,11 +46,5 @@ def doc_to_text(doc: Doc, lmms_eval_specific_kwargs: Doc | None = None) -> str:
 
 
 def process_results(doc: Doc, results: list[str]) -> dict[str, float]:
-    return {"exact_match": float(EmbeddedTask().is_correct(results[0], _Answered(doc)))}
-
-
-class _Answered:
-    """The right answer, as the benchmark reads it."""
-
-    def __init__(self, doc: Doc) -> None:
-        self.answer = doc["answer"]
+    question: Any = SimpleNamespace(**doc)
+    return {"exact_match": float(EmbeddedTask().is_correct(results[0], question))}
