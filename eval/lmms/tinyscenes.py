@@ -1,12 +1,12 @@
-"""What `tinyscenes.yaml` names. lmms-eval loads this file by its path, so imports are absolute."""
+"""The embedded benchmark as a task of lmms-eval: what `eval/tasks/tinyscenes` names."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.eval.embedded import questions
-from vlmprune.eval.task import EmbeddedTask
+from ..embedded import questions
+from ..task import EmbeddedTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +36,8 @@ def process_docs(scenes: Dataset) -> Dataset:
 
 def doc_to_visual(doc: Doc) -> list[Image]:
     from PIL import Image
-    from vlmprune.eval.embedded.benchmark import rendered
+
+    from ..embedded.benchmark import rendered
 
     return [Image.fromarray(rendered(doc["image_id"]).pixels)]
 
