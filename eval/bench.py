@@ -5,8 +5,8 @@ The oracle is the unpatched language model on hidden states that already have th
 visual tokens (per stretch of layers, for a method that cuts in the decoder), with the full vision
 encoder before it: the time if choosing and bookkeeping cost nothing. Oracle time / patched time is
 how close the code is to its limit. A method on the KV cache removes nothing from the prefill: its
-oracle is the dense model's. Weights are random, which changes no time (but what an adaptive rule
-finds).
+oracle is the dense model's. Random weights change no time (but what an adaptive rule finds). A
+model that the machine cannot hold is not run: FLOPs and bytes follow from sizes alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,54 +25,55 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from ..adapters.family import IMAGE
 from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
+from ..adapters.report import Stopwatch
+from ..prune.budget import plan, tokens_per_layer
 from ..prune.errors import MethodFieldError
 from .compose import Parts, grid, parse, parse_budgets
 from .console import progress, stdout
+from .energy import EnergyMeter, energy_meter
 from .environment import describe, hardware, versions
-from .flops import ModelCost, after_cuts, model_cost, visual_share
-from .loading import resolve_device
-from .measure import kv_bytes, module_seconds, synchronise
-from .memory import MemoryMeasureError, added_at_peak, in_fresh_process
+from .flops import ModelCost, after_cuts, cache_entries, model_cost, visual_share
+from .loading import load, resolve_device, short_name
+from .measure import kv_bytes
+from .memory import MemoryMeasureError, added_at_peak, free_memory, in_fresh_process
 from .results import ResultsError, method_record, parts_text
+from .shapes import TEXT_TOKENS, mid_size, prompt, shape, usual_picture
 from .stats import Spread, spread
 from .table import Table
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 2
-"""2: `methods` in place of `method`; decoding, cache and memory."""
-_TEXT_TOKENS = 40
-_IMAGE_TOKEN = 5
-_PATCH = 14
+SCHEMA = 3
+"""2: `methods` in place of `method`; decoding, cache and memory. 3: any model; `measured`, without
+which there are no times; batches; energy."""
 
 
 def run(
     *,
     methods: Sequence[str],
     budgets: Sequence[str],
+    shape_name: str | None,
+    model_name: str | None,
+    picture: tuple[int, int] | None,
     layers: int,
     width: int,
     tokens: int,
+    batch_size: int,
     repeats: int,
     new_tokens: int,
     memory: bool,
+    meta: bool,
     device: str | None,
     dtype: str,
     attn_implementation: str,
     output_path: str | None,
 ) -> int:
-    """The command; arguments are the flags of `vlmprune bench`. Returns the exit code."""
+    """The command; arguments are the flags of `vlmprune bench model`. Returns the exit code."""
     if math.isqrt(tokens) ** 2 != tokens or width % 64:
         raise MethodFieldError(
             f"--tokens {tokens} must be a square (e.g. 576) and --width {width} a multiple of 64."
@@ -83,20 +83,50 @@ def run(
     )
     device = resolve_device(device)
     subject = Subject(
+        shape=shape_name,
+        model_name=model_name,
+        picture=picture,
         layers=layers,
         width=width,
         visual_tokens=tokens,
+        batch_size=batch_size,
         dtype=dtype,
         attn_implementation=attn_implementation,
     )
     variants = [Variant(parts) for parts in combinations]
+    meta = meta or not _fits(subject, device)
+
+    def save() -> dict[str, Any]:
+        """The report so far, also in the file."""
+        report = {
+            "schema": SCHEMA,
+            "measured": not meta,
+            "model": subject.as_json(),
+            "rounds": 0 if meta else repeats,
+            "new_tokens": new_tokens,
+            "hardware": hardware(device),
+            "versions": versions(),
+            "variants": [v.as_json(cost) for v in variants if v.per_layer],
+        }
+        if output_path:
+            _write(output_path, report)
+        return report
+
+    if meta:
+        cost = model_cost(subject.model("meta"))
+        for variant in variants:
+            variant.reckon(subject)
+        bench_table(save()).print(stdout())
+        return 0
     in_children = memory and torch.device(device).type == "cpu"
     with progress() as bar:
         rounds = bar.add_task("bench", total=(repeats + 1 + in_children) * len(variants))
         model = subject.model(device)
         cost = model_cost(model)
-        inputs = subject.inputs(model)
-        compare(model, inputs, variants, repeats, new_tokens, lambda: bar.advance(rounds))
+        inputs = subject.inputs(device)
+        for number in range(repeats + 1):
+            compare(model, inputs, variants, new_tokens, number > 0, lambda: bar.advance(rounds))
+            save()
         del model  # before others are made
         for variant in variants if in_children else ():
             threads = torch.get_num_threads()
@@ -107,23 +137,37 @@ def run(
             except MemoryMeasureError as error:  # the times are there
                 logger.warning("%s: %s", variant.name, error)
             bar.advance(rounds)
-
-    report = {
-        "schema": SCHEMA,
-        "model": asdict(subject) | {"text_tokens": _TEXT_TOKENS},
-        "rounds": repeats,
-        "new_tokens": new_tokens,
-        "hardware": hardware(device),
-        "versions": versions(),
-        "variants": [v.as_json(cost) for v in variants],
-    }
-    bench_table(report).print(stdout())
-    if output_path:
-        try:
-            Path(output_path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ResultsError(f"{output_path!r} cannot be written: {error.strerror}.") from error
+            save()
+    bench_table(save()).print(stdout())
     return 0
+
+
+def _fits(subject: Subject, device: str) -> bool:
+    """Whether weights, and half as much again for what runs through them, fit in free memory."""
+    if subject.model_name is not None:
+        return True  # asked for by name: loading says what is wrong
+    needed = int(1.5 * subject.parameter_bytes())
+    free = free_memory(device)
+    if free is None or needed <= free:
+        return True
+    logger.warning(
+        "%s needs about %.0f GiB and %.1f are free: FLOPs and bytes only, nothing is run.",
+        subject.name,
+        needed / 2**30,
+        free / 2**30,
+    )
+    return False
+
+
+def _write(output_path: str, report: Mapping[str, Any]) -> None:
+    """All or nothing, so that an interrupt leaves the last whole report."""
+    path = Path(output_path)
+    try:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ResultsError(f"{output_path!r} cannot be written: {error.strerror}.") from error
 
 
 # --- Measuring -------------------------------------------------------------------------------
@@ -143,9 +187,15 @@ class Variant:
     vs_dense: list[float] = field(default_factory=list)
     decode_vs_dense: list[float] = field(default_factory=list)
     select_vs_dense_prefill: list[float] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)
+    joules_per_decoded_token: list[float] = field(default_factory=list)
     per_layer: list[int] = field(default_factory=list)
-    grid: tuple[int, int] = (0, 0)
-    """Rows and columns of the image's tokens."""
+    """Visual tokens of a prompt that enter each layer."""
+    visual_tokens: int = 0
+    pictures: list[tuple[int, int]] = field(default_factory=list)
+    """Rows and columns of what the encoder sees of a prompt."""
+    at_most: bool = False
+    """Whether the counts are those that an adaptive rule may not exceed."""
     cache_bytes: int = 0
     peak_memory_bytes: int | None = None
     """What prefill and decoding add, at their peak, to the loaded model."""
@@ -158,10 +208,35 @@ class Variant:
         """The model as this variant has it, inside the block."""
         return patch(model, [part.call for part in self.parts]) if self.parts else nullcontext()
 
+    def reckon(self, subject: Subject) -> None:
+        """Counts and bytes from sizes alone.
+
+        Raises:
+            BudgetError: the budget cannot be reached.
+        """
+        model = subject.model("meta")
+        family, inputs = family_of(model), subject.inputs("meta")
+        config: Any = family.text_model(model).config
+        calls = [part.call for part in self.parts]
+        model_shape = family.shape(model)
+        self.pictures = list(family.pictures(model, IMAGE, inputs)[0])
+        self.visual_tokens = _visual_tokens(model, inputs)
+        stages = plan(self.visual_tokens, calls, model_shape)
+        self.at_most = any(stage.adaptive for stage in stages)
+        self.per_layer = tokens_per_layer(
+            self.visual_tokens, stages, model_shape.decoder.num_layers
+        )
+        text = int(inputs["input_ids"].shape[1]) - self.visual_tokens
+        most = cache_entries(calls, [self.visual_tokens], text)
+        entries = sum(min(n + text, n + text if most is None else most) for n in self.per_layer)
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_entry = 2 * config.num_key_value_heads * head * getattr(torch, subject.dtype).itemsize
+        self.cache_bytes = entries * per_entry * subject.batch_size
+
     def as_json(self, cost: ModelCost) -> dict[str, Any]:
         vision = [*self.vision, *self.oracle_vision]
         flops = cost.sample(
-            pictures=[self.grid], visual_per_layer=self.per_layer, text_tokens=_TEXT_TOKENS
+            pictures=self.pictures, visual_per_layer=self.per_layer, text_tokens=TEXT_TOKENS
         )
         rest = [t - v - s for t, v, s in zip(self.total, self.vision, self.select, strict=True)]
         oracle_rest = [t - v for t, v in zip(self.oracle, self.oracle_vision, strict=True)]
@@ -169,12 +244,17 @@ class Variant:
             "name": self.name,
             "methods": [method_record(part) for part in self.parts],
             "kept": self.per_layer[-1],
+            "at_most": self.at_most,
             "average_per_layer": fmean(self.per_layer),
             "average_after_cuts": fmean(after_cuts(self.per_layer)),
             "first_token_flops": flops.first_token,
-            "visual_share": visual_share(self.per_layer, self.grid[0] * self.grid[1], cost.decoder),
+            "visual_share": visual_share(self.per_layer, self.visual_tokens, cost.decoder),
             "cache_bytes": self.cache_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "joules": {
+                "first_token": spread(self.joules),
+                "per_decoded_token": spread(self.joules_per_decoded_token),
+            },
             "seconds": {
                 "total": spread(self.total),
                 "vision": spread(vision),
@@ -203,67 +283,98 @@ def compare(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
     variants: Sequence[Variant],
-    repeats: int,
     new_tokens: int,
+    counted: bool = True,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill the variants, the first of which is dense: every round runs all of them, in turn.
+    """One round: all variants in turn, the first of which is dense.
 
-    One more round, the first, warms up and is thrown away.
+    Args:
+        counted: whether its times enter the variants; the first round only warms up.
     """
     family = family_of(model)
     tower = family.vision_tower(model)
-    (grid,) = family.pictures(model, IMAGE, inputs)[0]
-    device = next(model.parameters()).device
-    tokens = int((inputs["input_ids"] == _IMAGE_TOKEN).sum())
+    device = model.get_input_embeddings().weight.device
+    meter = energy_meter(device)
     layers = family.shape(model).decoder.num_layers
+    visual = _visual_tokens(model, inputs)
+    pictures = list(family.pictures(model, IMAGE, inputs)[0])
+    dense = dense_prefill = dense_step = math.nan
+    for variant in variants:
+        variant.pictures, variant.visual_tokens = pictures, visual
+        variant.per_layer = [visual] * layers
+        cuts: list[tuple[int, Tensor]] = []
+        select = 0.0
+        oracle = _Clocked(0.0, 0.0, None)
+        held = _reset_peak(device)
+        with variant.patched(model) as handle:
+            output, first = _clock(partial(prefill, model, inputs), tower, device, meter)
+            if handle is not None:
+                select = handle.last.select_seconds
+                cuts = _cuts(handle)
+                variant.per_layer = handle.last.tokens_per_layer[0]
+            variant.cache_bytes = kv_bytes(output.past_key_values)
+            _, rest = _clock(partial(decode, model, output, new_tokens), tower, device, meter)
+            step = rest.seconds / new_tokens
+        del output
+        if held is not None:
+            added = torch.cuda.max_memory_allocated(device) - held
+            variant.peak_memory_bytes = max(variant.peak_memory_bytes or 0, added)
+        if variant.parts:
+            _, oracle = _clock(partial(oracle_prefill, model, inputs, cuts), tower, device, meter)
+        else:
+            dense, dense_prefill, dense_step = first.seconds, first.seconds - first.vision, step
+        advance()
+        if not counted:
+            continue
+        variant.total.append(first.seconds)
+        variant.vision.append(first.vision)
+        variant.select.append(select)
+        variant.per_decoded_token.append(step)
+        variant.vs_dense.append(dense / first.seconds)
+        variant.decode_vs_dense.append(dense_step / step)
+        if first.joules is not None and rest.joules is not None:
+            variant.joules.append(first.joules)
+            variant.joules_per_decoded_token.append(rest.joules / new_tokens)
+        if variant.parts:
+            variant.select_vs_dense_prefill.append(select / dense_prefill)
+            variant.oracle.append(oracle.seconds)
+            variant.oracle_vision.append(oracle.vision)
 
-    def clock(call: Callable[[], Any]) -> tuple[Any, float, float]:
-        """What the call gave, its seconds, and those of the vision encoder in it."""
-        with module_seconds(tower, device) as vision:
-            synchronise(device)
-            start = time.perf_counter()
+
+@dataclass(frozen=True)
+class _Clocked:
+    """Seconds of a call, those of the vision encoder in it, and its energy where it is known."""
+
+    seconds: float
+    vision: float
+    joules: float | None
+
+
+def _clock(
+    call: Callable[[], Any], tower: Any, device: torch.device, meter: EnergyMeter | None
+) -> tuple[Any, _Clocked]:
+    """What a call gives, and what it took; on CUDA by events, so that nothing waits in between."""
+    total, vision = Stopwatch(device), Stopwatch(device)
+    hooks = (
+        tower.register_forward_pre_hook(lambda *_: vision.__enter__() and None),
+        tower.register_forward_hook(lambda *_: vision.__exit__(None, None, None)),
+    )
+    try:
+        before = meter.joules() if meter else 0.0
+        with total:
             result = call()
-            synchronise(device)
-            return result, time.perf_counter() - start, sum(vision)
+        seconds = total.seconds  # waits for the device
+        joules = meter.joules() - before if meter else None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result, _Clocked(seconds, vision.seconds, joules)
 
-    for number in range(repeats + 1):
-        dense = dense_prefill = dense_step = math.nan
-        for variant in variants:
-            variant.grid, variant.per_layer = grid, [tokens] * layers
-            cuts: list[tuple[int, Tensor]] = []
-            select = oracle = oracle_vision = 0.0
-            held = _reset_peak(device)
-            with variant.patched(model) as handle:
-                output, total, vision = clock(partial(prefill, model, inputs))
-                if handle is not None:
-                    select = handle.last.select_seconds
-                    cuts = _cuts(handle)
-                    variant.per_layer = handle.last.tokens_per_layer[0]
-                variant.cache_bytes = kv_bytes(output.past_key_values)
-                _, seconds, _ = clock(partial(decode, model, output, new_tokens))
-                step = seconds / new_tokens
-            del output
-            if held is not None:
-                added = torch.cuda.max_memory_allocated(device) - held
-                variant.peak_memory_bytes = max(variant.peak_memory_bytes or 0, added)
-            if variant.parts:
-                _, oracle, oracle_vision = clock(partial(oracle_prefill, model, inputs, cuts))
-            else:
-                dense, dense_prefill, dense_step = total, total - vision, step
-            advance()
-            if number == 0:
-                continue
-            variant.total.append(total)
-            variant.vision.append(vision)
-            variant.select.append(select)
-            variant.per_decoded_token.append(step)
-            variant.vs_dense.append(dense / total)
-            variant.decode_vs_dense.append(dense_step / step)
-            if variant.parts:
-                variant.select_vs_dense_prefill.append(select / dense_prefill)
-                variant.oracle.append(oracle)
-                variant.oracle_vision.append(oracle_vision)
+
+def _visual_tokens(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
+    """Of each prompt; all have as many."""
+    return int((inputs["input_ids"][0] == model.config.image_token_id).sum())
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
@@ -275,9 +386,13 @@ def decode(model: PreTrainedModel, output: Any, new_tokens: int) -> None:
     """Feed `new_tokens` random words behind a prefill, one after the other."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randint(10, 30000, (new_tokens, 1, 1), generator=generator)
+    batch_size = len(output.logits)
     for word in words.to(output.logits.device):
         model(
-            input_ids=word, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1
+            input_ids=word.expand(batch_size, 1),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
         )
 
 
@@ -295,7 +410,7 @@ def peak_memory(subject: Subject, parts: Parts, new_tokens: int, threads: int) -
     process that has nothing else to do."""
     torch.set_num_threads(threads)
     model = subject.model("cpu")
-    inputs = subject.inputs(model)
+    inputs = subject.inputs("cpu")
     with Variant(parts).patched(model):
         return added_at_peak(lambda: decode(model, prefill(model, inputs), new_tokens))
 
@@ -314,10 +429,14 @@ def oracle_prefill(
     core: Any = family.core(model)
     text_model: Any = family.text_model(model)
     ids = inputs["input_ids"]
-    features = core.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    other = ("input_ids", "attention_mask", "mm_token_type_ids")
+    encoded = core.get_image_features(**{k: v for k, v in inputs.items() if k not in other})
+    features = torch.cat(list(encoded.pooler_output))
     hidden = model.get_input_embeddings()(ids)
-    visual = ids[0] == _IMAGE_TOKEN
-    hidden[0, visual] = features.to(hidden.dtype)
+    visual = ids[0] == model.config.image_token_id
+    hidden[:, visual] = features.to(hidden.dtype).view(len(ids), -1, hidden.shape[-1])
+    # Qwen3-VL adds features of its own to the first layers.
+    deep = [torch.cat(list(x)) for x in getattr(encoded, "deepstack_features", None) or []]
     alive = torch.arange(ids.shape[1], device=ids.device)
     first_visual = int(visual.nonzero()[0])
     layers = text_model.layers
@@ -331,10 +450,27 @@ def oracle_prefill(
                 hidden = hidden[:, keep[alive]]
                 alive = alive[keep[alive]]
             text_model.layers = layers[start:stop]
-            hidden = text_model(inputs_embeds=hidden, use_cache=True).last_hidden_state
+            hidden = text_model(
+                inputs_embeds=hidden, use_cache=True, **_deep(deep[start:], visual, alive, len(ids))
+            ).last_hidden_state
     finally:
         text_model.layers = layers
     return model.get_output_embeddings()(hidden[:, -1:])
+
+
+def _deep(
+    features: Sequence[Tensor], visual: Tensor, alive: Tensor, batch_size: int
+) -> dict[str, Any]:
+    """Features of the layers to come, for the visual tokens that are alive."""
+    if not features:
+        return {}
+    kept = (alive[visual[alive]] - visual.nonzero()[0]).to(features[0].device)
+    return {
+        "visual_pos_masks": visual[alive].expand(batch_size, -1),
+        "deepstack_visual_embeds": [
+            x.view(batch_size, -1, x.shape[-1])[:, kept].flatten(0, 1) for x in features
+        ],
+    }
 
 
 def _cuts(handle: Handle) -> list[tuple[int, Tensor]]:
@@ -347,57 +483,81 @@ def _cuts(handle: Handle) -> list[tuple[int, Tensor]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The model that is measured, by its sizes, and one picture between text tokens for it."""
+    """The model that is measured (a named shape, a checkpoint, or a LLaVA by its sizes), and
+    pictures between text tokens for it."""
 
-    layers: int
-    width: int
-    visual_tokens: int
-    dtype: str
-    attn_implementation: str
+    shape: str | None = None
+    model_name: str | None = None
+    picture: tuple[int, int] | None = None
+    layers: int = 12
+    width: int = 1024
+    visual_tokens: int = 576
+    batch_size: int = 1
+    dtype: str = "float32"
+    attn_implementation: str = "sdpa"
+
+    @property
+    def name(self) -> str:
+        if self.model_name is not None:
+            return short_name(self.model_name)
+        return f"{self.shape or 'LLaVA'}, random weights"
+
+    def config(self) -> PreTrainedConfig:
+        if self.model_name is not None:
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(self.model_name)
+        if self.shape is not None:
+            return shape(self.shape).config()
+        side = math.isqrt(self.visual_tokens)
+        return mid_size(layers=self.layers, width=self.width, side=side)
 
     def model(self, device: str) -> PreTrainedModel:
-        model = mid_size_llava(
-            layers=self.layers, width=self.width, side=math.isqrt(self.visual_tokens)
-        )
-        model.set_attn_implementation(self.attn_implementation)
-        return model.to(device, getattr(torch, self.dtype))
+        """On the device `meta` there are sizes only."""
+        if self.model_name is not None and device != "meta":
+            model, _ = load(
+                self.model_name,
+                dtype=self.dtype,
+                attn_implementation=self.attn_implementation,
+                device=device,
+            )
+            return model
+        torch.manual_seed(0)
+        dtype = getattr(torch, self.dtype)
+        with torch.device(device):
+            model = AutoModelForImageTextToText.from_config(
+                self.config(), dtype=dtype, attn_implementation=self.attn_implementation
+            )
+        return model.eval().to(dtype)
 
-    def inputs(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        parameter = next(model.parameters())
-        generator = torch.Generator().manual_seed(0)
-        text = torch.randint(10, 30000, (_TEXT_TOKENS,), generator=generator)
-        image = torch.full((self.visual_tokens,), _IMAGE_TOKEN)
-        ids = torch.cat([text[:5], image, text[5:]])[None]
-        side = math.isqrt(self.visual_tokens) * _PATCH
-        pixels = torch.randn(1, 3, side, side, generator=generator)
+    def inputs(self, device: str) -> dict[str, Tensor]:
+        config = self.config()
+        usual = shape(self.shape).picture if self.shape else usual_picture(config)
+        made = prompt(config, self.picture or usual, batch_size=self.batch_size, device=device)
+        pixels = made["pixel_values"].to(getattr(torch, self.dtype))
+        return made | {"pixel_values": pixels}
+
+    def parameter_bytes(self) -> int:
+        model = self.model("meta")
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def as_json(self) -> dict[str, Any]:
+        model = self.model("meta")
+        decoder = family_of(model).shape(model).decoder
+        inputs = self.inputs("meta")
+        visual = _visual_tokens(model, inputs)
         return {
-            "input_ids": ids.to(parameter.device),
-            "pixel_values": pixels.to(parameter.device, parameter.dtype),
+            "name": self.name,
+            "layers": decoder.num_layers,
+            "width": decoder.hidden_size,
+            "visual_tokens": visual,
+            "text_tokens": int(inputs["input_ids"].shape[1]) - visual,
+            "batch_size": self.batch_size,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameter_bytes": self.parameter_bytes(),
+            "dtype": self.dtype,
+            "attn_implementation": self.attn_implementation,
         }
-
-
-def mid_size_llava(*, layers: int, width: int, side: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights: `side` x `side` visual tokens, CLIP tower of half the width."""
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=width,
-        intermediate_size=round(width * 2.6875),  # 11008 / 4096
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 128),
-        num_key_value_heads=max(1, width // 128),
-        max_position_embeddings=4096,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=width // 2,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 128),
-        image_size=side * _PATCH,
-        patch_size=_PATCH,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=_IMAGE_TOKEN)
-    return LlavaForConditionalGeneration(config).eval()
 
 
 # --- The table -------------------------------------------------------------------------------
@@ -406,7 +566,7 @@ def mid_size_llava(*, layers: int, width: int, side: int) -> LlavaForConditional
 def bench_table(report: dict[str, Any]) -> Table:
     """The report of one run, as written to the result file; columns without any entry are left
     out."""
-    model = report["model"]
+    model, measured = report["model"], report.get("measured", True)
     decoded = f" of {report['new_tokens']} new tokens" if "new_tokens" in report else ""
     rows = [_row(variant) for variant in report["variants"]]
     shown = [header for header in _HEADERS if any(row[header] for row in rows)]
@@ -416,19 +576,39 @@ def bench_table(report: dict[str, Any]) -> Table:
         numbers_from=1,
         droppable=tuple(shown.index(header) for header in _DROPPABLE if header in shown),
         title=(
-            f"LLaVA, random weights: {model['layers']} layers, width {model['width']}, "
-            f"{model['visual_tokens']} visual + {model['text_tokens']} text tokens, "
-            f"{model['dtype']}, {model['attn_implementation']}; {report['rounds']} rounds{decoded} "
-            f"on {describe(report['hardware'])}"
+            f"{model.get('name', 'LLaVA, random weights')}: {_sizes(model)}, {model['dtype']}, "
+            f"{model['attn_implementation']}; "
+        )
+        + (
+            f"{report['rounds']} rounds{decoded} on {describe(report['hardware'])}"
+            if measured
+            else "NOT RUN, reckoned from sizes"
         ),
-        notes=" ".join(note for header, note in _NOTES.items() if header in shown),
+        notes=" ".join(
+            note
+            for header, note in _NOTES.items()
+            if header in shown and (measured or header in _RECKONED)
+        ),
     )
+
+
+def _sizes(model: Mapping[str, Any]) -> str:
+    """Older reports say less."""
+    parts = [f"{model['layers']} layers", f"width {model['width']}"]
+    if "parameters" in model:
+        size = f"{model['parameter_bytes'] / 2**30:.1f} GiB"
+        parts.insert(0, f"{model['parameters'] / 1e9:.2f} B parameters ({size})")
+    parts.append(f"{model['visual_tokens']} visual + {model['text_tokens']} text tokens")
+    if model.get("batch_size", 1) > 1:
+        parts.append(f"batch of {model['batch_size']}")
+    return ", ".join(parts)
 
 
 _HEADERS = (
     "Variant",
     "Avg/layer",
     "GFLOPs",
+    "Share %",
     "Vision ms",
     "Choice ms",
     "of dense prefill %",
@@ -442,7 +622,10 @@ _HEADERS = (
     "Speed-up of decoding",
     "Cache MiB",
     "Peak MiB",
+    "Energy J",
+    "J/token",
 )
+_RECKONED = ("Avg/layer", "GFLOPs", "Share %", "Cache MiB")
 _DROPPABLE = (
     "GFLOPs",
     "Avg/layer",
@@ -455,6 +638,9 @@ _DROPPABLE = (
 )
 _NOTES = {
     "Variant": "Medians over rounds; ratios are taken within a round.",
+    "Avg/layer": "Avg/layer: visual tokens that enter a decoder layer (<=: the most that an "
+    "adaptive rule may keep).",
+    "Share %": "Share: of the dense decoder FLOPs, visual tokens only.",
     "Choice ms": "Choice: inside the decoder with reading scores; before the LLM without, they are "
     "a part of vision.",
     "Prefill ms": "Prefill: the LLM without vision and choice.",
@@ -464,6 +650,7 @@ _NOTES = {
     "ms/token [quartiles]": "ms/token: of the tokens decoded after that.",
     "Cache MiB": "Cache: keys and values after prefill.",
     "Peak MiB": "Peak: what prefill and decoding add to the loaded model.",
+    "Energy J": "Energy: of the accelerator up to the first token, and of each token after it.",
 }
 
 
@@ -471,10 +658,13 @@ def _row(variant: dict[str, Any]) -> dict[str, str]:
     """The cells of one line by their headers; older reports lack some of the numbers."""
     seconds = variant["seconds"]
     pruned = variant["name"] != "dense"
+    joules = variant.get("joules", {})
+    average = f"{variant['average_per_layer']:.1f}"
     return {
         "Variant": variant["name"],
-        "Avg/layer": f"{variant['average_per_layer']:.1f}",
+        "Avg/layer": f"<= {average}" if variant.get("at_most") else average,
         "GFLOPs": f"{variant['first_token_flops'] / 1e9:.4g}",
+        "Share %": "" if seconds["total"] else f"{100 * variant['visual_share']:.1f}",
         "Vision ms": _ms(seconds["vision"]),
         "Choice ms": _ms(seconds["select"]) if pruned else "",
         "of dense prefill %": _percent(variant.get("select_over_dense_prefill")),
@@ -488,6 +678,8 @@ def _row(variant: dict[str, Any]) -> dict[str, str]:
         "Speed-up of decoding": _times(variant.get("decode_speed_up")),
         "Cache MiB": _mib(variant.get("cache_bytes")),
         "Peak MiB": _mib(variant.get("peak_memory_bytes")),
+        "Energy J": _joules(joules.get("first_token")),
+        "J/token": _joules(joules.get("per_decoded_token")),
     }
 
 
@@ -504,6 +696,10 @@ def _ms_range(value: Spread | None, digits: int = 0) -> str:
 
 def _times(value: Spread | None) -> str:
     return f"{value['median']:.2f}x" if value else ""
+
+
+def _joules(value: Spread | None) -> str:
+    return f"{value['median']:.3g}" if value else ""
 
 
 def _mib(size: int | None) -> str:

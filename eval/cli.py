@@ -70,11 +70,15 @@ examples:
   vlmprune ask cat.jpg "What is the cat doing?" --model llava-hf/llava-1.5-7b-hf \\
       --method fastv --method_args layer=3 --average_tokens 128
   vlmprune ask embedded:3 --method divprune@0.5+fastv:layer=3@0.25
+  vlmprune ask embedded:3 --method divprune --method fastv --keep_ratio 0.2 --save all.png
+      methods side by side
 """
 _BENCH_EXAMPLES = """\
 examples:
   vlmprune bench model
       12 layers of width 1024 and 576 visual tokens, random weights
+  vlmprune bench model --shape qwen2.5-vl-7b --methods divprune --budgets 0.333,0.111
+  vlmprune bench model --shape llava-next-small --batch_size 8
   vlmprune bench model --methods divprune fastv --budgets 0.25 --layers 4 --repeats 5
   vlmprune bench model --methods divprune@0.5+fastv@0.25 --new_tokens 64 --memory
   vlmprune bench select
@@ -347,8 +351,9 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         required=True,
+        action="append",
         metavar="NAME",
-        help=f"see `vlmprune methods`; {_METHOD_WORD}",
+        help=f"see `vlmprune methods`; {_METHOD_WORD}. Give it several times to compare methods",
     )
     group.add_argument(
         "--method_args", metavar="FIELD=VALUE,...", help="fields of the method, e.g. layer=3"
@@ -371,7 +376,7 @@ def _bench_commands(parser: argparse.ArgumentParser) -> None:
             "model",
             _bench_model_arguments,
             _bench,
-            "dense, oracle and patched runs of a mid-size LLaVA with random weights",
+            "dense, oracle and patched runs of a model, in turn",
         ),
         (
             "select",
@@ -400,6 +405,31 @@ def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(DEFAULT_BUDGETS),
         metavar="BUDGET",
         help=f"{_BUDGET_WORD} (default: {','.join(DEFAULT_BUDGETS)})",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--shape",
+        metavar="NAME",
+        help="sizes of a published model with random weights, or a small one of its family: "
+        "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-onevision-7b, qwen2.5-vl-7b, "
+        "qwen3-vl-8b, llava-small, llava-next-small, llava-onevision-small, qwen2.5-vl-small, "
+        "qwen3-vl-small (default: a LLaVA of --layers, --width and --tokens)",
+    )
+    which.add_argument("--model", metavar="DIR_OR_NAME", help="a checkpoint instead")
+    parser.add_argument(
+        "--picture",
+        type=_picture,
+        metavar="HxW",
+        help="its height and width in pixels (default: what is usual for the model)",
+    )
+    parser.add_argument(
+        "--batch_size", "-b", type=_positive, default=1, help="prompts at once (default: 1)"
+    )
+    parser.add_argument(
+        "--meta",
+        action="store_true",
+        help="run nothing: FLOPs and bytes from sizes alone (what happens anyway where a shape "
+        "does not fit)",
     )
     parser.add_argument("--layers", type=_positive, default=12, help="of the decoder (default: 12)")
     parser.add_argument(
@@ -474,6 +504,16 @@ def _positive(text: str) -> int:
 
 def _count(text: str) -> int:
     return 0 if text == "0" else _positive(text)
+
+
+def _picture(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    try:
+        return _positive(height), _positive(width)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a height and a width in pixels: write e.g. 672x672"
+        ) from None
 
 
 def _positives(text: str) -> list[int]:
@@ -559,7 +599,7 @@ def _ask(args: argparse.Namespace) -> int:
     return run(
         image=args.image,
         question=args.question,
-        method_name=args.method,
+        methods=args.method,
         method_args=split_list([args.method_args or ""]),
         budget={w: getattr(args, w) for w in words if getattr(args, w) is not None},
         positions=args.positions,
@@ -579,9 +619,14 @@ def _bench(args: argparse.Namespace) -> int:
     return run(
         methods=split_list(args.methods),
         budgets=split_list(args.budgets),
+        shape_name=args.shape,
+        model_name=args.model,
+        picture=args.picture,
         layers=args.layers,
         width=args.width,
         tokens=args.tokens,
+        batch_size=args.batch_size,
+        meta=args.meta,
         repeats=args.repeats,
         new_tokens=args.new_tokens,
         memory=args.memory,

@@ -65,6 +65,19 @@ def added_at_peak(run: Callable[[], object]) -> int:
     return _peak() - before
 
 
+def free_memory(device: str) -> int | None:
+    """Bytes that can still be allocated on a device; None where nothing tells."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return next(int(line.split()[1]) for line in text.splitlines() if "MemAvail" in line) << 10
+    except (OSError, StopIteration):
+        return None
+
+
 def _forget_peak() -> bool:
     """Set the largest resident set to the present one."""
     try:

@@ -1,0 +1,44 @@
+"""Energy of an NVIDIA accelerator, as its own counter tells (NVML)."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class EnergyMeter:
+    """The counter of one accelerator: everything on it is counted, also other processes."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml = nvml
+        self._handle = handle
+
+    def joules(self) -> float:
+        """Since the driver was loaded."""
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1e3
+
+
+@cache
+def energy_meter(device: torch.device) -> EnergyMeter | None:
+    """The meter of an accelerator; None where there is none, with the reason in the log."""
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        logger.warning("No energy is measured: pip install 'vlmprune[energy]'.")
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        meter = EnergyMeter(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+        meter.joules()
+    except pynvml.NVMLError as error:
+        logger.warning("No energy is measured: NVML says %s.", error)
+        return None
+    return meter
