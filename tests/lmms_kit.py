@@ -271,3 +271,37 @@ def write_video(path: Path, *, seed: int, frames: int, width: int, height: int) 
             frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+
+
+def published(folder: Path, rows: int = 8) -> Path:
+    """POPE and MME as lmms-eval has them, on pictures drawn here."""
+    import datasets
+    import lmms_eval.tasks
+    from PIL import Image
+
+    path = folder / "published"
+    if path.exists():
+        return path
+    path.mkdir()
+    draw = np.random.default_rng(0)
+    pixels = [draw.integers(0, 255, (40, 60, 3)).astype(np.uint8) for _ in range(rows)]
+    data = datasets.Dataset.from_list(
+        [
+            {
+                "question_id": f"{n // 2}.png",
+                "question": f"Is there a thing {n}? Please answer yes or no.",
+                "answer": ["Yes", "No"][n % 2],
+                "category": ["existence", "code_reasoning"][n // 2 % 2],
+                "image": Image.fromarray(pixels[n]),
+            }
+            for n in range(rows)
+        ]
+    )
+    data.to_parquet(path / "test.parquet")
+    home = Path(lmms_eval.tasks.__file__).parent
+    for name in ("pope", "mme"):
+        (path / f"local_{name}.yaml").write_text(
+            f"include: {home / name / name}.yaml\ntask: local_{name}\ndataset_path: parquet\n"
+            "dataset_name: null\ndataset_kwargs:\n  data_files:\n    test: test.parquet\n"
+        )
+    return path

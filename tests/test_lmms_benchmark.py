@@ -91,7 +91,27 @@ def test_points_that_are_no_mean_have_paired_resamples(folder):
     again = benchmark.run()[0]["scores"]["pairs"]
     assert again == a
     assert difference(a, a) == (0.0, 0.0, 0.0)
-    assert all(sample.score is None for sample in samples)
+    assert {sample.score for sample in samples} <= {0.0, 1.0}
+
+
+def test_published_tasks(folder):
+    """POPE and MME with their own prompts and metrics."""
+    model, processor = embedded.load_model()
+    path = str(lmms_kit.published(folder))
+    pope, mme = benchmarks(["local_pope", "local_mme"], model, processor, include_path=path)
+    (scores, samples) = pope.run(DIVPRUNE)
+    names = ["accuracy", "precision", "recall", "f1_score", "yes_ratio"]
+    assert list(scores["scores"]) == [f"pope_{name}" for name in names]
+    accuracy = scores["scores"]["pope_accuracy"]
+    assert accuracy["unit"] == "share" and len(accuracy["replicates"]) == RESAMPLES
+    said = [s.prediction.lower() == s.answer.lower() for s in samples]
+    assert [s.score for s in samples] == said
+    assert accuracy["value"] == pytest.approx(sum(said) / len(said))
+    assert samples[0].question.endswith("Answer the question using a single word or phrase.")
+    (scores, samples) = mme.run()
+    assert list(scores["scores"]) == ["mme_perception_score", "mme_cognition_score"]
+    for score in scores["scores"].values():  # pairs of questions stay together when resampled
+        assert score["n"] == 4 and len(score["replicates"]) == RESAMPLES
 
 
 def test_videos_are_drawn(folder):

@@ -109,8 +109,13 @@ def _tasks(names: Sequence[str], wrapper: str, include_path: str | None) -> dict
                 found |= _leaves(get_task_dict([name], manager, "chat"))
         except Exception as error:
             cause = _cause(error)
+            away = (
+                " Most tasks read data from the Hugging Face Hub: go online, log in (hf auth login)"
+                ", or give tasks on local data with --include_path."
+            )
             raise TaskError(
-                f"Task {name!r} cannot be loaded: {type(cause).__name__}: {cause}"
+                f"Task {name!r} cannot be loaded: {type(cause).__name__}: {cause}."
+                f"{away if isinstance(cause, OSError) else ''}"
             ) from cause
     for name, task in found.items():
         if task.OUTPUT_TYPE != "generate_until":
@@ -201,6 +206,8 @@ class LmmsBenchmark:
     def _read(
         self, results: Mapping[str, Any], runner: _Shared
     ) -> tuple[dict[str, Any], list[Sample]]:
+        from .scores import single_score
+
         logged = results["samples"][self.name]
         of_task = results["results"][self.name]
         metrics = self.task.aggregation()
@@ -214,15 +221,13 @@ class LmmsBenchmark:
             for metric in metrics
             if any(metric in entry for entry in part)
         }
-        scores = self._scores.read(of_task, items, per_filter)
+        scores = self._scores.read(of_task, items)
         if not scores:
             raise TaskError(
                 f"Task {self.name!r} gave no score: its metrics "
                 f"({', '.join(metrics)}) are computed elsewhere, e.g. by a server that takes a "
                 f"file of answers."
             )
-        main = next(iter(scores.values()))
-        outcomes = main["outcomes"] if len(main["outcomes"]) == per_filter else None
         samples = [
             Sample(
                 id=entry["doc_id"],
@@ -230,10 +235,10 @@ class LmmsBenchmark:
                 question=runner.questions[entry["doc_id"]],
                 answer=_text(entry["target"]),
                 prediction=_text(entry["filtered_resps"][0]),
-                score=outcomes[number] if outcomes else None,
+                score=single_score(list(metrics), entry),
                 kept=runner.kept[entry["doc_id"]],
             )
-            for number, entry in enumerate(logged[:per_filter])
+            for entry in logged[:per_filter]
         ]
         return scores, samples
 

@@ -19,6 +19,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 
 from ...adapters.clip_text import ClipText
+from ...adapters.devices import input_device
 from ...adapters.patching import Handle, patch
 from ...prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ...prune.contract import Positions
@@ -116,7 +117,7 @@ class VlmPrune(lmms):  # type: ignore[misc]
         calls = calls_of(str(method), budget, others, _ARGUMENTS)
         size = _batch_size(batch_size, max_batch_size)
         processes = Processes.started(cpu=device == "cpu")
-        device = resolve_device(device or processes.device)
+        device = resolve_device(device or processes.device, may_shard=True)
         model, processor = _load(
             pretrained,
             pixels,
@@ -184,7 +185,7 @@ class VlmPrune(lmms):  # type: ignore[misc]
         self.system_prompt = system_prompt
         self.encode = encoder_for(model, processor, video)
         self.wrapper = wrapper_of(model)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self.on_answer: OnAnswer = ignore
         self._clip = clip
         self._rank, self._world_size = processes.rank, processes.world
