@@ -1,7 +1,9 @@
-"""`vlmprune ask`: one question about one picture, dense and pruned, and what was saved."""
+"""`vlmprune ask`: one question about one picture, dense and pruned, and what was saved; with
+several methods, all of them beside each other."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ def run(
     *,
     image: str,
     question: str | None,
-    method_name: str,
+    methods: Sequence[str],
     method_args: Sequence[str],
     budget: dict[str, float],
     positions: Positions | None,
@@ -40,8 +42,13 @@ def run(
     clip: str | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
-    parts = _parts(method_name, method_args, Budget.of(**budget))
-    for part in parts:
+    if method_args and len(methods) > 1:
+        raise MethodFieldError(
+            f"--method_args says not which of {', '.join(methods)} it is for: write the fields "
+            f"into the word, e.g. fastv:layer=3@0.25."
+        )
+    cells = _cells(methods, method_args, Budget.of(**budget))
+    for part in (part for parts in cells for part in parts):
         _ = part.call  # refuses a budget before anything is loaded
     _check_save(save)
     asked = _read(image, question)
@@ -53,39 +60,56 @@ def run(
         model,
         processor,
         asked,
-        [(), parts],
+        [(), *cells],
         max_new_tokens=max_new_tokens,
         positions=positions,
         clip=load_clip(clip, processor, device=device),
         repeats=_REPEATS,
     )
-    dense, pruned = compared.rows
-    if pruned.refusal is not None:
-        raise pruned.refusal
-    table = _table(parts_text(parts), dense, pruned)
+    dense, *pruned = compared.rows
+    refusals = [row.refusal for row in pruned if row.refusal is not None]
+    if len(refusals) == len(pruned):
+        raise refusals[0]
+    if len(pruned) == 1:
+        table = _table(parts_text(cells[0]), dense, pruned[0])
+    else:
+        table = dataclasses.replace(compared.table(), title=None)
     console = stdout()
     console.print(f"{short_name(model_name)}: {asked.question}", markup=False)
     if asked.answer:
         console.print(f"right answer: {asked.answer}", markup=False)
     table.print(console)
-    for note in pruned.measured["notes"] if pruned.measured else []:
+    for refusal in refusals:
+        sys.stderr.write(f"not applicable: {refusal}\n")
+    notes = [note for row in pruned if row.measured for note in row.measured["notes"]]
+    for note in dict.fromkeys(notes):
         sys.stderr.write(f"note: {note}\n")
-    if save and pruned.picture is not None:
-        pruned.picture.save(save)
+    if save:
+        alone = pruned[0].picture if len(pruned) == 1 else None
+        (alone or compared.picture()).save(save)
         sys.stderr.write(f"kept tokens: {save}\n")
     return 0
 
 
-def _parts(word: str, method_args: Sequence[str], budget: Budget | None) -> Parts:
-    """What was typed, with `budget` for the parts that have none of their own."""
+def _cells(words: Sequence[str], method_args: Sequence[str], budget: Budget | None) -> list[Parts]:
+    """What was typed, with `budget` for what has none of its own."""
+    cells = [_parts(word, method_args) for word in words]
+    if budget is not None and not any(part.open for parts in cells for part in parts):
+        own = "has its own budgets" if len(words) == 1 else "have their own budgets"
+        raise BudgetError(f"{', '.join(map(repr, words))} {own}: leave {budget} out.")
+    return [_with_budget(parts, budget) for parts in cells]
+
+
+def _parts(word: str, method_args: Sequence[str]) -> Parts:
     if method_args and "+" in word:
         raise MethodFieldError(
             f"--method_args says not which part of {word!r} it is for: write the fields into the "
             f"word, e.g. divprune@0.5+fastv:layer=3."
         )
-    parts = parse(":".join([word, *method_args]))
-    if budget is not None and not any(part.open for part in parts):
-        raise BudgetError(f"{word!r} has its own budgets: leave {budget} out.")
+    return parse(":".join([word, *method_args]))
+
+
+def _with_budget(parts: Parts, budget: Budget | None) -> Parts:
     found = tuple(part.at(budget) for part in parts)
     for part in found:
         if part.budget is None and part.method.needs_budget:

@@ -14,7 +14,7 @@ import vlmprune
 from PIL import Image, ImageChops
 from test_measure import FakeProcessor, picture
 from test_undo import differences, snapshot
-from vlmprune.eval import embedded
+from vlmprune.eval import cli, embedded
 from vlmprune.eval.compare import InputError
 from vlmprune.eval.flops import visual_share
 from vlmprune.eval.in_process import sweep_model
@@ -259,6 +259,21 @@ def test_every_family_is_asked_through_its_chat_template(name):
     assert compared.rows[1].tokens == 6
     assert (compared.rows[2].refusal is None) == case.shape.tower.has_cls
     assert compared.picture().width > 300
+
+
+def test_the_command_compares_several_methods(tmp_path, capsys):
+    argv = ["ask", "embedded:18", "--method", "divprune", "--method", "cdpruner@9"]
+    budget = ["--keep_ratio", "0.2", "--save", str(tmp_path / "all.png")]
+    assert cli.main([*argv, "--method", "fastv:layer=3", *budget]) == 0
+    captured = capsys.readouterr()
+    lines = [line.split(" | ") for line in captured.out.splitlines() if " | " in line]
+    names = [line[0].removeprefix("| ") for line in lines if "---" not in line[0]]
+    assert names == ["Method", "dense", "divprune@0.2", "cdpruner@9", "fastv:layer=3@0.2"]
+    assert captured.err.count("not applicable: cdpruner compares image") == 1
+    with Image.open(tmp_path / "all.png") as drawn:
+        assert drawn.width > 3 * 300 and drawn.height < 600
+    assert cli.main([*argv, *budget, "--method_args", "layer=3"]) == 2
+    assert "not which of divprune, cdpruner@9" in capsys.readouterr().err
 
 
 def test_a_loaded_model_is_swept_in_process(loaded, tmp_path):

@@ -18,12 +18,13 @@ from vlmprune.adapters.devices import execution_device, input_device
 ONE, TWO = torch.device("xla:0"), torch.device("xla:1")
 
 
-def spread(model) -> None:
-    """Every second layer of encoder and decoder, and the head, on another device."""
+def spread(model, away: int) -> None:
+    """Every second layer of encoder and decoder (the `away`th first), and the head, on another
+    device."""
     for name, module in model.named_modules():
         layer = re.search(r"\.(\d+)(\.|$)", name)
-        odd = layer is not None and int(layer[1]) % 2
-        hook = AlignDevicesHook(TWO if odd or name == "lm_head" else ONE, io_same_device=not name)
+        other = layer is not None and int(layer[1]) % 2 == away
+        hook = AlignDevicesHook(TWO if other or name == "lm_head" else ONE, io_same_device=not name)
         above_layers = any(isinstance(part, nn.ModuleList) for part in module.modules())
         if name and above_layers:  # as accelerate does it: parameters are placed, inputs are not
             hook.init_hook(module)
@@ -47,8 +48,15 @@ def test_tensors_of_two_devices_do_not_meet():
         assert isinstance(one, Elsewhere) and (one + two.to(ONE)).device == ONE
 
 
-@zoo.FAMILIES
-def test_methods_follow_the_layers(case):
+@pytest.mark.parametrize(
+    ("case", "away"),
+    [
+        pytest.param(zoo.CASES[name], away, id=f"{name}-{away}")
+        for name in zoo.FAMILY_NAMES
+        for away in ((0, 1) if name == "llava-clip-llama" else (1,))
+    ],
+)
+def test_methods_follow_the_layers(case, away):
     model = case.model()
     inputs = case.inputs(ROWS)
     expected = {"dense": (generate(model, inputs), None)}
@@ -57,9 +65,10 @@ def test_methods_follow_the_layers(case):
             with vlmprune.patch(model, calls) as handle:
                 expected[name] = generate(model, inputs), handle.last.kept
     with Devices():
-        spread(model)
+        spread(model, away)
         layers = model.model.language_model.layers
-        assert [execution_device(layer) for layer in layers] == [ONE, TWO] * (len(layers) // 2)
+        there = [execution_device(layer) for layer in layers]
+        assert there == [TWO if i % 2 == away else ONE for i in range(len(layers))]
         assert input_device(model) == ONE
         inputs = {key: value.to(ONE) for key, value in inputs.items()}
         assert torch.equal(generate(model, inputs), expected.pop("dense")[0])
