@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,6 @@ def test_the_embedded_benchmark_gives_what_the_native_one_gives():
     benchmark: Benchmark = theirs
     assert (benchmark.name, benchmark.count) == (embedded.TASK, LIMIT)
     assert benchmark.max_new_tokens == ours.max_new_tokens
-    state = torch.get_rng_state()
     for calls in ((), DIVPRUNE):
         drawn: list[dict[int, Image.Image]] = [{}, {}]
         told: list[int] = []
@@ -77,7 +77,6 @@ def test_the_embedded_benchmark_gives_what_the_native_one_gives():
             assert drawn[0][n].tobytes() == drawn[1][n].tobytes()
         assert a["times"]["first_token"]["n"] == 8
         assert a["times"]["share_of_dense"] is not None or not calls
-    assert torch.equal(state, torch.get_rng_state()) or state is not None
     assert not hasattr(model, "_vlmprune_handle")
 
 
@@ -172,9 +171,13 @@ def test_errors(folder, monkeypatch):
         benchmark.run((vlmprune.method("cdpruner", keep_ratio=0.5),))
 
 
-def test_the_models_limits_do_not_write_to_stdout(folder, capfd):
+def test_runs_leave_no_trace(folder, capfd):
+    """No bars, nothing on stdout, and the seeds and the environment as they were."""
     benchmark = tiny("llava-clip-llama", "tiny_pictures", folder)
+    state, environment = torch.get_rng_state(), dict(os.environ)
     benchmark.run()
+    assert torch.equal(state, torch.get_rng_state())
+    assert dict(os.environ) == environment
     out, err = capfd.readouterr()
     assert out == ""
     assert "it/s" not in err
