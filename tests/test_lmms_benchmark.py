@@ -21,7 +21,7 @@ from PIL import Image
 from test_processes import torchrun
 from vlmprune.eval import embedded
 from vlmprune.eval.evaluate import Benchmark, Evaluator
-from vlmprune.eval.lmms.benchmark import LmmsBenchmark, benchmarks
+from vlmprune.eval.lmms.benchmark import LmmsBenchmark, MissingLmmsError, benchmarks
 from vlmprune.eval.results import read_records
 from vlmprune.eval.stats import RESAMPLES, difference
 from vlmprune.eval.task import EmbeddedTask, TaskError
@@ -169,6 +169,12 @@ def test_errors(folder, monkeypatch):
     assert not hasattr(benchmark.lm.model, "_vlmprune_handle")
     with pytest.raises(vlmprune.VlmpruneError):
         benchmark.run((vlmprune.method("cdpruner", keep_ratio=0.5),))
+
+
+def test_without_lmms_eval(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval.models", None)
+    with pytest.raises(MissingLmmsError, match=r"pip install 'vlmprune\[lmms\]'"):
+        benchmarks(["gqa"], None, None)
 
 
 def test_runs_leave_no_trace(folder, capfd):

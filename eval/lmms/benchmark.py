@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from PIL import Image
-
 from ...adapters.clip_text import ClipText
-from ...adapters.overlay import _GAP as PANEL_GAP
-from ...adapters.patching import Handle
 from ...prune.budget import MethodCall
 from ...prune.contract import Positions
 from ...prune.errors import VlmpruneError, did_you_mean
-from ..answering import Answer, flops_of, tokens_of
+from ..answering import flops_of, tokens_of
 from ..evaluate import EXAMPLES, TIMED_QUESTIONS, Sample, SavePicture, example
 from ..flops import model_cost
 from ..measure import Measurement, measure
@@ -27,13 +17,14 @@ from ..processes import Processes
 from ..results import Measured
 from ..task import TaskError
 from ..tasks import TASKS_DIR
+from .manners import cause_of, data_bars, to_stderr
+from .running import Shared
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from transformers import PreTrainedModel
 
     from .model import VlmPrune
-    from .prompts import Encoded
 
 
 class MissingLmmsError(VlmpruneError, ImportError):
@@ -62,7 +53,7 @@ def benchmarks(
         MissingLmmsError: lmms-eval is not installed.
         TaskError: no task has this name, or it is of a kind that cannot be run here.
     """
-    with _to_stderr():
+    with to_stderr():
         try:
             import lmms_eval.models  # noqa: F401
         except ImportError as error:
@@ -105,10 +96,10 @@ def _tasks(names: Sequence[str], wrapper: str, include_path: str | None) -> dict
     found: dict[str, Any] = {}
     for name in names:
         try:
-            with _data_bars():
+            with data_bars():
                 found |= _leaves(get_task_dict([name], manager, "chat"))
         except Exception as error:
-            cause = _cause(error)
+            cause = cause_of(error)
             away = (
                 " Most tasks read data from the Hugging Face Hub: go online, log in (hf auth login)"
                 ", or give tasks on local data with --include_path."
@@ -179,7 +170,7 @@ class LmmsBenchmark:
         lm, processes = self.lm, self.lm.processes
         lm.use(calls, positions)
         lm.task_dict[self.name] = self.task.dataset
-        runner = _Shared(self, progress, draw=save_picture is not None)
+        runner = Shared(self, progress, draw=save_picture is not None)
         results = runner.evaluate()
         answers = runner.answers
         measured = processes.from_first(lambda: self._measure(runner.timed))
@@ -204,7 +195,7 @@ class LmmsBenchmark:
         return measure(self.lm.model, inputs, calls=self.lm.calls, options=self.lm.options)
 
     def _read(
-        self, results: Mapping[str, Any], runner: _Shared
+        self, results: Mapping[str, Any], runner: Shared
     ) -> tuple[dict[str, Any], list[Sample]]:
         from .scores import single_score
 
@@ -243,240 +234,5 @@ class LmmsBenchmark:
         return scores, samples
 
 
-@dataclass
-class _Given:
-    """What one process contributes."""
-
-    answers: list[Answer] = field(default_factory=list)
-    questions: list[str] = field(default_factory=list)
-    pictures: dict[int, Image.Image] = field(default_factory=dict)
-    notes: set[str] = field(default_factory=set)
-    modes: set[str] = field(default_factory=set)
-
-
-class _Answered(Exception):
-    """Ends the evaluation in a process whose answers the first one has: it alone scores."""
-
-
-class _Shared:
-    """One evaluation. lmms-eval sees a single process; the requests are dealt to all."""
-
-    def __init__(
-        self, benchmark: LmmsBenchmark, progress: Callable[[int], None], *, draw: bool
-    ) -> None:
-        self.benchmark = benchmark
-        self.lm = benchmark.lm
-        self.progress = progress
-        self.draw = draw
-        self.answers: list[Answer] = []
-        self.questions: dict[Any, str] = {}
-        self.kept: dict[Any, int] = {}
-        self.pictures: dict[int, Image.Image] = {}
-        self.notes: set[str] = set()
-        self.modes: set[str] = set()
-        self.timed: list[Instance] = []
-
-    def evaluate(self) -> Mapping[str, Any]:
-        """Results of lmms-eval; nothing in processes but the first."""
-        from lmms_eval.evaluator import simple_evaluate
-        from lmms_eval.tasks import TaskManager
-
-        benchmark, found = self.benchmark, {}
-        failure: Exception | None = None
-        with _quiet_bars(), _alone(), _seeds_kept():
-            self.lm.generate_until = self._generate  # type: ignore[method-assign]
-            try:
-                found = simple_evaluate(
-                    model=self.lm,
-                    model_args=" ".join(map(str, self.lm.calls)) or "dense",
-                    tasks=[benchmark.task],
-                    task_manager=TaskManager(include_defaults=False),  # it is loaded already
-                    batch_size=self.lm.batch_size,
-                    limit=benchmark.count,
-                    bootstrap_iters=0,
-                    log_samples=True,
-                    random_seed=benchmark.seed,
-                    numpy_random_seed=benchmark.seed,
-                    torch_random_seed=benchmark.seed,
-                    process_docs_parallel=1,
-                    distributed_executor_backend="torchrun",
-                )
-            except _Answered:
-                pass
-            except Exception as error:
-                if not self.answers:  # raised in all processes
-                    raise
-                failure = _cause(error)
-            finally:
-                del self.lm.generate_until
-
-        def scored() -> None:
-            if failure is not None:
-                raise failure
-
-        self.lm.processes.from_first(scored)
-        return found
-
-    def _generate(self, requests: list[Instance]) -> list[Any]:
-        from .model import result
-
-        shares = self.lm.processes.gather(lambda: self._share(requests))
-        self.answers = self.lm.processes.dealt([share.answers for share in shares])
-        questions = self.lm.processes.dealt([share.questions for share in shares])
-        for request, answer, question in zip(requests, self.answers, questions, strict=True):
-            self.questions[request.doc_id] = question
-            self.kept[request.doc_id] = answer.kept
-        for share in shares:
-            self.pictures |= share.pictures
-            self.notes |= share.notes
-            self.modes |= share.modes
-        self.timed = requests[: self.benchmark.timed_questions]
-        if not self.lm.processes.first:
-            raise _Answered
-        return [result(answer) for answer in self.answers]
-
-    def _share(self, requests: list[Instance]) -> _Given:
-        """The answers of this process, with pictures of what was kept of the first questions."""
-        processes = self.lm.processes
-        mine = list(processes.share(requests))
-        numbers = {id(requests[n]): n for n in processes.share(range(len(requests)))}
-        given = _Given()
-        from .model import ignore
-
-        def note(
-            request: Instance, answer: Answer, handle: Handle | None, encoded: Encoded, row: int
-        ) -> None:
-            if handle is not None:
-                given.notes |= {handle.last.note} if handle.last.note else set()
-                given.modes |= {handle.last.positions}
-            number = numbers[id(request)]
-            if self.draw and number < EXAMPLES and encoded.media[row]:
-                given.pictures[number] = _picture(handle, encoded, row)
-            self.progress(processes.world)
-
-        self.lm.on_answer = note
-        try:
-            given.answers = self.lm.answers(mine)
-        finally:
-            self.lm.on_answer = ignore
-        given.questions = [_question(self.lm.chat(request)) for request in mine]
-        return given
-
-
-def _picture(handle: Handle | None, encoded: Encoded, row: int) -> Image.Image:
-    """The first picture of a prompt (of a video: its frames), with what was kept of it."""
-    first = encoded.media[row][0]
-    if handle is None or not handle.last.kept:
-        return first if isinstance(first, Image.Image) else first[0]
-    index = sum(len(of_row) for of_row in encoded.media[:row])
-    if isinstance(first, Image.Image):
-        return handle.overlay(first.convert("RGB"), index)
-    blocks = len(handle.last.tilings[index].blocks)
-    frames = [first[len(first) * block // blocks] for block in range(blocks)]
-    return _in_rows(handle.overlay(frames, index), blocks)
-
-
-def _in_rows(picture: Image.Image, panels: int) -> Image.Image:
-    """Panels that stand side by side, in as many rows as columns."""
-    width = (picture.width + PANEL_GAP) // panels
-    columns = math.ceil(math.sqrt(panels))
-    rows = math.ceil(panels / columns)
-    height = picture.height + PANEL_GAP
-    size = columns * width - PANEL_GAP, rows * height - PANEL_GAP
-    found = Image.new("RGB", size, "white")
-    for panel in range(panels):
-        left = panel * width
-        part = picture.crop((left, 0, left + width - PANEL_GAP, picture.height))
-        found.paste(part, (panel % columns * width, panel // columns * height))
-    return found
-
-
-def _question(chat: Any) -> str:
-    """The text of the last message."""
-    texts = [content.text for content in chat.messages[-1].content if content.type == "text"]
-    return "\n".join(texts)
-
-
 def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else str(value)
-
-
-def _cause(error: Exception) -> Exception:
-    """What was behind it when lmms-eval gave up trying again."""
-    from tenacity import RetryError
-
-    if isinstance(error, RetryError):
-        cause = error.last_attempt.exception()
-        if isinstance(cause, Exception):
-            return cause
-    return error
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """lmms-eval reads from the environment which process of how many it is: the only one."""
-    import os
-
-    said = {name: os.environ.pop(name, None) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    try:
-        yield
-    finally:
-        os.environ.update({name: value for name, value in said.items() if value is not None})
-
-
-@contextlib.contextmanager
-def _seeds_kept() -> Iterator[None]:
-    """lmms-eval sets the seeds of the process: the caller gets its own back."""
-    import numpy as np
-
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-@contextlib.contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """Without lmms-eval's bars: the sweep has its own."""
-    import lmms_eval.api.task as building
-    import lmms_eval.evaluator as evaluating
-
-    modules: list[Any] = [building, evaluating]
-    bars = [module.tqdm for module in modules]
-
-    def silent(*args: Any, **options: Any) -> Any:
-        return bars[0](*args, **(options | {"disable": True}))
-
-    try:
-        for module in modules:
-            module.tqdm = silent
-        yield
-    finally:
-        for module, bar in zip(modules, bars, strict=True):
-            module.tqdm = bar
-
-
-@contextlib.contextmanager
-def _data_bars() -> Iterator[None]:
-    """Bars of data sets only on a terminal."""
-    import datasets
-
-    change = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if change:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if change:
-            datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _to_stderr() -> Iterator[None]:
-    """Warnings of lmms-eval go to stderr, as its logger takes what is stdout when it is imported:
-    there, only results are printed."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
