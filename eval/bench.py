@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,17 +32,18 @@ from ..adapters.patching import Handle, patch
 from ..adapters.registry import family_of
 from ..adapters.report import Stopwatch
 from ..prune.budget import plan, tokens_per_layer
+from ..prune.contract import Compressing
 from ..prune.errors import MethodFieldError
 from .compose import Parts, grid, parse, parse_budgets
 from .console import progress, stdout
 from .energy import EnergyMeter, energy_meter
 from .environment import describe, hardware, versions
 from .flops import ModelCost, after_cuts, cache_entries, model_cost, visual_share
-from .loading import load, resolve_device, short_name
+from .loading import ModelLoadError, load, path_of, resolve_device, short_name
 from .measure import kv_bytes
 from .memory import MemoryMeasureError, added_at_peak, free_memory, in_fresh_process
 from .results import ResultsError, method_record, parts_text
-from .shapes import TEXT_TOKENS, mid_size, prompt, shape, usual_picture
+from .shapes import mid_size, prompt, shape, usual_picture, words
 from .stats import Spread, spread
 from .table import Table
 
@@ -60,6 +61,7 @@ def run(
     shape_name: str | None,
     model_name: str | None,
     picture: tuple[int, int] | None,
+    image: str | None,
     layers: int,
     width: int,
     tokens: int,
@@ -82,6 +84,9 @@ def run(
         [parse(text) for text in methods if text != "dense"], parse_budgets(budgets)
     )
     device = resolve_device(device)
+    chosen = dtype
+    if dtype == "auto":
+        chosen = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     subject = Subject(
         shape=shape_name,
         model_name=model_name,
@@ -90,11 +95,14 @@ def run(
         width=width,
         visual_tokens=tokens,
         batch_size=batch_size,
-        dtype=dtype,
+        dtype=chosen,
         attn_implementation=attn_implementation,
+        image=image,
     )
     variants = [Variant(parts) for parts in combinations]
     meta = meta or not _fits(subject, device)
+    if meta and dtype == "auto":  # as it would run where it fits
+        subject = replace(subject, dtype="bfloat16")
 
     def save() -> dict[str, Any]:
         """The report so far, also in the file."""
@@ -102,7 +110,8 @@ def run(
             "schema": SCHEMA,
             "measured": not meta,
             "model": subject.as_json(),
-            "rounds": 0 if meta else repeats,
+            "rounds": max(len(v.total) for v in variants),
+            "rounds_wanted": 0 if meta else repeats,
             "new_tokens": new_tokens,
             "hardware": hardware(device),
             "versions": versions(),
@@ -192,6 +201,7 @@ class Variant:
     per_layer: list[int] = field(default_factory=list)
     """Visual tokens of a prompt that enter each layer."""
     visual_tokens: int = 0
+    text_tokens: int = 0
     pictures: list[tuple[int, int]] = field(default_factory=list)
     """Rows and columns of what the encoder sees of a prompt."""
     at_most: bool = False
@@ -227,7 +237,10 @@ class Variant:
             self.visual_tokens, stages, model_shape.decoder.num_layers
         )
         text = int(inputs["input_ids"].shape[1]) - self.visual_tokens
-        most = cache_entries(calls, [self.visual_tokens], text)
+        self.text_tokens = text
+        # Those that only attend to less keep everything.
+        compressing = [call for call in calls if isinstance(call.method, Compressing)]
+        most = cache_entries(compressing, [self.visual_tokens], text)
         entries = sum(min(n + text, n + text if most is None else most) for n in self.per_layer)
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_entry = 2 * config.num_key_value_heads * head * getattr(torch, subject.dtype).itemsize
@@ -236,7 +249,7 @@ class Variant:
     def as_json(self, cost: ModelCost) -> dict[str, Any]:
         vision = [*self.vision, *self.oracle_vision]
         flops = cost.sample(
-            pictures=self.pictures, visual_per_layer=self.per_layer, text_tokens=TEXT_TOKENS
+            pictures=self.pictures, visual_per_layer=self.per_layer, text_tokens=self.text_tokens
         )
         rest = [t - v - s for t, v, s in zip(self.total, self.vision, self.select, strict=True)]
         oracle_rest = [t - v for t, v in zip(self.oracle, self.oracle_vision, strict=True)]
@@ -302,6 +315,7 @@ def compare(
     dense = dense_prefill = dense_step = math.nan
     for variant in variants:
         variant.pictures, variant.visual_tokens = pictures, visual
+        variant.text_tokens = inputs["input_ids"].shape[1] - visual
         variant.per_layer = [visual] * layers
         cuts: list[tuple[int, Tensor]] = []
         select = 0.0
@@ -312,7 +326,7 @@ def compare(
             if handle is not None:
                 select = handle.last.select_seconds
                 cuts = _cuts(handle)
-                variant.per_layer = handle.last.tokens_per_layer[0]
+                variant.per_layer = _longest(handle)
             variant.cache_bytes = kv_bytes(output.past_key_values)
             _, rest = _clock(partial(decode, model, output, new_tokens), tower, device, meter)
             step = rest.seconds / new_tokens
@@ -384,10 +398,9 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
 
 def decode(model: PreTrainedModel, output: Any, new_tokens: int) -> None:
     """Feed `new_tokens` random words behind a prefill, one after the other."""
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(10, 30000, (new_tokens, 1, 1), generator=generator)
+    fed = words(model.config, new_tokens, seed=1).to(output.logits.device)
     batch_size = len(output.logits)
-    for word in words.to(output.logits.device):
+    for word in fed:
         model(
             input_ids=word.expand(batch_size, 1),
             past_key_values=output.past_key_values,
@@ -473,9 +486,21 @@ def _deep(
     }
 
 
+def _longest(handle: Handle) -> list[int]:
+    """Visual tokens per layer of the longest sample, which the others are padded to: adaptive
+    rules find different counts."""
+    return [max(layer) for layer in zip(*handle.last.tokens_per_layer, strict=True)]
+
+
 def _cuts(handle: Handle) -> list[tuple[int, Tensor]]:
     """Counts decide: rows of merged tokens have no number of their own."""
-    return [(stage.layer, torch.arange(stage.keep)) for stage in handle.last.plans[0]]
+    entering = _longest(handle)
+    before = [max(handle.last.tokens_in), *entering]
+    return [
+        (layer, torch.arange(now))
+        for layer, (was, now) in enumerate(zip(before, entering, strict=False))
+        if now != was
+    ]
 
 
 # --- The model -------------------------------------------------------------------------------
@@ -489,6 +514,8 @@ class Subject:
     shape: str | None = None
     model_name: str | None = None
     picture: tuple[int, int] | None = None
+    image: str | None = None
+    """A file; else noise of the size of `picture`."""
     layers: int = 12
     width: int = 1024
     visual_tokens: int = 576
@@ -506,7 +533,14 @@ class Subject:
         if self.model_name is not None:
             from transformers import AutoConfig
 
-            return AutoConfig.from_pretrained(self.model_name)
+            try:
+                return AutoConfig.from_pretrained(path_of(self.model_name))
+            except (OSError, ValueError) as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ModelLoadError(
+                    f"Model {self.model_name!r} cannot be loaded: {first} Give embedded, a folder, "
+                    f"a name on the Hugging Face Hub, or --shape for random weights."
+                ) from error
         if self.shape is not None:
             return shape(self.shape).config()
         side = math.isqrt(self.visual_tokens)
@@ -531,11 +565,42 @@ class Subject:
         return model.eval().to(dtype)
 
     def inputs(self, device: str) -> dict[str, Tensor]:
+        if self.image is not None:
+            return self._of_image(device)
         config = self.config()
         usual = shape(self.shape).picture if self.shape else usual_picture(config)
         made = prompt(config, self.picture or usual, batch_size=self.batch_size, device=device)
         pixels = made["pixel_values"].to(getattr(torch, self.dtype))
         return made | {"pixel_values": pixels}
+
+    def _of_image(self, device: str) -> dict[str, Tensor]:
+        """What the checkpoint's processor makes of the file and a question, once a sample."""
+        if self.model_name is None:
+            raise MethodFieldError(
+                f"--image {self.image!r} needs a processor, so --model: random weights see noise."
+            )
+        from PIL import Image
+        from transformers import AutoProcessor
+
+        try:
+            with Image.open(str(self.image)) as file:
+                picture = file.convert("RGB")
+            processor: Any = AutoProcessor.from_pretrained(path_of(self.model_name))
+        except (OSError, ValueError) as error:
+            raise ModelLoadError(f"--image {self.image!r}: {error}") from error
+        content = [{"type": "image"}, {"type": "text", "text": "what is in the picture ?"}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        made = processor(images=[picture], text=[text], return_tensors="pt")
+        dtype = getattr(torch, self.dtype)
+        return {
+            name: value.repeat(self.batch_size, *[1] * (value.dim() - 1)).to(
+                "cpu" if device == "meta" else device,
+                dtype if value.is_floating_point() else value.dtype,
+            )
+            for name, value in made.items()
+        }
 
     def parameter_bytes(self) -> int:
         model = self.model("meta")

@@ -98,7 +98,7 @@ def load(
     try:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        path = str(MODEL_DIR) if name == EMBEDDED else name
+        path = path_of(name)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **chosen, **source)
         if device_map is None:
             model = model.to(device)
@@ -109,6 +109,11 @@ def load(
             f"Model {name!r} cannot be loaded: {first} Give a folder, a name on the Hugging Face "
             f"Hub, or leave --model out for the embedded model."
         ) from error
+
+
+def path_of(name: str) -> str:
+    """What `from_pretrained` takes for a model's name."""
+    return str(MODEL_DIR) if name == EMBEDDED else name
 
 
 def load_clip(name: str | None, processor: Any, *, device: str) -> ClipText | None:

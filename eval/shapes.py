@@ -275,8 +275,7 @@ def prompt(
             f"No picture can be made for {config.model_type!r}, only for {', '.join(_PICTURES)}."
         )
     tokens, framed, inputs = _PICTURES[config.model_type](config, picture, batch_size, device)
-    draw = torch.Generator().manual_seed(0)
-    text = torch.randint(_FIRST_WORD, _LAST_WORD, (TEXT_TOKENS,), generator=draw)
+    text = words(config, TEXT_TOKENS, seed=0)
     image = torch.full((tokens,), config.image_token_id)
     if framed:
         image = torch.tensor([config.vision_start_token_id, *image, config.vision_end_token_id])
@@ -288,6 +287,17 @@ def prompt(
     if device != "meta":
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     return inputs
+
+
+def words(config: Any, count: int, *, seed: int) -> Tensor:
+    """Random token ids (count,) that are no placeholders."""
+    text = getattr(config, "text_config", config)
+    names = ("image", "video", "vision_start", "vision_end")
+    special = [getattr(config, f"{name}_token_id", None) for name in names]
+    known = torch.arange(_FIRST_WORD, min(text.vocab_size, _LAST_WORD))
+    usable = known[~torch.isin(known, torch.tensor([i for i in special if i is not None]))]
+    draw = torch.Generator().manual_seed(seed)
+    return usable[torch.randint(len(usable), (count,), generator=draw)]
 
 
 _Made = tuple[int, bool, dict[str, Tensor]]

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import operator
 import subprocess
 import sys
-from functools import partial
 
 import pytest
-import torch
 import vlmprune
 from PIL import Image
 from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import cli
-from vlmprune.eval.bench import Subject, oracle_prefill, prefill
-from vlmprune.eval.memory import MemoryMeasureError, added_at_peak, in_fresh_process
 from vlmprune.prune.registry import method_class
 from zoo import CASES
 
@@ -329,117 +324,3 @@ def test_ask_with_several_methods(tmp_path, capsys, monkeypatch):
     assert "divprune(keep_ratio=0.5)+fastv(keep_tokens=3)" in out
     (tokens,) = [line for line in out.splitlines() if line.startswith("| visual tokens |")]
     assert [part.strip() for part in tokens.split("|")[2:4]] == ["36", "3"]
-
-
-TINY = ["--layers", "4", "--width", "128", "--tokens", "16", "--repeats", "2", "--new_tokens", "2"]
-
-
-def bench(path, *argv: str) -> list[dict]:
-    assert cli.main(["bench", "model", *TINY, "-o", str(path), *argv]) == 0
-    report = json.loads(path.read_text())
-    assert report["schema"] == 2 and report["versions"]["torch"] and report["hardware"]["cpu"]
-    return report["variants"]
-
-
-def test_bench_compares_dense_oracle_and_patched(tmp_path, capsys):
-    dense, grid, fastv = bench(
-        tmp_path / "bench.json", "--methods", "grid,fastv", "--budgets", "0.25"
-    )
-    assert dense["methods"] == [] and dense["seconds"]["oracle_total"] is None
-    assert dense["select_over_dense_prefill"] is None
-    assert grid["kept"] == fastv["kept"] == 4
-    assert grid["average_per_layer"] == 4 and fastv["average_per_layer"] == 10
-    assert grid["average_after_cuts"] == 4 and fastv["average_after_cuts"] == 7
-    # keys and values of a head of 128, float32, in 4 layers
-    assert dense["cache_bytes"] == 2 * 128 * 4 * 4 * (16 + 40)
-    assert grid["cache_bytes"] == 2 * 128 * 4 * 4 * (4 + 40)
-    assert fastv["cache_bytes"] == 2 * 128 * 4 * 4 * (10 + 40)
-    for variant in (grid, fastv):
-        seconds = variant["seconds"]
-        assert seconds["oracle_total"]["n"] == seconds["total"]["n"] == 2
-        assert seconds["per_decoded_token"]["n"] == variant["decode_speed_up"]["n"] == 2
-        assert variant["first_token_flops"] < dense["first_token_flops"]
-        assert variant["oracle_over_patched"]["median"] > 0
-        assert variant["select_over_dense_prefill"]["median"] > 0
-        assert variant["peak_memory_bytes"] is None  # not asked for
-    out = capsys.readouterr().out
-    assert "| grid(keep_ratio=0.25) |" in out
-    assert "Cache MiB" in out and "Peak MiB" not in out
-
-
-def test_bench_takes_several_methods_and_published_schedules(tmp_path):
-    methods = ["--methods", "grid@0.5+fastv@3", "prumerge", "fastv"]
-    dense, both, published = bench(tmp_path / "bench.json", *methods, "--budgets", "published")
-    assert dense["name"] == "dense"
-    assert both["name"] == "grid(keep_ratio=0.5)+fastv(keep_tokens=3)"
-    assert [m["name"] for m in both["methods"]] == ["grid", "fastv"]
-    assert both["average_per_layer"] == (8 + 8 + 3 + 3) / 4
-    assert published["name"] == "prumerge(published)" and 1 <= published["kept"] <= 16
-
-
-@pytest.mark.slow
-def test_bench_measures_peak_memory_in_a_process_of_its_own(tmp_path, capsys):
-    argv = ["--methods", "grid", "--budgets", "1", "--memory", "--repeats", "1", "--tokens", "1024"]
-    dense, grid = bench(tmp_path / "bench.json", *argv)
-    cache = 2 * 128 * 4 * 4 * (1024 + 40)
-    assert dense["cache_bytes"] == cache and grid["kept"] == 1
-    assert dense["peak_memory_bytes"] > cache  # float32 hidden states beside it
-    assert dense["peak_memory_bytes"] > grid["peak_memory_bytes"] >= 0
-    assert "Peak MiB" in capsys.readouterr().out
-
-
-def test_bench_keeps_its_times_where_memory_cannot_be_measured(tmp_path, monkeypatch, capsys):
-    from vlmprune.eval import bench as command
-
-    def killed(*_):
-        raise MemoryMeasureError("ended with -9")
-
-    monkeypatch.setattr(command, "in_fresh_process", killed)
-    argv = ["--methods", "grid", "--budgets", "0.5", "--memory"]
-    for variant in bench(tmp_path / "bench.json", *argv):
-        assert variant["seconds"]["total"]["n"] == 2 and variant["peak_memory_bytes"] is None
-    captured = capsys.readouterr()
-    assert captured.err.count("ended with -9") == 2 and "Peak MiB" not in captured.out
-
-
-@pytest.mark.parametrize(
-    "cuts", [[], [(0, 4)], [(2, 0)], [(0, 0)], [(0, 6), (2, 0)], [(1, 6), (3, 2)], [(0, 6), (0, 3)]]
-)
-def test_the_oracle_takes_any_counts(cuts):
-    """Also none: every layer sees the text and as many visual tokens as are left."""
-    subject = Subject(
-        layers=4, width=128, visual_tokens=16, dtype="float32", attn_implementation="sdpa"
-    )
-    model = subject.model("cpu")
-    seen: list[int] = []
-    for layer in model.model.language_model.layers:
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append((args or kwargs["hidden_states"])[0].shape[1]),
-            with_kwargs=True,
-        )
-    inputs = subject.inputs(model)
-    with torch.inference_mode():
-        logits = oracle_prefill(model, inputs, [(at, torch.arange(n)) for at, n in cuts])
-        if not cuts:
-            assert torch.allclose(logits, prefill(model, inputs).logits, atol=1e-5)
-            seen = seen[:4]
-    expected = [16] * 4
-    for at, count in cuts:
-        expected[at:] = [count] * (4 - at)
-    assert seen == [n + 40 for n in expected] and logits.shape[:2] == (1, 1)
-
-
-# --- Peak memory -------------------------------------------------------------------------------
-
-
-def test_peak_memory_is_what_was_added_and_given_back():
-    # In a fresh process, as the bench does it: the heap of a long one has room that is resident.
-    block = partial(operator.mul, b"x", 64 << 20)
-    assert abs(in_fresh_process(added_at_peak, block) - (64 << 20)) < 16 << 20
-    assert in_fresh_process(added_at_peak, partial(operator.mul, b"x", 1)) < 16 << 20
-
-
-def test_a_fresh_process_answers_and_its_failure_is_said():
-    assert in_fresh_process(max, 3, 7) == 7
-    with pytest.raises(MemoryMeasureError, match="--memory"):
-        in_fresh_process(int, "seven")

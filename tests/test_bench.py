@@ -1,0 +1,358 @@
+"""The bench: any shape, dense beside oracle and patched; sizes alone; memory and energy."""
+
+from __future__ import annotations
+
+import json
+import operator
+import sys
+import types
+from functools import partial
+
+import pytest
+import torch
+from vlmprune.eval import bench as command
+from vlmprune.eval import cli, energy
+from vlmprune.eval.bench import Subject, Variant, oracle_prefill, prefill
+from vlmprune.eval.compose import parse
+from vlmprune.eval.memory import MemoryMeasureError, added_at_peak, in_fresh_process
+from vlmprune.eval.shapes import SHAPES, prompt, shape, usual_picture
+from zoo import CASES
+
+TINY = ["--layers", "4", "--width", "128", "--tokens", "16", "--repeats", "2", "--new_tokens", "2"]
+
+
+def bench(path, *argv: str) -> list[dict]:
+    assert cli.main(["bench", "model", *TINY, "-o", str(path), *argv]) == 0
+    report = json.loads(path.read_text())
+    assert (
+        report["schema"] == 3
+        and report["measured"]
+        and report["versions"]["torch"]
+        and report["hardware"]["cpu"]
+    )
+    return report["variants"]
+
+
+def test_bench_compares_dense_oracle_and_patched(tmp_path, capsys):
+    dense, grid, fastv = bench(
+        tmp_path / "bench.json", "--methods", "grid,fastv", "--budgets", "0.25"
+    )
+    assert dense["methods"] == [] and dense["seconds"]["oracle_total"] is None
+    assert dense["select_over_dense_prefill"] is None
+    assert grid["kept"] == fastv["kept"] == 4
+    assert grid["average_per_layer"] == 4 and fastv["average_per_layer"] == 10
+    assert grid["average_after_cuts"] == 4 and fastv["average_after_cuts"] == 7
+    # keys and values of a head of 128, float32, in 4 layers
+    assert dense["cache_bytes"] == 2 * 128 * 4 * 4 * (16 + 40)
+    assert grid["cache_bytes"] == 2 * 128 * 4 * 4 * (4 + 40)
+    assert fastv["cache_bytes"] == 2 * 128 * 4 * 4 * (10 + 40)
+    for variant in (grid, fastv):
+        seconds = variant["seconds"]
+        assert seconds["oracle_total"]["n"] == seconds["total"]["n"] == 2
+        assert seconds["per_decoded_token"]["n"] == variant["decode_speed_up"]["n"] == 2
+        assert variant["first_token_flops"] < dense["first_token_flops"]
+        assert variant["oracle_over_patched"]["median"] > 0
+        assert variant["select_over_dense_prefill"]["median"] > 0
+        assert variant["peak_memory_bytes"] is None  # not asked for
+    out = capsys.readouterr().out
+    assert "| grid(keep_ratio=0.25) |" in out
+    assert "Cache MiB" in out and "Peak MiB" not in out
+
+
+def test_bench_takes_several_methods_and_published_schedules(tmp_path):
+    methods = ["--methods", "grid@0.5+fastv@3", "prumerge", "fastv"]
+    dense, both, published = bench(tmp_path / "bench.json", *methods, "--budgets", "published")
+    assert dense["name"] == "dense"
+    assert both["name"] == "grid(keep_ratio=0.5)+fastv(keep_tokens=3)"
+    assert [m["name"] for m in both["methods"]] == ["grid", "fastv"]
+    assert both["average_per_layer"] == (8 + 8 + 3 + 3) / 4
+    assert published["name"] == "prumerge(published)" and 1 <= published["kept"] <= 16
+
+
+@pytest.mark.slow
+def test_bench_measures_peak_memory_in_a_process_of_its_own(tmp_path, capsys):
+    argv = ["--methods", "grid", "--budgets", "1", "--memory", "--repeats", "1", "--tokens", "1024"]
+    dense, grid = bench(tmp_path / "bench.json", *argv)
+    cache = 2 * 128 * 4 * 4 * (1024 + 40)
+    assert dense["cache_bytes"] == cache and grid["kept"] == 1
+    assert dense["peak_memory_bytes"] > cache  # float32 hidden states beside it
+    assert dense["peak_memory_bytes"] > grid["peak_memory_bytes"] >= 0
+    assert "Peak MiB" in capsys.readouterr().out
+
+
+def test_bench_keeps_its_times_where_memory_cannot_be_measured(tmp_path, monkeypatch, capsys):
+    def killed(*_):
+        raise MemoryMeasureError("ended with -9")
+
+    monkeypatch.setattr(command, "in_fresh_process", killed)
+    argv = ["--methods", "grid", "--budgets", "0.5", "--memory"]
+    for variant in bench(tmp_path / "bench.json", *argv):
+        assert variant["seconds"]["total"]["n"] == 2 and variant["peak_memory_bytes"] is None
+    captured = capsys.readouterr()
+    assert captured.err.count("ended with -9") == 2 and "Peak MiB" not in captured.out
+
+
+@pytest.mark.parametrize(
+    "cuts", [[], [(0, 4)], [(2, 0)], [(0, 0)], [(0, 6), (2, 0)], [(1, 6), (3, 2)], [(0, 6), (0, 3)]]
+)
+def test_the_oracle_takes_any_counts(cuts):
+    """Also none: every layer sees the text and as many visual tokens as are left."""
+    subject = Subject(layers=4, width=128, visual_tokens=16)
+    model = subject.model("cpu")
+    seen: list[int] = []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args or kwargs["hidden_states"])[0].shape[1]),
+            with_kwargs=True,
+        )
+    inputs = subject.inputs("cpu")
+    with torch.inference_mode():
+        logits = oracle_prefill(model, inputs, [(at, torch.arange(n)) for at, n in cuts])
+        if not cuts:
+            assert torch.allclose(logits, prefill(model, inputs).logits, atol=1e-5)
+            seen = seen[:4]
+    expected = [16] * 4
+    for at, count in cuts:
+        expected[at:] = [count] * (4 - at)
+    assert seen == [n + 40 for n in expected] and logits.shape[:2] == (1, 1)
+
+
+# --- Peak memory -------------------------------------------------------------------------------
+
+
+def test_peak_memory_is_what_was_added_and_given_back():
+    # In a fresh process, as the bench does it: the heap of a long one has room that is resident.
+    block = partial(operator.mul, b"x", 64 << 20)
+    assert abs(in_fresh_process(added_at_peak, block) - (64 << 20)) < 16 << 20
+    assert in_fresh_process(added_at_peak, partial(operator.mul, b"x", 1)) < 16 << 20
+
+
+def test_a_fresh_process_answers_and_its_failure_is_said():
+    assert in_fresh_process(max, 3, 7) == 7
+    with pytest.raises(MemoryMeasureError, match="--memory"):
+        in_fresh_process(int, "seven")
+
+
+# --- Every family ------------------------------------------------------------------------------
+
+FAMILIES = (
+    "llava-clip-llama",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("word", ["grid@5", "fastv:layer=1@5", "grid@9+fastv:layer=2@5"])
+def test_the_oracle_of_every_family_is_as_long_as_the_patched_model(name, word):
+    case = CASES[name]
+    model, inputs = case.model(), case.inputs([(4, "A", 6)] * 2)
+    variant = Variant(parse(word))
+    seen: list[int] = []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append(output.shape[1]), with_kwargs=True
+        )
+    with torch.inference_mode():
+        with variant.patched(model) as handle:
+            prefill(model, inputs)
+            cuts = command._cuts(handle)
+        patched = seen.copy()
+        seen.clear()
+        logits = oracle_prefill(model, inputs, cuts)
+        assert seen == patched and min(seen) < max(case.counts([(4, "A", 6)])) + 10
+        assert logits.shape[:2] == (2, 1)
+        if not case.fixed_positions:  # M-RoPE positions are not those of a text
+            whole = oracle_prefill(model, inputs, [])
+            assert torch.allclose(whole, prefill(model, inputs).logits, atol=1e-4)
+
+
+# --- Shapes ------------------------------------------------------------------------------------
+
+PUBLISHED = {  # parameters in billions, visual tokens, bytes of keys and values a token in float16
+    "llava-1.5-7b": (7.063, 576, 2 * 32 * 4096 * 2),
+    "llava-1.5-13b": (13.351, 576, 2 * 40 * 5120 * 2),
+    "llava-next-7b": (7.063, 2928, 2 * 32 * 4096 * 2),
+    "llava-onevision-7b": (8.030, 3699, 2 * 28 * 512 * 2),
+    "qwen2.5-vl-7b": (8.292, 1296, 2 * 28 * 512 * 2),
+    "qwen3-vl-8b": (8.767, 1024, 2 * 36 * 1024 * 2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_shapes_have_the_sizes_of_their_checkpoints(name, tmp_path, capsys):
+    billions, visual, per_token = PUBLISHED[name]
+    file = tmp_path / "bench.json"
+    argv = ["--shape", name, "--methods", "divprune", "--budgets", "0.25", "--dtype", "float16"]
+    assert cli.main(["bench", "model", *argv, "--meta", "-o", str(file)]) == 0
+    report = json.loads(file.read_text())
+    model, (dense, pruned) = report["model"], report["variants"]
+    assert report["measured"] is False and dense["seconds"]["total"] is None
+    assert model["parameters"] / 1e9 == pytest.approx(billions, abs=5e-3)
+    assert model["parameter_bytes"] == 2 * model["parameters"]
+    assert model["visual_tokens"] == visual
+    assert dense["cache_bytes"] == per_token * (visual + model["text_tokens"])
+    assert pruned["cache_bytes"] == per_token * (pruned["kept"] + model["text_tokens"])
+    assert pruned["kept"] == round(visual / 4)
+    assert pruned["first_token_flops"] < dense["first_token_flops"]
+    out = capsys.readouterr().out
+    assert "NOT RUN" in out and "ms" not in out.split("|")[3:9]
+
+
+def test_llava_flops_are_the_published_ones():
+    """4nd^2 + 2n^2d + 3ndm of 32 layers over 576 tokens: 3.82 T."""
+    subject = Subject(shape="llava-1.5-7b", dtype="float16")
+    dense, fastv = Variant(()), Variant(parse("fastv@64"))
+    for variant in (dense, fastv):
+        variant.reckon(subject)
+    decoder = command.model_cost(subject.model("meta")).decoder
+    assert command.visual_share(fastv.per_layer, 576, decoder) == pytest.approx(
+        (2 + 30 * 0.108) / 32, abs=2e-3
+    )
+    assert fastv.per_layer == [576] * 2 + [64] * 30
+
+
+def test_what_adaptive_rules_may_keep_at_most_is_said(capsys):
+    argv = ["--shape", "llava-small", "--methods", "prumerge", "--budgets", "published", "--meta"]
+    assert cli.main(["bench", "model", *argv]) == 0
+    assert "| prumerge(published) | <= 576.0 |" in capsys.readouterr().out
+
+
+def test_a_shape_that_does_not_fit_is_not_run(capsys, monkeypatch):
+    monkeypatch.setattr(command, "free_memory", lambda device: 10 << 30)
+    argv = ["--shape", "llava-1.5-7b", "--methods", "grid", "--budgets", "64"]
+    assert cli.main(["bench", "model", *argv]) == 0
+    captured = capsys.readouterr()
+    assert "needs about 39 GiB and 10.0 are free" in captured.err and "NOT RUN" in captured.out
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.endswith("-small")])
+def test_small_shapes_and_their_usual_pictures(name):
+    subject = Subject(shape=name)
+    model, inputs = subject.model("meta"), subject.inputs("meta")
+    assert 0.2e9 < sum(p.numel() for p in model.parameters()) < 0.6e9
+    assert inputs["input_ids"].shape[0] == 1
+    config = shape(name).config()
+    assert (
+        prompt(config, usual_picture(config), batch_size=2, device="meta")["input_ids"].dim() == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--shape", "llava-1.6-7b"], "Did you mean: llava-1.5-7b"),
+        (["--shape", "llava-small", "--picture", "300x300"], "336x336"),
+        (["--shape", "llava-next-small", "--picture", "300x300"], "672x672"),
+        (["--shape", "qwen2.5-vl-small", "--picture", "300x300"], "28"),
+    ],
+)
+def test_wrong_shapes_and_pictures_are_errors(argv, said, capsys):
+    assert cli.main(["bench", "model", *argv, "--meta"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_measured_in_batches(tmp_path):
+    file = tmp_path / "bench.json"
+    argv = ["--model", "embedded", "--methods", "fastv", "--budgets", "49", "--batch_size", "3"]
+    argv += ["--repeats", "1", "--new_tokens", "2", "-o", str(file)]
+    assert cli.main(["bench", "model", *argv]) == 0
+    report = json.loads(file.read_text())
+    dense, fastv = report["variants"]
+    model = report["model"]
+    assert model["name"] == "embedded" and model["batch_size"] == 3
+    assert model["visual_tokens"] == 196 and report["measured"]
+    assert dense["average_per_layer"] == 196 and fastv["kept"] == 49
+    assert dense["seconds"]["per_decoded_token"]["median"] > 0
+    reckoned = Variant(())
+    reckoned.reckon(Subject(model_name="embedded", batch_size=3))
+    assert reckoned.cache_bytes == dense["cache_bytes"]
+
+
+def test_an_interrupted_bench_keeps_its_rounds(tmp_path, monkeypatch):
+    rounds, whole = [], command.compare
+
+    def compare(*args, **kwargs):
+        rounds.append(args)
+        if len(rounds) == 3:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(command, "compare", compare)
+    file = tmp_path / "bench.json"
+    argv = ["bench", "model", *TINY, "--methods", "grid", "--budgets", "4", "-o", str(file)]
+    assert cli.main(argv) == 130
+    variants = json.loads(file.read_text())["variants"]
+    assert [v["seconds"]["total"]["n"] for v in variants] == [1, 1]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# --- Energy ------------------------------------------------------------------------------------
+
+
+class FakeNvml(types.ModuleType):
+    """A counter that runs 5 J at every look."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, works: bool = True) -> None:
+        super().__init__("pynvml")
+        self.works = works
+        self.millijoules = 0
+
+    def nvmlInit(self) -> None:
+        if not self.works:
+            raise self.NVMLError("Driver Not Loaded")
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        assert uuid == "GPU-1234"
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        self.millijoules += 5000
+        return self.millijoules
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    energy.energy_meter.cache_clear()
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1234")
+    )
+    yield torch.device("cuda")
+    energy.energy_meter.cache_clear()
+
+
+def test_energy_is_the_difference_of_the_accelerators_counter(cuda, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    meter = energy.energy_meter(cuda)
+    tower = torch.nn.Linear(2, 2)
+    _, clocked = command._clock(lambda: tower(torch.ones(2)), tower, torch.device("cpu"), meter)
+    assert clocked.joules == 5 and 0 < clocked.vision < clocked.seconds
+    assert energy.energy_meter(torch.device("cpu")) is None
+
+
+def test_energy_that_cannot_be_read_is_left_out_with_the_reason(cuda, monkeypatch, caplog):
+    monkeypatch.setattr(energy.logger, "propagate", True)
+    monkeypatch.setattr(energy.logger.parent, "propagate", True)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(works=False))
+    assert energy.energy_meter(cuda) is None
+    energy.energy_meter.cache_clear()
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert energy.energy_meter(cuda) is None
+    assert "Driver Not Loaded" in caplog.text and "vlmprune[energy]" in caplog.text
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed_by_events_and_its_memory_is_known(tmp_path):
+    file = tmp_path / "bench.json"
+    argv = ["bench", "model", *TINY, "--device", "cuda", "--methods", "grid", "--budgets", "4"]
+    assert cli.main([*argv, "-o", str(file)]) == 0
+    for variant in json.loads(file.read_text())["variants"]:
+        assert variant["peak_memory_bytes"] > 0
+        assert 0 < variant["seconds"]["vision"]["median"] < variant["seconds"]["total"]["median"]
