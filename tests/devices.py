@@ -76,12 +76,15 @@ class _Operations(TorchDispatchMode):
 
 
 class _Values(TorchFunctionMode):
-    """`torch.tensor` and `item` go to the memory of a device by themselves."""
+    """What does not come by as an operation: `torch.tensor` and `item` go to the memory of a device
+    by themselves, and `to(other)` asks PyTorch's own notion of where the other one is."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") in VALUES and isinstance(args[0], Elsewhere):
             return function(args[0].held)
+        if function is torch.Tensor.to and isinstance(args[1] if args[1:] else None, torch.Tensor):
+            return args[0].to(args[1].device, args[1].dtype)
         if function not in (torch.tensor, torch.as_tensor) or kwargs.get("device") is None:
             return function(*args, **kwargs)
         place = kwargs.pop("device")
