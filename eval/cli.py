@@ -224,8 +224,8 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model_args",
         metavar="KEY=VALUE,...",
-        help="how model and processor are loaded: revision, trust_remote_code, min_pixels, "
-        "max_pixels, ...",
+        help="how model and processor are loaded: revision, trust_remote_code, and for the Qwen "
+        "families min_pixels and max_pixels of a picture",
     )
     group.add_argument(
         "--clip",
@@ -423,6 +423,9 @@ def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="its height and width in pixels (default: what is usual for the model)",
     )
     parser.add_argument(
+        "--image", metavar="FILE", help="a picture for --model (default: noise of --picture)"
+    )
+    parser.add_argument(
         "--batch_size", "-b", type=_positive, default=1, help="prompts at once (default: 1)"
     )
     parser.add_argument(
@@ -454,9 +457,9 @@ def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
     parser.add_argument(
         "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: float32",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on the CPU, else bfloat16, also where nothing is run (default: auto)",
     )
     parser.add_argument(
         "--attn_implementation", default="sdpa", metavar="NAME", help="default: sdpa"
@@ -622,6 +625,7 @@ def _bench(args: argparse.Namespace) -> int:
         shape_name=args.shape,
         model_name=args.model,
         picture=args.picture,
+        image=args.image,
         layers=args.layers,
         width=args.width,
         tokens=args.tokens,
