@@ -356,3 +356,55 @@ def test_a_gpu_is_timed_by_events_and_its_memory_is_known(tmp_path):
     for variant in json.loads(file.read_text())["variants"]:
         assert variant["peak_memory_bytes"] > 0
         assert 0 < variant["seconds"]["vision"]["median"] < variant["seconds"]["total"]["median"]
+
+
+# --- What enters the figures -------------------------------------------------------------------
+
+
+def test_a_method_that_only_attends_to_less_keeps_its_cache():
+    """Compressing frees entries; attending reads fewer of them."""
+    sizes = {}
+    for word in ("divprune@1.0", "token_select@64", "elastic_cache@64"):
+        variant = Variant(parse(word))
+        variant.reckon(Subject(shape="qwen2.5-vl-7b", dtype="bfloat16"))
+        sizes[word] = variant.cache_bytes
+    per_entry = 2 * 28 * 4 * 128 * 2
+    assert sizes["token_select@64"] == sizes["divprune@1.0"] == per_entry * (1296 + 42)
+    assert sizes["elastic_cache@64"] == per_entry * (64 + 42)
+
+
+def test_without_a_run_auto_is_half_precision(tmp_path, monkeypatch):
+    file = tmp_path / "bench.json"
+    argv = ["--shape", "llava-small", "--methods", "grid", "--budgets", "64", "--meta"]
+    assert cli.main(["bench", "model", *argv, "-o", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["model"]["dtype"] == "bfloat16" and report["rounds"] == 0
+
+
+@torch.inference_mode()
+def test_in_a_batch_the_longest_sample_counts():
+    """PruMerge finds its own count in every picture; the others are padded to the most."""
+    case = CASES["llava-clip-llama"]
+    model, inputs = case.model(), case.inputs([(4, "A", 6), (4, "B", 6), (4, "C", 6)])
+    with Variant(parse("prumerge@published")).patched(model) as handle:
+        prefill(model, inputs)
+    counts = [sample[0] for sample in handle.last.tokens_per_layer]
+    assert len(set(counts)) > 1, "the pictures must differ for this test"
+    assert command._longest(handle) == [max(counts)] * 4
+    assert [(layer, len(kept)) for layer, kept in command._cuts(handle)] == [(0, max(counts))]
+
+
+def test_a_picture_of_ones_own_goes_through_the_processor(tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (90, 60), "red").save(tmp_path / "red.png")
+    file = tmp_path / "bench.json"
+    argv = ["--methods", "grid", "--budgets", "49", "--image", str(tmp_path / "red.png")]
+    argv += ["--repeats", "1", "--new_tokens", "1", "-b", "2", "-o", str(file)]
+    assert cli.main(["bench", "model", "--model", "embedded", *argv]) == 0
+    report = json.loads(file.read_text())
+    assert report["model"]["visual_tokens"] == 196
+    assert report["rounds"] == report["rounds_wanted"] == 1
+    assert report["model"]["text_tokens"] != 40  # the question's own
+    assert cli.main(["bench", "model", "--shape", "llava-small", *argv]) == 2
+    assert "--model" in capsys.readouterr().err
