@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -16,7 +16,15 @@ from ..prune.errors import BudgetError, MethodFieldError
 from .compare import Asked, InputError, Row, compare_cells, read_picture
 from .compose import Parts, parse
 from .console import stdout
-from .loading import EMBEDDED, load, load_clip, resolve_device, short_name
+from .loading import (
+    EMBEDDED,
+    limit_pixels,
+    load,
+    load_clip,
+    resolve_device,
+    short_name,
+    split_model_args,
+)
 from .results import parts_text
 from .stats import Spread
 from .table import Table, milliseconds
@@ -40,6 +48,7 @@ def run(
     dtype: str,
     attn_implementation: str | None,
     clip: str | None = None,
+    model_args: Mapping[str, object] | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
     if method_args and len(methods) > 1:
@@ -53,9 +62,12 @@ def run(
     _check_save(save)
     asked = _read(image, question)
     device = resolve_device(device, may_shard=True)
+    loading, pixels = split_model_args(model_args or {})
     model, processor = load(
-        model_name, dtype=dtype, attn_implementation=attn_implementation, device=device
+        model_name, dtype=dtype, attn_implementation=attn_implementation, device=device, **loading
     )
+    if pixels:
+        processor = limit_pixels(model, processor, pixels)
     compared = compare_cells(
         model,
         processor,

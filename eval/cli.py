@@ -612,6 +612,7 @@ def _ask(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        model_args=parse_fields(split_list([args.model_args or ""])),
         clip=args.clip,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.devices import offload_hooks
-from ..prune.errors import VlmpruneError
+from ..prune.errors import MethodFieldError, VlmpruneError, did_you_mean
 from .embedded import MODEL_DIR
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..adapters.clip_text import ClipText
 
 EMBEDDED = "embedded"
+LOADING_ARGS = ("revision", "trust_remote_code")
+PIXEL_ARGS = ("min_pixels", "max_pixels")
 SHARDED = "auto"
 """The device of a model that is spread over all devices there are, then memory, then disk."""
 _SAMPLED = 64  # values of each parameter that go into the fingerprint
@@ -109,6 +112,47 @@ def load(
             f"Model {name!r} cannot be loaded: {first} Give a folder, a name on the Hugging Face "
             f"Hub, or leave --model out for the embedded model."
         ) from error
+
+
+def split_model_args(args: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`--model_args` as what `load` takes and the limits of pictures.
+
+    Raises:
+        MethodFieldError: an argument that is neither.
+    """
+    for name in args:
+        if name not in LOADING_ARGS + PIXEL_ARGS:
+            hint = did_you_mean(name, [*LOADING_ARGS, *PIXEL_ARGS])
+            raise MethodFieldError(f"--model_args {name}: unknown. {hint}")
+    parts = (
+        {name: args[name] for name in some if name in args} for some in (LOADING_ARGS, PIXEL_ARGS)
+    )
+    loading, pixels = parts
+    return loading, pixels
+
+
+def limit_pixels(model: PreTrainedModel, processor: Any, limits: Mapping[str, int]) -> Any:
+    """A copy of a processor that scales pictures to `min_pixels` and `max_pixels`.
+
+    Raises:
+        MethodFieldError: only the Qwen families do.
+    """
+    if not model.config.model_type.startswith("qwen"):
+        raise MethodFieldError(
+            f"{', '.join(limits)}: only the Qwen families scale pictures to limits, not "
+            f"{model.config.model_type}: leave it out."
+        )
+    limited = copy.deepcopy(processor)
+    for part in (limited.image_processor, limited.video_processor):
+        size = {
+            edge: limits[key]
+            for edge, key in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
+            if key in limits
+        }
+        old = part.size if isinstance(part.size, dict) else vars(part.size)
+        size = {edge: size.get(edge, old.get(edge)) for edge in ("shortest_edge", "longest_edge")}
+        part.size = size if isinstance(part.size, dict) else type(part.size)(**size)
+    return limited
 
 
 def path_of(name: str) -> str:

@@ -20,7 +20,15 @@ from .config import write_config
 from .console import progress, stdout
 from .environment import hardware, versions
 from .evaluate import Benchmark, Evaluator, Sample
-from .loading import fingerprint, load, load_clip, resolve_device, short_name
+from .loading import (
+    fingerprint,
+    limit_pixels,
+    load,
+    load_clip,
+    resolve_device,
+    short_name,
+    split_model_args,
+)
 from .plot import frontier
 from .processes import Processes
 from .results import Config, Measured, Store, method_record, setting_of
@@ -67,6 +75,7 @@ def run(
     combinations = grid(
         [parse(text, seed) for text in methods if text != "dense"], parse_budgets(budgets)
     )
+    loading, pixels = split_model_args(model_args or {})
     with Processes.started(cpu=device == "cpu") as processes:
         folder = Path(output_path)
         store = Store(folder) if processes.first else None
@@ -79,7 +88,7 @@ def run(
             dtype=dtype,
             attn_implementation=attn_implementation,
             device=device,
-            **(model_args or {}),  # type: ignore[arg-type]
+            **loading,
         )
         found = _benchmarks(
             [task] if task else tasks or [EmbeddedTask().name],
@@ -94,6 +103,7 @@ def run(
             if clip and _reads_clip(combinations, model)
             else None,
             processes=processes,
+            pixels=pixels,
         )
         base = Config(
             model=short_name(model_name),
@@ -200,6 +210,7 @@ def _benchmarks(
     seed: int,
     clip: ClipText | None,
     processes: Processes,
+    pixels: Mapping[str, int],
 ) -> list[Benchmark]:
     """Each task once: the embedded benchmark as it is, all others through lmms-eval."""
     embedded = EmbeddedTask()
@@ -211,7 +222,7 @@ def _benchmarks(
             found.append(
                 Evaluator(
                     model,
-                    processor,
+                    limit_pixels(model, processor, pixels) if pixels else processor,
                     task,
                     questions,
                     batch_size=batch_size,
@@ -238,6 +249,7 @@ def _benchmarks(
             seed=seed,
             clip=clip,
             processes=processes,
+            pixels=pixels,
         )
     return found
 

@@ -324,3 +324,13 @@ def test_ask_with_several_methods(tmp_path, capsys, monkeypatch):
     assert "divprune(keep_ratio=0.5)+fastv(keep_tokens=3)" in out
     (tokens,) = [line for line in out.splitlines() if line.startswith("| visual tokens |")]
     assert [part.strip() for part in tokens.split("|")[2:4]] == ["36", "3"]
+
+
+@pytest.mark.parametrize("command", [["sweep"], ["ask", "embedded:3", "--method", "grid@0.5"]])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [("max_pixel=3", "Did you mean: max_pixels"), ("max_pixels=3", "only the Qwen families")],
+)
+def test_wrong_model_args_are_errors(command, args, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in error_of(capsys, *command, "--model_args", args)

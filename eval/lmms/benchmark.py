@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from transformers import PreTrainedModel
 
-    from .model import VlmPrune
+    from .model import VlmPrune, as_wrapper_scales
 
 
 class MissingLmmsError(VlmpruneError, ImportError):
@@ -42,12 +42,14 @@ def benchmarks(
     seed: int = 0,
     clip: ClipText | None = None,
     processes: Processes | None = None,
+    pixels: Mapping[str, int] | None = None,
 ) -> list[LmmsBenchmark]:
     """The tasks of these names, those of groups one by one.
 
     Args:
         include_path: a folder with further tasks.
         limit: only the first questions of each task.
+        pixels: `min_pixels` and `max_pixels` of a picture, where not those of the wrapper.
 
     Raises:
         MissingLmmsError: lmms-eval is not installed.
@@ -66,7 +68,7 @@ def benchmarks(
         processes = processes or Processes()
         lm = VlmPrune.of(
             model,
-            processor,
+            as_wrapper_scales(model, processor, pixels or {}),
             batch_size=batch_size,
             clip=clip,
             processes=processes,

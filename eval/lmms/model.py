@@ -25,7 +25,7 @@ from ...prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError, UnsupportedFeatureError
 from ..answering import Answer, answer, tokens_of
-from ..loading import EMBEDDED, load, load_clip, resolve_device
+from ..loading import EMBEDDED, limit_pixels, load, load_clip, resolve_device
 from ..measure import PatchOptions
 from ..processes import Processes
 from .arguments import calls_of
@@ -344,17 +344,17 @@ def _batch_size(given: int | str, most: int | str | None) -> int:
 
 
 def _load(name: str, pixels: Mapping[str, int], **options: Any) -> tuple[PreTrainedModel, Any]:
-    """Model and processor; the Qwen families with the limits of their wrappers."""
-    found = load(name, **options)
-    if not found[0].config.model_type.startswith("qwen"):
-        if pixels:
-            raise MethodFieldError(
-                f"{', '.join(pixels)}: only the Qwen families scale pictures to limits, not "
-                f"{found[0].config.model_type}: leave it out."
-            )
-        return found
-    limits = _PIXELS | dict(pixels)
-    size = {"shortest_edge": limits["min_pixels"], "longest_edge": limits["max_pixels"]}
-    for part in (found[1].image_processor, found[1].video_processor):
-        part.size = type(part.size)(**size) if not isinstance(part.size, dict) else size
-    return found
+    model, processor = load(name, **options)
+    return model, as_wrapper_scales(model, processor, pixels)
+
+
+def as_wrapper_scales(model: PreTrainedModel, processor: Any, pixels: Mapping[str, int]) -> Any:
+    """The processor; for the Qwen families a copy with the limits of their wrappers, where `pixels`
+    gives no others.
+
+    Raises:
+        MethodFieldError: `pixels` for another family.
+    """
+    if not model.config.model_type.startswith("qwen") and not pixels:
+        return processor
+    return limit_pixels(model, processor, _PIXELS | dict(pixels))
