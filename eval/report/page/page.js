@@ -134,8 +134,8 @@ function chart(figure) {
     });
     for (const trace of traces) if (hidden.has(trace.name)) trace.visible = "legendonly";
 
-    const entry = narrow ? Math.max(110, Math.floor((width - 60) / 2) - 30) : 190;
-    const legendRows = Math.ceil(traces.length / Math.max(1, Math.floor((width - 40) / (entry + 36))));
+    const entry = narrow ? Math.max(90, Math.floor((width - 68) / 2) - 50) : 190;
+    const legendRows = Math.ceil(traces.length / Math.max(1, Math.floor((width - 68) / (entry + 48))));
     const axis = { gridcolor: grid, zeroline: false, linecolor: grid, automargin: true, color: ink, fixedrange: narrow };
     const label = data.costs.find((c) => c.key === cost).label;
     const plotHeight = narrow ? 300 : 400;
