@@ -43,7 +43,7 @@ from .loading import ModelLoadError, load, path_of, resolve_device, short_name
 from .measure import kv_bytes
 from .memory import MemoryMeasureError, added_at_peak, free_memory, in_fresh_process
 from .results import ResultsError, method_record, parts_text
-from .shapes import mid_size, prompt, shape, usual_picture, words
+from .shapes import TEXT_TOKENS, mid_size, prompt, shape, usual_picture, words
 from .stats import Spread, spread
 from .table import Table
 
@@ -667,6 +667,32 @@ def _sizes(model: Mapping[str, Any]) -> str:
     if model.get("batch_size", 1) > 1:
         parts.append(f"batch of {model['batch_size']}")
     return ", ".join(parts)
+
+
+def shapes_table(reports: Sequence[dict[str, Any]], method: str) -> Table:
+    """What one method leaves of several models, from reports that were reckoned."""
+    rows = []
+    for report in reports:
+        model = report["model"]
+        for variant in report["variants"]:
+            names = [part["name"] for part in variant["methods"]]
+            if names in ([], [method]):
+                cells = _row(variant)
+                dense = not names
+                rows.append(
+                    (
+                        model["name"].removesuffix(", random weights") if dense else "",
+                        f"{model['parameters'] / 1e9:.2f} B" if dense else "",
+                        *(cells[header] for header in ("Variant", *_RECKONED)),
+                    )
+                )
+    return Table(
+        headers=("Model", "Parameters", "Variant", *_RECKONED),
+        rows=rows,
+        numbers_from=3,
+        notes=f"One picture and {TEXT_TOKENS} words, {reports[0]['model']['dtype']}. GFLOPs: up to "
+        f"the first token, vision included. {_NOTES['Share %']} {_NOTES['Cache MiB']}",
+    )
 
 
 _HEADERS = (

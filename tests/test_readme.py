@@ -11,7 +11,7 @@ import pytest
 import vlmprune
 from test_generate_features import support_table
 from test_support import method_support
-from vlmprune.eval.bench import bench_table
+from vlmprune.eval.bench import bench_table, shapes_table
 from vlmprune.eval.bench_select import summary_table
 from vlmprune.eval.listing import methods_table, models_table
 from vlmprune.eval.results import read_records
@@ -50,6 +50,9 @@ GENERATED = {
     "cache": lambda: accuracies("sweep_cache.jsonl"),
     "speed": lambda: bench_results("bench_model.json"),
     "inside": lambda: bench_results("bench_inside.json"),
+    "shapes": lambda: shapes_table(
+        json.loads((RESULTS / "bench_shapes.json").read_text()), "divprune"
+    ).markdown(),
     "select": select_results,
     "methods": lambda: methods_table().markdown(),
     "models": lambda: models_table().markdown(),
