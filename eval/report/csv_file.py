@@ -91,12 +91,13 @@ def _numbers(cell: Cell) -> dict[str, Any]:
     record = cell.record
     tokens = {k: v for k, v in record["tokens"].items() if k != "per_layer"}
     spreads: dict[str, Spread | None] = {k: record["times"].get(k) for k in _SPREADS}  # type: ignore[misc]
+    share = spreads["share_of_dense"]
     return {
         **{f"tokens_{key}": value for key, value in tokens.items()},
         "tokens_per_layer": " ".join(f"{n:g}" for n in record["tokens"]["per_layer"]),
         **{f"flops_{key}": value for key, value in record["flops"].items()},
         **{f"seconds_{key}": s["median"] if s else None for key, s in _without_share(spreads)},
-        "first_token_share_of_dense": (spreads["share_of_dense"] or {}).get("median"),
+        "first_token_share_of_dense": share["median"] if share else None,
         "kv_bytes": record["kv_bytes"],
         "peak_memory_bytes": record["peak_memory_bytes"],
         "rotary_positions": record["positions"] or "",

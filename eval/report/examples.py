@@ -23,7 +23,9 @@ class Given:
         """In a word: right and wrong where a score is all or nothing."""
         if self.score is None:
             return "not scored"
-        return {1: "right", 0: "wrong"}.get(self.score, f"score {self.score:.3g}")
+        if self.score in (0, 1):
+            return "right" if self.score else "wrong"
+        return f"score {self.score:.3g}"
 
 
 @dataclass(frozen=True)

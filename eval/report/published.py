@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+from ..presets.published import on_scale, published_for
 from .cells import Section
-from .tables import Grid
+from .tables import Entry, Grid, Row
 
 
 def beside_published(section: Section) -> Grid | None:
     """Measured and published, for the cells that a paper has; None without any."""
-    return None
+    rows = []
+    for cell in section.done:
+        for entry in published_for(cell.record):
+            measured = on_scale(cell.record, entry)
+            note = "; ".join(part for part in (entry.note, entry.benchmark.note) if part)
+            rows.append(
+                Row(
+                    [
+                        Entry(cell.variant, cell.variant),
+                        Entry(cell.budget, cell.budget),
+                        Entry(entry.benchmark.name, entry.benchmark.name),
+                        Entry("" if measured is None else f"{measured:.1f}", measured),
+                        Entry(f"{entry.value:g}", entry.value),
+                        Entry(
+                            "" if measured is None else f"{measured - entry.value:+.1f}",
+                            None if measured is None else measured - entry.value,
+                        ),
+                        Entry(
+                            f"{entry.source} ({entry.lineage})" if entry.lineage else entry.source
+                        ),
+                        Entry(note),
+                    ],
+                    cell,
+                )
+            )
+    if not rows:
+        return None
+    headers = ["Method", "Budget", "Benchmark", "Measured", "Published", "Difference"]
+    return Grid([*headers, "Source", "Note"], rows, numbers_from=3)
