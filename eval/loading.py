@@ -144,14 +144,12 @@ def limit_pixels(model: PreTrainedModel, processor: Any, limits: Mapping[str, in
         )
     limited = copy.deepcopy(processor)
     for part in (limited.image_processor, limited.video_processor):
-        size = {
-            edge: limits[key]
-            for edge, key in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
-            if key in limits
+        old: dict[str, Any] = dict(part.size if isinstance(part.size, dict) else vars(part.size))
+        new = {
+            "shortest_edge": limits.get("min_pixels", old.get("shortest_edge")),
+            "longest_edge": limits.get("max_pixels", old.get("longest_edge")),
         }
-        old = part.size if isinstance(part.size, dict) else vars(part.size)
-        size = {edge: size.get(edge, old.get(edge)) for edge in ("shortest_edge", "longest_edge")}
-        part.size = size if isinstance(part.size, dict) else type(part.size)(**size)
+        part.size = new if isinstance(part.size, dict) else type(part.size)(**new)
     return limited
 
 

@@ -92,6 +92,7 @@ def _numbers(cell: Cell) -> dict[str, Any]:
     tokens = {k: v for k, v in record["tokens"].items() if k != "per_layer"}
     spreads: dict[str, Spread | None] = {k: record["times"].get(k) for k in _SPREADS}  # type: ignore[misc]
     share = spreads["share_of_dense"]
+    share = spreads["share_of_dense"]
     return {
         **{f"tokens_{key}": value for key, value in tokens.items()},
         "tokens_per_layer": " ".join(f"{n:g}" for n in record["tokens"]["per_layer"]),

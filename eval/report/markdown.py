@@ -78,7 +78,7 @@ def _section(section: Section, most: int | None) -> list[str]:
 
 def _example(example: Asked) -> str:
     head = f"**{markdown(example.question)}** Right answer: {markdown(example.answer)}"
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (markdown(given.cell.name), markdown(given.prediction), given.verdict)
         for given in example.given
     ]
