@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_MARKUP = re.compile(r"[\\`*\[\]<>&~$]|(?<![^\W_])_|_(?![^\W_])")
+# The first part is an interval of numbers, which needs no escape.
+_MARKUP = re.compile(
+    r"\[[-+]?\d[\d.]*, [-+]?\d[\d.]*\](?![(\[:])|[\\`*\[\]<>&~$]|(?<![^\W_])_|_(?![^\W_])"
+)
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _OVERRIDES = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -22,7 +25,12 @@ def one_line(text: object) -> str:
 
 def markdown(text: object) -> str:
     """Text that no Markdown reader takes for markup. Pipes are left to tables."""
-    return _MARKUP.sub(lambda m: _ENTITIES.get(m[0], "\\" + m[0]), one_line(text))
+    return _MARKUP.sub(_escaped, one_line(text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    text = found[0]
+    return text if len(text) > 1 else _ENTITIES.get(text, "\\" + text)
 
 
 def fenced(text: str) -> str:
