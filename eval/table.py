@@ -257,9 +257,14 @@ def with_interval(score: Score) -> str:
 
 def metric_text(record: Mapping[str, Any]) -> str:
     """The name of the main metric as a heading."""
-    name, score = main_score(record)
-    words = f"{name[0].upper()}{name[1:]}".replace("_", " ")
-    return words + (" %" if score["unit"] == "share" else "")
+    return metric_label(*main_score(record))
+
+
+def metric_label(name: str, score: Score) -> str:
+    """A metric as a heading, with its unit, and which way is better where that is not up."""
+    words = f"{name[:1].upper()}{name[1:]}".replace("_", " ")
+    down = "" if score["higher_is_better"] else " (lower is better)"
+    return words + (" %" if score["unit"] == "share" else "") + down
 
 
 def _metric(records: Sequence[Record]) -> str:

@@ -14,7 +14,7 @@ from vlmprune.eval import cli
 from vlmprune.prune.registry import method_class
 from zoo import CASES
 
-COMMANDS = ("sweep", "ask", "bench", "methods", "models", "where")
+COMMANDS = ("sweep", "report", "presets", "ask", "bench", "methods", "models", "where")
 CLIP = CASES["llava-clip-llama"]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..stats import Score
-from ..table import scale
+from ..table import metric_label, scale
 from .cells import COSTS, Cell, Section, finite, pareto
-from .tables import metric_label, score_of
+from .tables import score_of
 
 
 def chart(section: Section, anchors: dict[str, str]) -> dict[str, Any] | None:

@@ -13,7 +13,9 @@ def beside_published(section: Section) -> Grid | None:
     for cell in section.done:
         for entry in published_for(cell.record):
             measured = on_scale(cell.record, entry)
-            note = "; ".join(part for part in (entry.note, entry.benchmark.note) if part)
+            limit = cell.record["config"]["limit"]
+            only = f"measured on {limit} questions only" if limit is not None else ""
+            note = "; ".join(part for part in (only, entry.note, entry.benchmark.note) if part)
             rows.append(
                 Row(
                     [
@@ -37,4 +39,4 @@ def beside_published(section: Section) -> Grid | None:
     if not rows:
         return None
     headers = ["Method", "Budget", "Benchmark", "Measured", "Published", "Difference"]
-    return Grid([*headers, "Source", "Note"], rows, numbers_from=3)
+    return Grid([*headers, "Source", "Note"], rows, numbers_from=3, numbers_to=len(headers))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..stats import Score
-from ..table import in_unit, milliseconds, scale, with_interval
+from ..table import in_unit, metric_label, milliseconds, scale, with_interval
 from .cells import COSTS, Cell, Section, finite, pareto
 
 MISSING = {"failed": "failed", "not_applicable": "not applicable"}
@@ -31,17 +30,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table; numbers from column `numbers_from` on."""
+    """A table; numbers from column `numbers_from` on, up to `numbers_to`."""
 
     headers: list[str]
     rows: list[Row]
     numbers_from: int = 2
+    numbers_to: int | None = None
 
-
-def metric_label(name: str, score: Score) -> str:
-    """A metric as a heading, with its unit, and which way is better where that is not up."""
-    down = "" if score["higher_is_better"] else " (lower is better)"
-    return f"{name[:1].upper()}{name[1:]}{' %' if score['unit'] == 'share' else ''}{down}"
+    def is_number(self, column: int) -> bool:
+        return column in range(len(self.headers))[self.numbers_from : self.numbers_to]
 
 
 def main_table(section: Section) -> Grid:
