@@ -1,29 +1,37 @@
-"""Sweep a model that is loaded already: in a notebook, with a method that was written there."""
+"""Sweep a model that is loaded: for the command, and in a notebook with a method written there."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
+from ..adapters.devices import input_device
 from ..prune.contract import Positions
-from .compose import grid, parse, parse_budgets
+from .compose import Parts, grid, parse, parse_budgets
 from .console import progress
 from .embedded import MODEL_DIR
 from .environment import hardware, versions
-from .evaluate import Evaluator
+from .evaluate import Benchmark, Evaluator, Sample
 from .loading import EMBEDDED, fingerprint, short_name
+from .processes import Processes
 from .results import Config, Measured, Record, Store, method_record
-from .sweep import Cell, sweep
+from .sweep import Cell, Summary, sweep
 from .task import EmbeddedTask, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..adapters.clip_text import ClipText
+
+_PICTURE_SIDE = 448
 
 
 def sweep_model(
@@ -67,53 +75,135 @@ def sweep_model(
         seed=seed,
         clip=clip,
     )
+    with TemporaryDirectory() as elsewhere:
+        folder = Path(output_path or elsewhere)
+        store = Store(folder)
+        cells, _ = sweep_grid(
+            model,
+            [evaluator],
+            combinations,
+            name=_name(model),
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            positions=positions,
+            store=store,
+            pictures=folder if output_path else None,
+        )
+        wanted = {cell.config.id for cell in cells}
+        return [record for record in store.read() if record["id"] in wanted]
+
+
+def sweep_grid(
+    model: PreTrainedModel,
+    benchmarks: Sequence[Benchmark],
+    combinations: Sequence[Parts],
+    *,
+    name: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    positions: Positions | None,
+    store: Store | None,
+    kinds: Sequence[str] | None = None,
+    model_args: Mapping[str, object] | None = None,
+    pictures: Path | None = None,
+    samples: Path | None = None,
+    processes: Processes | None = None,
+) -> tuple[list[Cell], Summary]:
+    """Every combination on every benchmark, under a progress bar.
+
+    Args:
+        name: what results call the model.
+        limit, seed, kinds, model_args: what they were made with, for the cells' configurations.
+        store: None in all processes but the first.
+        pictures: the folder of the result file, for pictures of what was kept; None: none.
+        samples: a folder for all answers; None: they are not written.
+    """
+    processes = processes or Processes()
     base = Config(
-        model=_name(model),
+        model=name,
         fingerprint=fingerprint(model),
         methods=(),
         positions=None,
-        task=task.name,
-        task_version=task.version,
+        task="",
+        task_version="",
         limit=limit,
         seed=seed,
-        max_new_tokens=task.max_new_tokens,
+        max_new_tokens=0,
         dtype=str(model.dtype).removeprefix("torch."),
         attn_implementation=model.config._attn_implementation,
+        kinds=tuple(sorted(set(kinds))) if kinds else None,
+        model_args=dict(model_args) if model_args else None,
     )
     cells = [
-        Cell(
-            dataclasses.replace(
-                base,
-                methods=tuple(map(method_record, parts)),
-                positions=positions if parts else None,
-            ),
-            parts,
-        )
+        _cell(base, benchmark, parts, positions)
+        for benchmark in benchmarks
         for parts in combinations
     ]
-    with TemporaryDirectory() as folder, progress() as bar:
-        store = Store(Path(output_path or folder))
-        answered = bar.add_task("starting", total=evaluator.count * len(cells))
+    benchmark_of = {benchmark.name: benchmark for benchmark in benchmarks}
+    counts = [benchmark_of[cell.config.task].count for cell in cells]
+
+    with progress(shown=processes.first) as bar:
+        answered = bar.add_task("starting", total=sum(counts))
 
         def run(cell: Cell) -> Measured:
-            bar.update(answered, description=str(cell))
-            measured, _ = evaluator.run(
+            save_picture = partial(_save_picture, pictures, cell.config.id) if pictures else None
+            measured, answers = benchmark_of[cell.config.task].run(
                 cell.calls,
                 positions=positions if cell.parts else None,
-                progress=lambda questions: bar.advance(answered, questions),
+                progress=lambda n: bar.advance(answered, n),
+                save_picture=save_picture,
             )
+            if samples and processes.first:
+                _write_samples(samples / f"{cell.config.id}.jsonl", answers)
             return measured
 
-        sweep(
+        def begin(cell: Cell) -> None:
+            text = f"{cell.config.task}: {cell}" if len(benchmarks) > 1 else str(cell)
+            bar.update(answered, description=text, completed=sum(counts[: cells.index(cell)]))
+
+        shared = {"processes": processes.world} if processes.world > 1 else {}
+        summary = sweep(
             cells,
             run,
             store,
             batch_size=batch_size,
             versions=versions(),
-            hardware=hardware(evaluator.device),
+            hardware=hardware(input_device(model)) | shared,
+            on_cell=begin,
+            processes=processes,
         )
-        wanted = {cell.config.id for cell in cells}
-        return [record for record in store.read() if record["id"] in wanted]
+    return cells, summary
+
+
+def _cell(base: Config, benchmark: Benchmark, parts: Parts, positions: Positions | None) -> Cell:
+    config = dataclasses.replace(
+        base,
+        methods=tuple(map(method_record, parts)),
+        positions=positions if parts else None,
+        task=benchmark.name,
+        task_version=benchmark.version,
+        max_new_tokens=benchmark.max_new_tokens,
+    )
+    return Cell(config, parts)
+
+
+def _save_picture(folder: Path, cell: str, picture: Image.Image, number: int) -> str:
+    name = f"pictures/{cell}/{number}.jpg"
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    smaller = picture.convert("RGB")
+    smaller.thumbnail((4 * _PICTURE_SIDE, _PICTURE_SIDE))  # panels of an image stand side by side
+    smaller.save(path, quality=85)
+    return name
+
+
+def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps(sample.as_json()) + "\n")
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from PIL import Image
 
 from ..adapters.registry import family_of
 from ..prune.contract import ClipText as ClipTextSignal
@@ -17,11 +13,10 @@ from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
 from .compose import Part, Parts, grid, parse, parse_budgets
 from .config import write_config
-from .console import progress, stdout
-from .environment import hardware, versions
-from .evaluate import Benchmark, Evaluator, Sample
+from .console import stdout
+from .evaluate import Benchmark, Evaluator
+from .in_process import sweep_grid
 from .loading import (
-    fingerprint,
     limit_pixels,
     load,
     load_clip,
@@ -31,8 +26,8 @@ from .loading import (
 )
 from .plot import frontier
 from .processes import Processes
-from .results import Config, Measured, Store, method_record, setting_of
-from .sweep import REFUSALS, Cell, Summary, sweep
+from .results import Store, setting_of
+from .sweep import REFUSALS, Cell, Summary
 from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
 
@@ -40,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..adapters.clip_text import ClipText
-
-_PICTURE_SIDE = 448
 
 
 def run(
@@ -105,94 +98,50 @@ def run(
             processes=processes,
             pixels=pixels,
         )
-        base = Config(
-            model=short_name(model_name),
-            fingerprint=fingerprint(model),
-            methods=(),
-            positions=None,
-            task="",
-            task_version="",
-            limit=limit,
-            seed=seed,
-            max_new_tokens=0,
-            dtype=str(model.dtype).removeprefix("torch."),
-            attn_implementation=model.config._attn_implementation,
-            kinds=tuple(sorted(set(kinds))) if kinds else None,
-            model_args=dict(model_args) if model_args else None,
-        )
-        bases = [
-            dataclasses.replace(
-                base,
-                task=benchmark.name,
-                task_version=benchmark.version,
-                max_new_tokens=benchmark.max_new_tokens,
+        try:
+            cells, summary = sweep_grid(
+                model,
+                found,
+                combinations,
+                name=short_name(model_name),
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                positions=positions,
+                store=store,
+                kinds=kinds,
+                model_args=model_args,
+                pictures=folder,
+                samples=folder / "samples" if log_samples else None,
+                processes=processes,
             )
-            for benchmark in found
-        ]
-        cells = [_cell(of_task, parts, positions) for of_task in bases for parts in combinations]
-        benchmark_of = {benchmark.name: benchmark for benchmark in found}
-        counts = [benchmark_of[cell.config.task].count for cell in cells]
-
-        with progress(shown=processes.first) as bar:
-            answered = bar.add_task("starting", total=sum(counts))
-
-            def run_cell(cell: Cell) -> Measured:
-                def save_picture(picture: Image.Image, number: int) -> str:
-                    return _save_picture(picture, folder, f"pictures/{cell.config.id}/{number}.jpg")
-
-                measured, samples = benchmark_of[cell.config.task].run(
-                    cell.calls,
-                    positions=positions if cell.parts else None,
-                    progress=lambda n: bar.advance(answered, n),
-                    save_picture=save_picture,
-                )
-                if log_samples and processes.first:
-                    _write_samples(folder / "samples" / f"{cell.config.id}.jsonl", samples)
-                return measured
-
-            def begin(cell: Cell) -> None:
-                text = f"{cell.config.task}: {cell}" if len(found) > 1 else str(cell)
-                bar.update(answered, description=text, completed=sum(counts[: cells.index(cell)]))
-
-            try:
-                summary = sweep(
-                    cells,
-                    run_cell,
-                    store,
-                    batch_size=batch_size,
-                    versions=versions(),
-                    hardware=hardware(device)
-                    | ({"processes": processes.world} if processes.world > 1 else {}),
-                    on_cell=begin,
-                    processes=processes,
-                )
-            except KeyboardInterrupt:
-                bar.stop()
-                sys.stderr.write(
-                    f"interrupted: finished cells are in {folder}, the same command goes on there\n"
-                )
-                return 130
+        except KeyboardInterrupt:
+            sys.stderr.write(
+                f"interrupted: finished cells are in {folder}, the same command goes on there\n"
+            )
+            return 130
         if store is not None:
-            report(store, bases)
+            report(store, cells)
             _say_what_happened(summary, folder)
         return 1 if summary.failed else 0
 
 
-def report(store: Store, bases: Sequence[Config]) -> None:
-    """Tables to stdout and `table.md`, frontiers to PNG: all cells of these settings."""
+def report(store: Store, cells: Sequence[Cell]) -> None:
+    """Tables to stdout and `table.md`, frontiers to PNG: all that the file has of the settings of
+    these cells."""
     folder, console = store.path.parent, stdout()
     records = store.read()
+    task_of = {cell.config.setting: cell.config.task for cell in cells}
     texts = []
-    for base in bases:
-        of_task = [r for r in records if setting_of(r) == base.setting]
+    for setting, task in task_of.items():
+        of_task = [r for r in records if setting_of(r) == setting]
         table = sweep_table(of_task)
         table.print(console)
         texts.append(table.markdown())
-        name = "frontier.png" if len(bases) == 1 else f"frontier_{base.task}.png"
+        name = "frontier.png" if len(task_of) == 1 else f"frontier_{task}.png"
         frontier(of_task, folder / name)
-    if len(bases) > 1:
-        settings = {base.setting for base in bases}
-        table = averages_table([r for r in records if setting_of(r) in settings])
+    if len(task_of) > 1:
+        table = averages_table([r for r in records if setting_of(r) in task_of])
         table.print(console)
         texts.append(table.markdown())
     (folder / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
@@ -265,28 +214,6 @@ def _reads_clip(combinations: Sequence[Parts], model: PreTrainedModel) -> bool:
             return False
 
     return any(reads(part) for parts in combinations for part in parts)
-
-
-def _cell(base: Config, parts: Parts, positions: Positions | None) -> Cell:
-    records = tuple(map(method_record, parts))
-    positions = positions if parts else None
-    return Cell(dataclasses.replace(base, methods=records, positions=positions), parts)
-
-
-def _save_picture(picture: Image.Image, folder: Path, name: str) -> str:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    smaller = picture.convert("RGB")
-    smaller.thumbnail((4 * _PICTURE_SIDE, _PICTURE_SIDE))  # panels of an image stand side by side
-    smaller.save(path, quality=85)
-    return name
-
-
-def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(sample.as_json()) + "\n")
 
 
 def _say_what_happened(summary: Summary, folder: Path) -> None:
