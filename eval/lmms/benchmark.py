@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
     from transformers import PreTrainedModel
 
-    from .model import VlmPrune, as_wrapper_scales
+    from .model import VlmPrune
 
 
 class MissingLmmsError(VlmpruneError, ImportError):
@@ -63,7 +63,7 @@ def benchmarks(
                 f"Tasks {', '.join(names)}: they are run by lmms-eval, which cannot be imported "
                 f"({error}): pip install 'vlmprune[lmms]'."
             ) from error
-        from .model import VlmPrune
+        from .model import VlmPrune, as_wrapper_scales
 
         processes = processes or Processes()
         lm = VlmPrune.of(
