@@ -272,7 +272,12 @@ def files(folder: Path) -> tuple[dict, list[dict]]:
 def test_the_commands_of_lmms_eval(tmp_path):
     """Alone and in two processes, with the embedded model on the embedded benchmark."""
     where = [
-        subprocess.run([sys.executable, "-m", "vlmprune", "where", what], capture_output=True, text=True, check=True)
+        subprocess.run(
+            [sys.executable, "-m", "vlmprune", "where", what],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         for what in ("tasks", "task-name")
     ]
     folder, task = (done.stdout.strip() for done in where)
