@@ -429,6 +429,11 @@ def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", "-b", type=_positive, default=1, help="prompts at once (default: 1)"
     )
     parser.add_argument(
+        "--ragged",
+        action="store_true",
+        help="prompts of unequal length, so that all but the longest are padded",
+    )
+    parser.add_argument(
         "--meta",
         action="store_true",
         help="run nothing: FLOPs and bytes from sizes alone (what happens anyway where a shape "
@@ -446,7 +451,7 @@ def _bench_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=_positive, default=5, help="rounds (default: 5)")
     parser.add_argument(
-        "--new_tokens", type=_positive, default=16, metavar="N", help="decoded (default: 16)"
+        "--new_tokens", type=_positive, default=32, metavar="N", help="decoded (default: 32)"
     )
     parser.add_argument(
         "--memory",
@@ -618,7 +623,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import run
+    from .bench.command import run
 
     return run(
         methods=split_list(args.methods),
@@ -631,6 +636,7 @@ def _bench(args: argparse.Namespace) -> int:
         width=args.width,
         tokens=args.tokens,
         batch_size=args.batch_size,
+        ragged=args.ragged,
         meta=args.meta,
         repeats=args.repeats,
         new_tokens=args.new_tokens,

@@ -258,13 +258,20 @@ def shape(name: str) -> Shape:
 
 
 def prompt(
-    config: PreTrainedConfig, picture: tuple[int, int], *, batch_size: int, device: str
+    config: PreTrainedConfig,
+    picture: tuple[int, int],
+    *,
+    batch_size: int,
+    device: str,
+    ragged: bool = False,
 ) -> dict[str, Tensor]:
     """Prompts of one picture between words, all alike but for the pixels.
 
     Args:
         picture: height and width in pixels.
         device: of the pixels; what sizes are read from stays on the CPU for `meta`.
+        ragged: the last prompt has as many words again before its picture, the first has none of
+            these, the others some; padding on the left makes up for them.
 
     Raises:
         UnsupportedModelError, MethodFieldError: no picture is known for this family, or not of this
@@ -275,13 +282,16 @@ def prompt(
             f"No picture can be made for {config.model_type!r}, only for {', '.join(_PICTURES)}."
         )
     tokens, framed, inputs = _PICTURES[config.model_type](config, picture, batch_size, device)
-    text = words(config, TEXT_TOKENS, seed=0)
+    longer = TEXT_TOKENS if ragged else 0
+    text = words(config, TEXT_TOKENS + longer, seed=0)
+    before = _BEFORE_IMAGE + longer
     image = torch.full((tokens,), config.image_token_id)
     if framed:
         image = torch.tensor([config.vision_start_token_id, *image, config.vision_end_token_id])
-    ids = torch.cat([text[:_BEFORE_IMAGE], image, text[_BEFORE_IMAGE:]])
+    ids = torch.cat([text[:before], image, text[before:]])
     inputs["input_ids"] = ids.repeat(batch_size, 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    missing = torch.linspace(longer, 0, batch_size).long()
+    inputs["attention_mask"] = (torch.arange(len(ids)) >= missing[:, None]).long()
     if framed:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
     if device != "meta":

@@ -1,0 +1,100 @@
+"""The oracle: the unpatched language model, given only as many tokens as a method keeps.
+
+Its time is the limit of what pruning can save, with choosing and bookkeeping for nothing. Which
+tokens stay does not change a time, so the first ones stand for those that a method would choose:
+the logits mean nothing, and M-RoPE models are given the positions of a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ...adapters.registry import family_of
+
+_NOT_PIXELS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def oracle_prefill(
+    model: PreTrainedModel, inputs: dict[str, Tensor], cuts: Sequence[tuple[int, int]]
+) -> CausalLMOutputWithPast:
+    """Prefill with as many tokens as were kept, known beforehand, after the full vision encoder.
+
+    Args:
+        inputs: prompts whose pictures lie in the same columns.
+        cuts: (first layer that sees fewer tokens, number of visual tokens that are left, which may
+            be none); of several for one layer the last counts.
+
+    Returns:
+        logits (B, 1, V), and a cache whose layers hold what they were given.
+    """
+    family = family_of(model)
+    core: Any = family.core(model)
+    text_model: Any = family.text_model(model)
+    ids = inputs["input_ids"]
+    encoded = core.get_image_features(**{k: v for k, v in inputs.items() if k not in _NOT_PIXELS})
+    features = torch.cat(list(encoded.pooler_output))
+    hidden = model.get_input_embeddings()(ids)
+    visual = ids[0] == model.config.image_token_id
+    hidden[:, visual] = features.to(hidden.dtype).view(len(ids), -1, hidden.shape[-1])
+    # Qwen3-VL adds features of its own to the first layers.
+    deep = [torch.cat(list(x)) for x in getattr(encoded, "deepstack_features", None) or []]
+    mask = inputs["attention_mask"]
+    padded = not bool(mask.all())
+    alive = torch.arange(ids.shape[1], device=ids.device)
+    first_visual = int(visual.nonzero()[0])
+    layers, norm = text_model.layers, text_model.norm
+    cache = DynamicCache(config=text_model.config)
+    left = dict(cuts)
+    starts = sorted({0, *left, len(layers)})
+    try:
+        for start, stop in pairwise(starts):
+            if start in left:
+                keep = ~visual
+                keep[first_visual : first_visual + left[start]] = True
+                hidden = hidden[:, keep[alive]]
+                alive = alive[keep[alive]]
+            text_model.layers = layers[start:stop]
+            text_model.norm = norm if stop == len(layers) else nn.Identity()
+            stored = DynamicCache(config=text_model.config)
+            hidden = text_model(
+                inputs_embeds=hidden,
+                attention_mask=mask[:, alive] if padded else None,
+                past_key_values=stored,
+                use_cache=True,
+                **_deep(deep[start:], visual, alive, len(ids)),
+            ).last_hidden_state
+            cache.layers[start:stop] = stored.layers[start:stop]
+    finally:
+        text_model.layers, text_model.norm = layers, norm
+    logits = model.get_output_embeddings()(hidden[:, -1:])
+    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+
+def _deep(
+    features: Sequence[Tensor], visual: Tensor, alive: Tensor, batch_size: int
+) -> dict[str, Any]:
+    """Features of the layers to come, for the visual tokens that are alive."""
+    if not features:
+        return {}
+    kept = (alive[visual[alive]] - visual.nonzero()[0]).to(features[0].device)
+    return {
+        "visual_pos_masks": visual[alive].expand(batch_size, -1),
+        "deepstack_visual_embeds": [
+            x.view(batch_size, -1, x.shape[-1])[:, kept].flatten(0, 1) for x in features
+        ],
+    }
+
+
+def shorten(cache: Any, entries: Sequence[int]) -> None:
+    """Leave the last `entries` of each layer, as a method on the cache leaves that many."""
+    for layer, count in zip(cache.layers, entries, strict=True):
+        if layer.keys.shape[2] > count:
+            layer.keys = layer.keys[:, :, -count:].contiguous()
+            layer.values = layer.values[:, :, -count:].contiguous()

@@ -1,0 +1,174 @@
+"""One line of a bench: the dense model or a method, with what was measured of it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...adapters.family import IMAGE
+from ...adapters.patching import Handle, patch
+from ...adapters.registry import family_of
+from ...prune.budget import plan, tokens_per_layer
+from ...prune.contract import Compressing, Place
+from ..compose import Parts
+from ..flops import ModelCost, after_cuts, cache_entries, visual_share
+from ..results import method_record, parts_text
+from ..stats import spread
+from .subject import Subject, visual_tokens_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of one run up to the first token's logits, and of the tokens decoded after it."""
+
+    total: float
+    vision: float
+    """Of the total: in the vision encoder, reading scores included."""
+    select: float
+    """Of the total: choosing; inside the decoder with reading scores."""
+    per_decoded_token: float | None
+    """None where such a decoding step cannot be run."""
+    joules: float | None = None
+    joules_per_decoded_token: float | None = None
+
+    @property
+    def rest(self) -> float:
+        """The language model with all that choosing costs."""
+        return self.total - self.vision
+
+
+@dataclass(frozen=True)
+class Round:
+    """The runs of one variant in one round, beside the dense model's of the same round."""
+
+    dense: Run
+    patched: Run
+    oracle: Run | None
+    """None for the dense model itself."""
+
+
+@dataclass
+class Variant:
+    """The dense model (no `parts`) or a method."""
+
+    parts: Parts
+    rounds: list[Round] = field(default_factory=list)
+    per_layer: list[int] = field(default_factory=list)
+    """Visual tokens of a prompt that enter each layer."""
+    visual_tokens: int = 0
+    text_tokens: int = 0
+    pictures: list[tuple[int, int]] = field(default_factory=list)
+    """Rows and columns of what the encoder sees of a prompt."""
+    at_most: bool = False
+    """Whether the counts are those that an adaptive rule may not exceed."""
+    cache_bytes: int = 0
+    peak_memory_bytes: int | None = None
+    """What prefill and decoding add, at their peak, to the loaded model."""
+
+    @property
+    def name(self) -> str:
+        return parts_text(self.parts)
+
+    @property
+    def place(self) -> Place | None:
+        """Where it acts, the deepest place counting; None: dense."""
+        places = [place for part in self.parts for place in part.call.method.places]
+        return max(places, key=list(Place).index, default=None)
+
+    def patched(self, model: PreTrainedModel) -> AbstractContextManager[Handle | None]:
+        """The model as this variant has it, inside the block."""
+        return patch(model, [part.call for part in self.parts]) if self.parts else nullcontext()
+
+    def reckon(self, subject: Subject) -> None:
+        """Counts and bytes from sizes alone.
+
+        Raises:
+            BudgetError: the budget cannot be reached.
+        """
+        model = subject.model("meta")
+        family, inputs = family_of(model), subject.inputs("meta")
+        config: Any = family.text_model(model).config
+        calls = [part.call for part in self.parts]
+        model_shape = family.shape(model)
+        self.pictures = list(family.pictures(model, IMAGE, inputs)[0])
+        self.visual_tokens = visual_tokens_of(model, inputs)
+        stages = plan(self.visual_tokens, calls, model_shape)
+        self.at_most = any(stage.adaptive for stage in stages)
+        self.per_layer = tokens_per_layer(
+            self.visual_tokens, stages, model_shape.decoder.num_layers
+        )
+        text = int(inputs["input_ids"].shape[1]) - self.visual_tokens
+        self.text_tokens = text
+        # Those that only attend to less keep everything.
+        compressing = [call for call in calls if isinstance(call.method, Compressing)]
+        most = cache_entries(compressing, [self.visual_tokens], text)
+        entries = sum(min(n + text, n + text if most is None else most) for n in self.per_layer)
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_entry = 2 * config.num_key_value_heads * head * getattr(torch, subject.dtype).itemsize
+        self.cache_bytes = entries * per_entry * subject.batch_size
+
+    def as_json(self, cost: ModelCost) -> dict[str, Any]:
+        flops = cost.sample(
+            pictures=self.pictures, visual_per_layer=self.per_layer, text_tokens=self.text_tokens
+        )
+        mine = [one.patched for one in self.rounds]
+        oracle = [one.oracle for one in self.rounds if one.oracle is not None]
+        place = self.place
+        return {
+            "name": self.name,
+            "methods": [method_record(part) for part in self.parts],
+            "place": None if place is None else place.value,
+            "kept": self.per_layer[-1],
+            "at_most": self.at_most,
+            "average_per_layer": fmean(self.per_layer),
+            "average_after_cuts": fmean(after_cuts(self.per_layer)),
+            "first_token_flops": flops.first_token,
+            "visual_share": visual_share(self.per_layer, self.visual_tokens, cost.decoder),
+            "cache_bytes": self.cache_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "joules": {
+                "first_token": spread([r.joules for r in mine if r.joules is not None]),
+                "per_decoded_token": spread(
+                    [
+                        r.joules_per_decoded_token
+                        for r in mine
+                        if r.joules_per_decoded_token is not None
+                    ]
+                ),
+            },
+            "seconds": {
+                "total": spread([r.total for r in mine]),
+                "vision": spread([r.vision for r in mine]),
+                "select": spread([r.select for r in mine]),
+                "per_decoded_token": spread(_decoding(mine)),
+                "oracle_total": spread([r.total for r in oracle]),
+                "oracle_vision": spread([r.vision for r in oracle]),
+                "oracle_per_decoded_token": spread(_decoding(oracle)),
+            },
+            "ratios": {name: spread(values) for name, values in self._ratios().items()},
+        }
+
+    def _ratios(self) -> dict[str, list[float]]:
+        """Each of two runs of the same round."""
+        both = [(one.patched, one.oracle) for one in self.rounds if one.oracle is not None]
+        pruned = [one for one in self.rounds if one.oracle is not None]
+        steps = [(r.patched.per_decoded_token, r.dense.per_decoded_token) for r in self.rounds]
+        against = [(p.per_decoded_token, o.per_decoded_token) for p, o in both]
+        return {
+            "speed_up": [one.dense.total / one.patched.total for one in self.rounds],
+            "decode_speed_up": [dense / own for own, dense in steps if own and dense],
+            "total_over_oracle": [p.total / o.total for p, o in both],
+            "rest_over_oracle": [p.rest / o.rest for p, o in both],
+            "decode_over_oracle": [own / least for own, least in against if own and least],
+            "vision_over_dense": [r.patched.vision / r.dense.vision for r in pruned],
+            "select_over_dense_prefill": [r.patched.select / r.dense.rest for r in pruned],
+        }
+
+
+def _decoding(runs: list[Run]) -> list[float]:
+    return [run.per_decoded_token for run in runs if run.per_decoded_token is not None]
