@@ -465,7 +465,7 @@ def test_promises_are_kept_open_or_broken():
         "ratios": {
             "total_over_oracle": spread_of(1.049, 1.0),
             "decode_over_oracle": spread_of(1.03, 1.01),
-            "vision_over_dense": None,
+            "vision_over_plain": None,
             "select_over_dense_prefill": spread_of(0.03, 0.021),
         },
     }

@@ -123,11 +123,19 @@ def run(
         rounds = bar.add_task("bench", total=(repeats + 1 + in_children) * len(variants))
         model = subject.model(device)
         cost = model_cost(model)
-        inputs = subject.inputs(device)
+        inputs, clip = subject.inputs(device), subject.text_twin(device)
         for number in range(repeats + 1):
-            compare(model, inputs, variants, new_tokens, number > 0, lambda: bar.advance(rounds))
+            compare(
+                model,
+                inputs,
+                variants,
+                new_tokens,
+                counted=number > 0,
+                clip=clip,
+                advance=lambda: bar.advance(rounds),
+            )
             save()
-        del model  # before others are made
+        del model, clip  # before others are made
         for variant in variants if in_children else ():
             threads = torch.get_num_threads()
             try:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.cache import pruned_state
+from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE
 from ...adapters.patching import Handle
 from ...adapters.registry import family_of
@@ -32,14 +33,16 @@ def compare(
     variants: Sequence[Variant],
     new_tokens: int,
     counted: bool = True,
+    clip: ClipText | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
     """One round: all variants in turn, the first of which is dense.
 
     Args:
         counted: whether its times enter the variants; the first round only warms up.
+        clip: for methods that compare image and question.
     """
-    bench = _Bench(model, inputs, new_tokens if counted else 1)
+    bench = _Bench(model, inputs, new_tokens if counted else 1, clip)
     dense: Run | None = None
     for variant in variants:
         patched, cuts, entries = bench.patched(variant)
@@ -53,8 +56,14 @@ def compare(
 class _Bench:
     """One model and one batch of prompts, with clocks around them."""
 
-    def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor], new_tokens: int) -> None:
-        self.model, self.inputs, self.new_tokens = model, inputs, new_tokens
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Tensor],
+        new_tokens: int,
+        clip: ClipText | None,
+    ) -> None:
+        self.model, self.inputs, self.new_tokens, self.clip = model, inputs, new_tokens, clip
         self.family = family_of(model)
         self.tower = self.family.vision_tower(model)
         self.device: torch.device = model.get_input_embeddings().weight.device
@@ -73,7 +82,7 @@ class _Bench:
         cuts: list[tuple[int, int]] = []
         select = 0.0
         held = _reset_peak(self.device)
-        with variant.patched(self.model) as handle:
+        with variant.patched(self.model, self.clip) as handle:
             output, first = self.clock(partial(prefill, self.model, self.inputs))
             if handle is not None:
                 select, cuts = handle.last.select_seconds, cuts_of(handle)
@@ -208,5 +217,5 @@ def peak_memory(subject: Subject, parts: Parts, new_tokens: int, threads: int) -
     model = subject.model("cpu")
     inputs = subject.inputs("cpu")
     mask = inputs["attention_mask"] if subject.ragged else None
-    with Variant(parts).patched(model):
+    with Variant(parts).patched(model, subject.text_twin("cpu")):
         return added_at_peak(lambda: decode(model, prefill(model, inputs), new_tokens, mask))

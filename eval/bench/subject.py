@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from ...adapters.clip_text import ClipText
 from ...adapters.registry import family_of
 from ...prune.errors import MethodFieldError
 from ..loading import ModelLoadError, load, path_of, short_name
 from ..shapes import mid_size, prompt, shape, usual_picture
+from .text_twin import random_text_twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,15 @@ class Subject:
                 self.config(), dtype=dtype, attn_implementation=self.attn_implementation
             )
         return model.eval().to(dtype)
+
+    def text_twin(self, device: str) -> ClipText | None:
+        """The text encoder beside a CLIP tower of random weights; None for other models, where a
+        method that needs one says so."""
+        config: Any = self.config()
+        vision = config.vision_config
+        if self.model_name is not None or vision.model_type != "clip_vision_model":
+            return None
+        return random_text_twin(vision, device=device, dtype=getattr(torch, self.dtype))
 
     def inputs(self, device: str) -> dict[str, Tensor]:
         if self.image is not None:

@@ -65,7 +65,7 @@ def before_after_table(before: Mapping[str, Any] | None, after: Mapping[str, Any
         f"{_ms_range(dense['seconds']['per_decoded_token'], 1)} ms a token",
         notes="Medians of the ratios of two runs of the same round"
         + (", before -> after. " if before else ". ")
-        + f"{_NOTES['Total/oracle [quartiles]']} {_NOTES['Vision/dense']} "
+        + f"{_NOTES['Total/oracle [quartiles]']} {_NOTES['Vision/plain']} "
         f"{_NOTES['Choice % of dense prefill']} {_NOTES['Promises']}",
     )
 
@@ -81,7 +81,7 @@ def _percent(value: Spread | None) -> str:
 _COMPARED = {
     "First token/oracle": ("total_over_oracle", _ratio),
     "Decoding/oracle": ("decode_over_oracle", _ratio),
-    "Vision/dense": ("vision_over_dense", _ratio),
+    "Vision/plain": ("vision_over_plain", _ratio),
     "Choice % of dense prefill": ("select_over_dense_prefill", _percent),
 }
 
@@ -145,7 +145,7 @@ _HEADERS = (
     "GFLOPs",
     "Share %",
     "Vision ms",
-    "Vision/dense",
+    "Vision/plain",
     "Choice ms",
     "Choice % of dense prefill",
     "Total ms [quartiles]",
@@ -171,14 +171,14 @@ _DROPPABLE = (
     "Choice ms",
     "Oracle ms",
     "in the LLM",
-    "Vision/dense",
+    "Vision/plain",
 )
 _NOTES = {
     "Variant": "Medians over rounds; ratios are taken within a round.",
     "Avg/layer": "Avg/layer: visual tokens that enter a decoder layer (<=: the most that an "
     "adaptive rule may keep).",
     "Share %": "Share: of the dense decoder FLOPs, visual tokens only.",
-    "Vision/dense": "Vision/dense: the encoder, reading scores included, beside that of the "
+    "Vision/plain": "Vision/plain: the encoder, reading scores included, beside that of the "
     "unpatched model.",
     "Choice % of dense prefill": "Choice: in the decoder and on the cache with reading scores.",
     "Total ms [quartiles]": "Total: one forward up to the first token's logits.",
@@ -205,7 +205,7 @@ def _row(model: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, str]
         "GFLOPs": f"{variant['first_token_flops'] / 1e9:.4g}",
         "Share %": "" if seconds["total"] else f"{100 * variant['visual_share']:.1f}",
         "Vision ms": _ms(seconds["vision"]),
-        "Vision/dense": _ratio(ratios["vision_over_dense"]),
+        "Vision/plain": _ratio(ratios["vision_over_plain"]),
         "Choice ms": _ms(seconds["select"]) if variant["methods"] else "",
         "Choice % of dense prefill": _percent(ratios["select_over_dense_prefill"]),
         "Total ms [quartiles]": _ms_range(seconds["total"]),

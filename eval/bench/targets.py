@@ -44,7 +44,7 @@ def targets(model: Mapping[str, Any], place: str | None) -> list[Target]:
     return [
         Target("first token / oracle", "total_over_oracle", prefill),
         Target("decoding / oracle", "decode_over_oracle", 1.02),
-        Target("vision / dense", "vision_over_dense", 1.02),
+        Target("vision / plain", "vision_over_plain", 1.02),
         Target(
             "choosing / dense prefill",
             "select_over_dense_prefill",

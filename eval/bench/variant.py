@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE
 from ...adapters.patching import Handle, patch
 from ...adapters.registry import family_of
@@ -80,9 +81,13 @@ class Variant:
         places = [place for part in self.parts for place in part.call.method.places]
         return max(places, key=list(Place).index, default=None)
 
-    def patched(self, model: PreTrainedModel) -> AbstractContextManager[Handle | None]:
+    def patched(
+        self, model: PreTrainedModel, clip: ClipText | None = None
+    ) -> AbstractContextManager[Handle | None]:
         """The model as this variant has it, inside the block."""
-        return patch(model, [part.call for part in self.parts]) if self.parts else nullcontext()
+        if not self.parts:
+            return nullcontext()
+        return patch(model, [part.call for part in self.parts], clip=clip)
 
     def reckon(self, subject: Subject) -> None:
         """Counts and bytes from sizes alone.
@@ -165,7 +170,7 @@ class Variant:
             "total_over_oracle": [p.total / o.total for p, o in both],
             "rest_over_oracle": [p.rest / o.rest for p, o in both],
             "decode_over_oracle": [own / least for own, least in against if own and least],
-            "vision_over_dense": [r.patched.vision / r.dense.vision for r in pruned],
+            "vision_over_plain": [p.vision / o.vision for p, o in both],
             "select_over_dense_prefill": [r.patched.select / r.dense.rest for r in pruned],
         }
 
