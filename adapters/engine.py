@@ -58,6 +58,7 @@ from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .guards import check_generate
 from .prefill import Chosen, Prefill, begin
 from .prompt import Prompt
+from .remember import ImageMemory
 from .report import Last
 from .setup import Setup
 from .signals import READERS, Reader, Recording
@@ -104,6 +105,11 @@ class _Local(threading.local):
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
         """Rotary tables of the attention modules, for methods that undo the rotation."""
 
+    @property
+    def in_call(self) -> bool:
+        """Whether generate() or forward() is running, who read an encoder's output alone."""
+        return self.chosen is not None or bool(self.visual)
+
     def forget(self) -> None:
         """What belongs to one call of the multimodal core."""
         self.visual, self.encoded, self.prefill, self.prompt = {}, {}, None, None
@@ -120,12 +126,14 @@ class Engine:
         calls: tuple[MethodCall, ...],
         positions: Mapping[Place, Positions],
         clip: ClipText | None = None,
+        remember_images: int = 0,
     ) -> None:
         self.model, self.family, self.clip = model, family, clip
         self.core: Any = family.core(model)
         self.text: Any = family.text_model(model)
         shape = family.shape(model)
         self.setup = Setup(calls, shape, positions, self.text, Ticket())
+        self.memory = ImageMemory(remember_images, self.setup.ticket) if remember_images else None
         self.last: Last | None = None
         self._local = _Local()
         self._warned = False
@@ -242,6 +250,8 @@ class Engine:
     def remove(self) -> None:
         """Put the model back exactly as it was. A second call does nothing."""
         self.setup.ticket.active = False
+        if self.memory is not None:
+            self.memory.forget()
         while self._undo:
             self._undo.pop()()
 
@@ -295,16 +305,32 @@ class Engine:
     ) -> Any:
         if self._local.recording is not None:  # Qwen3-VL encodes videos as it does images
             return original(*args, **kwargs)
-        inputs = inspect.signature(original).bind(*args, **kwargs).arguments
-        inputs = {**inputs, **inputs.pop("kwargs", {})}
+        inputs = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+        inputs |= inputs.pop("kwargs", {})
+        encode_images = functools.partial(self._encode_images, modality, original)
+        if self.memory is None or not self._local.in_call:
+            output, encoded = encode_images(inputs)
+        else:
+            output, encoded = self.memory.encode(
+                self.family, self.model, modality, inputs, encode_images
+            )
+        if encoded is not None:
+            setattr(output, _MARK, encoded)
+            self._local.encoded[modality] = encoded
+        return output
+
+    def _encode_images(
+        self, modality: Modality, original: Callable[..., Any], inputs: Mapping[str, Any]
+    ) -> tuple[Any, Encoded | None]:
+        """Images on their way through the encoder, and what was chosen of them."""
         self._local.recording = recording = Recording()
         try:
-            output = original(*args, **kwargs)
+            output = original(**inputs)
         finally:
             self._local.recording = None
         features = getattr(output, "pooler_output", None)
         if features is None:  # return_dict=False: a plain tuple cannot carry the choice
-            return output
+            return output, None
         tilings = self.family.tilings(self.model, modality, features, inputs)
         for tiling, feature in zip(tilings, features, strict=True):
             if tiling.num_tokens != len(feature):
@@ -329,9 +355,7 @@ class Engine:
             signals = reader.read(self._first)
         encoded = encode(self.setup, tilings, signals, features[0].device)
         output.pooler_output = self._emit(features, encoded)
-        setattr(output, _MARK, encoded)
-        self._local.encoded[modality] = encoded
-        return output
+        return output, encoded
 
     def _emit(self, features: Any, encoded: Encoded) -> Any:
         """The encoder's features with merged and moved rows in their slots."""

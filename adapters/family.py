@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
@@ -93,7 +94,8 @@ class Family(ABC):
 
     @abstractmethod
     def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
-        """The pixel values of each image without padding, any shape."""
+        """The pixel values of each image without padding, one behind the other as the model takes
+        them: concatenated they are the argument again."""
 
     @abstractmethod
     def pictures(
@@ -125,6 +127,31 @@ class Family(ABC):
         Args:
             values: (B, S, ...) as the attention modules saw the tokens, CLS included.
         """
+
+    def sizes(self, modality: Modality) -> str:
+        """The argument that holds the sizes of each image, where there is one."""
+        return f"{modality.name}_sizes"
+
+    def per_image_arguments(self, modality: Modality) -> frozenset[str]:
+        """The arguments that tell images apart: what `only` looks at."""
+        return frozenset({modality.pixels, self.sizes(modality)})
+
+    def only(
+        self, model: Model, modality: Modality, inputs: Inputs, images: Sequence[int]
+    ) -> tuple[Sequence[int], Inputs]:
+        """Arguments for some images of a call.
+
+        Args:
+            images: their numbers in the call, ascending.
+
+        Returns:
+            the images that the arguments hold, all of `images` among them, and the arguments.
+        """
+        pixels = self.pixels(model, modality, inputs)
+        chosen = {**inputs, modality.pixels: torch.cat([pixels[i] for i in images])}
+        if (sizes := inputs.get(self.sizes(modality))) is not None:
+            chosen[self.sizes(modality)] = sizes[list(images)]
+        return images, chosen
 
     def merged_patches(
         self, model: Model, modality: Modality, values: Tensor, inputs: Inputs

@@ -22,6 +22,7 @@ from ..prune.errors import (
     BudgetError,
     MethodFieldError,
     MissingSignalError,
+    UnsupportedFeatureError,
     UnsupportedModelError,
 )
 from ..prune.registry import method as make_call
@@ -32,6 +33,7 @@ from .family import Family
 from .masks import layer_kind
 from .overlay import Fit, overlay
 from .registry import family_of
+from .remember import Remembered
 from .report import Last
 
 _HANDLE = "_vlmprune_handle"
@@ -94,6 +96,17 @@ class Handle:
         fit = fit or self._engine.family.fit
         return overlay(pictures, last.tilings[index], last.kept[index], fit)
 
+    @property
+    def remembered(self) -> Remembered:
+        """What `remember_images` did: images in memory, and how often one was found there."""
+        memory = self._engine.memory
+        return Remembered() if memory is None else memory.remembered
+
+    def forget_images(self) -> None:
+        """Empty the memory of images, e.g. after changing weights of the vision encoder."""
+        if self._engine.memory is not None:
+            self._engine.memory.forget()
+
     def remove(self) -> None:
         """Take the patch off; the model is then as it was before. A second call does nothing."""
         if self._engine.setup.ticket.active:
@@ -122,6 +135,7 @@ def patch(
     *,
     positions: Positions | None = None,
     clip: ClipText | None = None,
+    remember_images: int = 0,
     **fields_and_budget: object,
 ) -> Handle:
     """Make a loaded vision-language model answer on fewer visual tokens, in place.
@@ -136,6 +150,11 @@ def patch(
             of the tokens that are decoded. Default: every method does what its paper does; models
             with M-RoPE always keep the original ones.
         clip: the text encoder of the model's CLIP vision tower, for methods that compare the two.
+        remember_images: how many images (or videos) to remember, those asked about last: in the
+            next prompt with one of them, neither the vision encoder nor the choice before the LLM
+            runs for it. For `forward` and `generate`, while no gradients flow through the encoder.
+            Call `handle.forget_images()` after changing weights. Not for methods whose choice
+            before the LLM reads the prompt.
         **fields_and_budget: exactly one of `keep_ratio`, `keep_tokens`, `average_tokens`,
             `flops_ratio`, and fields of the method. Only with a single name.
 
@@ -163,8 +182,9 @@ def patch(
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
     if clip is not None:
         _check_clip(clip, family, model)
+    _check_memory(remember_images, calls, shape)
     unpatch(model)
-    handle = Handle(Engine(model, family, calls, modes, clip))
+    handle = Handle(Engine(model, family, calls, modes, clip, remember_images))
     model.__dict__[_HANDLE] = handle
     return handle
 
@@ -244,6 +264,28 @@ def _working(shape: ModelShape) -> list[str]:
         for name in method_names()
         if not any(shape.lacks(need) for need in method_class(name)().needs(shape))
     ]
+
+
+def _check_memory(images: object, calls: tuple[MethodCall, ...], shape: ModelShape) -> None:
+    """Refuse to remember images with a method that chooses anew for every question."""
+    if isinstance(images, bool) or not isinstance(images, int) or images < 0:
+        raise MethodFieldError(
+            f"remember_images={images!r}: give the number of images to remember, e.g. "
+            f"remember_images=16, or 0 to remember none."
+        )
+    for call in calls if images else ():
+        read = [need for need in call.method.needs(shape) if need.of_prompt]
+        if read:
+            free = [
+                name
+                for name in _working(shape)
+                if not any(need.of_prompt for need in method_class(name)().needs(shape))
+            ]
+            raise UnsupportedFeatureError(
+                f"remember_images={images} does not go with {call.name}, which chooses tokens anew "
+                f"for every question, from {read[0]}: leave remember_images out, or use a method "
+                f"that does not read the prompt before the LLM: {', '.join(free)}."
+            )
 
 
 def _check_clip(clip: ClipText, family: Family, model: nn.Module) -> None:

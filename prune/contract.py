@@ -106,6 +106,8 @@ class Signal:
     """Needs an encoder with a CLS token."""
     of_text_twin: ClassVar[bool] = False
     """Needs the text encoder that the vision encoder was trained with."""
+    of_prompt: ClassVar[bool] = False
+    """Differs from question to question about the same image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ class ClipText(Signal):
 
     per: ClassVar[Per] = "image"
     of_text_twin: ClassVar[bool] = True
+    of_prompt: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +208,7 @@ class TextEmbeddings(Signal):
     """
 
     per: ClassVar[Per] = "image"
+    of_prompt: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)

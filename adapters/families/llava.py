@@ -41,7 +41,7 @@ class Llava(Family):
         return [Tiling.single(*grid) for (grid,) in self.pictures(model, modality, inputs)]
 
     def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
-        return list(inputs["pixel_values"])
+        return inputs["pixel_values"].split(1)
 
     def pictures(
         self, model: Model, modality: Modality, inputs: Inputs

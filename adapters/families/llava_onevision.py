@@ -27,7 +27,7 @@ class LlavaOnevision(LlavaNext):
 
     def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
         if modality is VIDEO:
-            return list(inputs["pixel_values_videos"])
+            return inputs["pixel_values_videos"].split(1)
         return super().pixels(model, modality, inputs)
 
     def pictures(
@@ -42,6 +42,30 @@ class LlavaOnevision(LlavaNext):
             return tiles
         alone = [int(number) == 1 for number in per_sample for _ in range(int(number))]
         return [all_ if single else all_[:1] for all_, single in zip(tiles, alone, strict=True)]
+
+    def per_image_arguments(self, modality: Modality) -> frozenset[str]:
+        return super().per_image_arguments(modality) | {"batch_num_images"}
+
+    def only(
+        self, model: Model, modality: Modality, inputs: Inputs, images: Sequence[int]
+    ) -> tuple[Sequence[int], Inputs]:
+        """The model takes an image for the only one of its prompt unless another comes with it."""
+        per_prompt = inputs.get("batch_num_images")
+        if modality is VIDEO or per_prompt is None:
+            return super().only(model, modality, inputs, images)
+        taken: list[int] = []
+        counts, first = [], 0
+        for number in per_prompt.tolist():
+            prompt = range(first, first + number)
+            here = [i for i in prompt if i in images]
+            if len(here) == 1 < number:
+                neighbour = prompt[1] if here[0] == first else here[0] - 1
+                here = sorted([*here, neighbour])
+            taken += here
+            counts += [len(here)] if here else []
+            first += number
+        _, chosen = super().only(model, modality, inputs, taken)
+        return taken, {**chosen, "batch_num_images": per_prompt.new_tensor(counts)}
 
     def per_image(
         self, model: Model, modality: Modality, values: Tensor, inputs: Inputs

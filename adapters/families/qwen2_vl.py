@@ -71,7 +71,7 @@ class Qwen2VL(Family):
         return [unit.flatten(1) for unit in self._units(model, modality, values, inputs)]
 
     def sizes(self, modality: Modality) -> str:
-        """The argument with frames, rows and columns of patches of each image: (images, 3)."""
+        """Frames, rows and columns of patches of each image: (images, 3)."""
         return f"{modality.name}_grid_thw"
 
     def in_order(self, model: Model, units: Tensor, sizes: Tensor) -> Tensor:

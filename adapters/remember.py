@@ -1,0 +1,227 @@
+"""Images that were asked about before: what entered the LLM of them, for the next question.
+
+Of an image only the rows that enter the LLM are kept, where they were computed: K of its N tokens.
+The placeholders of the others get zeros, which nobody reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import Ticket
+from .encoding import Encoded, EncodedImage
+from .family import Family, Inputs, Modality, Model
+from .report import Stopwatch
+
+Encode = Callable[[Inputs], tuple[Any, Encoded | None]]
+"""Runs the encoder on the arguments of `get_image_features`: its output with the rows that enter
+the LLM in place, and what was chosen; None for outputs that are plain tuples."""
+
+_NO_MATTER = frozenset({"return_dict", "output_attentions", "output_hidden_states", "use_cache"})
+"""Arguments that change what is returned beside the features."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What a memory of images did since `patch`, or since it was emptied."""
+
+    images: int = 0
+    """Images in it now."""
+    hits: int = 0
+    """Images that were neither encoded nor chosen from again."""
+    misses: int = 0
+    """Images that were."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """One image as it enters the LLM."""
+
+    image: EncodedImage
+    rows: Tensor
+    """(K, D)"""
+    deeper: tuple[Tensor, ...]
+    """(K, D) each: what is added behind the first layers (deepstack)."""
+    output: type
+    """The class of the encoder's output."""
+    stacked: bool
+    """Whether the output holds the features of all images as one tensor."""
+
+    @property
+    def features(self) -> Tensor:
+        """(N, D), zeros but for `rows`."""
+        return self._spread(self.rows, self.image.slots)
+
+    @property
+    def deepstack(self) -> list[Tensor]:
+        """(N, D) for each layer, at the tokens whose positions the rows have."""
+        return [self._spread(rows, self.image.sources) for rows in self.deeper]
+
+    def _spread(self, rows: Tensor, at: Tensor) -> Tensor:
+        everything = rows.new_zeros(self.image.num_tokens, rows.shape[1])
+        return everything.index_copy(0, at, rows)
+
+
+class ImageMemory:
+    """The `capacity` images (or videos) that were asked about last, for all threads.
+
+    An image is told by the bits of its pixels, its size, and the options of the encoder.
+    """
+
+    def __init__(self, capacity: int, owner: Ticket) -> None:
+        self._capacity, self._owner = capacity, owner
+        self._known: OrderedDict[Hashable, _Known] = OrderedDict()
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0
+
+    @property
+    def remembered(self) -> Remembered:
+        with self._lock:
+            return Remembered(len(self._known), self._hits, self._misses)
+
+    def forget(self) -> None:
+        """Forget all images and start counting anew."""
+        with self._lock:
+            self._known.clear()
+            self._hits = self._misses = 0
+
+    def encode(
+        self,
+        family: Family,
+        model: Model,
+        modality: Modality,
+        inputs: Inputs,
+        encode: Encode,
+    ) -> tuple[Any, Encoded | None]:
+        """The output for all images of a call, of which `encode` sees those that are not known,
+        each once."""
+        learns = _learns(family, model, modality, inputs)
+        keys = None if learns else _keys(family, model, modality, inputs)
+        if keys is None:
+            return encode(inputs)
+        found = self._find(keys)
+        unknown = [i for i, key in enumerate(keys) if key not in found and key not in keys[:i]]
+        stopwatch = None
+        if unknown:
+            images: Sequence[int] = range(len(keys))
+            some = inputs
+            if len(unknown) < len(keys):
+                images, some = family.only(model, modality, inputs, unknown)
+            output, encoded = encode(some)
+            if encoded is None:
+                return output, None
+            stopwatch = encoded.stopwatch
+            new = dict(zip([keys[i] for i in images], _known(output, encoded), strict=True))
+            found = {**new, **found}
+            self._keep({keys[i]: new[keys[i]] for i in unknown}, hits=len(keys) - len(unknown))
+        else:
+            self._keep({}, hits=len(keys))
+        known = [found[key] for key in keys]
+        stopwatch = stopwatch or Stopwatch(known[0].rows.device)
+        return _output(known), Encoded([one.image for one in known], stopwatch, self._owner)
+
+    def _find(self, keys: Sequence[Hashable]) -> dict[Hashable, _Known]:
+        with self._lock:
+            found = {key: self._known[key] for key in keys if key in self._known}
+            for key in found:
+                self._known.move_to_end(key)
+            return found
+
+    def _keep(self, new: Mapping[Hashable, _Known], hits: int) -> None:
+        with self._lock:
+            self._hits += hits
+            self._misses += len(new)
+            self._known.update(new)
+            while len(self._known) > self._capacity:
+                self._known.popitem(last=False)
+
+
+def _learns(family: Family, model: Model, modality: Modality, inputs: Inputs) -> bool:
+    """Whether the features of this call are to be trained through, or are random (dropout)."""
+    if family.vision_tower(model).training:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    text = {id(parameter) for parameter in family.text_model(model).parameters()}
+    return inputs[modality.pixels].requires_grad or any(
+        parameter.requires_grad
+        for parameter in family.core(model).parameters()
+        if id(parameter) not in text
+    )
+
+
+def _keys(
+    family: Family, model: Model, modality: Modality, inputs: Inputs
+) -> list[Hashable] | None:
+    """What tells each image of a call from others; None where an argument cannot be told apart by
+    image."""
+    per_image = family.per_image_arguments(modality)
+    options = {k: v for k, v in inputs.items() if k not in per_image | _NO_MATTER}
+    if any(isinstance(value, Tensor) for value in options.values()):
+        return None
+    # What a caller leaves out is the configuration's.
+    options = {
+        k: v for k, v in options.items() if v is not None and v != getattr(model.config, k, None)
+    }
+    weight = next(family.vision_tower(model).parameters())
+    device = weight.device.type
+    common = (
+        modality.name,
+        repr(sorted(options.items())),
+        weight.device,
+        weight.dtype,
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        torch.is_inference_mode_enabled(),  # its tensors cannot be trained with outside of it
+    )
+    pixels = inputs[modality.pixels].detach().cpu()  # one transfer for all images
+    images = family.pixels(model, modality, {**inputs, modality.pixels: pixels})
+    sizes = inputs.get(family.sizes(modality))
+    rows = [None] * len(images) if sizes is None else sizes.tolist()
+    return [
+        (*common, str(size), image.dtype, tuple(image.shape), _digest(image))
+        for size, image in zip(rows, images, strict=True)
+    ]
+
+
+def _digest(pixels: Tensor) -> bytes:
+    """SHA-256 of the bits of an image's pixels."""
+    bits = pixels.contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(bits.numpy().data).digest()
+
+
+def _known(output: Any, encoded: Encoded) -> list[_Known]:
+    """Each image of an encoder's output, on its own."""
+    features = output.pooler_output
+    deepstack = getattr(output, "deepstack_features", None) or ()
+    stacked = isinstance(features, Tensor)
+    return [
+        _Known(
+            image,
+            features[i][image.slots],  # a copy: a view would hold the whole batch in memory
+            tuple(layer[i][image.sources] for layer in deepstack),
+            type(output),
+            stacked,
+        )
+        for i, image in enumerate(encoded.images)
+    ]
+
+
+def _output(known: Sequence[_Known]) -> Any:
+    """What the model reads of an encoder's output."""
+    features: Any = [one.features for one in known]
+    if known[0].stacked:
+        features = torch.stack(features)
+    if not known[0].deeper:
+        return known[0].output(pooler_output=features)
+    layers = zip(*(one.deepstack for one in known), strict=True)
+    return known[0].output(
+        pooler_output=features, deepstack_features=[list(layer) for layer in layers]
+    )
