@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -432,6 +432,11 @@ class Pruning(Method):
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose exactly `keep` of `tokens.num_tokens` tokens, 1 <= keep < num_tokens."""
+
+    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
+        """`select` for several images or tiles; methods that have one pass for all override it,
+        with the same answers."""
+        return [self.select(tokens, keep) for tokens, keep in asked]
 
     def select_adaptive(self, tokens: VisualTokens) -> Selection:
         """Choose as many of the tokens as the paper's rule finds: where no budget is given, or at

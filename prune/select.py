@@ -1,9 +1,9 @@
-"""One image, one method, one count: newlines and tiles are dealt with here, for every method."""
+"""Images, one method, a count each: newlines and tiles are dealt with here, for every method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,27 +13,60 @@ from .errors import BudgetError, VlmpruneError
 from .tiling import Tiling
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What a method is asked about one image, and how its answers become the image's selection."""
+
+    asked: Sequence[tuple[VisualTokens, int | None]]
+    """Tokens and a count (None: the method's own), for the image or for each of its tiles."""
+    join: Callable[[list[Selection]], Selection]
+
+
 def select(method: Pruning, tokens: VisualTokens, keep: int | None) -> Selection:
-    """What `method` keeps of `tokens`, checked: exactly `keep`, or as many as it decides (None).
+    """What `method` keeps of one image; see `select_all`."""
+    return select_all(method, [tokens], [keep])[0]
+
+
+def select_all(
+    method: Pruning, images: Sequence[VisualTokens], keeps: Sequence[int | None]
+) -> list[Selection]:
+    """What `method` keeps of each image, checked: exactly as many, or as it decides (None).
+
+    The method is asked once about all images and tiles.
 
     Args:
-        tokens: all tokens of an image, or those alive in the decoder. Before the LLM, signals per
-            token cover the patches, or all tokens where newlines compete.
+        images: all tokens of an image each, or those alive in the decoder. Before the LLM, signals
+            per token cover the patches, or all tokens where newlines compete.
 
     Raises:
         BudgetError: the newlines that the method keeps leave no room for a patch.
         VlmpruneError: the method returned something else than it was asked for.
     """
+    questions = [
+        _question(method, tokens, keep) for tokens, keep in zip(images, keeps, strict=True)
+    ]
+    answers = iter(_ask(method, [one for question in questions for one in question.asked]))
+    found = []
+    for question, keep in zip(questions, keeps, strict=True):
+        selection = question.join([next(answers) for _ in question.asked])
+        if keep is not None and selection.count != keep:
+            raise VlmpruneError(
+                f"{method.name}.select kept {selection.count} tokens for a count of {keep}: a "
+                f"method must keep exactly what it was asked to."
+            )
+        found.append(selection)
+    return found
+
+
+def _question(method: Pruning, tokens: VisualTokens, keep: int | None) -> _Question:
     if isinstance(method, BeforeLLM) and not tokens.layer:
-        selection = _with_newlines(method, tokens, keep)
-    else:
-        selection = _ask(method, tokens, keep)
-    if keep is not None and selection.count != keep:
-        raise VlmpruneError(
-            f"{method.name}.select kept {selection.count} tokens for a count of {keep}: a method "
-            f"must keep exactly what it was asked to."
-        )
-    return selection
+        return _with_newlines(method, tokens, keep)
+    return _Question([(tokens, keep)], _only)
+
+
+def _only(answers: list[Selection]) -> Selection:
+    (answer,) = answers
+    return answer
 
 
 def share(total: int, sizes: Sequence[int]) -> list[int]:
@@ -61,18 +94,26 @@ def most(method: Pruning, tiling: Tiling) -> int:
     return newlines + sum(method.most(tile.num_patches) for tile in tiling.tiles)
 
 
-def _ask(method: Pruning, tokens: VisualTokens, keep: int | None) -> Selection:
-    if keep is None:
-        return method.select_adaptive(tokens)
-    if keep >= tokens.num_tokens:
-        return Selection(kept=torch.arange(tokens.num_tokens, device=tokens.device))
-    return method.select(tokens, keep)
+def _ask(method: Pruning, asked: Sequence[tuple[VisualTokens, int | None]]) -> list[Selection]:
+    """The answers, in order; where everything stays the method is not asked."""
+    choices = [
+        (tokens, keep) for tokens, keep in asked if keep is not None and keep < tokens.num_tokens
+    ]
+    chosen = iter(method.select_batch(choices) if choices else ())
+    return [
+        method.select_adaptive(tokens)
+        if keep is None
+        else next(chosen)
+        if keep < tokens.num_tokens
+        else Selection(kept=torch.arange(tokens.num_tokens, device=tokens.device))
+        for tokens, keep in asked
+    ]
 
 
 # --- Newlines ----------------------------------------------------------------------------------
 
 
-def _with_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> Selection:
+def _with_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> _Question:
     """Choose among the patches, then place the newlines as the policy says."""
     tiling, policy = tokens.tiling, method.newline_policy
     if not tiling.num_newlines or policy == "compete":
@@ -90,8 +131,13 @@ def _with_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) ->
             f"or set newlines='drop'."
         )
     among = None if keep is None else keep - len(newlines)
-    chosen = _in_scope(method, patches, among)
-    return _merged_in(_renumbered(chosen, tiling.patches(tokens.device)), newlines)
+    question = _in_scope(method, patches, among)
+
+    def join(answers: list[Selection]) -> Selection:
+        chosen = question.join(answers)
+        return _merged_in(_renumbered(chosen, tiling.patches(tokens.device)), newlines)
+
+    return replace(question, join=join)
 
 
 def _merged_in(chosen: Selection, newlines: Tensor) -> Selection:
@@ -119,23 +165,22 @@ def _merged_in(chosen: Selection, newlines: Tensor) -> Selection:
 # --- Tiles -------------------------------------------------------------------------------------
 
 
-def _in_scope(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> Selection:
-    """Ask the method once for the image, or once for each of its tiles."""
+def _in_scope(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> _Question:
+    """The image is one question, or each of its tiles is one."""
     tiles = tokens.tiling.tiles
     if method.scope_used == "image" or len(tiles) == 1:
-        return _ask(method, tokens, keep)
+        return _Question([(tokens, keep)], _only)
     counts: Sequence[int | None]
     if keep is None:
         counts = [None] * len(tiles)
     else:
         counts = share(keep, [tile.num_patches for tile in tiles])
-    parts = []
+    asked, numbers = [], []
     for number, places in enumerate(tokens.tiling.tile_patches(tokens.device)):
-        if counts[number] == 0:
-            continue
-        chosen = _ask(method, _tile(tokens, number, places), counts[number])
-        parts.append(_renumbered(chosen, places))
-    return _joined(parts)
+        if counts[number] != 0:
+            asked.append((_tile(tokens, number, places), counts[number]))
+            numbers.append(places)
+    return _Question(asked, lambda answers: _joined(list(map(_renumbered, answers, numbers))))
 
 
 def _tile(tokens: VisualTokens, number: int, places: Tensor) -> VisualTokens:
