@@ -11,7 +11,7 @@ from torch import Tensor
 from ..prune.budget import Budget, MethodCall, Stage, plan
 from ..prune.contract import Features, Pruning, Selection, Signal, VisualTokens
 from ..prune.errors import MissingSignalError, VlmpruneError
-from ..prune.select import select
+from ..prune.select import select_all
 from ..prune.tiling import Tiling
 from .cache import Ticket
 from .report import Stopwatch
@@ -98,18 +98,22 @@ def encode(
         signals: per image, what the method before the LLM declared.
     """
     stopwatch = Stopwatch(device)
+    plans = [plan(tiling.num_tokens, setup.calls, setup.shape) for tiling in tilings]
+    first = [stages[0] if stages and stages[0].layer == 0 else None for stages in plans]
+    tokens = [
+        VisualTokens(num_tokens=tiling.num_tokens, tiling=tiling, shape=setup.shape, signals=seen)
+        for tiling, seen, stage in zip(tilings, signals, first, strict=True)
+        if stage is not None
+    ]
+    made = iter(choose_all([s for s in first if s is not None], tokens, stopwatch, device))
     images = []
-    for tiling, seen in zip(tilings, signals, strict=True):
+    for tiling, stages, stage in zip(tilings, plans, first, strict=True):
         calls = setup.calls
-        stages = plan(tiling.num_tokens, calls, setup.shape)
         everything = torch.arange(tiling.num_tokens, device=device)
         slots, selection = everything, Selection(kept=everything)
-        if stages and stages[0].layer == 0:
-            tokens = VisualTokens(
-                num_tokens=tiling.num_tokens, tiling=tiling, shape=setup.shape, signals=seen
-            )
-            chosen = choose(stages[0], tokens, stopwatch, device)
-            if stages[0].adaptive:
+        if stage is not None:
+            chosen = next(made)
+            if stage.adaptive:
                 found = Budget("keep_tokens", max(1, chosen.count))
                 calls = (replace(calls[0], budget=found), *calls[1:])
                 stages = plan(tiling.num_tokens, calls, setup.shape)
@@ -119,20 +123,39 @@ def encode(
     return Encoded(images, stopwatch, setup.ticket)
 
 
-@torch.no_grad()
 def choose(
     stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch, device: torch.device
 ) -> Selection:
     """What `stage` keeps of `tokens`, whose signals are on `device`."""
-    method = stage.call.method
+    return choose_all([stage], [tokens], stopwatch, device)[0]
+
+
+@torch.no_grad()
+def choose_all(
+    stages: Sequence[Stage],
+    images: Sequence[VisualTokens],
+    stopwatch: Stopwatch,
+    device: torch.device,
+) -> list[Selection]:
+    """What stages of one method keep of an image each, in one pass."""
+    if not stages:
+        return []
+    method = stages[0].call.method
     if not isinstance(method, Pruning):
         raise VlmpruneError(f"{method.name} removes nothing from the sequence.")
+    keeps = [None if stage.adaptive else stage.keep for stage in stages]
     # Scores are float32 whatever autocast the caller is in.
     with stopwatch, torch.autocast(device.type, enabled=False):
-        chosen = select(method, tokens, None if stage.adaptive else stage.keep)
+        found = select_all(method, images, keeps)
     # A method that reads nothing chooses on the CPU.
-    order = None if chosen.order is None else chosen.order.to(device)
-    return replace(chosen, kept=chosen.kept.to(device), order=order)
+    return [
+        replace(
+            chosen,
+            kept=chosen.kept.to(device),
+            order=None if chosen.order is None else chosen.order.to(device),
+        )
+        for chosen in found
+    ]
 
 
 def slots_of(chosen: Selection, num_tokens: int) -> Tensor:
