@@ -31,7 +31,7 @@ _NO_MATTER = frozenset({"return_dict", "output_attentions", "output_hidden_state
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What a memory of images did since `patch`, or since it was emptied."""
+    """What a memory of images did since `patch`."""
 
     images: int = 0
     """Images in it now."""
@@ -67,7 +67,7 @@ class _Known:
 
     def _spread(self, rows: Tensor, at: Tensor) -> Tensor:
         everything = rows.new_zeros(self.image.num_tokens, rows.shape[1])
-        return everything.index_copy(0, at, rows)
+        return everything.index_copy(0, at.to(rows.device), rows)
 
 
 class ImageMemory:
@@ -88,10 +88,9 @@ class ImageMemory:
             return Remembered(len(self._known), self._hits, self._misses)
 
     def forget(self) -> None:
-        """Forget all images and start counting anew."""
+        """Forget all images."""
         with self._lock:
             self._known.clear()
-            self._hits = self._misses = 0
 
     def encode(
         self,
@@ -172,7 +171,8 @@ def _keys(
         k: v for k, v in options.items() if v is not None and v != getattr(model.config, k, None)
     }
     weight = next(family.vision_tower(model).parameters())
-    device = weight.device.type
+    pixels = inputs[modality.pixels].detach()
+    device = pixels.device.type
     common = (
         modality.name,
         repr(sorted(options.items())),
@@ -181,8 +181,8 @@ def _keys(
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         torch.is_inference_mode_enabled(),  # its tensors cannot be trained with outside of it
     )
-    pixels = inputs[modality.pixels].detach().cpu()  # one transfer for all images
-    images = family.pixels(model, modality, {**inputs, modality.pixels: pixels})
+    here = {**inputs, modality.pixels: pixels.cpu()}  # one transfer for all images
+    images = family.pixels(model, modality, here)
     sizes = inputs.get(family.sizes(modality))
     rows = [None] * len(images) if sizes is None else sizes.tolist()
     return [
@@ -206,7 +206,7 @@ def _known(output: Any, encoded: Encoded) -> list[_Known]:
         _Known(
             image,
             features[i][image.slots],  # a copy: a view would hold the whole batch in memory
-            tuple(layer[i][image.sources] for layer in deepstack),
+            tuple(layer[i][image.sources.to(layer[i].device)] for layer in deepstack),
             type(output),
             stacked,
         )
