@@ -39,7 +39,7 @@ from ..prune.contract import (
 )
 from ..prune.errors import MethodFieldError, MissingSignalError
 from ..prune.registry import method_class, method_names
-from ..prune.select import select
+from ..prune.select import select_all
 from ..prune.tiling import Block, Tiling
 from .console import progress, stdout
 from .environment import describe, hardware, load_average, versions
@@ -349,19 +349,21 @@ def time_ours(scene: Scene, method: BeforeLLM, plain: Transcription | None) -> t
     start = time.perf_counter()
     signals = scene.signals(method)
     middle = time.perf_counter()
-    for picture, seen in zip(scene.pictures, signals, strict=True):
-        chosen = choose(scene, method, seen)
+    for picture, chosen in zip(scene.pictures, choose(scene, method, signals), strict=True):
         if plain and plain.moves_rows and chosen.features is None:  # what the official step does
             picture.packed[chosen.kept if chosen.order is None else chosen.order]
     return middle - start, time.perf_counter() - middle
 
 
-def choose(scene: Scene, method: BeforeLLM, signals: Mapping[Signal, Tensor]) -> Selection:
-    """The selection for one image."""
-    tokens = VisualTokens(
-        num_tokens=scene.tokens, tiling=scene.tiling, shape=scene.shape, signals=signals
-    )
-    return select(method, tokens, scene.keep)
+def choose(
+    scene: Scene, method: BeforeLLM, signals: Sequence[Mapping[Signal, Tensor]]
+) -> list[Selection]:
+    """The selection for every image, in one pass."""
+    images = [
+        VisualTokens(num_tokens=scene.tokens, tiling=scene.tiling, shape=scene.shape, signals=seen)
+        for seen in signals
+    ]
+    return select_all(method, images, [scene.keep] * len(images))
 
 
 def time_plainly(scene: Scene, plain: Transcription) -> tuple[float, float, float]:
