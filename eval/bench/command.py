@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +126,8 @@ def run(
         cost = model_cost(model)
         inputs, clip = subject.inputs(device), subject.text_twin(device)
         for number in range(repeats + 1):
-            compare(
-                model,
-                inputs,
-                variants,
-                new_tokens,
-                counted=number > 0,
-                clip=clip,
-                advance=lambda: bar.advance(rounds),
-            )
+            advance = partial(bar.advance, rounds)
+            compare(model, inputs, variants, new_tokens, number, clip, advance)
             save()
         del model, clip  # before others are made
         for variant in variants if in_children else ():

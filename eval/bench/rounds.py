@@ -32,23 +32,26 @@ def compare(
     inputs: dict[str, Tensor],
     variants: Sequence[Variant],
     new_tokens: int,
-    counted: bool = True,
+    number: int = 1,
     clip: ClipText | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> None:
-    """One round: all variants in turn, the first of which is dense.
+    """One round: all variants in turn, the first of which is dense, each beside its oracle.
 
     Args:
-        counted: whether its times enter the variants; the first round only warms up.
+        number: of the round. Round 0 only warms up; it must come first, as it tells what the
+            oracles are given. Patched and oracle runs change places from round to round.
         clip: for methods that compare image and question.
     """
-    bench = _Bench(model, inputs, new_tokens if counted else 1, clip)
+    bench = _Bench(model, inputs, new_tokens if number else 1, clip)
     dense: Run | None = None
     for variant in variants:
-        patched, cuts, entries = bench.patched(variant)
-        oracle = bench.oracle(cuts, entries) if variant.parts else None
+        oracle = bench.oracle(variant) if variant.parts and number % 2 else None
+        patched = bench.patched(variant)
+        if variant.parts and oracle is None:
+            oracle = bench.oracle(variant)
         dense = dense or patched
-        if counted:
+        if number:
             variant.rounds.append(Round(dense, patched, oracle))
         advance()
 
@@ -72,34 +75,33 @@ class _Bench:
         self.visual = visual_tokens_of(model, inputs)
         self.padded = not bool(inputs["attention_mask"].all())
 
-    def patched(self, variant: Variant) -> tuple[Run, list[tuple[int, int]], list[int]]:
-        """A run as the variant has it; the cuts that it made, and the entries that each layer is
-        left with."""
+    def patched(self, variant: Variant) -> Run:
+        """A run as the variant has it, which notes what it leaves."""
         variant.pictures = list(self.family.pictures(self.model, IMAGE, self.inputs)[0])
         variant.visual_tokens = self.visual
         variant.text_tokens = self.inputs["input_ids"].shape[1] - self.visual
         variant.per_layer = [self.visual] * self.layers
-        cuts: list[tuple[int, int]] = []
         select = 0.0
         held = _reset_peak(self.device)
         with variant.patched(self.model, self.clip) as handle:
             output, first = self.clock(partial(prefill, self.model, self.inputs))
             if handle is not None:
-                select, cuts = handle.last.select_seconds, cuts_of(handle)
+                select, variant.cuts = handle.last.select_seconds, cuts_of(handle)
                 variant.per_layer = longest(handle)
             cache = output.past_key_values
             variant.cache_bytes = kv_bytes(cache)
-            entries = _attended(cache)
+            variant.entries = _attended(cache)
             run = self.decoded(first, output, select, self.inputs["attention_mask"])
         if held is not None:
             added = torch.cuda.max_memory_allocated(self.device) - held
             variant.peak_memory_bytes = max(variant.peak_memory_bytes or 0, added)
-        return run, cuts, entries
+        return run
 
-    def oracle(self, cuts: list[tuple[int, int]], entries: list[int]) -> Run:
-        """A run of the unpatched model on what a variant left."""
-        output, first = self.clock(partial(oracle_prefill, self.model, self.inputs, cuts))
-        shorten(output.past_key_values, entries)
+    def oracle(self, variant: Variant) -> Run:
+        """A run of the unpatched model on what a variant leaves."""
+        call = partial(oracle_prefill, self.model, self.inputs, variant.cuts)
+        output, first = self.clock(call)
+        shorten(output.past_key_values, variant.entries)
         lengths = {layer.keys.shape[2] for layer in output.past_key_values.layers}
         eager = self.model.config.get_text_config()._attn_implementation == "eager"
         if (self.padded or eager) and len(lengths) > 1:

@@ -61,6 +61,10 @@ class Variant:
     rounds: list[Round] = field(default_factory=list)
     per_layer: list[int] = field(default_factory=list)
     """Visual tokens of a prompt that enter each layer."""
+    cuts: list[tuple[int, int]] = field(default_factory=list)
+    """First layers that see fewer visual tokens, and how many."""
+    entries: list[int] = field(default_factory=list)
+    """What a step attends to in each layer's cache after the prefill."""
     visual_tokens: int = 0
     text_tokens: int = 0
     pictures: list[tuple[int, int]] = field(default_factory=list)
