@@ -82,7 +82,19 @@ def _tapped_attention(
         query, key, value, attention_mask = instead(query, key, value, attention_mask)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    if "flash" in config._attn_implementation:  # which loads its kernels by the module's own word
+        module = _Untapped(module, config)
     return attention(module, query, key, value, attention_mask, **kwargs)
+
+
+class _Untapped:
+    """An attention module with the configuration that it had before its tap."""
+
+    def __init__(self, module: Any, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
