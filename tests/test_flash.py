@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import vlmprune
 import zoo
 from flash_kernels import flash_attn_func, flash_attn_varlen_func, flash_kernels
 from test_cache_methods import generated, logits_of
 from test_cuda import BY_STEP, METHODS, STEPS, check, patched, truth_for
+from transformers import DynamicCache
 from transformers import modeling_flash_attention_utils as utils
 
 BATCHES = {"padded": (zoo.TWO, zoo.ONE), "one": (zoo.TWO,)}
@@ -52,6 +54,24 @@ def test_a_full_budget_changes_no_bit(kernels, case):
             if zoo.options_for(case, name) is not None:
                 with patched(model, case, name, keep_ratio=1.0):
                     assert torch.equal(logits_of(generated(model, case.inputs(rows), STEPS)), dense)
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "llava_onevision"])
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+@torch.no_grad()
+def test_an_image_of_a_second_turn(kernels, name, method):
+    """Its positions have gaps and start behind those of the first turn."""
+    case, found = zoo.CASES[name], []
+    for model in (case.model(), model_of(case)):
+        vlmprune.patch(model, method, keep_ratio=0.4, positions="original")
+        cache, length = DynamicCache(config=model.config.get_text_config()), 0
+        for row in ((3, "A", 2), (4, "B", 3)):
+            inputs = case.inputs([row])
+            length += inputs["input_ids"].shape[1]
+            inputs["attention_mask"] = torch.ones(1, length, dtype=torch.long)
+            logits = model(**inputs, past_key_values=cache).logits
+        found.append(logits)
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 
 
 def test_the_kernels_are_those_that_run(kernels, monkeypatch):
