@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .cache import PrunedState, pruned_state
-from .masks import layer_kind, layer_mask
+from .masks import layer_kind, layer_mask, tells_length
 from .setup import Setup
 
 
-def continue_text(state: PrunedState, kwargs: dict[str, Any]) -> Tensor | None:
+def continue_text(setup: Setup, state: PrunedState, kwargs: dict[str, Any]) -> Tensor | None:
     """Translate positions and mask of the text model's arguments, in place.
 
     Returns:
@@ -34,13 +34,13 @@ def continue_text(state: PrunedState, kwargs: dict[str, Any]) -> Tensor | None:
     first = state.segments[0].shift
     kwargs["position_ids"] = ids if first is None or ids is None else ids - first.to(ids.device)
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        return ids if shifted else None  # a static cache: `static_padding` built its mask
+        return ids if shifted else None  # a static cache: generate() built it
     # A single new token is always real; more of them may be padded.
     if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
         new = mask[:, -length:].to(embeds.device, torch.bool)
         for segment in state.segments:
             segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
-    kwargs["attention_mask"] = state.segments[0].padding_to(_mask_length(cache, length, 0))
+    kwargs["attention_mask"] = first_padding(setup, state, cache, length)
     return ids if shifted else None
 
 
@@ -71,7 +71,7 @@ def continue_layer(
         kind = layer_kind(setup.config, layer)
         key: tuple[Any, ...] = ("mask", segment.start, kind, hidden.device)
         if key not in memo:
-            padding = segment.padding_to(_mask_length(cache, hidden.shape[1], layer))
+            padding = segment.padding_to(_mask_length(setup, cache, hidden.shape[1], layer))
             memo[key] = layer_mask(setup.config, layer, hidden, padding, cache)
         new["attention_mask"] = memo[key]
     if ids is not None:
@@ -83,12 +83,14 @@ def continue_layer(
     return {**kwargs, **new} if new else None
 
 
-def static_padding(state: PrunedState, cache: Any, queries: int) -> Tensor | None:
-    """The 2-D mask from which generate() builds its 4-D one for a static cache."""
-    return state.segments[0].padding_to(_mask_length(cache, queries, 0))
+def first_padding(setup: Setup, state: PrunedState, cache: Any, queries: int) -> Tensor | None:
+    """The 2-D mask of the first layer, from which generate() builds its own for a static cache."""
+    return state.segments[0].padding_to(_mask_length(setup, cache, queries, 0))
 
 
-def _mask_length(cache: Any, queries: int, layer: int) -> int:
+def _mask_length(setup: Setup, cache: Any, queries: int, layer: int) -> int:
     """Columns that a mask over stored and new tokens has in `layer`."""
+    if tells_length(setup.config, cache):
+        return int(cache.physical_length(layer)) + queries
     length, offset = cache.get_mask_sizes(queries, layer)
     return int(length + offset)

@@ -51,7 +51,7 @@ from .attend import Attention, attend
 from .cache import PrunedState, Ticket, pruned_state
 from .clip_text import ClipText
 from .compression import evict
-from .continuation import continue_layer, continue_text, static_padding
+from .continuation import continue_layer, continue_text, first_padding
 from .devices import execution_device
 from .encoding import Encoded, encode, encode_merged
 from .family import IMAGE, MODALITIES, Family, Modality, Model
@@ -294,7 +294,7 @@ class Engine:
         state = pruned_state(cache)
         if state is not None:
             queries = kwargs["inputs_embeds"].shape[1]
-            kwargs["attention_mask"] = static_padding(state, cache, queries)
+            kwargs["attention_mask"] = first_padding(self.setup, state, cache, queries)
         return original(**kwargs)
 
     # --- vision encoder ----------------------------------------------------------------------
@@ -486,7 +486,7 @@ class Engine:
             if state is None:
                 return None
             kwargs = dict(kwargs)
-            ids = continue_text(state, kwargs)
+            ids = continue_text(self.setup, state, kwargs)
             local.continued = Continued(cache, state, kwargs["inputs_embeds"].shape[1], ids)
             return args, kwargs
         kwargs = dict(kwargs)

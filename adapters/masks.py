@@ -20,6 +20,13 @@ def layer_kind(config: PreTrainedConfig, layer: int) -> str:
     return "full_attention" if window is None else "sliding_attention"
 
 
+def tells_length(config: PreTrainedConfig, cache: Cache | None) -> bool:
+    """Whether a 2-D mask alone tells how much of a static cache is filled, padding or not: flash
+    attention takes its keys by it."""
+    flash = "flash" in (config._attn_implementation or "")
+    return flash and bool(getattr(cache, "is_compileable", False))
+
+
 def layer_mask(
     config: PreTrainedConfig,
     layer: int,

@@ -42,7 +42,7 @@ from .listening import (
     hear_positions,
     hear_step,
 )
-from .masks import layer_kind, layer_mask
+from .masks import layer_kind, layer_mask, tells_length
 from .placed import PlacedImage, place
 from .report import Last, StageReport
 from .sequence import Layout, gather_columns
@@ -258,7 +258,8 @@ class Prefill:
             return
         segment = self.state.segment(start)
         past = self._past[start] = int(self.cache.physical_length(start))
-        if self.padding is not None or segment.padding is not None:
+        padded = self.padding is not None or segment.padding is not None
+        if padded or tells_length(self.setup.config, self.cache):
             self.padding = segment.extended(past, self.layout.valid)
         segment.padding = self.padding
         segment.dropped += self.length - self.layout.length

@@ -44,6 +44,17 @@ def test_equals_the_oracle(kernels, case, name, batch):
 
 
 @zoo.FAMILIES
+@pytest.mark.parametrize("name", ["divprune", "fastv"])
+def test_static_caches(kernels, case, name):
+    """Of their columns only the mask tells which are filled."""
+    model = model_of(case)
+    for rows in BATCHES.values():
+        handle = patched(model, case, name)
+        out = generated(model, case.inputs(rows), STEPS, cache_implementation="static")
+        check(out, truth_for(case, rows, model, handle), torch.float32)
+
+
+@zoo.FAMILIES
 def test_a_full_budget_changes_no_bit(kernels, case):
     model = model_of(case)
     for rows in BATCHES.values():
