@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import cosine
+from .fusing import fusable
 
 Rule = Literal["max_sum", "k_center"]
 """Least like in sum over the picks, or least like the pick that it resembles most."""
@@ -18,7 +19,8 @@ def greedy_dispersion(features: Tensor, first: Tensor, count: int, rule: Rule) -
     """Pick `first` and `count - 1` more tokens by their cosine similarities to the picks so far.
 
     The sums or maxima are kept up to date, so that a pick costs O(N). Picks stay on the device: the
-    host never waits. No token is picked twice, and ties go to the lower index.
+    host never waits, and a GPU makes all of them in one kernel. No token is picked twice, and ties
+    go to the lower index.
 
     Args:
         features: (N, D), compared in float32.
@@ -30,6 +32,11 @@ def greedy_dispersion(features: Tensor, first: Tensor, count: int, rule: Rule) -
     """
     unit = normalize(features.float(), dim=-1)
     stored = cosine.gram(unit) if len(unit) <= cosine.STORE_UP_TO else None
+    if stored is not None and fusable(stored):
+        from . import fused  # Triton, which is there on a GPU only
+
+        by_sum = rule == "max_sum"
+        return fused.dispersion(stored[None], first.view(1), count, by_sum=by_sum)[0]
     likeness = unit.new_full((len(unit),), 0 if rule == "max_sum" else -torch.inf)
     picks = torch.empty(count, dtype=torch.int64, device=unit.device)
     picks[0] = first

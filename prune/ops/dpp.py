@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .cosine import gram
+from .fusing import fusable
 
 _TINY = 1e-24  # of a squared norm: a token of zeros is like nothing
+_FUSED_UP_TO = 4096  # tokens: one program reads the rows of all its earlier picks at every pick
 
 
 def weighted_cosines(features: Tensor, weights: Tensor) -> Tensor:
@@ -23,8 +25,8 @@ def greedy_map(kernels: Tensor, count: int, fallback: Tensor) -> Tensor:
     A pick adds one row to a Cholesky factor, which costs O(N) for each pick before it; what is left
     of the diagonal is the growth that the next pick would bring. Once nothing positive is left, the
     picks span all tokens (up to rounding) and every further determinant is 0: the rest is taken by
-    `fallback`, largest first. Picks stay on the device, ties go to the lower index, and fewer picks
-    are the beginning of more.
+    `fallback`, largest first. Picks stay on the device, where a GPU makes all of them in one
+    kernel. Ties go to the lower index, and fewer picks are the beginning of more.
 
     Args:
         kernels: (B, N, N) float32, symmetric, positive semidefinite.
@@ -34,6 +36,10 @@ def greedy_map(kernels: Tensor, count: int, fallback: Tensor) -> Tensor:
     Returns:
         (B, count) int64 indices in the order of picking.
     """
+    if fusable(kernels, _FUSED_UP_TO):
+        from . import fused  # Triton, which is there on a GPU only
+
+        return _completed(*fused.determinant(kernels, count), fallback)
     num_tokens = kernels.shape[-1]
     growth = kernels.diagonal(dim1=1, dim2=2).clone()
     factor = kernels.new_zeros(len(kernels), count, num_tokens)

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 
 from .cosine import STORE_UP_TO as _STORE_UP_TO
 from .cosine import gram
+from .fusing import fusable
 
 _BLOCK = 256
 
@@ -17,7 +18,8 @@ def greedy_max_min(features: Tensor, count: int) -> Tensor:
 
     The first pick is the token whose nearest other token is farthest. A running minimum holds each
     token's distance to the picks so far, so that a pick costs O(N). Picks stay on the device: the
-    host never waits. No token is picked twice, and ties go to the lower index.
+    host never waits, and a GPU makes all of them in one kernel. No token is picked twice, and ties
+    go to the lower index.
 
     Args:
         features: (N, D), compared in float32.
@@ -31,6 +33,10 @@ def greedy_max_min(features: Tensor, count: int) -> Tensor:
     nearest = _nearest_other(unit) if stored is None else stored.fill_diagonal_(torch.inf).amin(0)
     if stored is not None:
         stored.fill_diagonal_(-torch.inf)  # a pick takes itself out of the race
+        if fusable(stored):
+            from . import fused  # Triton, which is there on a GPU only
+
+            return fused.max_min(stored[None], nearest.argmax(0, keepdim=True), count)[0]
 
     picks = torch.empty(count, dtype=torch.int64, device=unit.device)
     torch.argmax(nearest, dim=0, keepdim=True, out=picks[:1])
