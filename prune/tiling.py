@@ -106,11 +106,11 @@ class Tiling:
 
     def patches(self, device: torch.device) -> Tensor:
         """Token number of every patch: (P,) int64, ascending."""
-        return (~_is_newline(self)).nonzero()[:, 0].to(device)
+        return _numbers(self)[0].to(device)
 
     def newlines(self, device: torch.device) -> Tensor:
         """Token number of every newline: (N - P,) int64, ascending."""
-        return _is_newline(self).nonzero()[:, 0].to(device)
+        return _numbers(self)[1].to(device)
 
     def tile_patches(self, device: torch.device) -> Sequence[Tensor]:
         """Per tile, the numbers of its patches in raster order: (rows * columns,) int64 each."""
@@ -133,8 +133,8 @@ def _tiles(tiling: Tiling) -> tuple[Tile, ...]:
 
 
 @lru_cache(maxsize=256)
-def _is_newline(tiling: Tiling) -> Tensor:
-    """(N,) bool."""
+def _numbers(tiling: Tiling) -> tuple[Tensor, Tensor]:
+    """Those of the patches, and those of the newlines."""
     parts = []
     for block in tiling.blocks:
         marks = torch.zeros(block.rows, block.columns + (block.newline == "rows"), dtype=torch.bool)
@@ -143,7 +143,8 @@ def _is_newline(tiling: Tiling) -> Tensor:
         parts.append(marks.flatten())
         if block.newline == "end":
             parts.append(torch.ones(1, dtype=torch.bool))
-    return torch.cat(parts)
+    is_newline = torch.cat(parts)
+    return (~is_newline).nonzero()[:, 0], is_newline.nonzero()[:, 0]
 
 
 @lru_cache(maxsize=256)

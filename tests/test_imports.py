@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 NOT_PACKAGED = {"tests", "notebooks", "build", "dist"}
 LAYERS = ("prune", "adapters", "eval")
 MAY_IMPORT = {"prune": {"prune"}, "adapters": {"prune", "adapters"}, "eval": set(LAYERS)}
-PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "einops"}
+PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "einops"}
 
 
 def sources(layer: str) -> dict[str, str]:
