@@ -25,7 +25,8 @@ Listener = Callable[..., None]
 
 Exchange = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor, Any]]
 
-_QUERY_CHUNK = 64
+_QUERY_CHUNK = 64  # whose logits stay in the caches of a CPU
+_CHUNK_BYTES = 2**26  # of logits at once on an accelerator, where few launches count instead
 _PREFIX = "vlmprune_"
 _lock = threading.Lock()
 _uses: Counter[str] = Counter()
@@ -108,9 +109,10 @@ def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     Queries go through in chunks, picture by picture: memory is O(H x chunk x S) and stays in the
     caches of a CPU, and a picture's scores do not depend on its batch.
     """
+    size = _chunk(query, key)
     total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=torch.float32)
     for sums, q, k in zip(total, query.split(1), key.split(1), strict=True):
-        for chunk in q.split(_QUERY_CHUNK, dim=2):
+        for chunk in q.split(size, dim=2):
             sums += _rows(chunk, k, None, scaling).sum((0, 1, 2))
     return total.div_(query.shape[1])
 
@@ -132,7 +134,7 @@ def cls_row_one_head(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 def to_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention that each query gives to the first key, averaged over heads: (B, S)."""
-    chunks = query.split(_QUERY_CHUNK, dim=2)
+    chunks = query.split(_chunk(query, key, len(query)), dim=2)
     return torch.cat([_rows(q, key, None, scaling)[..., 0].mean(1) for q in chunks], dim=1)
 
 
@@ -163,8 +165,9 @@ def received_of(
         key: (H_kv, S, D_head), S = past + L.
     """
     total = torch.zeros(key.shape[1], device=key.device, dtype=torch.float32)
-    for start in range(0, query.shape[1], _QUERY_CHUNK):
-        chunk = query[:, start : start + _QUERY_CHUNK]
+    size = _chunk(query, key)
+    for start in range(0, query.shape[1], size):
+        chunk = query[:, start : start + size]
         last = past + start + chunk.shape[1]
         columns = torch.arange(last, device=key.device)
         rows = torch.arange(last - chunk.shape[1], last, device=key.device)
@@ -173,6 +176,14 @@ def received_of(
             seen &= columns > rows[:, None] - window
         total[:last] += attention_of(chunk, key[:, :last], seen, scaling).sum((0, 1))
     return total.div_(query.shape[0])
+
+
+def _chunk(query: Tensor, key: Tensor, pictures: int = 1) -> int:
+    """How many queries (..., H, Q, D_head) meet the keys (..., S, D_head) at once."""
+    if query.is_cpu:
+        return _QUERY_CHUNK
+    of_one = 4 * pictures * query.shape[-3] * key.shape[-2]
+    return max(_QUERY_CHUNK, _CHUNK_BYTES // max(1, of_one))
 
 
 def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
