@@ -4,12 +4,14 @@ positions and taps. The kernels themselves are `flash_kernels`; on a GPU, `test_
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import vlmprune
 import zoo
 from flash_kernels import flash_attn_func, flash_attn_varlen_func, flash_kernels
-from test_cache_methods import generated, logits_of
+from test_cache_methods import call_of, generated, logits_of
 from test_cuda import BY_STEP, METHODS, STEPS, check, patched, truth_for
 from transformers import DynamicCache
 from transformers import modeling_flash_attention_utils as utils
@@ -41,6 +43,22 @@ def test_equals_the_oracle(kernels, case, name, batch):
         handle = patched(model, case, name, positions)
         out = generated(model, case.inputs(rows), STEPS)
         check(out, truth_for(case, rows, model, handle), torch.float32)
+
+
+@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("name", vlmprune.methods())
+def test_every_method_does_what_it_does_with_sdpa(kernels, case, name):
+    if (options := zoo.options_for(case, name)) is None:
+        return
+    found, rows = [], BATCHES["padded"]
+    for model in (model_of(case), case.model()):
+        fields = {word: value for word, value in options.items() if word != "clip"}
+        call = call_of(name, keep_ratio=0.4)
+        call = replace(call, method=replace(call.method, **fields))
+        handle = vlmprune.patch(model, [call], clip=options.get("clip"))
+        found.append((logits_of(generated(model, case.inputs(rows))), handle.last.kept))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
+    assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
 @zoo.FAMILIES
