@@ -49,11 +49,12 @@ def attend(
     valid = key.new_ones(len(key), length, dtype=torch.bool) if padding is None else padding
     valid = valid.to(key.device)
     if packed:
-        _store_unturned(cache.layers[layer], new, tables)
         prefix = state.prefix.pop(layer, None)
+        prompt = prefix is not None or new == length
+        _store_unturned(cache.layers[layer], new, tables, in_place=not prompt)
         if prefix is not None:
             _store_unturned_prefix(setup, cache.layers[layer], prefix)
-        if prefix is not None or new == length:
+        if prompt:
             return given  # the prompt sees its own positions
         query, key = _turned_back(query, tables), cache.layers[layer].keys
     picked = None
@@ -106,9 +107,16 @@ def _or_all(picked: Tables, valid: Tensor, everything: Tensor) -> Tables:
     return torch.arange(valid.shape[1], device=valid.device).expand_as(valid), found
 
 
-def _store_unturned(stored: Any, new: int, tables: Tables) -> None:
-    """Take the rotation off the last `new` keys that a layer stored."""
+def _store_unturned(stored: Any, new: int, tables: Tables, *, in_place: bool) -> None:
+    """Take the rotation off the last `new` keys that a layer stored.
+
+    Args:
+        in_place: where nobody reads the turned keys any more; it spares a copy of all others.
+    """
     last = _turned_back(stored.keys[:, :, -new:], tables)
+    if in_place and not stored.keys.requires_grad:
+        stored.keys[:, :, -new:] = last
+        return
     stored.keys = torch.cat([stored.keys[:, :, :-new], last], 2)
 
 

@@ -90,6 +90,8 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.recording: Recording | None = None
+        self.unread: frozenset[nn.Module] = frozenset()
+        """Encoder layers of the call that nobody reads."""
         self.prompt: Prompt | None = None
         """What the images that are encoded next belong to."""
         self.visual: dict[Modality, Tensor] = {}
@@ -178,6 +180,8 @@ class Engine:
         for index, layer in enumerate(self.text.layers):
             self._install_on_layer(index, layer)
 
+        for layer in self.family.unread_layers(self.model, {}):
+            self._override(layer, "forward", functools.partial(self._run_or_pass, layer))
         encoder = self.family.vision_attention(self.model)
         listeners: dict[nn.Module, list[probes.Listener]] = {}
         for need in self._needs:
@@ -324,10 +328,12 @@ class Engine:
     ) -> tuple[Any, Encoded | None]:
         """Images on their way through the encoder, and what was chosen of them."""
         self._local.recording = recording = Recording()
+        if self._local.in_call:  # another caller may read all that the encoder gives
+            self._local.unread = self._unread(inputs)
         try:
             output = original(**inputs)
         finally:
-            self._local.recording = None
+            self._local.recording, self._local.unread = None, frozenset()
         features = getattr(output, "pooler_output", None)
         if features is None:  # return_dict=False: a plain tuple cannot carry the choice
             return output, None
@@ -356,6 +362,26 @@ class Engine:
         encoded = encode(self.setup, tilings, signals, features[0].device)
         output.pooler_output = self._emit(features, encoded)
         return output, encoded
+
+    def _unread(self, inputs: Mapping[str, Any]) -> frozenset[nn.Module]:
+        """Encoder layers behind the deepest one that the projector or a signal reads."""
+        encoder = self.family.vision_attention(self.model)
+        heard = {encoder[need.layer] for need in self._needs if type(need) in READERS}  # type: ignore[attr-defined]
+        unread: list[nn.Module] = []
+        for layer in reversed(self.family.unread_layers(self.model, inputs)):
+            if any(module in heard for module in layer.modules()):
+                break
+            unread.append(layer)
+        return frozenset(unread)
+
+    def _run_or_pass(
+        self, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """An encoder layer, or its input where nobody reads its output: offloaded weights of it
+        are then not loaded either."""
+        if layer not in self._local.unread:
+            return original(*args, **kwargs)
+        return args[0] if args else kwargs["hidden_states"]
 
     def _emit(self, features: Any, encoded: Encoded) -> Any:
         """The encoder's features with merged and moved rows in their slots."""

@@ -112,6 +112,14 @@ class Family(ABC):
             output: what `get_image_features` returned.
         """
 
+    def unread_layers(self, model: Model, inputs: Inputs) -> Sequence[Any]:
+        """The last encoder layers, those whose output no projector reads.
+
+        Args:
+            inputs: as the caller gave them; they may say what is read.
+        """
+        return ()
+
     @abstractmethod
     def project(self, model: Model, rows: Tensor) -> Tensor:
         """Rows (K, C) of `EncoderFeatures` through the projector: (K, D)."""

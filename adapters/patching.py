@@ -302,13 +302,13 @@ def _check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
     text: Any = family.text_model(model)
     needs = call.method.needs(family.shape(model))
     inside = any(isinstance(need, LayerSignal) for need in needs)
-    if inside:
+    if inside or call.method.place is Place.CACHE:
         for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "input_layernorm"):
             try:
                 text.layers[0].get_submodule(path)
             except AttributeError:
                 raise UnsupportedModelError(
-                    f"{call.name} reads decoder layers by the names of Llama's modules, and "
+                    f"{call.name} reaches into decoder layers by the names of Llama's modules, and "
                     f"{type(text).__name__} has no {path}: use a method that acts before the LLM."
                 ) from None
     if call.method.place is not Place.CACHE:

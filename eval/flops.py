@@ -54,13 +54,14 @@ class VisionCost:
     head_per_token: int = 0
     head_fixed: int = 0
 
-    def encoder(self, grid: tuple[int, int]) -> int:
-        """FLOPs of the encoder for a picture of `grid` rows by columns of future tokens."""
+    def encoder(self, grid: tuple[int, int], unread_layers: int = 0) -> int:
+        """FLOPs of the encoder for a picture of `grid` rows by columns of future tokens, without
+        its last `unread_layers`, which a patched model does not run."""
         patches = grid[0] * grid[1] * self.merge_unit
         sequence = patches + self.has_cls
         total = self.per_patch * patches + self.head_per_token * sequence + self.head_fixed
         windows = [n * self.merge_unit for n in _windows(grid, self.window)]
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks[: len(self.blocks) - unread_layers]):
             full = self.full_attention is None or index in self.full_attention
             spans = [sequence] if full else windows
             total += sum(block.flops(n, n) for n in spans)
@@ -125,6 +126,7 @@ class ModelCost:
         new_tokens: int = 1,
         logits: int = 1,
         cache_entries: int | None = None,
+        unread_layers: int = 0,
     ) -> Flops:
         """FLOPs of one sample.
 
@@ -136,11 +138,13 @@ class ModelCost:
             logits: positions whose logits are computed in prefill (`generate` computes one).
             cache_entries: the most entries of the prompt that a new token attends to in a layer,
                 where a method on the cache limits them.
+            unread_layers: last encoder layers that a patched model does not run, because neither
+                the projector nor its methods read them.
         """
         entering = [n + text_tokens for n in visual_per_layer]
         attended = [n if cache_entries is None else min(n, cache_entries) for n in entering]
         return Flops(
-            vision=sum(map(self.vision.encoder, pictures)),
+            vision=sum(self.vision.encoder(grid, unread_layers) for grid in pictures),
             projector=sum(map(self.vision.projector, pictures)),
             prefill=self.prefill(entering),
             lm_head=self.lm_head * logits,

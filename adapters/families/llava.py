@@ -51,11 +51,23 @@ class Llava(Family):
         return [[(height // patch, width // patch)]] * images
 
     def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:
+        layers = self._feature_layers(model, inputs)
+        return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+
+    def unread_layers(self, model: Model, inputs: Inputs) -> Sequence[Any]:
+        layers = self.vision_tower(model).encoder.layers
+        states = range(len(layers) + 1)  # the embeddings, then the output of each layer
+        try:
+            deepest = max(states[layer] for layer in self._feature_layers(model, inputs))
+        except IndexError:  # the model says what is wrong with it
+            return ()
+        return list(layers[deepest:])
+
+    def _feature_layers(self, model: Model, inputs: Inputs) -> Sequence[int]:
+        """The hidden states that the projector reads, as the call or the model says."""
         layers = inputs.get("vision_feature_layer")
         layers = model.config.vision_feature_layer if layers is None else layers
-        if isinstance(layers, int):
-            layers = [layers]
-        return torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+        return [layers] if isinstance(layers, int) else list(layers)
 
     def project(self, model: Model, rows: Tensor) -> Tensor:
         projected: Tensor = self.core(model).multi_modal_projector(rows[None])[0]
