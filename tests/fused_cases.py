@@ -65,10 +65,10 @@ def selections(name: str, tokens: Tensor, count: int) -> dict[str, Callable[[], 
         kernels = (4 * likeness[:, 0]).round().abs().diag_embed()
     weights = likeness[:, 0].contiguous()
     return {
-        "max_min": lambda: torch.stack([maxmin.greedy_max_min(x, count) for x in tokens]),
+        "max_min": lambda: maxmin.greedy_max_min(tokens, count),
         **{
-            rule: lambda rule=rule: torch.stack(
-                [dispersion.greedy_dispersion(x, last, count, rule) for x in tokens]
+            rule: lambda rule=rule: dispersion.greedy_dispersion(
+                tokens, last.expand(len(tokens)), count, rule
             )
             for rule in ("max_sum", "k_center")
         },

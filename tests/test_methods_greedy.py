@@ -407,7 +407,7 @@ def test_dispersion_is_the_plain_one(rule, stored, monkeypatch):
     monkeypatch.setattr(cosine, "STORE_UP_TO", 1000 if stored else 0)
     for seed in range(5):
         features = rand(seed, 40, 10)
-        picks = greedy_dispersion(features, torch.tensor(seed + 3), 39, rule)
+        picks = greedy_dispersion([features], torch.tensor([seed + 3]), 39, rule)[0]
         assert picks.tolist() == disperse(features, seed + 3, 39, rule)
 
 

@@ -44,11 +44,11 @@ from vlmprune.prune.contract import (
 )
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.layers import scale_layer
-from vlmprune.prune.ops import maxmin
+from vlmprune.prune.ops import cosine, maxmin
 from vlmprune.prune.ops.maxmin import greedy_max_min
 from vlmprune.prune.ops.topk import top_k
 from vlmprune.prune.registry import method, method_class, method_names
-from vlmprune.prune.select import most
+from vlmprune.prune.select import most, select_all
 from vlmprune.prune.select import select as select_image
 from vlmprune.prune.tiling import Block, Tiling
 
@@ -545,7 +545,7 @@ def published_max_min(features: torch.Tensor, count: int) -> list[int]:
 def test_every_pick_is_the_farthest(num_tokens, share, width, seed):
     """Up to float32: of two tokens equally far to six digits, either may be first."""
     features = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed))
-    picks = greedy_max_min(features, max(1, round(share * num_tokens))).tolist()
+    picks = greedy_max_min([features], max(1, round(share * num_tokens)))[0].tolist()
     assert len(set(picks)) == len(picks)
     unit = features.double() / features.double().norm(dim=1, keepdim=True)
     distance = 1 - unit @ unit.T
@@ -559,18 +559,18 @@ def test_every_pick_is_the_farthest(num_tokens, share, width, seed):
 def test_max_min_is_the_published_one(stored, monkeypatch):
     """With more tokens than a block holds, with and without the distances in memory."""
     monkeypatch.setattr(maxmin, "_BLOCK", 32)
-    monkeypatch.setattr(maxmin, "_STORE_UP_TO", 10_000 if stored else 0)
+    monkeypatch.setattr(cosine, "STORE_UP_TO", 10_000 if stored else 0)
     features = torch.randn(150, 16, generator=torch.Generator().manual_seed(1))
-    assert greedy_max_min(features, 60).tolist() == published_max_min(features.double(), 60)
+    assert greedy_max_min([features], 60)[0].tolist() == published_max_min(features.double(), 60)
 
 
 @pytest.mark.parametrize("stored", [True, False])
 def test_max_min_never_repeats_a_token(stored, monkeypatch):
     """Ten distinct tokens, twenty wanted: the official code repeats some, here all are unique."""
-    monkeypatch.setattr(maxmin, "_STORE_UP_TO", 10_000 if stored else 0)
+    monkeypatch.setattr(cosine, "STORE_UP_TO", 10_000 if stored else 0)
     distinct = torch.randn(10, 6, generator=torch.Generator().manual_seed(2))
     features = distinct.repeat(4, 1)
-    picks = greedy_max_min(features, 25).tolist()
+    picks = greedy_max_min([features], 25)[0].tolist()
     assert len(set(picks)) == 25
     assert {pick % 10 for pick in picks[:10]} == set(range(10)), "one of each first"
 
@@ -578,7 +578,7 @@ def test_max_min_never_repeats_a_token(stored, monkeypatch):
 def test_max_min_survives_a_token_of_zeros():
     features = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
     features[5] = 0
-    picks = greedy_max_min(features, 7)
+    picks = greedy_max_min([features], 7)[0]
     assert len(set(picks.tolist())) == 7
 
 
@@ -767,3 +767,22 @@ def test_grid_leaves_no_hole(rows, columns, share):
     farthest = torch.cdist(places, places[kept]).amin(1).max()
     half_diagonal = math.sqrt(num_tokens / keep / 2)
     assert farthest <= 1.3 * (half_diagonal + 0.5)
+
+
+# --- Several images at once --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if issubclass(method_class(n), BeforeLLM)])
+def test_one_pass_for_all_images_chooses_what_one_pass_each_does(name):
+    """Of equal and of different sizes, tiled and plain, with the counts that each one has."""
+    method = method_class(name)()
+    images, keeps = [], []
+    for seed, tiling in enumerate([*TILINGS.values(), *TILINGS.values(), Tiling.single(6, 6)]):
+        images.append(make_tokens(method, tiling, seed=seed))
+        keeps.append(tiling.num_newlines + max(1, tiling.num_patches // 3))
+    together = select_all(method, images, keeps)
+    for found, tokens, keep in zip(together, images, keeps, strict=True):
+        alone = select_image(method, tokens, keep)
+        for word in ("kept", "order", "rows", "groups", "features"):
+            one, other = getattr(found, word), getattr(alone, word)
+            assert (one is None and other is None) or torch.equal(one, other), word

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,41 +17,62 @@ Rule = Literal["max_sum", "k_center"]
 """Least like in sum over the picks, or least like the pick that it resembles most."""
 
 
-def greedy_dispersion(features: Tensor, first: Tensor, count: int, rule: Rule) -> Tensor:
-    """Pick `first` and `count - 1` more tokens by their cosine similarities to the picks so far.
+def greedy_dispersion(images: Sequence[Tensor], first: Tensor, count: int, rule: Rule) -> Tensor:
+    """Pick `first` and `count - 1` more tokens of each image by their cosine similarities to the
+    picks so far.
 
-    The sums or maxima are kept up to date, so that a pick costs O(N). Picks stay on the device: the
-    host never waits, and a GPU makes all of them in one kernel. No token is picked twice, and ties
-    go to the lower index.
+    The sums or maxima are kept up to date, so that a pick costs O(N), for all images at once. Picks
+    stay on the device: the host never waits, and a GPU makes all of them in one kernel. No token is
+    picked twice, and ties go to the lower index.
 
     Args:
-        features: (N, D), compared in float32.
-        first: int64 scalar, a token.
+        images: (N, D) each, of the same size, compared in float32.
+        first: (B,) int64, a token of each.
         count: how many, 1 <= count <= N.
 
     Returns:
-        (count,) int64 indices in the order of picking.
+        (B, count) int64 indices in the order of picking.
     """
-    unit = normalize(features.float(), dim=-1)
-    stored = cosine.gram(unit) if len(unit) <= cosine.STORE_UP_TO else None
-    if stored is not None and fusable(stored):
+    units = [normalize(features.float(), dim=-1) for features in images]
+    if len(units[0]) > cosine.STORE_UP_TO:
+        alone = zip(units, first.split(1), strict=True)
+        return torch.cat(
+            [_picks(partial(_row, unit), len(unit), f, count, rule) for unit, f in alone]
+        )
+    starts = first.split([len(part) for part in cosine.at_once(units)])
+    parts = zip(cosine.at_once(units), starts, strict=True)
+    return torch.cat([_stored(part, start, count, rule) for part, start in parts])
+
+
+def _stored(units: Sequence[Tensor], first: Tensor, count: int, rule: Rule) -> Tensor:
+    """The picks (B, count) in rows (N, D) of length 1, from their products in memory."""
+    products = cosine.grams(units)
+    if fusable(products):
         from . import fused  # Triton, which is there on a GPU only
 
-        by_sum = rule == "max_sum"
-        return fused.dispersion(stored[None], first.view(1), count, by_sum=by_sum)[0]
-    likeness = unit.new_full((len(unit),), 0 if rule == "max_sum" else -torch.inf)
-    picks = torch.empty(count, dtype=torch.int64, device=unit.device)
-    picks[0] = first
+        return fused.dispersion(products, first, count, by_sum=rule == "max_sum")
+    return _picks(partial(cosine.rows_of, products), len(units[0]), first, count, rule)
+
+
+def _row(unit: Tensor, token: Tensor) -> Tensor:
+    """The products (1, N) of one token (1, 1) with all rows (N, D)."""
+    return (unit @ unit.index_select(0, token[0])[0])[None]
+
+
+def _picks(
+    rows: Callable[[Tensor], Tensor], num_tokens: int, first: Tensor, count: int, rule: Rule
+) -> Tensor:
+    """The picks (B, count), `rows` giving the products (B, N) of one token of each image (B, 1)."""
+    last = first[:, None]
+    picks = last.repeat(1, count)
+    start = 0.0 if rule == "max_sum" else -torch.inf
+    likeness = torch.full((len(first), num_tokens), start, device=first.device)
     for i in range(1, count):
-        last = picks[i - 1 : i]
-        if stored is not None:
-            row = stored.index_select(0, last)[0]
-        else:
-            row = unit @ unit.index_select(0, last)[0]
         if rule == "max_sum":
-            likeness += row
+            likeness += rows(last)
         else:
-            torch.maximum(likeness, row, out=likeness)
-        likeness.index_fill_(0, last, torch.inf)  # for good: a pick is out of the race
-        torch.argmin(likeness, dim=0, keepdim=True, out=picks[i : i + 1])
+            torch.maximum(likeness, rows(last), out=likeness)
+        likeness.scatter_(1, last, torch.inf)  # for good: a pick is out of the race
+        last = likeness.argmin(1, keepdim=True)
+        picks[:, i : i + 1] = last
     return picks

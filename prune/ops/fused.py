@@ -28,7 +28,12 @@ def max_min(distances: Tensor, first: Tensor, count: int) -> Tensor:
     picks = first.new_empty(len(distances), count)
     with torch.cuda.device_of(distances):
         _max_min[(len(distances),)](
-            distances.contiguous(), first, picks, distances.shape[-1], count, **_size(distances)
+            distances.contiguous(),
+            first.contiguous(),
+            picks,
+            distances.shape[-1],
+            count,
+            **_size(distances),
         )
     return picks
 
@@ -47,7 +52,7 @@ def dispersion(likeness: Tensor, first: Tensor, count: int, *, by_sum: bool) -> 
     with torch.cuda.device_of(likeness):
         _dispersion[(len(likeness),)](
             likeness.contiguous(),
-            first,
+            first.contiguous(),
             picks,
             likeness.shape[-1],
             count,

@@ -35,6 +35,7 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
+from ...ops.batches import alike
 from ...ops.dpp import greedy_map, weighted_cosines
 from ...ops.topk import ascending
 from ...registry import register
@@ -52,18 +53,45 @@ class CDPruner(BeforeLLM):
         return (Features(), ClipImage(), ClipText())
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        return self.select_batch([(tokens, keep)])[0]
+
+    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
+        tiles = [tile for tokens, keep in asked for tile in self._tiles(tokens, keep)]
+        kept: list[list[Tensor]] = [[] for _ in asked]
+        picks: dict[int, Tensor] = {}
+        for numbers in alike([len(tile.patches) for tile in tiles]):
+            some = [tiles[i] for i in numbers]
+            kernels = torch.stack([weighted_cosines(t.features, t.weights) for t in some])
+            fallback = torch.stack([tile.weights for tile in some])
+            found = greedy_map(kernels, max(tile.count for tile in some), fallback)
+            picks.update(zip(numbers, found, strict=True))
+        owners = [i for i, (tokens, _) in enumerate(asked) for _ in tokens.tiling.tiles]
+        for number, (owner, tile) in enumerate(zip(owners, tiles, strict=True)):
+            kept[owner].append(tile.patches[picks[number][: tile.count]])
+        return [Selection(kept=ascending(torch.cat(parts))) for parts in kept]
+
+    def _tiles(self, tokens: VisualTokens, keep: int) -> list[_Tile]:
         features, image, text = (tokens.signals[signal] for signal in self.needs(tokens.shape))
         weights = relevance(image, text)
         tiles = tokens.tiling.tile_patches(features.device)
         counts = share(keep, [len(tile) for tile in tiles])
-        kept = []
-        for numbers in _of_equal_size(tiles):
-            most = max(counts[i] for i in numbers)
-            kernels = [weighted_cosines(features[tiles[i]], weights[tiles[i]]) for i in numbers]
-            fallback = torch.stack([weights[tiles[i]] for i in numbers])
-            picks = greedy_map(torch.stack(kernels), most, fallback)
-            kept += [tiles[i][pick[: counts[i]]] for i, pick in zip(numbers, picks, strict=True)]
-        return Selection(kept=ascending(torch.cat(kept)))
+        return [
+            _Tile(tile, features[tile], weights[tile], count)
+            for tile, count in zip(tiles, counts, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What is chosen from at once."""
+
+    patches: Tensor
+    """(P,) their numbers in the image."""
+    features: Tensor
+    """(P, D)"""
+    weights: Tensor
+    """(P,)"""
+    count: int
 
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:
@@ -72,11 +100,3 @@ def relevance(image: Tensor, text: Tensor) -> Tensor:
     unlike = -similar.mean(1)
     low, high = unlike.aminmax()
     return torch.where(high > low, (unlike - low + 1e-6) / (high - low), 1)
-
-
-def _of_equal_size(tiles: Sequence[Tensor]) -> list[list[int]]:
-    """Numbers of the tiles, those of one size together."""
-    by_size: dict[int, list[int]] = {}
-    for number, tile in enumerate(tiles):
-        by_size.setdefault(len(tile), []).append(number)
-    return list(by_size.values())

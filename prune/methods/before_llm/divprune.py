@@ -12,6 +12,7 @@ Differs: a running minimum replaces the gathers of every earlier pick, the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
+from ...ops.batches import in_one_pass
 from ...ops.maxmin import greedy_max_min
 from ...ops.topk import ascending
 from ...registry import register
@@ -42,4 +44,11 @@ class DivPrune(BeforeLLM):
         return (Features(),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return Selection(kept=ascending(greedy_max_min(tokens.signals[Features()], keep)))
+        return self.select_batch([(tokens, keep)])[0]
+
+    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
+        return in_one_pass(asked, self._of_equal_size)
+
+    def _of_equal_size(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        picks = greedy_max_min([tokens.signals[Features()] for tokens in images], keep)
+        return [Selection(kept=kept) for kept in ascending(picks)]

@@ -20,6 +20,7 @@ Differs: the default rule is max-sum diversification, of the paper's second vers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -41,6 +42,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
+from ...ops.batches import in_one_pass
 from ...ops.checks import check_choice, check_flag, check_fraction, check_layer
 from ...ops.dispersion import Rule, greedy_dispersion
 from ...ops.parts import canvas_of
@@ -100,9 +102,16 @@ class ToDRE(BeforeLLM):
         return round_tokens(0.25, num_tokens)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        features = tokens.signals[Features()]
-        picks = greedy_dispersion(features, self._pivot(tokens), keep, self.rule)
-        return Selection(kept=ascending(picks))
+        return self.select_batch([(tokens, keep)])[0]
+
+    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
+        return in_one_pass(asked, self._of_equal_size)
+
+    def _of_equal_size(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        features = [tokens.signals[Features()] for tokens in images]
+        first = torch.stack([self._pivot(tokens) for tokens in images])
+        picks = greedy_dispersion(features, first, keep, self.rule)
+        return [Selection(kept=kept) for kept in ascending(picks)]
 
     def select_adaptive(self, tokens: VisualTokens) -> Selection:
         """The late cut: all of an image's tokens or none."""
