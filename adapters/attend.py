@@ -45,9 +45,8 @@ def attend(
     query, key, value = given.query, given.key, given.value
     packed = setup.positions[Place.CACHE] == "repacked"
     new, length = query.shape[2], key.shape[2]
-    padding = state.segment(layer).padding_to(length)
-    valid = key.new_ones(len(key), length, dtype=torch.bool) if padding is None else padding
-    valid = valid.to(key.device)
+    valid = state.segment(layer).padding_to(length)
+    valid = None if valid is None else valid.to(key.device)
     if packed:
         prefix = state.prefix.pop(layer, None)
         prompt = prefix is not None or new == length
@@ -62,15 +61,17 @@ def attend(
         rows = state.attended
         keep = None if call.budget is None else torch.where(rows < 0, length, rows)
         picked = call.method.attended(query[:, :, 0], key, valid, keep)
-        if picked is not None and keep is None:
-            picked = _or_all(picked, valid, rows < 0)
+        if picked is not None and keep is None and bool((rows < 0).any()):  # on the CPU
+            picked = _or_all(picked, valid, rows < 0, length)
     mask = given.mask
     if picked is not None:
         columns, valid = picked
         key, value = _columns(key, columns), _columns(value, columns)
-        mask = None if bool(valid.all()) else _mask(setup, valid, query.dtype)
+        mask = None if valid is None else _mask(setup, valid, query.dtype)
     if packed:
-        places = (valid.cumsum(1) - 1).clamp_min(0)
+        places = torch.arange(key.shape[2], device=key.device)[None]
+        if valid is not None:
+            places = (valid.cumsum(1) - 1).clamp_min(0)
         cos, sin = setup.rotary(query, places)
         key = _turned(key, (cos, sin))
         query = _turned(query, (cos[:, -new:], sin[:, -new:]))
@@ -96,15 +97,17 @@ def note_prefix(setup: Setup, state: PrunedState, cache: Any, ids: Tensor, real:
     state.prefix = dict.fromkeys(range(len(cache.layers)), places.clamp_min(0))
 
 
-def _or_all(picked: Tables, valid: Tensor, everything: Tensor) -> Tables:
-    """What was picked, but all entries for the rows marked in `everything` (B,), on the CPU."""
-    if not bool(everything.any()):
-        return picked
+def _or_all(
+    picked: tuple[Tensor, Tensor | None], valid: Tensor | None, everything: Tensor, length: int
+) -> Tables:
+    """What was picked of `length` entries, but all of them for the rows marked in `everything`."""
     columns, counts = picked
     # Columns that do not count may be any: they must not take out one that does.
-    found = torch.zeros_like(valid).long().scatter_add(1, columns, counts.long()) > 0
+    counts = torch.ones_like(columns) if counts is None else counts.long()
+    found = columns.new_zeros(len(columns), length).scatter_add(1, columns, counts) > 0
+    valid = torch.ones_like(found) if valid is None else valid
     found = torch.where(everything.to(valid.device)[:, None], valid, found)
-    return torch.arange(valid.shape[1], device=valid.device).expand_as(valid), found
+    return torch.arange(length, device=valid.device).expand_as(valid), found
 
 
 def _store_unturned(stored: Any, new: int, tables: Tables, *, in_place: bool) -> None:

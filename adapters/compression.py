@@ -277,7 +277,8 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
         for row, entries in enumerate(gone):
             first = width - int(segment.ledger[row, 2])
             keep[row, torch.tensor(entries, dtype=torch.long, device=keep.device) + first] = False
-        layout = Layout.of(keep)
+        left = [width - len(entries) for entries in gone]  # where padding does not count as well
+        layout = Layout(keep, left) if padding is None else Layout.of(keep)
         for layer in cache.layers[segment.start : stop]:
             layer.keys = _columns(layer.keys, layout)
             layer.values = _columns(layer.values, layout)

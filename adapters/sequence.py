@@ -17,21 +17,21 @@ from torch import Tensor
 class Layout:
     """A shortened batch: `keep` (B, L) bool marks the columns of the full batch that are alive.
 
-    `length` is the number of columns of the shortened batch, that of its longest row.
+    `counts` has the tokens of each row. The shortened batch has as many columns as its longest row.
     """
 
     keep: Tensor
-    length: int
+    counts: list[int]
 
     @classmethod
     def of(cls, keep: Tensor) -> Layout:
-        """The layout that holds exactly the marked columns."""
-        return cls(keep, max(1, int(keep.sum(1).max())))
+        """The layout that holds exactly the marked columns; the host waits for their counts."""
+        return cls(keep, keep.sum(1).tolist())
 
-    @cached_property
-    def counts(self) -> list[int]:
-        """Tokens of each row."""
-        return self.keep.sum(1).tolist()
+    @property
+    def length(self) -> int:
+        """Columns of the shortened batch."""
+        return max([1, *self.counts])
 
     @cached_property
     def columns(self) -> Tensor:
@@ -47,7 +47,7 @@ class Layout:
     @cached_property
     def padding(self) -> Tensor | None:
         """`valid`, or `None` where every column is a token."""
-        return None if bool(self.valid.all()) else self.valid
+        return None if min(self.counts) == self.length else self.valid
 
     @cached_property
     def place(self) -> Tensor:

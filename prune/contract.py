@@ -592,16 +592,17 @@ class Attending(CacheMethod):
 
     @abstractmethod
     def attended(
-        self, query: Tensor, keys: Tensor, valid: Tensor, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
+        self, query: Tensor, keys: Tensor, valid: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
         """The entries that one new token of each row attends to in one layer.
 
         Args:
             query: (B, H, D_head); with re-packed positions neither it nor the keys are rotated.
             keys: (B, H_kv, S, D_head), the new token's last.
-            valid: (B, S) bool, entries that are no padding.
+            valid: (B, S) bool, entries that are no padding; None: all of them.
             keep: (B,) the budget, entries of each row, on the CPU; None: as published.
 
         Returns:
-            columns (B, K), ascending, and which of them count (B, K) bool; None for all entries.
+            columns (B, K), ascending, and which of them count (B, K) bool (None: each one, known
+            without looking at the device); None for all entries.
         """

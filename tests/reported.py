@@ -138,11 +138,14 @@ class Noted(TokenSelect):
 
     def attended(self, query, keys, valid, keep):
         found = super().attended(query, keys, valid, keep)
-        for row, real in enumerate(valid):
-            count, chosen = int(real.sum()), None
+        for row, stored in enumerate(keys):
+            count = length = stored.shape[1]
+            if valid is not None:
+                count = int(valid[row].sum())
+            chosen = None
             if found is not None:
-                columns, counts = found[0][row], found[1][row]
-                chosen = columns[counts] - (len(real) - count)
+                chosen = found[0][row] if found[1] is None else found[0][row][found[1][row]]
+                chosen = chosen - (length - count)
             self.notes.append((query[row].clone(), _mean(keys[row, :, -count:]), count, chosen))
         return found
 

@@ -60,15 +60,22 @@ class TokenSelect(Attending):
         return self.n_init + self.n_local
 
     def attended(
-        self, query: Tensor, keys: Tensor, valid: Tensor, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
+        self, query: Tensor, keys: Tensor, valid: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
         # The values of `keep` decide the shape of the result.
         fixed, stored = self.always, keys.shape[2]
         wanted = [self.top_k] if keep is None else (keep - fixed).clamp_min(1).tolist()
         if fixed + min(wanted) >= stored:
             return None
-        start = (stored - valid.sum(1))[:, None]  # (B, 1), the first entry that is no padding
         column = torch.arange(stored, device=keys.device)
+        if valid is None and len(set(wanted)) == 1:  # all rows alike: nothing to mask
+            votes = self._votes(query, keys[:, :, self.n_init : stored - self.n_local])
+            chosen = top_k(votes, wanted[0]).sort().values + self.n_init
+            first, last = column[: self.n_init], column[stored - self.n_local :]
+            rows = len(keys)
+            return torch.cat([first.expand(rows, -1), chosen, last.expand(rows, -1)], 1), None
+        valid = keys.new_ones(len(keys), stored, dtype=torch.bool) if valid is None else valid
+        start = (stored - valid.sum(1))[:, None]  # (B, 1), the first entry that is no padding
         between = (column >= start + self.n_init) & (column < stored - self.n_local)
         votes = self._votes(query, keys, between)
 
@@ -83,20 +90,25 @@ class TokenSelect(Attending):
         columns = torch.cat([first, chosen, last], 1).sort().values
         return columns.clamp_min(0), columns >= 0
 
-    def _votes(self, query: Tensor, keys: Tensor, between: Tensor) -> Tensor:
-        """The sum of all heads' votes for each entry between: (B, S), all others -1."""
+    def _votes(self, query: Tensor, keys: Tensor, between: Tensor | None = None) -> Tensor:
+        """The sum of all heads' votes for each entry, or for each in `between`, all others -1:
+        (B, S)."""
         heads = keys.shape[1]
         if self.official:  # query heads (group, H_kv) instead of (H_kv, group)
             grouped = query.unflatten(1, (-1, heads)).transpose(1, 2)
         else:
             grouped = query.unflatten(1, (heads, -1))
         logits = _products(grouped, keys).flatten(1, 2)
+        if between is None:
+            return self._pooled(logits.softmax(-1).sum(1))
         votes = logits.masked_fill(~between[:, None], -torch.inf).softmax(-1).sum(1)
         votes = votes.masked_fill(~between, -1)  # also where nothing is between, and votes are nan
+        return self._pooled(votes).masked_fill(~between, -1)
+
+    def _pooled(self, votes: Tensor) -> Tensor:
         if self.pool == 1:
             return votes
-        pooled = max_pool1d(votes[:, None], self.pool, stride=1, padding=self.pool // 2)[:, 0]
-        return pooled.masked_fill(~between, -1)
+        return max_pool1d(votes[:, None], self.pool, stride=1, padding=self.pool // 2)[:, 0]
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:
