@@ -363,6 +363,11 @@ class Engine:
         output.pooler_output = self._emit(features, encoded)
         return output, encoded
 
+    @property
+    def unread_layers(self) -> int:
+        """Encoder layers that do not run in `forward` and `generate`."""
+        return len(self._unread({}))
+
     def _unread(self, inputs: Mapping[str, Any]) -> frozenset[nn.Module]:
         """Encoder layers behind the deepest one that the projector or a signal reads."""
         encoder = self.family.vision_attention(self.model)

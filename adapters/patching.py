@@ -64,6 +64,12 @@ class Handle:
         return self._engine.setup.ticket.active
 
     @property
+    def unread_layers(self) -> int:
+        """Layers at the end of the vision encoder that `forward` and `generate` do not run, because
+        neither the projector nor a method reads them."""
+        return self._engine.unread_layers
+
+    @property
     def last(self) -> Last:
         """What the last prefill with visual tokens did.
 

@@ -37,6 +37,8 @@ class Answer:
     """New tokens, the end token included."""
     pictures: list[tuple[int, int]]
     """Rows and columns of every picture that the vision encoder saw."""
+    unread_layers: int
+    """Layers at the end of the vision encoder that did not run."""
     cache_entries: int | None
     """Entries of the prompt in reach of a new token, where a method on the cache limits them."""
 
@@ -82,6 +84,7 @@ def answer(
                 text_tokens=text_tokens,
                 generated=_length(model, new[row].tolist()),
                 pictures=pictures[row],
+                unread_layers=handle.unread_layers if handle is not None else 0,
                 cache_entries=cache_entries(
                     handle.methods, _of_row(last, last.tokens_in, row), text_tokens
                 )
@@ -113,9 +116,9 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
     pruned: list[Flops] = []
     dense: list[Flops] = []
     for a in answers:
-        for target, per_layer, entries in (
-            (pruned, a.per_layer, a.cache_entries),
-            (dense, [a.visual] * len(a.per_layer), None),
+        for target, per_layer, unread, entries in (
+            (pruned, a.per_layer, a.unread_layers, a.cache_entries),
+            (dense, [a.visual] * len(a.per_layer), 0, None),
         ):
             target.append(
                 cost.sample(
@@ -123,6 +126,7 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
                     visual_per_layer=per_layer,
                     text_tokens=a.text_tokens,
                     new_tokens=a.generated,
+                    unread_layers=unread,
                     cache_entries=entries,
                 )
             )

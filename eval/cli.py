@@ -384,6 +384,12 @@ def _bench_commands(parser: argparse.ArgumentParser) -> None:
             _bench_select,
             "choosing alone, beside a plain transcription of each method's official steps",
         ),
+        (
+            "scale",
+            _bench_scale_arguments,
+            _bench_scale,
+            "how time and memory of choosing grow with the number of visual tokens",
+        ),
     ):
         sub = whats.add_parser(what, help=text, description=text[0].upper() + text[1:] + ".")
         arguments(sub)
@@ -494,6 +500,30 @@ def _bench_select_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="of torch (default: torch's)")
     parser.add_argument(
         "--width", type=_positive, default=4096, help="of the LLM's features (default: 4096)"
+    )
+    parser.add_argument(
+        "--output_path", "-o", metavar="FILE", help="also write the numbers as JSON"
+    )
+
+
+def _bench_scale_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--tokens",
+        type=_positives,
+        default=[256, 1024, 4096, 16384],
+        metavar="N,...",
+        help="visual tokens, squares (default: 256,1024,4096,16384)",
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=3, help="after one that warms up (default: 3)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=_positive,
+        default=60,
+        metavar="SECONDS",
+        help="leave out sizes of which one round is expected to take longer (default: 60)",
     )
     parser.add_argument(
         "--output_path", "-o", metavar="FILE", help="also write the numbers as JSON"
@@ -658,6 +688,18 @@ def _bench_select(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         threads=args.threads,
         width=args.width,
+        output_path=args.output_path,
+    )
+
+
+def _bench_scale(args: argparse.Namespace) -> int:
+    from .bench.scale import run
+
+    return run(
+        methods=split_list(args.methods),
+        tokens=args.tokens,
+        rounds=args.rounds,
+        limit=args.limit,
         output_path=args.output_path,
     )
 

@@ -88,6 +88,7 @@ class _Bench:
             if handle is not None:
                 select, variant.cuts = handle.last.select_seconds, cuts_of(handle)
                 variant.per_layer = longest(handle)
+                variant.unread_layers = handle.unread_layers
             cache = output.past_key_values
             variant.cache_bytes = kv_bytes(cache)
             variant.entries = _attended(cache)

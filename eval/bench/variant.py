@@ -69,6 +69,8 @@ class Variant:
     text_tokens: int = 0
     pictures: list[tuple[int, int]] = field(default_factory=list)
     """Rows and columns of what the encoder sees of a prompt."""
+    unread_layers: int = 0
+    """Layers at the end of the vision encoder that do not run."""
     at_most: bool = False
     """Whether the counts are those that an adaptive rule may not exceed."""
     cache_bytes: int = 0
@@ -106,6 +108,8 @@ class Variant:
         model_shape = family.shape(model)
         self.pictures = list(family.pictures(model, IMAGE, inputs)[0])
         self.visual_tokens = visual_tokens_of(model, inputs)
+        with self.patched(model, subject.text_twin("meta")) as handle:
+            self.unread_layers = 0 if handle is None else handle.unread_layers
         stages = plan(self.visual_tokens, calls, model_shape)
         self.at_most = any(stage.adaptive for stage in stages)
         self.per_layer = tokens_per_layer(
@@ -123,7 +127,10 @@ class Variant:
 
     def as_json(self, cost: ModelCost) -> dict[str, Any]:
         flops = cost.sample(
-            pictures=self.pictures, visual_per_layer=self.per_layer, text_tokens=self.text_tokens
+            pictures=self.pictures,
+            visual_per_layer=self.per_layer,
+            text_tokens=self.text_tokens,
+            unread_layers=self.unread_layers,
         )
         mine = [one.patched for one in self.rounds]
         oracle = [one.oracle for one in self.rounds if one.oracle is not None]

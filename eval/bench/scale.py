@@ -1,0 +1,333 @@
+"""`vlmprune bench scale`: how time and memory of choosing grow with the number of visual tokens.
+
+Methods before the LLM are given queries and keys of encoder layers, features and so on as a model
+has them after its encoder, of one grid of N tokens or of a video of small frames. Methods in the
+decoder and on the cache run in a small LLaVA of one grid, where the time of choosing holds the
+reading of scores, and memory is that of the whole prefill. All numbers are random but fixed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...adapters.signals import READERS, pixel_seed
+from ...prune.contract import (
+    BeforeLLM,
+    ClipImage,
+    ClipText,
+    ClsFeatures,
+    Decoder,
+    EncoderFeatures,
+    Features,
+    LayerSignal,
+    ModelShape,
+    PixelSeed,
+    Signal,
+    TextEmbeddings,
+    Tower,
+    VisualTokens,
+)
+from ...prune.errors import MethodFieldError, MissingSignalError
+from ...prune.registry import method_class, method_names
+from ...prune.select import select
+from ...prune.tiling import Block, Tiling
+from ..compose import parse
+from ..console import progress, stdout
+from ..environment import describe, hardware, load_average, versions
+from ..memory import MemoryMeasureError, added_at_peak, in_fresh_process
+from ..results import ResultsError
+from ..stats import Spread, spread
+from ..table import Table
+from .rounds import peak_memory, prefill
+from .subject import Subject
+from .variant import Variant
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+Layout = Literal["grid", "frames", "decoder"]
+_FRAME = 16  # rows and columns of a frame
+_SHARE = 9  # one token of so many stays
+_HEADS, _HEAD_WIDTH, _WIDTH, _CLIP_WIDTH, _TEXT_TOKENS = 16, 64, 1024, 768, 40
+_FIT_FROM = 1024  # below, what does not depend on the number of tokens counts most
+_LAYERS, _DECODER_WIDTH = 6, 128
+_FIELDS = {"token_select": ":n_init=4:n_local=32"}  # as published it does nothing to short prompts
+_SHAPE = ModelShape(
+    tower=Tower(num_layers=24, has_cls=True, text_twin=True),
+    decoder=Decoder(num_layers=32, hidden_size=_WIDTH, intermediate_size=4 * _WIDTH),
+)
+
+
+def run(
+    *,
+    methods: Sequence[str],
+    tokens: Sequence[int],
+    rounds: int,
+    limit: float,
+    output_path: str | None,
+) -> int:
+    """The command; arguments are the flags of `vlmprune bench scale`. Returns the exit code."""
+    for count in tokens:
+        if math.isqrt(count) ** 2 != count or count % _FRAME**2:
+            raise MethodFieldError(
+                f"--tokens {count} must be a square and a multiple of {_FRAME**2}, e.g. "
+                f"256,1024,4096,16384."
+            )
+    names = list(methods) or method_names()
+    cases = [(name, layout) for name in names for layout in _layouts(name)]
+    report: dict[str, Any] = {
+        "schema": SCHEMA,
+        "rounds": rounds,
+        "share": 1 / _SHARE,
+        "load_average": load_average(),
+        "hardware": hardware("cpu"),
+        "versions": versions(),
+        "rows": [],
+    }
+    with progress() as bar:
+        measured = bar.add_task("bench", total=len(cases) * len(tokens))
+        for name, layout in cases:
+            row: dict[str, Any] = {"method": name, "layout": layout, "sizes": []}
+            report["rows"].append(row)
+            for count in sorted(tokens):
+                row["sizes"].append(_measured(name, layout, count, rounds, limit, row["sizes"]))
+                row |= _exponents(row["sizes"])
+                if output_path:  # what is measured is kept, whatever happens later
+                    _write(report, Path(output_path))
+                bar.advance(measured)
+    scale_table(report).print(stdout())
+    return 0
+
+
+def _layouts(name: str) -> tuple[Layout, ...]:
+    return ("grid", "frames") if issubclass(method_class(name), BeforeLLM) else ("decoder",)
+
+
+def _write(report: dict[str, Any], path: Path) -> None:
+    try:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
+
+
+# --- Measuring ---------------------------------------------------------------------------------
+
+
+def _measured(
+    name: str,
+    layout: Layout,
+    count: int,
+    rounds: int,
+    limit: float,
+    before: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Seconds and bytes at one size; what would take too long, by the size before, is left out."""
+    last = before[-1] if before else None
+    if last is not None:
+        expected = math.inf
+        if last["elapsed"] is not None:
+            expected = last["elapsed"] * (count / last["tokens"]) ** 2
+        if expected > limit:
+            return {"tokens": count, "seconds": None, "peak_bytes": None, "elapsed": None}
+    started = time.perf_counter()
+    seconds = _decoder_seconds if layout == "decoder" else _seconds
+    times = spread(seconds(name, layout, count, rounds))
+    elapsed = (time.perf_counter() - started) / (rounds + 1)
+    peak: int | None = None
+    try:
+        peak = in_fresh_process(peak_bytes, name, layout, count, torch.get_num_threads())
+    except MemoryMeasureError as error:  # the times are there
+        logger.warning("%s, %d tokens: %s", name, count, error)
+    return {"tokens": count, "seconds": times, "peak_bytes": peak, "elapsed": elapsed}
+
+
+@torch.inference_mode()
+def _seconds(name: str, layout: Layout, count: int, rounds: int) -> list[float]:
+    """Of reading the scores and choosing; a first round warms up."""
+    choice = Choice.random(name, layout, count)
+    found = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        choice.make()
+        found.append(time.perf_counter() - started)
+    return found[1:]
+
+
+@torch.inference_mode()
+def _decoder_seconds(name: str, layout: Layout, count: int, rounds: int) -> list[float]:
+    """Of choosing in the decoder, reading included."""
+    subject, variant = _in_decoder(name, count)
+    model, inputs = subject.model("cpu"), subject.inputs("cpu")
+    found = []
+    with variant.patched(model) as handle:
+        assert handle is not None  # noqa: S101  (for the types)
+        for _ in range(rounds + 1):
+            prefill(model, inputs)
+            found.append(handle.last.select_seconds)
+    return found[1:]
+
+
+@torch.inference_mode()
+def peak_bytes(name: str, layout: Layout, count: int, threads: int) -> int:
+    """What choosing adds at its peak (in the decoder: the patched prefill and one step), in a
+    process of its own."""
+    if layout == "decoder":
+        subject, variant = _in_decoder(name, count)
+        return peak_memory(subject, variant.parts, 1, threads)
+    torch.set_num_threads(threads)
+    return added_at_peak(Choice.random(name, layout, count).make)
+
+
+def _in_decoder(name: str, count: int) -> tuple[Subject, Variant]:
+    subject = Subject(layers=_LAYERS, width=_DECODER_WIDTH, visual_tokens=count)
+    return subject, Variant(parse(f"{name}{_FIELDS.get(name, '')}@{1 / _SHARE}"))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice before the LLM, with what is read for it."""
+
+    method: BeforeLLM
+    tiling: Tiling
+    read: Mapping[Signal, Callable[[], Tensor]]
+
+    @classmethod
+    def random(cls, name: str, layout: Layout, count: int) -> Choice:
+        """Random tensors of one picture, the same in every run."""
+        method = method_class(name)()
+        assert isinstance(method, BeforeLLM)  # noqa: S101  (for the types)
+        side = math.isqrt(count) if layout == "grid" else _FRAME
+        tiles = count // side**2
+        draw = torch.Generator().manual_seed(0)
+        needs = [need for need in method.needs(_SHAPE) if not isinstance(need, LayerSignal)]
+        return cls(
+            method=method,
+            tiling=Tiling((Block((side,), (side,)),) * tiles),
+            read={need: _reading(need, tiles, side**2, draw) for need in needs},
+        )
+
+    def make(self) -> None:
+        count = self.tiling.num_tokens
+        signals = {need: read() for need, read in self.read.items()}
+        tokens = VisualTokens(num_tokens=count, tiling=self.tiling, shape=_SHAPE, signals=signals)
+        select(self.method, tokens, count // _SHARE)
+
+
+def _reading(need: Signal, tiles: int, patches: int, draw: torch.Generator) -> Callable[[], Tensor]:
+    """What gives a signal of T tiles of P patches, once called."""
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw)
+
+    if type(need) in READERS:
+        read = READERS[type(need)]
+        query, key = (normal(tiles, _HEADS, patches + 1, _HEAD_WIDTH) for _ in range(2))
+        return lambda: read(query, key, _HEAD_WIDTH**-0.5)[:, 1:].flatten(0, 1)
+    sizes = {
+        Features: (tiles * patches, _WIDTH),
+        EncoderFeatures: (tiles * patches, _HEADS * _HEAD_WIDTH),
+        ClsFeatures: (tiles, _HEADS * _HEAD_WIDTH),
+        ClipImage: (tiles * patches, _CLIP_WIDTH),
+        ClipText: (1, _CLIP_WIDTH),
+        TextEmbeddings: (_TEXT_TOKENS, _WIDTH),
+        PixelSeed: (3,),
+    }
+    if type(need) not in sizes:
+        raise MissingSignalError(f"`vlmprune bench scale` makes no {need}.")
+    made = normal(*sizes[type(need)])
+    return (lambda: pixel_seed(made)) if isinstance(need, PixelSeed) else (lambda: made)
+
+
+# --- The fit -----------------------------------------------------------------------------------
+
+
+def _exponents(sizes: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Of N, in time and in memory."""
+    times = [(s["tokens"], s["seconds"]["median"]) for s in sizes if s["seconds"]]
+    peaks = [(s["tokens"], s["peak_bytes"]) for s in sizes if s["peak_bytes"]]
+    return {"time_exponent": exponent(times), "memory_exponent": exponent(peaks)}
+
+
+def exponent(points: Sequence[tuple[int, float]]) -> float | None:
+    """e of the best fit `value = c * tokens ** e` (least squares of logarithms) over the points
+    from 1024 tokens on; None for fewer than two."""
+    logs = [
+        (math.log(tokens), math.log(value))
+        for tokens, value in points
+        if tokens >= _FIT_FROM and value > 0
+    ]
+    if len(logs) < 2:
+        return None
+    middle = [sum(axis) / len(logs) for axis in zip(*logs, strict=True)]
+    across = sum((x - middle[0]) ** 2 for x, _ in logs)
+    return sum((x - middle[0]) * (y - middle[1]) for x, y in logs) / across
+
+
+# --- The table ---------------------------------------------------------------------------------
+
+_WORDS = {"grid": "one grid", "frames": f"frames of {_FRAME**2}", "decoder": "in the decoder"}
+
+
+def scale_table(report: Mapping[str, Any]) -> Table:
+    """The report of one run, as written to the result file."""
+    counts = sorted({size["tokens"] for row in report["rows"] for size in row["sizes"]})
+
+    def cells(row: Mapping[str, Any]) -> Iterator[str]:
+        by_count = {size["tokens"]: size for size in row["sizes"]}
+        yield row["method"]
+        yield _WORDS[row["layout"]]
+        for count in counts:
+            yield _ms(by_count[count]["seconds"]) if count in by_count else ""
+        yield _short(row.get("time_exponent"))
+        for count in counts[-2:]:
+            yield _mib(by_count[count]["peak_bytes"]) if count in by_count else ""
+        yield _short(row.get("memory_exponent"))
+
+    return Table(
+        headers=(
+            "Method",
+            "Tokens lie in",
+            *(f"ms at {count}" for count in counts),
+            "Time grows as N^",
+            *(f"MiB at {count}" for count in counts[-2:]),
+            "Memory grows as N^",
+        ),
+        rows=[tuple(cells(row)) for row in report["rows"]],
+        numbers_from=2,
+        title=(
+            f"Choosing one of {_SHARE} tokens, float32; medians of {report['rounds']} rounds on "
+            f"{describe(report['hardware'])}"
+        ),
+        notes=(
+            f"Before the LLM: reading scores from queries and keys of CLIP-L's size, and choosing "
+            f"among features of width {_WIDTH}; memory is what both add. In the decoder: {_LAYERS} "
+            f"layers of width {_DECODER_WIDTH}; time of choosing with reading, memory of the whole "
+            f"prefill. Exponents are fitted from {_FIT_FROM} tokens on. -: left out, as the size "
+            f"before says that it would take too long."
+        ),
+    )
+
+
+def _ms(value: Spread | None) -> str:
+    if value is None:
+        return "-"
+    ms = 1e3 * value["median"]
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
