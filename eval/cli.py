@@ -679,7 +679,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _bench_select(args: argparse.Namespace) -> int:
-    from .bench_select import run
+    from .bench.select import run
 
     return run(
         methods=split_list(args.methods),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from golden_kit import Golden, assert_equal, load
 from torch import Tensor
-from vlmprune.eval import bench_select, cli
-from vlmprune.eval.bench_select import Scene
+from vlmprune.eval import cli
+from vlmprune.eval.bench import select as bench_select
+from vlmprune.eval.bench.select import Scene
 from vlmprune.eval.transcriptions import (
     cdpruner,
     divprune,

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.signals import READERS, pixel_seed
-from ..prune.contract import (
+from ...adapters.signals import READERS, pixel_seed
+from ...prune.contract import (
     BeforeLLM,
     ClipImage,
     ClipText,
@@ -37,17 +37,17 @@ from ..prune.contract import (
     Tower,
     VisualTokens,
 )
-from ..prune.errors import MethodFieldError, MissingSignalError
-from ..prune.registry import method_class, method_names
-from ..prune.select import select_all
-from ..prune.tiling import Block, Tiling
-from .console import progress, stdout
-from .environment import describe, hardware, load_average, versions
-from .results import ResultsError
-from .stats import Spread, spread
-from .table import Table
-from .transcriptions import Transcription, find
-from .transcriptions.picture import SIDE, Picture, canvas
+from ...prune.errors import MethodFieldError, MissingSignalError
+from ...prune.registry import method_class, method_names
+from ...prune.select import select_all
+from ...prune.tiling import Block, Tiling
+from ..console import progress, stdout
+from ..environment import describe, hardware, load_average, versions
+from ..results import ResultsError
+from ..stats import Spread, spread
+from ..table import Table
+from ..transcriptions import Transcription, find
+from ..transcriptions.picture import SIDE, Picture, canvas
 
 SCHEMA = 1
 _PATCHES = SIDE * SIDE
