@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..prune.contract import Attending, Place
 from .cache import PrunedState
+from .sequence import stored_columns
 from .setup import Setup
 
 Tables = tuple[Tensor, Tensor]
@@ -66,7 +67,7 @@ def attend(
     mask = given.mask
     if picked is not None:
         columns, valid = picked
-        key, value = _columns(key, columns), _columns(value, columns)
+        key, value = (stored_columns(stored, columns) for stored in (key, value))
         mask = None if valid is None else _mask(setup, valid, query.dtype)
     if packed:
         places = torch.arange(key.shape[2], device=key.device)[None]
@@ -128,11 +129,6 @@ def _store_unturned_prefix(setup: Setup, stored: Any, places: Tensor) -> None:
     keys, count = stored.keys, places.shape[1]
     tables = setup.rotary(keys, places.to(keys.device))
     stored.keys = torch.cat([_turned_back(keys[:, :, :count], tables), keys[:, :, count:]], 2)
-
-
-def _columns(tensor: Tensor, columns: Tensor) -> Tensor:
-    index = columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return tensor.gather(2, index)
 
 
 def _mask(setup: Setup, valid: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ from .cache import PrunedState
 from .listening import Here, received_in
 from .placed import PlacedImage
 from .report import Last
-from .sequence import Layout
+from .sequence import Layout, stored_columns
 from .setup import Setup
 
 
@@ -280,8 +280,9 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
         left = [width - len(entries) for entries in gone]  # where padding does not count as well
         layout = Layout(keep, left) if padding is None else Layout.of(keep)
         for layer in cache.layers[segment.start : stop]:
-            layer.keys = _columns(layer.keys, layout)
-            layer.values = _columns(layer.values, layout)
+            columns = layout.columns.to(layer.keys.device)
+            layer.keys = stored_columns(layer.keys, columns)
+            layer.values = stored_columns(layer.values, columns)
         counts = torch.tensor([[len(entries)] for entries in gone])
         segment.ledger[:, 2:3] -= counts
         segment.padding = layout.padding
@@ -308,12 +309,6 @@ def _evicted(
         left = left or list(range(stored))
         gone.append(left.pop(slot))
     return gone
-
-
-def _columns(tensor: Tensor, layout: Layout) -> Tensor:
-    """Stored columns (B, H, S, D) of a layout of them."""
-    index = layout.columns.to(tensor.device)[:, None, :, None]
-    return tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def _checked(method: Compressing, chosen: Compressed, keep: int) -> Compressed:

@@ -77,13 +77,17 @@ def _gather(tensor: Tensor, columns: Tensor, dim: int) -> Tensor:
         sizes = list(tensor.shape)
         sizes[dim - 1] = columns.shape[0]
         tensor = tensor.expand(sizes)
-    leading = (1,) * (dim - 1)
-    trailing = (1,) * (tensor.dim() - dim - 1)
-    index = columns.view(*leading, *columns.shape, *trailing)
-    index = index.expand(*tensor.shape[: dim - 1], *columns.shape, *tensor.shape[dim + 1 :])
-    return tensor.gather(dim, index)
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    return tensor[(slice(None),) * (dim - 1) + (rows, columns)]
 
 
 def gather_columns(tensor: Tensor, columns: Tensor) -> Tensor:
     """Columns (B, K) of a (B, L, ...) tensor; a (1, L, ...) tensor serves every row."""
     return _gather(tensor, columns, 1)
+
+
+def stored_columns(stored: Tensor, columns: Tensor) -> Tensor:
+    """Columns (B, K) of keys or values (B, H, S, D_head): (B, H, K, D_head)."""
+    rows = torch.arange(len(columns), device=columns.device)[:, None, None]
+    heads = torch.arange(stored.shape[1], device=columns.device)[:, None]
+    return stored[rows, heads, columns[:, None]]

@@ -83,6 +83,8 @@ examples:
   vlmprune bench model --methods divprune@0.5+fastv@0.25 --new_tokens 64 --memory
   vlmprune bench select
       time of choosing, of every method before the LLM, beside a plain transcription
+  vlmprune bench scale --methods divprune fastv --tokens 256,1024,4096
+      how time and memory of choosing grow with the number of visual tokens
 """
 
 
@@ -161,7 +163,12 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
     _ask_arguments(
         command("ask", _ask, "ask one question, dense and pruned, and compare", _ASK_EXAMPLES)
     )
-    bench = command("bench", _bench, "time models, or the choice of tokens alone", _BENCH_EXAMPLES)
+    bench = command(
+        "bench",
+        _bench,
+        "time models, or the choice of tokens alone, at many sizes",
+        _BENCH_EXAMPLES,
+    )
     _bench_commands(bench)
     command("methods", _methods, "list the pruning methods")
     command("models", _models, "list the supported model families")

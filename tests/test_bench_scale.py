@@ -18,8 +18,13 @@ def test_exponents_are_those_of_the_growth():
     for power in (0, 1, 2):
         points = [(n, 3e-4 * n**power) for n in (256, 1024, 4096, 16384)]
         points[0] = (256, 1.0)  # small sizes do not count
-        assert scale.exponent(points) == pytest.approx(power, abs=1e-6)
-    assert scale.exponent([(256, 1.0), (1024, 2.0)]) is None
+        found = scale.fit(points, least=0)
+        assert found["exponent"] == pytest.approx(power, abs=1e-6)
+        assert power == 0 or found["r_squared"] == pytest.approx(1)
+    bent = scale.fit([(1024, 1.0), (4096, 16.0), (16384, 17.0)], least=0)
+    assert 1 < bent["exponent"] < 1.1 and bent["r_squared"] < 0.9
+    assert scale.fit([(256, 1.0), (1024, 2.0), (4096, 0.5)], least=1) is None
+    assert scale.fit([(1024, 1.0), (4096, 4.0)], least=0)["r_squared"] is None
 
 
 @pytest.mark.parametrize("layout", ["grid", "frames"])

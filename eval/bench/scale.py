@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ _FRAME = 16  # rows and columns of a frame
 _SHARE = 9  # one token of so many stays
 _HEADS, _HEAD_WIDTH, _WIDTH, _CLIP_WIDTH, _TEXT_TOKENS = 16, 64, 1024, 768, 40
 _FIT_FROM = 1024  # below, what does not depend on the number of tokens counts most
+_LEAST_BYTES = 2**20  # below, the allocator says more than the method
 _LAYERS, _DECODER_WIDTH = 6, 128
 _FIELDS = {"token_select": ":n_init=4:n_local=32"}  # as published it does nothing to short prompts
 _SHAPE = ModelShape(
@@ -101,7 +103,7 @@ def run(
             report["rows"].append(row)
             for count in sorted(tokens):
                 row["sizes"].append(_measured(name, layout, count, rounds, limit, row["sizes"]))
-                row |= _exponents(row["sizes"])
+                row |= _fits(row["sizes"])
                 if output_path:  # what is measured is kept, whatever happens later
                     _write(report, Path(output_path))
                 bar.advance(measured)
@@ -145,7 +147,8 @@ def _measured(
     elapsed = (time.perf_counter() - started) / (rounds + 1)
     peak: int | None = None
     try:
-        peak = in_fresh_process(peak_bytes, name, layout, count, torch.get_num_threads())
+        if count >= _FIT_FROM:
+            peak = in_fresh_process(peak_bytes, name, layout, count, torch.get_num_threads())
     except MemoryMeasureError as error:  # the times are there
         logger.warning("%s, %d tokens: %s", name, count, error)
     return {"tokens": count, "seconds": times, "peak_bytes": peak, "elapsed": elapsed}
@@ -251,26 +254,40 @@ def _reading(need: Signal, tiles: int, patches: int, draw: torch.Generator) -> C
 # --- The fit -----------------------------------------------------------------------------------
 
 
-def _exponents(sizes: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Of N, in time and in memory."""
+class Fit(TypedDict):
+    """The best `value = c * N ** exponent`, and how much of the spread of the logarithms it
+    explains (1: all of it; None for two points, which every line meets)."""
+
+    exponent: float
+    r_squared: float | None
+
+
+def _fits(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Fit | None]:
+    """Of time and of memory."""
     times = [(s["tokens"], s["seconds"]["median"]) for s in sizes if s["seconds"]]
-    peaks = [(s["tokens"], s["peak_bytes"]) for s in sizes if s["peak_bytes"]]
-    return {"time_exponent": exponent(times), "memory_exponent": exponent(peaks)}
+    peaks = [(s["tokens"], s["peak_bytes"]) for s in sizes if s["peak_bytes"] is not None]
+    return {"time": fit(times, least=0.0), "memory": fit(peaks, least=_LEAST_BYTES)}
 
 
-def exponent(points: Sequence[tuple[int, float]]) -> float | None:
-    """e of the best fit `value = c * tokens ** e` (least squares of logarithms) over the points
-    from 1024 tokens on; None for fewer than two."""
+def fit(points: Sequence[tuple[int, float]], least: float) -> Fit | None:
+    """Least squares of the logarithms over the points from 1024 tokens on, whose values are above
+    `least`; None for fewer than two of them."""
     logs = [
         (math.log(tokens), math.log(value))
         for tokens, value in points
-        if tokens >= _FIT_FROM and value > 0
+        if tokens >= _FIT_FROM and value > least
     ]
     if len(logs) < 2:
         return None
-    middle = [sum(axis) / len(logs) for axis in zip(*logs, strict=True)]
-    across = sum((x - middle[0]) ** 2 for x, _ in logs)
-    return sum((x - middle[0]) * (y - middle[1]) for x, y in logs) / across
+    x, y = (list(axis) for axis in zip(*logs, strict=True))
+    slope, intercept = statistics.linear_regression(x, y)
+    r_squared = None
+    if len(logs) > 2:
+        middle = statistics.fmean(y)
+        left = sum((b - slope * a - intercept) ** 2 for a, b in logs)
+        around = sum((b - middle) ** 2 for b in y)
+        r_squared = 1 - left / around if around else 1.0
+    return Fit(exponent=slope, r_squared=r_squared)
 
 
 # --- The table ---------------------------------------------------------------------------------
@@ -288,19 +305,19 @@ def scale_table(report: Mapping[str, Any]) -> Table:
         yield _WORDS[row["layout"]]
         for count in counts:
             yield _ms(by_count[count]["seconds"]) if count in by_count else ""
-        yield _short(row.get("time_exponent"))
+        yield _fitted(row["time"])
         for count in counts[-2:]:
             yield _mib(by_count[count]["peak_bytes"]) if count in by_count else ""
-        yield _short(row.get("memory_exponent"))
+        yield _fitted(row["memory"])
 
     return Table(
         headers=(
             "Method",
             "Tokens lie in",
             *(f"ms at {count}" for count in counts),
-            "Time grows as N^",
+            "Time as N^ (R2)",
             *(f"MiB at {count}" for count in counts[-2:]),
-            "Memory grows as N^",
+            "Memory as N^ (R2)",
         ),
         rows=[tuple(cells(row)) for row in report["rows"]],
         numbers_from=2,
@@ -312,8 +329,10 @@ def scale_table(report: Mapping[str, Any]) -> Table:
             f"Before the LLM: reading scores from queries and keys of CLIP-L's size, and choosing "
             f"among features of width {_WIDTH}; memory is what both add. In the decoder: {_LAYERS} "
             f"layers of width {_DECODER_WIDTH}; time of choosing with reading, memory of the whole "
-            f"prefill. Exponents are fitted from {_FIT_FROM} tokens on. -: left out, as the size "
-            f"before says that it would take too long."
+            f"prefill. Exponents: least squares of logarithms from {_FIT_FROM} tokens on (of two "
+            f"points without R2), for memory above 1 MiB. -: left out, as the size before says "
+            f"that it would take too long, or too little to fit. Products of all pairs are stored, "
+            f"in float32, for up to 8192 tokens; above, rows are computed when they are needed."
         ),
     )
 
@@ -329,5 +348,9 @@ def _mib(size: int | None) -> str:
     return "-" if size is None else f"{size / 2**20:.1f}"
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _fitted(found: Fit | None) -> str:
+    if found is None:
+        return "-"
+    exponent = f"{found['exponent']:.1f}".replace("-0.0", "0.0")
+    spread = "" if found["r_squared"] is None else f" ({found['r_squared']:.2f})"
+    return exponent + spread
