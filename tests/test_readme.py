@@ -11,8 +11,9 @@ import pytest
 import vlmprune
 from test_generate_features import support_table
 from test_support import method_support
-from vlmprune.eval.bench import bench_table, shapes_table
-from vlmprune.eval.bench_select import summary_table
+from vlmprune.eval.bench.scale import scale_table
+from vlmprune.eval.bench.select import summary_table
+from vlmprune.eval.bench.table import before_after_table, bench_table, shapes_table
 from vlmprune.eval.listing import methods_table, models_table
 from vlmprune.eval.results import read_records
 from vlmprune.eval.table import accuracy_table, sweep_table
@@ -33,14 +34,29 @@ def accuracies(name: str) -> str:
     return accuracy_table(read_records(RESULTS / name)).markdown()
 
 
-def bench_results(name: str) -> str:
-    """The table of a stored run of `vlmprune bench model`."""
-    return bench_table(json.loads((RESULTS / name).read_text())).markdown()
+def stored(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def promises() -> str:
+    """Stored runs of `vlmprune bench model`, before and after."""
+    runs = ("bench_576", "bench_ragged", "bench_tiles")
+    tables = [
+        before_after_table(stored(f"{run}_before.json"), stored(f"{run}.json")) for run in runs
+    ]
+    return "\n\n".join(table.markdown() for table in tables)
+
+
+def accelerators() -> str:
+    """Whatever runs on a GPU are stored."""
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
+    tables = [before_after_table(None, report).markdown() for report in reports]
+    return "\n\n".join(tables) or "No run on an accelerator is stored yet: nothing is claimed."
 
 
 def select_results() -> str:
     """The short table of the stored run of `vlmprune bench select`."""
-    return summary_table(json.loads((RESULTS / "bench_select.json").read_text())).markdown()
+    return summary_table(stored("bench_select.json")).markdown()
 
 
 GENERATED = {
@@ -48,11 +64,11 @@ GENERATED = {
     "accuracy": lambda: accuracies("sweep_before_llm.jsonl"),
     "decoder": lambda: accuracies("sweep_decoder.jsonl"),
     "cache": lambda: accuracies("sweep_cache.jsonl"),
-    "speed": lambda: bench_results("bench_model.json"),
-    "inside": lambda: bench_results("bench_inside.json"),
-    "shapes": lambda: shapes_table(
-        json.loads((RESULTS / "bench_shapes.json").read_text()), "divprune"
-    ).markdown(),
+    "speed": lambda: bench_table(stored("bench_576.json")).markdown(),
+    "promises": promises,
+    "accelerators": accelerators,
+    "scale": lambda: scale_table(stored("bench_scale.json")).markdown(),
+    "shapes": lambda: shapes_table(stored("bench_shapes.json"), "divprune").markdown(),
     "select": select_results,
     "methods": lambda: methods_table().markdown(),
     "models": lambda: models_table().markdown(),
