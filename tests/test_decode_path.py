@@ -5,6 +5,7 @@ whose values the host reads none unseen.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from contextlib import contextmanager
@@ -124,6 +125,7 @@ def test_decoding_waits_no_more_than_without_a_patch(case, name, rows):
     with Devices():
         model.to(DEVICE)
         if "clip" in options:
+            options["clip"] = copy.deepcopy(options["clip"])  # that of other tests stays here
             options["clip"]._clip.set_attn_implementation("eager")
             options["clip"].to(DEVICE)
         inputs = {key: value.to(DEVICE) for key, value in case.inputs(ROWS[rows]).items()}

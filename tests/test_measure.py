@@ -171,7 +171,9 @@ def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     ]
     assert pruned["flops"]["visual_share"] == pytest.approx(sum(shares) / 6)
     assert pruned["flops"]["visual_share"] < pruned["flops"]["prefill_share"] < 1  # text stays
-    assert pruned["flops"]["vision"] == dense["flops"]["vision"]
+    # LLaVA's last encoder layer, which nobody reads, does not run.
+    assert pruned["flops"]["vision"] <= dense["flops"]["vision"]
+    assert (pruned["flops"]["vision"] == dense["flops"]["vision"]) == case.qwen
     assert pruned["kv_bytes"] < dense["kv_bytes"]
     assert pruned["positions"] == "original"
     accuracy = pruned["scores"]["accuracy"]

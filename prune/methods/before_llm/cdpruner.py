@@ -61,7 +61,8 @@ class CDPruner(BeforeLLM):
         picks: dict[int, Tensor] = {}
         for numbers in alike([len(tile.patches) for tile in tiles]):
             some = [tiles[i] for i in numbers]
-            kernels = torch.stack([weighted_cosines(t.features, t.weights) for t in some])
+            each = [weighted_cosines(tile.features, tile.weights) for tile in some]
+            kernels = torch.stack(each) if each[1:] else each.pop()[None]  # one grid may be large
             fallback = torch.stack([tile.weights for tile in some])
             found = greedy_map(kernels, max(tile.count for tile in some), fallback)
             picks.update(zip(numbers, found, strict=True))
