@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -266,30 +267,30 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
             continue
         segment.ledger[:, 2:] += new * (segment.ledger[:, :1] > 0)
         width = int(cache.physical_length(segment.start))
-        gone = [_evicted(call.method, new, *row) for row in segment.ledger.tolist()]
+        gone = [_evicted(call.method, new, width, *row) for row in segment.ledger.tolist()]
         if not any(gone):
             continue
         evicted = True
-        padding = segment.padding_to(width)
-        keys = cache.layers[segment.start].keys
-        keep = keys.new_ones(len(gone), width, dtype=torch.bool) if padding is None else padding
-        keep = keep.clone()
-        for row, entries in enumerate(gone):
-            first = width - int(segment.ledger[row, 2])
-            keep[row, torch.tensor(entries, dtype=torch.long, device=keep.device) + first] = False
-        left = [width - len(entries) for entries in gone]  # where padding does not count as well
-        layout = Layout(keep, left) if padding is None else Layout.of(keep)
-        for layer in cache.layers[segment.start : stop]:
-            columns = layout.columns.to(layer.keys.device)
-            layer.keys = stored_columns(layer.keys, columns)
-            layer.values = stored_columns(layer.values, columns)
-        counts = torch.tensor([[len(entries)] for entries in gone])
+        layers = cache.layers[segment.start : stop]
+        device, padding = layers[0].keys.device, segment.padding_to(width)
+        if padding is None and all(columns == gone[0] for columns in gone):
+            segment.dropped += len(gone[0])
+            for layer in layers:
+                layer.keys = _without(layer.keys, gone[0])
+                layer.values = _without(layer.values, gone[0])
+        else:
+            layout = _layout_without(padding, gone, width, device)
+            segment.padding = layout.padding
+            segment.dropped += width - layout.length
+            for layer in layers:
+                columns = layout.columns.to(layer.keys.device)
+                layer.keys = stored_columns(layer.keys, columns)
+                layer.values = stored_columns(layer.values, columns)
+        counts = torch.tensor([[len(columns)] for columns in gone])
         segment.ledger[:, 2:3] -= counts
-        segment.padding = layout.padding
-        segment.dropped += width - layout.length
         if repacks:
             if segment.shift is None:
-                segment.shift = counts.to(keep.device)
+                segment.shift = counts.to(device)
             else:
                 segment.shift = segment.shift + counts.to(segment.shift.device)
     if evicted:
@@ -297,18 +298,46 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
 
 
 def _evicted(
-    method: Compressing, most: int, prompt: int, kept: int, stored: int, seen: int
+    method: Compressing, most: int, width: int, prompt: int, kept: int, stored: int, seen: int
 ) -> list[int]:
-    """Entries of a row to remove, `most` at most: numbers among its `stored` ones."""
+    """Columns of a row to remove, `most` at most and ascending: its entries are the last `stored`
+    of `width`."""
     left: list[int] = []
     gone: list[int] = []
     while prompt and len(gone) < most:
         slot = method.evict(prompt=prompt, kept=kept, stored=stored - len(gone), seen=seen)
         if slot is None:
             break
-        left = left or list(range(stored))
+        left = left or list(range(width - stored, width))
         gone.append(left.pop(slot))
-    return gone
+    return sorted(gone)
+
+
+def _layout_without(
+    padding: Tensor | None, gone: Sequence[Sequence[int]], width: int, device: torch.device
+) -> Layout:
+    """What is left of `width` columns without those of each row that are `gone`."""
+    if padding is None:
+        keep = torch.ones(len(gone), width, dtype=torch.bool, device=device)
+    else:
+        keep = padding.clone()
+    for row, columns in enumerate(gone):
+        keep[row, torch.tensor(columns, dtype=torch.long, device=keep.device)] = False
+    if padding is None:  # the host knows the counts
+        return Layout(keep, [width - len(columns) for columns in gone])
+    return Layout.of(keep)
+
+
+def _without(stored: Tensor, gone: Sequence[int]) -> Tensor:
+    """Keys or values (B, H_kv, S, D_head) without the columns `gone`, ascending: the few behind
+    them move up in place, the many before stay where they are."""
+    length = stored.shape[2]
+    moved = torch.cat([stored[:, :, a + 1 : b] for a, b in pairwise([*gone, length])], 2)
+    if stored.requires_grad:
+        return torch.cat([stored[:, :, : gone[0]], moved], 2)
+    left = length - len(gone)
+    stored[:, :, gone[0] : left] = moved
+    return stored[:, :, :left]
 
 
 def _checked(method: Compressing, chosen: Compressed, keep: int) -> Compressed:
@@ -327,7 +356,8 @@ def _kept(kept: Tensor, own: Tensor, merged: Tensor | None) -> Tensor:
     kept = kept.to(own.device)
     if kept.dim() == 1:
         return own[:, kept]
-    return own.gather(1, kept[..., None].expand(-1, -1, own.shape[2]))
+    heads = torch.arange(len(own), device=own.device)[:, None]
+    return own[heads, kept]  # whole rows; `gather` would take number by number
 
 
 def _right_aligned(past: Tensor, rows: Sequence[Tensor], width: int) -> Tensor:

@@ -26,6 +26,7 @@ Listener = Callable[..., None]
 Exchange = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor, Any]]
 
 _QUERY_CHUNK = 64  # whose logits stay in the caches of a CPU
+_HIDDEN = torch.finfo(torch.float32).min
 _CHUNK_BYTES = 2**26  # of logits at once on an accelerator, where few launches count instead
 _PREFIX = "vlmprune_"
 _lock = threading.Lock()
@@ -168,13 +169,15 @@ def received_of(
     size = _chunk(query, key)
     for start in range(0, query.shape[1], size):
         chunk = query[:, start : start + size]
-        last = past + start + chunk.shape[1]
-        columns = torch.arange(last, device=key.device)
-        rows = torch.arange(last - chunk.shape[1], last, device=key.device)
-        seen = columns <= rows[:, None]
+        rows, last = chunk.shape[1], past + start + chunk.shape[1]
+        column = torch.arange(last, device=key.device)
+        row = column[last - rows :, None]
+        logits = _logits(chunk[None], key[None, :, :last], scaling)[0]
+        # All rows of a chunk see what lies before them: only their own columns need a mask.
+        logits[..., last - rows :].masked_fill_(column[last - rows :] > row, _HIDDEN)
         if window is not None:
-            seen &= columns > rows[:, None] - window
-        total[:last] += attention_of(chunk, key[:, :last], seen, scaling).sum((0, 1))
+            logits.masked_fill_(column <= row - window, _HIDDEN)
+        total[:last] += logits.softmax(-1).sum((0, 1))
     return total.div_(query.shape[0])
 
 
@@ -190,10 +193,7 @@ def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Te
     """softmax(q k^T) in float32 for grouped-query attention: (B, H, Q, S)."""
     logits = _logits(query, key, scaling)
     if mask is not None:
-        if mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask, torch.finfo(torch.float32).min)
-        else:
-            logits = logits + mask
+        logits = logits.masked_fill(~mask, _HIDDEN)
     return logits.softmax(-1)
 
 

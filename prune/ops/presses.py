@@ -48,12 +48,15 @@ def observed(entries: CacheEntries, window: int, kernel: int, pooling: Pooling) 
 def _last_rows(entries: CacheEntries, window: int) -> Tensor:
     """Attention of the last `window` rows, or of all if there are fewer: (H_kv, G, W, S)."""
     heads, length, width = entries.keys.shape
-    queries = entries.queries[:, -window:].float().unflatten(0, (heads, -1))
+    queries = entries.queries[:, -window:].float()
+    rows = queries.reshape(heads, -1, width)  # with four dimensions, matmul would copy the keys
     scaling = getattr(entries.attention, "scaling", width**-0.5)
-    logits = queries @ entries.keys.float().mT[:, None] * scaling
+    logits = (
+        (rows @ entries.keys.float().mT).mul_(scaling).view(heads, -1, queries.shape[1], length)
+    )
     column = torch.arange(length, device=logits.device)
     ahead = column > column[-window:, None]
-    return logits.masked_fill(ahead, -torch.inf).softmax(-1)
+    return logits.masked_fill_(ahead, -torch.inf).softmax(-1)
 
 
 def small_keys(entries: CacheEntries) -> Tensor:

@@ -127,4 +127,4 @@ def _nearest(anchors: Tensor, numbers: Tensor) -> Tensor:
 def _means(heads: Tensor, members: Tensor, starts: Tensor) -> Tensor:
     """Means of bags of entries, for all heads: (H_kv, S, D_head) -> (H_kv, K, D_head)."""
     rows = bags(heads.transpose(0, 1).flatten(1), members, starts)
-    return rows.unflatten(1, (heads.shape[0], heads.shape[2])).transpose(0, 1).contiguous()
+    return rows.unflatten(1, (heads.shape[0], heads.shape[2])).transpose(0, 1)
