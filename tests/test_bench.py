@@ -12,8 +12,9 @@ import pytest
 import torch
 from vlmprune.eval import cli, energy
 from vlmprune.eval.bench import command
+from vlmprune.eval.bench.decoding import Decoding, in_turn
 from vlmprune.eval.bench.oracle import oracle_prefill
-from vlmprune.eval.bench.rounds import clock, cuts_of, decode, longest, prefill
+from vlmprune.eval.bench.rounds import clock, cuts_of, longest, prefill, twin
 from vlmprune.eval.bench.subject import Subject
 from vlmprune.eval.bench.table import before_after_table
 from vlmprune.eval.bench.targets import targets, verdicts
@@ -118,7 +119,7 @@ def test_the_oracle_takes_any_counts(cuts):
             assert torch.allclose(output.logits, prefill(model, inputs).logits, atol=1e-5)
             seen = seen[:4]
         stored = [layer.keys.shape[2] for layer in output.past_key_values.layers]
-        decode(model, output, 2, None)  # layers of different lengths go on side by side
+        Decoding(model, output, None).run(2)  # layers of different lengths go on side by side
     expected = [16] * 4
     for at, count in cuts:
         expected[at:] = [count] * (4 - at)
@@ -280,6 +281,28 @@ def test_a_checkpoint_is_measured_in_batches(tmp_path):
     reckoned = Variant(())
     reckoned.reckon(Subject(model_name="embedded", batch_size=3))
     assert reckoned.cache_bytes == dense["cache_bytes"]
+
+
+def test_a_twin_shares_the_weights_and_is_patched_alone():
+    subject = Subject(layers=2, width=64, visual_tokens=16)
+    model, inputs = subject.model("cpu"), subject.inputs("cpu")
+    other = twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with torch.inference_mode(), Variant(parse("grid@0.25")).patched(other):
+        caches = [prefill(each, inputs).past_key_values for each in (model, other)]
+    stored = inputs["input_ids"].shape[1]
+    assert [cache.layers[0].keys.shape[2] for cache in caches] == [stored, stored - 12]
+
+
+def test_decoding_in_turn_gives_each_its_own_steps():
+    subject = Subject(layers=2, width=64, visual_tokens=16)
+    model, inputs = subject.model("cpu"), subject.inputs("cpu")
+    with torch.inference_mode():
+        both = [Decoding(model, prefill(model, inputs), None) for _ in range(2)]
+        seconds = in_turn(both, 3)
+    assert [len(steps) for steps in seconds] == [3, 3] and min(map(min, seconds)) > 0
+    stored = inputs["input_ids"].shape[1] + 3
+    assert [one.output.past_key_values.get_seq_length() for one in both] == [stored, stored]
 
 
 def test_an_interrupted_bench_keeps_its_rounds(tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from ..compose import Parts
 from ..energy import EnergyMeter, energy_meter
 from ..measure import kv_bytes
 from ..memory import added_at_peak
-from ..shapes import words
+from .decoding import Decoding, in_turn
 from .oracle import oracle_prefill, shorten
 from .subject import Subject, visual_tokens_of
 from .variant import Round, Run, Variant
@@ -46,10 +49,9 @@ def compare(
     bench = _Bench(model, inputs, new_tokens if number else 1, clip)
     dense: Run | None = None
     for variant in variants:
-        oracle = bench.oracle(variant) if variant.parts and number % 2 else None
-        patched = bench.patched(variant)
-        if variant.parts and oracle is None:
-            oracle = bench.oracle(variant)
+        if not number:
+            bench.note_peak(variant, new_tokens)
+        patched, oracle = bench.side_by_side(variant, number)
         dense = dense or patched
         if number:
             variant.rounds.append(Round(dense, patched, oracle))
@@ -57,7 +59,7 @@ def compare(
 
 
 class _Bench:
-    """One model and one batch of prompts, with clocks around them."""
+    """One model, its twin to be patched, and one batch of prompts, with clocks around them."""
 
     def __init__(
         self,
@@ -66,65 +68,94 @@ class _Bench:
         new_tokens: int,
         clip: ClipText | None,
     ) -> None:
-        self.model, self.inputs, self.new_tokens, self.clip = model, inputs, new_tokens, clip
+        self.model, self.twin = model, twin(model)
+        self.inputs, self.new_tokens, self.clip = inputs, new_tokens, clip
         self.family = family_of(model)
-        self.tower = self.family.vision_tower(model)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.meter = energy_meter(self.device)
         self.layers = self.family.shape(model).decoder.num_layers
         self.visual = visual_tokens_of(model, inputs)
         self.padded = not bool(inputs["attention_mask"].all())
 
-    def patched(self, variant: Variant) -> Run:
-        """A run as the variant has it, which notes what it leaves."""
+    def side_by_side(self, variant: Variant, number: int) -> tuple[Run, Run | None]:
+        """The patched model and the oracle, which decode step by step in turn; the dense model has
+        no oracle."""
+        with variant.patched(self.twin, self.clip) as handle:
+            oracle = self.oracle(variant) if variant.parts and number % 2 else None
+            patched = self.patched(variant, handle)
+            if variant.parts and oracle is None:
+                oracle = self.oracle(variant)
+            prefilled = [patched] if oracle is None else [patched, oracle]
+            self.decode([one for one in prefilled if one.decodes])
+        return patched.run, None if oracle is None else oracle.run
+
+    def patched(self, variant: Variant, handle: Handle | None) -> _Prefilled:
+        """A prefill as the variant has it, which notes what it leaves."""
         variant.pictures = list(self.family.pictures(self.model, IMAGE, self.inputs)[0])
         variant.visual_tokens = self.visual
         variant.text_tokens = self.inputs["input_ids"].shape[1] - self.visual
         variant.per_layer = [self.visual] * self.layers
-        select = 0.0
-        held = _reset_peak(self.device)
-        with variant.patched(self.model, self.clip) as handle:
-            output, first = self.clock(partial(prefill, self.model, self.inputs))
-            if handle is not None:
-                select, variant.cuts = handle.last.select_seconds, cuts_of(handle)
-                variant.per_layer = longest(handle)
-                variant.unread_layers = handle.unread_layers
-            cache = output.past_key_values
-            variant.cache_bytes = kv_bytes(cache)
-            variant.entries = _attended(cache)
-            run = self.decoded(first, output, select, self.inputs["attention_mask"])
-        if held is not None:
-            added = torch.cuda.max_memory_allocated(self.device) - held
-            variant.peak_memory_bytes = max(variant.peak_memory_bytes or 0, added)
-        return run
+        output, run = self.clock(partial(prefill, self.twin, self.inputs), self.twin)
+        if handle is not None:
+            run.select, variant.cuts = handle.last.select_seconds, cuts_of(handle)
+            variant.per_layer = longest(handle)
+            variant.unread_layers = handle.unread_layers
+        cache = output.past_key_values
+        variant.cache_bytes = kv_bytes(cache)
+        variant.entries = _attended(cache)
+        mask = self.inputs["attention_mask"] if self.padded else None
+        return _Prefilled(run, Decoding(self.twin, output, mask))
 
-    def oracle(self, variant: Variant) -> Run:
-        """A run of the unpatched model on what a variant leaves."""
+    def oracle(self, variant: Variant) -> _Prefilled:
+        """A prefill of the unpatched model on what a variant leaves."""
         call = partial(oracle_prefill, self.model, self.inputs, variant.cuts)
-        output, first = self.clock(call)
+        output, run = self.clock(call, self.model)
         shorten(output.past_key_values, variant.entries)
         lengths = {layer.keys.shape[2] for layer in output.past_key_values.layers}
         eager = self.model.config.get_text_config()._attn_implementation == "eager"
-        if (self.padded or eager) and len(lengths) > 1:
-            return first  # its layers would need masks of their own, which the model does not make
-        mask = _cut(self.inputs["attention_mask"], min(lengths))
-        return self.decoded(first, output, 0.0, mask)
+        # Layers of unequal lengths would need masks of their own, which the model does not make.
+        decodes = len(lengths) == 1 or not (self.padded or eager)
+        mask = _cut(self.inputs["attention_mask"], min(lengths)) if self.padded else None
+        return _Prefilled(run, Decoding(self.model, output, mask), decodes)
 
-    def decoded(self, first: Run, output: Any, select: float, mask: Tensor) -> Run:
-        """`first` with what decoding behind it takes."""
-        call = partial(decode, self.model, output, self.new_tokens, mask if self.padded else None)
-        _, rest = self.clock(call)
-        return Run(
-            total=first.total,
-            vision=first.vision,
-            select=select,
-            per_decoded_token=rest.total / self.new_tokens,
-            joules=first.joules,
-            joules_per_decoded_token=None if rest.joules is None else rest.joules / self.new_tokens,
-        )
+    def decode(self, prefilled: Sequence[_Prefilled]) -> None:
+        """What decoding takes, noted in the runs."""
+        for one in prefilled if self.meter else ():  # whose counter is too coarse for one step
+            _, run = self.clock(partial(one.decoding.run, self.new_tokens), one.decoding.model)
+            if run.joules is not None:
+                one.run.joules_per_decoded_token = run.joules / self.new_tokens
+        seconds = in_turn([one.decoding for one in prefilled], self.new_tokens)
+        for one, steps in zip(prefilled, seconds, strict=True):
+            one.run.per_decoded_token = median(steps)
 
-    def clock(self, call: Callable[[], Any]) -> tuple[Any, Run]:
-        return clock(call, self.tower, self.device, self.meter)
+    def note_peak(self, variant: Variant, new_tokens: int) -> None:
+        """What prefill and decoding add on CUDA at their peak; elsewhere nothing."""
+        if self.device.type != "cuda":
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        mask = self.inputs["attention_mask"] if self.padded else None
+        with variant.patched(self.twin, self.clip):
+            Decoding(self.twin, prefill(self.twin, self.inputs), mask).run(new_tokens)
+        variant.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device) - held
+
+    def clock(self, call: Callable[[], Any], model: PreTrainedModel) -> tuple[Any, Run]:
+        return clock(call, self.family.vision_tower(model), self.device, self.meter)
+
+
+@dataclass
+class _Prefilled:
+    """A prefill, and what decodes behind it."""
+
+    run: Run
+    decoding: Decoding
+    decodes: bool = True
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model a second time, on the same weights: one can be patched beside the other."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def _cut(mask: Tensor, length: int) -> Tensor:
@@ -151,32 +182,12 @@ def clock(
     finally:
         for hook in hooks:
             hook.remove()
-    return result, Run(seconds, vision.seconds, 0.0, None, joules)
+    return result, Run(seconds, vision.seconds, joules=joules)
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
     """One forward up to the logits of the first new token."""
     return model(**inputs, use_cache=True, logits_to_keep=1)
-
-
-def decode(model: PreTrainedModel, output: Any, new_tokens: int, mask: Tensor | None) -> None:
-    """Feed `new_tokens` random words behind a prefill, one after the other.
-
-    Args:
-        mask: (B, L) of the prompt, where something is padded.
-    """
-    fed = words(model.config, new_tokens, seed=1).to(output.logits.device)
-    batch_size = len(output.logits)
-    for word in fed:
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(batch_size, 1)], 1)
-        model(
-            input_ids=word.expand(batch_size, 1),
-            attention_mask=mask,
-            past_key_values=output.past_key_values,
-            use_cache=True,
-            logits_to_keep=1,
-        )
 
 
 def longest(handle: Handle) -> list[int]:
@@ -204,14 +215,6 @@ def _attended(cache: Any) -> list[int]:
     return stored if most <= 0 else [min(count, most) for count in stored]
 
 
-def _reset_peak(device: torch.device) -> int | None:
-    """Bytes that are allocated on CUDA now, from which the next peak counts; None elsewhere."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
 @torch.inference_mode()
 def peak_memory(subject: Subject, parts: Parts, new_tokens: int, threads: int) -> int:
     """Bytes that prefill and decoding add to the loaded model at their peak, on the CPU of a
@@ -221,4 +224,4 @@ def peak_memory(subject: Subject, parts: Parts, new_tokens: int, threads: int) -
     inputs = subject.inputs("cpu")
     mask = inputs["attention_mask"] if subject.ragged else None
     with Variant(parts).patched(model, subject.text_twin("cpu")):
-        return added_at_peak(lambda: decode(model, prefill(model, inputs), new_tokens, mask))
+        return added_at_peak(lambda: Decoding(model, prefill(model, inputs), mask).run(new_tokens))

@@ -184,8 +184,9 @@ _NOTES = {
     "Total ms [quartiles]": "Total: one forward up to the first token's logits.",
     "Total/oracle [quartiles]": "Oracle: the unpatched language model on as many tokens as are "
     "kept, after the full vision encoder.",
-    "ms/token [quartiles]": "ms/token: of the tokens decoded after that; the oracle's cache has "
-    "as many entries in each layer.",
+    "ms/token [quartiles]": "ms/token: of the tokens decoded after that, by the median step; the "
+    "oracle's cache has as many entries in each layer, and its steps take turns with the patched "
+    "model's.",
     "Cache MiB": "Cache: keys and values after prefill.",
     "Peak MiB": "Peak: what prefill and decoding add to the loaded model.",
     "Energy J": "Energy: of the accelerator up to the first token, and of each token after it.",

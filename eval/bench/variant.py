@@ -23,17 +23,17 @@ from ..stats import spread
 from .subject import Subject, visual_tokens_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """Seconds of one run up to the first token's logits, and of the tokens decoded after it."""
 
     total: float
     vision: float
     """Of the total: in the vision encoder, reading scores included."""
-    select: float
+    select: float = 0.0
     """Of the total: choosing; inside the decoder with reading scores."""
-    per_decoded_token: float | None
-    """None where such a decoding step cannot be run."""
+    per_decoded_token: float | None = None
+    """The median of the steps; None where such a step cannot be run."""
     joules: float | None = None
     joules_per_decoded_token: float | None = None
 
