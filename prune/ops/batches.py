@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
-from ..contract import Selection, VisualTokens
+import torch
+from torch import Tensor
+
+from ..contract import BeforeLLM, Selection, Signal, VisualTokens
 
 OfEqualSize = Callable[[Sequence[VisualTokens], int], list[Selection]]
 """Chooses as many tokens of each of several images, which have equally many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InOnePass(BeforeLLM):
+    """A method whose rule is written for several images of equal size; one image is one of them."""
+
+    @abstractmethod
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        """Choose exactly `keep` tokens of each image, all of which have equally many."""
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        return self.select_equal([tokens], keep)[0]
+
+    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
+        return in_one_pass(asked, self.select_equal)
+
+
+def stacked(images: Sequence[VisualTokens], signal: Signal) -> Tensor:
+    """A signal of images of equal size: (B, N, ...)."""
+    return torch.stack([tokens.signals[signal] for tokens in images])
 
 
 def in_one_pass(asked: Sequence[tuple[VisualTokens, int]], choose: OfEqualSize) -> list[Selection]:

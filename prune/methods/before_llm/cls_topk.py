@@ -9,11 +9,13 @@ Differs: `scores="received"`, for encoders without CLS, ranks by the mean attent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...contract import BeforeLLM, ModelShape, Scope, Selection, Signal, VisualTokens
+from ...contract import ModelShape, Scope, Selection, Signal, VisualTokens
 from ...layers import encoder_layer
+from ...ops.batches import InOnePass, stacked
 from ...ops.checks import check_layer
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
@@ -22,7 +24,7 @@ from ...registry import register
 
 @register("cls_topk")
 @dataclass(frozen=True, kw_only=True)
-class ClsTopK(BeforeLLM):
+class ClsTopK(InOnePass):
     """The top tokens by one ViT layer, `layer` (None: the last but one)."""
 
     scopes: ClassVar[tuple[Scope, ...]] = ("tile", "image")
@@ -39,6 +41,6 @@ class ClsTopK(BeforeLLM):
         layer = encoder_layer(self.layer, -2, shape.tower, field="layer")
         return (salience(self.scores, layer),)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        (signal,) = self.needs(tokens.shape)
-        return Selection(kept=ascending(top_k(tokens.signals[signal], keep)))
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        (signal,) = self.needs(images[0].shape)
+        return [Selection(kept=k) for k in ascending(top_k(stacked(images, signal), keep))]

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...contract import (
-    BeforeLLM,
     Features,
     ModelShape,
     Newlines,
@@ -26,7 +25,7 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
-from ...ops.batches import in_one_pass
+from ...ops.batches import InOnePass
 from ...ops.maxmin import greedy_max_min
 from ...ops.topk import ascending
 from ...registry import register
@@ -34,7 +33,7 @@ from ...registry import register
 
 @register("divprune")
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(BeforeLLM):
+class DivPrune(InOnePass):
     """Greedy max-min diversity of the projected features, newlines among them."""
 
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("compete", "drop", "keep")
@@ -43,12 +42,6 @@ class DivPrune(BeforeLLM):
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (Features(),)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return self.select_batch([(tokens, keep)])[0]
-
-    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
-        return in_one_pass(asked, self._of_equal_size)
-
-    def _of_equal_size(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
         picks = greedy_max_min([tokens.signals[Features()] for tokens in images], keep)
         return [Selection(kept=kept) for kept in ascending(picks)]

@@ -17,13 +17,13 @@ Differs: anchors and buffers are excluded from the registers. On encoders that m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...contract import (
-    BeforeLLM,
     ModelShape,
     ReceivedAttention,
     Selection,
@@ -32,14 +32,16 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
+from ...ops.batches import InOnePass, stacked
 from ...ops.checks import check_flag, check_fraction, check_layer
+from ...ops.parts import on_device
 from ...ops.topk import ascending, top_k
 from ...registry import register
 
 
 @register("hiprune")
 @dataclass(frozen=True, kw_only=True)
-class HiPrune(BeforeLLM):
+class HiPrune(InOnePass):
     """Anchors and buffers (share `alpha` of the budget) from one layer, registers from another.
 
     `object_layer` and `deep_layer` are ViT layer indices; None takes the published ones: 8 and -2
@@ -61,14 +63,16 @@ class HiPrune(BeforeLLM):
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return tuple(dict.fromkeys(self._signals(shape.tower)))
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        objects, deep = (tokens.signals[s] for s in self._signals(tokens.shape.tower))
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        tower = images[0].shape.tower
+        objects, deep = (stacked(images, signal) for signal in self._signals(tower))
         anchors = top_k(objects, min(round(keep * self.alpha / 5), keep // 5))
-        certain = _with_neighbours(anchors, tokens.grid[1], tokens.num_tokens)
-        if self.official and tokens.shape.tower.merge_unit > 1:
-            registers = top_k(deep - certain.float(), keep - int(certain.sum()))
-            return Selection(kept=certain.index_fill(0, registers, True).nonzero()[:, 0])
-        return Selection(kept=ascending(top_k(deep.masked_fill(certain, torch.inf), keep)))
+        columns = on_device([tokens.grid[1] for tokens in images], deep.device)
+        certain = _with_neighbours(anchors, columns[:, None], deep.shape[1])
+        if self.official and tower.merge_unit > 1:
+            return list(map(_official, deep, certain, [keep] * len(images)))
+        kept = ascending(top_k(deep.masked_fill(certain, torch.inf), keep))
+        return [Selection(kept=of_image) for of_image in kept]
 
     def _signals(self, tower: Tower) -> tuple[ReceivedAttention, ReceivedAttention]:
         if tower.merge_unit > 1:
@@ -82,8 +86,15 @@ class HiPrune(BeforeLLM):
         return ReceivedAttention(objects), ReceivedAttention(deep)
 
 
-def _with_neighbours(anchors: Tensor, columns: int, num_tokens: int) -> Tensor:
-    """Mask (N,) of the anchors (k,) and their four neighbours on the flattened grid."""
+def _official(deep: Tensor, certain: Tensor, keep: int) -> Selection:
+    """As published: registers (N,) may repeat tokens that are certain (N,) already."""
+    registers = top_k(deep - certain.float(), keep - int(certain.sum()))
+    return Selection(kept=certain.index_fill(0, registers, True).nonzero()[:, 0])
+
+
+def _with_neighbours(anchors: Tensor, columns: Tensor, num_tokens: int) -> Tensor:
+    """Mask (B, N) of the anchors (B, k) and their four neighbours on flattened grids, which have
+    `columns` (B, 1)."""
     neighbours = [anchors + step for step in (0, -1, 1, -columns, columns)]
-    mask = torch.zeros(num_tokens, dtype=torch.bool, device=anchors.device)
-    return mask.index_fill(0, torch.cat(neighbours).clamp(0, num_tokens - 1), True)
+    mask = torch.zeros(len(anchors), num_tokens, dtype=torch.bool, device=anchors.device)
+    return mask.scatter(1, torch.cat(neighbours, 1).clamp(0, num_tokens - 1), True)

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from ...budget import round_tokens
 from ...contract import (
-    BeforeLLM,
     Cut,
     Features,
     ModelShape,
@@ -42,7 +41,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
-from ...ops.batches import in_one_pass
+from ...ops.batches import InOnePass
 from ...ops.checks import check_choice, check_flag, check_fraction, check_layer
 from ...ops.dispersion import Rule, greedy_dispersion
 from ...ops.parts import canvas_of
@@ -55,7 +54,7 @@ Pivot = Literal["cls", "received", "random"]
 
 @register("todre")
 @dataclass(frozen=True, kw_only=True)
-class ToDRE(BeforeLLM):
+class ToDRE(InOnePass):
     """Greedy dispersion over the whole image; late in the decoder all of its tokens may go.
 
     `pivot` says where the first token comes from: attention of CLS, received attention, or chance.
@@ -101,13 +100,7 @@ class ToDRE(BeforeLLM):
     def most(self, num_tokens: int) -> int:
         return round_tokens(0.25, num_tokens)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return self.select_batch([(tokens, keep)])[0]
-
-    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
-        return in_one_pass(asked, self._of_equal_size)
-
-    def _of_equal_size(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
         features = [tokens.signals[Features()] for tokens in images]
         first = torch.stack([self._pivot(tokens) for tokens in images])
         picks = greedy_dispersion(features, first, keep, self.rule)

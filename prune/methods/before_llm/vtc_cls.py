@@ -11,13 +11,16 @@ Differs: the start layer, 16 of 24, scales with the depth of other encoders; of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ...contract import BeforeLLM, ModelShape, Selection, Signal, VisualTokens
+from ...contract import ModelShape, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
 from ...layers import encoder_layer
+from ...ops.batches import InOnePass
 from ...ops.checks import check_layer
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
@@ -26,7 +29,7 @@ from ...registry import register
 
 @register("vtc_cls")
 @dataclass(frozen=True, kw_only=True)
-class VtcCls(BeforeLLM):
+class VtcCls(InOnePass):
     """CLS attention of layers `layer` to the last but one (None: the published 16 of 24)."""
 
     layer: int | None = None
@@ -52,6 +55,11 @@ class VtcCls(BeforeLLM):
         seen = [i for i in layers if tower.full_attention is None or i in tower.full_attention]
         return tuple(salience(self.scores, layer) for layer in seen)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        scores = torch.stack([self._scores(tokens) for tokens in images])
+        return [Selection(kept=kept) for kept in ascending(top_k(scores, keep))]
+
+    def _scores(self, tokens: VisualTokens) -> Tensor:
+        """(N,), image by image: a larger tensor may be summed in another order."""
         rows = [tokens.signals[signal].float() for signal in self.needs(tokens.shape)]
-        return Selection(kept=ascending(top_k(torch.stack(rows).sum(0), keep)))
+        return torch.stack(rows).sum(0)
