@@ -58,7 +58,15 @@ def test_images_of_equal_number_and_different_shape(name, grids, shares, seed):
 
 def test_the_methods_with_one_pass():
     """A method that loses its pass would leave the next test silently."""
-    assert set(ONE_PASS) >= {"cdpruner", "cls_topk", "divprune", "hiprune", "todre", "vtc_cls"}
+    assert set(ONE_PASS) >= {
+        "cdpruner",
+        "cls_topk",
+        "divprune",
+        "fopru",
+        "hiprune",
+        "todre",
+        "vtc_cls",
+    }
 
 
 @pytest.mark.parametrize("name", ONE_PASS)

@@ -13,6 +13,7 @@ Differs: CLS is dropped from both axes of the attention map, which the paper lea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from ...contract import (
     AttentionToCls,
-    BeforeLLM,
     ClsAttention,
     ModelShape,
     ReceivedAttention,
@@ -32,6 +32,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
+from ...ops.batches import InOnePass
 from ...ops.checks import check_choice, check_layer
 from ...ops.parts import by_tile
 from ...ops.topk import ascending, top_k
@@ -43,7 +44,7 @@ Axis = Literal["received", "given", "auto"]
 
 @register("fopru")
 @dataclass(frozen=True, kw_only=True)
-class FoPru(BeforeLLM):
+class FoPru(InOnePass):
     """Mean attention in one ViT layer (None: the last but one), by token or by row of tokens.
 
     `axis` says which mean: of the attention that a token receives, of that which it gives, or the
@@ -72,13 +73,13 @@ class FoPru(BeforeLLM):
             wanted.append(AttentionToCls(layer))
         return tuple(wanted)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        scores = self._scores(tokens)
-        if self.strategy == "rank":
-            return Selection(kept=ascending(top_k(scores, keep)))
-        best = top_k(scores, len(scores))
-        by_row = best[_row_ranks(scores, tokens)[best].argsort(stable=True)]
-        return Selection(kept=ascending(by_row[:keep]))
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        scores = torch.stack([self._scores(tokens) for tokens in images])
+        best = top_k(scores, scores.shape[1])
+        if self.strategy == "row":
+            ranks = torch.stack(list(map(_row_ranks, scores, images)))
+            best = best.gather(1, ranks.gather(1, best).argsort(stable=True))
+        return [Selection(kept=kept) for kept in ascending(best[:, :keep])]
 
     def _scores(self, tokens: VisualTokens) -> Tensor:
         """The chosen mean (N,), times the number of patches and up to a constant."""
