@@ -83,3 +83,19 @@ def test_operations_are_counted_where_images_are_asked_in_turn():
     images = [make_tokens(method, (8, 8), seed=seed) for seed in range(8)]
     assert operations(method, images, 16) == 8 * operations(method, images[:1], 16)
     assert torch.equal(select(method, images[0], 64).kept, torch.arange(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "tower"),
+    [
+        ("fopru", {"strategy": "row", "axis": "auto"}, "clip"),
+        ("hiprune", {"official": True}, "merging"),
+    ],
+)
+def test_the_other_rule_of_a_method_in_one_pass(name, fields, tower):
+    method = method_class(name)(**fields)
+    grids = [(4, 6), (6, 4), (4, 6), (5, 7)]
+    images = [make_tokens(method, grid, seed=i, tower=tower) for i, grid in enumerate(grids)]
+    together = method.select_batch([(tokens, 9) for tokens in images])
+    alone = [method.select(tokens, 9) for tokens in images]
+    assert all(map(same, together, alone))
