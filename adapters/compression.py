@@ -251,14 +251,15 @@ class Compression:
         state.uncroppable = max(0, state.uncroppable - removed)
 
 
-@torch.no_grad()
 def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
     """Let the method remove entries of each row after a step of `new` tokens, as many at most."""
-    call = setup.on_cache
-    if call is None or not isinstance(call.method, Compressing):
-        return
-    if type(call.method).evict is Compressing.evict:
-        return
+    method = setup.on_cache.method if setup.on_cache is not None else None
+    if isinstance(method, Compressing) and type(method).evict is not Compressing.evict:
+        _evict(setup, method, cache, state, new)
+
+
+@torch.no_grad()
+def _evict(setup: Setup, method: Compressing, cache: Any, state: PrunedState, new: int) -> None:
     repacks = setup.positions[Place.CACHE] == "repacked"
     stops = [*[s.start for s in state.segments[1:]], len(cache.layers)]
     evicted = False
@@ -267,7 +268,7 @@ def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:
             continue
         segment.ledger[:, 2:] += new * (segment.ledger[:, :1] > 0)
         width = int(cache.physical_length(segment.start))
-        gone = [_evicted(call.method, new, width, *row) for row in segment.ledger.tolist()]
+        gone = [_evicted(method, new, width, *row) for row in segment.ledger.tolist()]
         if not any(gone):
             continue
         evicted = True

@@ -7,85 +7,105 @@ less, and not the same in every layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cache import PrunedState, pruned_state
+from .cache import PrunedState, Segment
 from .masks import layer_kind, layer_mask, tells_length
 from .setup import Setup
 
 
-def continue_text(setup: Setup, state: PrunedState, kwargs: dict[str, Any]) -> Tensor | None:
-    """Translate positions and mask of the text model's arguments, in place.
+@dataclass
+class Continued:
+    """A call on a shortened cache, without visual tokens."""
 
-    Returns:
-        the caller's position ids of the new tokens; None where no segment has positions of its own.
-    """
-    embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
-    mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    length = embeds.shape[1]
-    if ids is not None:
-        ids = ids[..., -length:]
-    shifted = any(segment.shift is not None for segment in state.segments)
-    if shifted and ids is None:
-        ids = torch.arange(length, device=embeds.device)[None] + cache.get_seq_length()
-    first = state.segments[0].shift
-    kwargs["position_ids"] = ids if first is None or ids is None else ids - first.to(ids.device)
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        return ids if shifted else None  # a static cache: generate() built it
-    # A single new token is always real; more of them may be padded.
-    if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
-        new = mask[:, -length:].to(embeds.device, torch.bool)
-        for segment in state.segments:
-            segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
-    kwargs["attention_mask"] = first_padding(setup, state, cache, length)
-    return ids if shifted else None
+    setup: Setup
+    cache: Any
+    state: PrunedState
+    new: int
+    """Tokens fed."""
+    ids: Tensor | None
+    """The caller's position ids of the new tokens; None where no segment has positions of its
+    own."""
+    _memo: dict[Any, Any] = field(default_factory=dict)
+    """What was made for earlier layers."""
 
+    @classmethod
+    def begin(cls, setup: Setup, state: PrunedState, kwargs: dict[str, Any]) -> Continued:
+        """Translate positions and mask of the text model's arguments, in place."""
+        embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        length = embeds.shape[1]
+        if ids is not None:
+            ids = ids[..., -length:]
+        shifted = any(segment.shift is not None for segment in state.segments)
+        if shifted and ids is None:
+            ids = torch.arange(length, device=embeds.device)[None] + cache.get_seq_length()
+        first = state.segments[0].shift
+        kwargs["position_ids"] = ids if first is None or ids is None else ids - first.to(ids.device)
+        call = cls(setup, cache, state, length, ids if shifted else None)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return call  # a static cache: generate() built it
+        # A single new token is always real; more of them may be padded.
+        if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
+            new = mask[:, -length:].to(embeds.device, torch.bool)
+            for segment in state.segments:
+                segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
+        kwargs["attention_mask"] = first_padding(setup, state, cache, length)
+        return call
 
-def continue_layer(
-    setup: Setup,
-    layer: int,
-    hidden: Tensor,
-    kwargs: Mapping[str, Any],
-    ids: Tensor | None,
-    memo: dict[Any, Any],
-) -> dict[str, Any] | None:
-    """Arguments of a layer that stores less than the first, for which the model made its mask and
-    its rotary tables.
+    def helps(self, layer: int, kwargs: Mapping[str, Any]) -> bool:
+        """Whether a layer stores less than the first, for which the model made its mask and its
+        rotary tables, and so needs others."""
+        segment = self.state.segment(layer)
+        if segment.start == 0 or kwargs.get("past_key_values") is not self.cache:
+            return False
+        return self._masked(segment, kwargs) or self.ids is not None
 
-    Args:
-        ids: what `continue_text` returned.
-        memo: what was made for earlier layers of the same call; added to.
+    def layer(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of a layer that needs others than those given."""
+        segment = self.state.segment(layer)
+        new: dict[str, Any] = {}
+        if self._masked(segment, kwargs):
+            kind = layer_kind(self.setup.config, layer)
+            key: tuple[Any, ...] = ("mask", segment.start, kind, hidden.device)
+            if key not in self._memo:
+                length = _mask_length(self.setup, self.cache, hidden.shape[1], layer)
+                padding = segment.padding_to(length)
+                mask = layer_mask(self.setup.config, layer, hidden, padding, self.cache)
+                self._memo[key] = mask
+            new["attention_mask"] = self._memo[key]
+        if self.ids is not None:
+            key = ("rotary", hidden.device)
+            if key not in self._memo:
+                self._memo[key] = self._tables(hidden, self.ids)
+            new["position_embeddings"] = self._memo[key][segment.start]
+        return {**kwargs, **new}
 
-    Returns:
-        new keyword arguments, or None where the given ones serve.
-    """
-    cache = kwargs.get("past_key_values")
-    state = pruned_state(cache)
-    if state is None or (segment := state.segment(layer)).start == 0:
-        return None
-    new: dict[str, Any] = {}
-    if kwargs.get("attention_mask") is not None or segment.padding is not None:
-        kind = layer_kind(setup.config, layer)
-        key: tuple[Any, ...] = ("mask", segment.start, kind, hidden.device)
-        if key not in memo:
-            padding = segment.padding_to(_mask_length(setup, cache, hidden.shape[1], layer))
-            memo[key] = layer_mask(setup.config, layer, hidden, padding, cache)
-        new["attention_mask"] = memo[key]
-    if ids is not None:
-        key = ("rotary", segment.start, hidden.device)
-        if key not in memo:
-            own = ids if segment.shift is None else ids - segment.shift.to(ids.device)
-            memo[key] = setup.rotary(hidden, own)
-        new["position_embeddings"] = memo[key]
-    return {**kwargs, **new} if new else None
+    def _tables(self, hidden: Tensor, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """The rotary tables of all segments by their first layers, made at once: a decoding step
+        is as long as its launches."""
+        rows = (*ids.shape[:-2], len(hidden), ids.shape[-1])
+        shifts = [segment.shift for segment in self.state.segments]
+        own = [ids if shift is None else ids - shift.to(ids.device) for shift in shifts]
+        cos, sin = self.setup.rotary(hidden, torch.cat([x.expand(rows) for x in own], -2))
+        tables = zip(cos.split(len(hidden)), sin.split(len(hidden)), strict=True)
+        starts = (segment.start for segment in self.state.segments)
+        return dict(zip(starts, tables, strict=True))
+
+    def _masked(self, segment: Segment, kwargs: Mapping[str, Any]) -> bool:
+        return kwargs.get("attention_mask") is not None or segment.padding is not None
 
 
 def first_padding(setup: Setup, state: PrunedState, cache: Any, queries: int) -> Tensor | None:
     """The 2-D mask of the first layer, from which generate() builds its own for a static cache."""
-    return state.segments[0].padding_to(_mask_length(setup, cache, queries, 0))
+    first = state.segments[0]
+    if first.padding is None:
+        return None
+    return first.padding_to(_mask_length(setup, cache, queries, 0))
 
 
 def _mask_length(setup: Setup, cache: Any, queries: int, layer: int) -> int:

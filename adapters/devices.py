@@ -16,7 +16,7 @@ _META = torch.device("meta")
 
 def execution_device(module: nn.Module) -> torch.device | None:
     """The device that a module's forward runs on; None for one without weights."""
-    weight = next(module.parameters(), None)
+    weight = _first_weight(module)
     if weight is None or weight.device != _META:
         return None if weight is None else weight.device
     for part in module.modules():
@@ -25,6 +25,18 @@ def execution_device(module: nn.Module) -> torch.device | None:
             if device is not None:
                 return torch.device(device)
     return _META
+
+
+def _first_weight(module: nn.Module) -> nn.Parameter | None:
+    """The first of `module.parameters()`, which would take several times as long: decoding asks
+    in every layer."""
+    for weight in module._parameters.values():
+        if weight is not None:
+            return weight
+    for child in module._modules.values():
+        if child is not None and (found := _first_weight(child)) is not None:
+            return found
+    return None
 
 
 def input_device(model: Any) -> torch.device:

@@ -9,7 +9,8 @@ One forward runs through these places, in order:
     text model (post)    hidden states back to the caller's length
     core (post)          forget everything about this call
 
-Later calls on the shortened cache pass `continuation` in the text model and its layers.
+Later calls on the shortened cache pass `continuation` in the text model and its layers. What only
+prefills need is on the layers during prefills only.
 
 State of a call lives in a `threading.local`, so threads that share a model do not meet.
 """
@@ -21,7 +22,6 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -48,14 +48,15 @@ from ..prune.contract import (
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from . import probes
 from .attend import Attention, attend
-from .cache import PrunedState, Ticket, pruned_state
+from .cache import Ticket, pruned_state
 from .clip_text import ClipText
 from .compression import evict
-from .continuation import continue_layer, continue_text, first_padding
+from .continuation import Continued, first_padding
 from .devices import execution_device
 from .encoding import Encoded, encode, encode_merged
 from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .guards import check_generate
+from .passing import PassingHooks
 from .prefill import Chosen, Prefill, begin
 from .prompt import Prompt
 from .remember import ImageMemory
@@ -70,19 +71,6 @@ _MASK_WITHOUT_EMBEDS = (
     "visual_mask= marks visual tokens inside inputs_embeds, and none were given: leave it out, "
     "input_ids and pixel_values tell by themselves."
 )
-
-
-@dataclass
-class Continued:
-    """A call on a shortened cache, without visual tokens."""
-
-    cache: Any
-    state: PrunedState
-    new: int
-    """Tokens fed."""
-    ids: Tensor | None
-    """The caller's position ids, where layers have positions of their own."""
-    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 class _Local(threading.local):
@@ -140,6 +128,8 @@ class Engine:
         self._local = _Local()
         self._warned = False
         self._undo: list[Callable[[], None]] = []
+        self._listening = PassingHooks()
+        self._undo.append(self._listening.remove)
         self._first = next((c.method for c in calls if isinstance(c.method, BeforeLLM)), None)
         self._needs = [
             need
@@ -192,43 +182,52 @@ class Engine:
             self._undo.append(probes.Tap(module, heard).remove)
 
     def _install_on_layer(self, index: int, layer: Any) -> None:
-        """Hooks on a decoder layer, none where nothing is cut, asked or stored differently."""
+        """Hooks on a decoder layer, none where nothing is cut, asked or stored differently.
+
+        What only listens to prefills is there during prefills only.
+        """
         setup = self.setup
         needs = [need for need in setup.heard if need.layer == index]
         method = setup.on_cache.method if setup.on_cache is not None else None
 
-        def hook(register: Callable[..., Any], call: Callable[..., Any], **options: Any) -> None:
-            self._undo.append(register(functools.partial(call, index), **options).remove)
+        def listen(register: Callable[..., Any], call: Callable[..., Any], **options: Any) -> None:
+            bound = functools.partial(call, index)
+            self._listening.add(lambda: register(bound, **options).remove)  # type: ignore[no-any-return]
 
         # Flash attention reads gapped position ids as packed sequences: hook every layer there.
         flash = "flash" in (setup.config._attn_implementation or "")
         gapped = flash and "original" in setup.positions.values()
         behind_cut = index >= min([*setup.starts[1:], len(self.text.layers)])
         entering = Hidden | MeanHidden | RotaryAffinity
-        if gapped or behind_cut or any(isinstance(need, entering) for need in needs):
-            hook(layer.register_forward_pre_hook, self._before_layer, with_kwargs=True)
+        before = functools.partial(self._before_layer, index)
+        if behind_cut:
+            hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+            self._undo.append(hook.remove)
+        elif gapped or any(isinstance(need, entering) for need in needs):
+            listen(layer.register_forward_pre_hook, self._before_layer, with_kwargs=True)
         steps = {need.module for need in needs if isinstance(need, ModuleStep)}
         if "attention" in steps or isinstance(method, Compressing):
             register = layer.self_attn.register_forward_hook
-            hook(register, self._after_attention, with_kwargs=True)
+            listen(register, self._after_attention, with_kwargs=True)
         if "mlp" in steps:
-            hook(layer.mlp.register_forward_hook, self._after_mlp)
+            listen(layer.mlp.register_forward_hook, self._after_mlp)
         if any(isinstance(need, Neurons) for need in needs):
-            hook(layer.mlp.down_proj.register_forward_pre_hook, self._before_down_proj)
+            listen(layer.mlp.down_proj.register_forward_pre_hook, self._before_down_proj)
         ahead = [need for need in needs if isinstance(need, TextAttention) and need.ahead]
         if ahead:
             keys = functools.partial(self._project_keys, index)
-            self._override(layer.self_attn.k_proj, "forward", keys)
+            self._listening.add(lambda: _shadow(layer.self_attn.k_proj, "forward", keys))
         asked = [need for need in needs if isinstance(need, TextAttention | ReceivedInLayer)]
         listeners: list[probes.Listener] = []
-        instead: probes.Exchange | None = None
         if len(asked) > len(ahead) or isinstance(method, Compressing):
             listeners.append(functools.partial(self._hear_decoder, index))
         if isinstance(method, Attending):
-            hook(layer.self_attn.register_forward_pre_hook, self._note_tables, with_kwargs=True)
+            note = functools.partial(self._note_tables, index)
+            hook = layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
             instead = functools.partial(self._attend, index)
-        if listeners or instead is not None:
-            self._undo.append(probes.Tap(layer.self_attn, listeners, instead).remove)
+            self._undo += [hook.remove, probes.Tap(layer.self_attn, listeners, instead).remove]
+        elif listeners:
+            self._listening.add(lambda: probes.Tap(layer.self_attn, listeners).remove)
 
     def _override(
         self,
@@ -237,19 +236,7 @@ class Engine:
         replacement: Callable[..., Any],
         original: Callable[..., Any] | None = None,
     ) -> None:
-        """Shadow a method on the instance; the original is the first argument of `replacement`."""
-        original = original or getattr(owner, name)
-        shadowed = owner.__dict__.get(name)
-        bound = functools.wraps(original)(functools.partial(replacement, original))
-        owner.__dict__[name] = bound
-
-        def undo() -> None:
-            if shadowed is None:
-                owner.__dict__.pop(name, None)
-            else:
-                owner.__dict__[name] = shadowed
-
-        self._undo.append(undo)
+        self._undo.append(_shadow(owner, name, replacement, original))
 
     def remove(self) -> None:
         """Put the model back exactly as it was. A second call does nothing."""
@@ -426,7 +413,7 @@ class Engine:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         local = self._local
-        local.forget()
+        self._forget()  # of an earlier call that was interrupted
         outputs: Mapping[str, Any] = kwargs.get("mm_encoder_outputs") or {}
         ids = args[0] if args else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
@@ -502,6 +489,12 @@ class Engine:
 
     @torch.compiler.disable
     def _after_core(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        """Everything about a call."""
+        if self._local.prefill is not None:
+            self._listening.off()
         self._local.forget()
 
     # --- text model: prefill -----------------------------------------------------------------
@@ -517,8 +510,7 @@ class Engine:
             if state is None:
                 return None
             kwargs = dict(kwargs)
-            ids = continue_text(self.setup, state, kwargs)
-            local.continued = Continued(cache, state, kwargs["inputs_embeds"].shape[1], ids)
+            local.continued = Continued.begin(self.setup, state, kwargs)
             return args, kwargs
         kwargs = dict(kwargs)
         embeds = kwargs["inputs_embeds"]
@@ -530,9 +522,12 @@ class Engine:
             kwargs["inputs_embeds"] = self._emit_merged(embeds, marks, merged)
             encoded = {IMAGE: merged}
         self._refuse_checkpointing(encoded)
-        local.prefill, last = begin(self.setup, encoded, visual, kwargs, local.chosen)
-        if local.prefill is None:
+        prefill, last = begin(self.setup, encoded, visual, kwargs, local.chosen)
+        if prefill is None:
             self.last = last
+            return args, kwargs
+        self._listening.on()
+        local.prefill = prefill
         return args, kwargs
 
     def _refuse_checkpointing(self, encoded: Mapping[Modality, Encoded]) -> None:
@@ -551,17 +546,17 @@ class Engine:
     def _before_layer(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        prefill, continued = self._local.prefill, self._local.continued
+        if prefill is None and (continued is None or not continued.helps(layer, kwargs)):
+            return None
         hidden, *rest = args
         device = execution_device(module)  # of a sharded model, it may be another than the last
         hidden = hidden if device is None else hidden.to(device)
-        prefill, continued = self._local.prefill, self._local.continued
         if prefill is not None:
             hidden, kwargs = prefill.enter_layer(layer, module, hidden, kwargs)
             return (hidden, *rest), {**kwargs, "position_ids": None}
-        if continued is None:
-            return None
-        new = continue_layer(self.setup, layer, hidden, kwargs, continued.ids, continued.memo)
-        return None if new is None else ((hidden, *rest), new)
+        assert continued is not None  # noqa: S101  (for the types)
+        return (hidden, *rest), continued.layer(layer, hidden, kwargs)
 
     @torch.compiler.disable
     def _hear_decoder(
@@ -636,6 +631,8 @@ class Engine:
         local = self._local
         prefill, local.prefill = local.prefill, None
         continued, local.continued = local.continued, None
+        if prefill is not None:
+            self._listening.off()
         if output is None:
             return None
         if continued is not None:
@@ -653,3 +650,25 @@ class Engine:
 def _seen(cache: Any) -> Any:
     """Tokens fed into a cache so far, 0 without one."""
     return cache.get_seq_length() if cache is not None else 0
+
+
+def _shadow(
+    owner: nn.Module,
+    name: str,
+    replacement: Callable[..., Any],
+    original: Callable[..., Any] | None = None,
+) -> Callable[[], None]:
+    """Shadow a method on the instance, with the original as the first argument of `replacement`;
+    returns what undoes it."""
+    original = original or getattr(owner, name)
+    shadowed = owner.__dict__.get(name)
+    bound = functools.wraps(original)(functools.partial(replacement, original))
+    owner.__dict__[name] = bound
+
+    def undo() -> None:
+        if shadowed is None:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = shadowed
+
+    return undo

@@ -61,7 +61,7 @@ def no_garbage(cheap_collection):
 def test_a_model_dropped_while_patched_leaves_no_global_name():
     before = sorted(ALL_ATTENTION_FUNCTIONS.keys())
     model = zoo.CASES["llava-clip-llama"].model()
-    vlmprune.patch(model, "fastv", keep_ratio=0.5)
+    vlmprune.patch(model, "vtc_cls", keep_ratio=0.5)
     assert sorted(ALL_ATTENTION_FUNCTIONS.keys()) != before
     del model
     gc.collect()
@@ -199,17 +199,43 @@ def listens(model, parts: tuple[str, ...]) -> dict[str, set[int]]:
     ],
 )
 def test_modules_inside_layers_are_hooked_where_they_are_read_and_freed_again(case, name, where):
+    """Only in prefills, but for methods that act on decoding steps."""
     parts = ("self_attn", "self_attn.k_proj", "mlp", "mlp.down_proj")
-    model = case.model()
+    model, seen = case.model(), []
     nothing = listens(model, parts)
     assert not any(nothing.values())
+    model.model.language_model.norm.register_forward_pre_hook(
+        lambda *_: seen.append(listens(model, parts))
+    )
     handle = vlmprune.patch(model, name, keep_ratio=0.4, **zoo.SMALL.get(name, {}))
-    expected = {part: where.get(part, set()) for part in parts}
-    assert listens(model, parts) == expected
-    outputs(model, case)
-    assert listens(model, parts) == expected
+    in_prefill = {part: where.get(part, set()) for part in parts}
+    while_decoding = in_prefill if name == "token_select" else nothing
+    assert listens(model, parts) == while_decoding
+    with torch.no_grad():
+        model.generate(**case.inputs(), max_new_tokens=3, min_new_tokens=3)
+    assert seen == [in_prefill, while_decoding, while_decoding]
+    assert listens(model, parts) == while_decoding
     handle.remove()
     assert listens(model, parts) == nothing
+
+
+@zoo.BOTH_FAMILIES
+def test_an_interrupted_prefill_leaves_hooks_until_the_next_call_only(case):
+    """torch runs no hook behind a KeyboardInterrupt."""
+    model = case.model()
+    vlmprune.patch(model, "visual_press", keep_ratio=0.4)
+    expected = outputs(model, case)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    interrupting = model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        model(**case.inputs())
+    interrupting.remove()
+    assert listens(model, ("self_attn",))["self_attn"] == {0, 1, 2, 3}
+    assert same(outputs(model, case), expected)
+    assert listens(model, ("self_attn",))["self_attn"] == set()
 
 
 @zoo.BOTH_FAMILIES
@@ -405,10 +431,13 @@ def test_the_probes_global_name_goes_with_the_last_handle(case, which):
     for model in models:
         model.set_attn_implementation(name)
     handles = [vlmprune.patch(model, METHODS[which]) for model in models]
-    new = set(ALL_ATTENTION_FUNCTIONS.keys()) - before
-    assert len(new) == 1 and "vlmprune" in new.pop()
+    new: set[str] = set()
+    models[1].model.language_model.norm.register_forward_pre_hook(
+        lambda *_: new.update(set(ALL_ATTENTION_FUNCTIONS.keys()) - before)
+    )
     handles[0].remove()
     pruned = outputs(models[1], case)
+    assert len(new) == 1 and "vlmprune" in new.pop()
     assert not same(pruned, outputs(models[0], case))
     handles[1].remove()
     assert set(ALL_ATTENTION_FUNCTIONS.keys()) == before
