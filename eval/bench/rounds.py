@@ -78,12 +78,13 @@ class _Bench:
         self.padded = not bool(inputs["attention_mask"].all())
 
     def side_by_side(self, variant: Variant, number: int) -> tuple[Run, Run | None]:
-        """The patched model and the oracle, which decode step by step in turn; the dense model has
-        no oracle."""
+        """The patched model and the oracle, which decode step by step in turn; the dense model and
+        round 0 have no oracle."""
         with variant.patched(self.twin, self.clip) as handle:
-            oracle = self.oracle(variant) if variant.parts and number % 2 else None
+            compared = bool(variant.parts) and number > 0
+            oracle = self.oracle(variant) if compared and number % 2 else None
             patched = self.patched(variant, handle)
-            if variant.parts and oracle is None:
+            if compared and oracle is None:
                 oracle = self.oracle(variant)
             prefilled = [patched] if oracle is None else [patched, oracle]
             self.decode([one for one in prefilled if one.decodes])
