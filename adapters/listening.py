@@ -50,7 +50,8 @@ class Prompts:
         return self._asked[key]
 
     def _find(self, image: PlacedImage, rows: Rows) -> Tensor:
-        last = self.real[image.row].nonzero()[-1]
+        columns = torch.arange(self.real.shape[1], device=self.real.device)
+        last = torch.where(self.real[image.row], columns, -1).argmax()[None]
         if rows == "last":
             return last
         behind = self.text[image.row].clone()

@@ -26,6 +26,8 @@ class PlacedImage:
 
     encoded: EncodedImage
     sample: int
+    row: int
+    """The row of the batch that stands for the sample."""
     rows: Tensor
     """Rows of the batch that hold its sample (several under beam search)."""
     columns: Tensor
@@ -41,11 +43,6 @@ class PlacedImage:
     """(2, G) pairs of a row and a token merged into it, sorted by row; None: nothing merged."""
     signals: dict[Signal, Tensor] = field(default_factory=dict)
     """What was read for the method's next choice: per row, or for the whole image."""
-
-    @property
-    def row(self) -> int:
-        """The row of the batch that stands for the sample."""
-        return int(self.rows[0])
 
     @property
     def row_tokens(self) -> Tensor:
@@ -145,7 +142,12 @@ def place(
     for modality, of_call in encoded.items():
         images, samples = _place_one(modality, of_call, visual[modality])
         placed += images
-    placed.sort(key=lambda image: (image.sample, int(image.columns[0])))
+    if len(encoded) > 1:  # each modality is in order
+        firsts = torch.stack([image.columns[0] for image in placed]).tolist()
+        keys = {
+            id(image): (image.sample, first) for image, first in zip(placed, firsts, strict=True)
+        }
+        placed.sort(key=lambda image: keys[id(image)])
     for image, following in zip(placed, [*placed[1:], None], strict=True):
         if following is not None and following.sample == image.sample:
             image.plan = _plan(setup, image.encoded, "context")
@@ -185,6 +187,7 @@ def _place_one(
                 PlacedImage(
                     encoded=image,
                     sample=sample,
+                    row=row,
                     rows=rows,
                     columns=columns[row][used : used + image.num_tokens],
                     stopwatch=encoded.stopwatch,

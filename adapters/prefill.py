@@ -397,15 +397,20 @@ class Prefill:
         moved, (batch, length) = hidden.clone(), self.prompts.real.shape
         source = torch.arange(length, device=self.prompts.real.device).repeat(batch, 1)
         for image, chosen, (left, entered) in moves:
-            for row in image.rows.tolist():
-                place = self.layout.place[row].to(hidden.device)
-                rows = hidden[row, place[left.to(hidden.device)]]
-                if chosen.features is not None:
-                    everywhere = torch.arange(len(rows), device=rows.device)
-                    at = everywhere if chosen.rows is None else chosen.rows.to(rows.device)
-                    rows = rows.index_copy(0, at, chosen.features.to(rows))
-                moved[row, place[entered.to(hidden.device)]] = rows
-                source[row, entered] = left
+            rows = image.rows[:, None]
+            place = self.layout.place[image.rows]
+            leaving, entering, batch_rows = (
+                x.to(hidden.device) for x in (place[:, left], place[:, entered], rows)
+            )
+            states = hidden[batch_rows, leaving]
+            if chosen.features is not None:
+                at = torch.arange(len(left), device=hidden.device)
+                at = at if chosen.rows is None else chosen.rows.to(hidden.device)
+                states = states.index_copy(
+                    1, at, chosen.features.to(states).expand(len(rows), -1, -1)
+                )
+            moved[batch_rows, entering] = states
+            source[rows, entered] = left
         self._source = source if self._source is None else self._source.gather(1, source)
         self.positions = _gathered(self.positions, source)
         return moved
@@ -589,11 +594,9 @@ def _positions(prefill: Prefill, ids: Tensor, shift: Tensor | None) -> Tensor:
 
 def _trailing_text(real: Tensor, visual: Tensor) -> int:
     """Text tokens after the last visual one, in the row that has fewest of them."""
-    with_image = visual.any(1)
-    if not bool(with_image.any()):
-        return real.shape[1]
     after = visual.flip(1).cumsum(1).flip(1) == 0
-    return int((real & after).sum(1)[with_image].min())
+    counts = (real & after).sum(1).masked_fill(~visual.any(1), real.shape[1])
+    return int(counts.min())  # the host waits here
 
 
 def _wants_cache(kwargs: Mapping[str, Any], config: Any) -> bool:
