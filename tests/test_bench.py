@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import sys
+import time
 import types
 from functools import partial
 
@@ -14,10 +15,11 @@ from vlmprune.eval import cli, energy
 from vlmprune.eval.bench import command
 from vlmprune.eval.bench.decoding import Decoding, in_turn
 from vlmprune.eval.bench.oracle import oracle_prefill
-from vlmprune.eval.bench.rounds import clock, cuts_of, longest, prefill, twin
+from vlmprune.eval.bench.rounds import cuts_of, longest, prefill, twin
 from vlmprune.eval.bench.subject import Subject
 from vlmprune.eval.bench.table import before_after_table
 from vlmprune.eval.bench.targets import targets, verdicts
+from vlmprune.eval.bench.turns import Timed, take_turns
 from vlmprune.eval.bench.variant import Variant
 from vlmprune.eval.compose import parse
 from vlmprune.eval.flops import model_cost, visual_share
@@ -294,6 +296,31 @@ def test_a_twin_shares_the_weights_and_is_patched_alone():
     assert [cache.layers[0].keys.shape[2] for cache in caches] == [stored, stored - 12]
 
 
+def test_calls_take_turns_layer_by_layer_each_with_its_own_clock():
+    subject = Subject(layers=2, width=64, visual_tokens=16)
+    inputs, ran = subject.inputs("cpu"), []
+    models = [subject.model("cpu"), subject.model("cpu")]
+    for number, model in enumerate(models):
+        for layer in model.model.language_model.layers:
+            layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    slow = models[1].model.vision_tower.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    calls = [Timed(partial(prefill, model, inputs), model) for model in models]
+    take_turns(calls, first=1)
+    slow.remove()
+    assert ran in ([0, 1, 0, 1], [1, 0, 1, 0])
+    assert torch.equal(calls[0].result.logits, calls[1].result.logits)
+    assert 0 < calls[0].vision_seconds < calls[0].seconds < 0.2 < calls[1].seconds
+    assert not any(layer._forward_pre_hooks for layer in models[0].model.vision_tower.modules())
+
+
+def test_a_call_that_fails_lets_the_other_one_end():
+    model = Subject(layers=2, width=64, visual_tokens=16).model("cpu")
+    ended = []
+    with pytest.raises(ZeroDivisionError):
+        take_turns([Timed(lambda: 1 / 0, model), Timed(lambda: ended.append(1), twin(model))])
+    assert ended == [1]
+
+
 def test_decoding_in_turn_gives_each_its_own_steps():
     subject = Subject(layers=2, width=64, visual_tokens=16)
     model, inputs = subject.model("cpu"), subject.inputs("cpu")
@@ -362,10 +389,9 @@ def cuda(monkeypatch):
 
 def test_energy_is_the_difference_of_the_accelerators_counter(cuda, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    meter = energy.energy_meter(cuda)
-    tower = torch.nn.Linear(2, 2)
-    _, clocked = clock(lambda: tower(torch.ones(2)), tower, torch.device("cpu"), meter)
-    assert clocked.joules == 5 and 0 < clocked.vision < clocked.total
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    called = []
+    assert energy.energy_meter(cuda).spent(lambda: called.append(1)) == 5 and called == [1]
     assert energy.energy_meter(torch.device("cpu")) is None
 
 

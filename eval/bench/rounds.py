@@ -18,14 +18,14 @@ from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE
 from ...adapters.patching import Handle
 from ...adapters.registry import family_of
-from ...adapters.report import Stopwatch
 from ..compose import Parts
-from ..energy import EnergyMeter, energy_meter
+from ..energy import energy_meter
 from ..measure import kv_bytes
 from ..memory import added_at_peak
 from .decoding import Decoding, in_turn
 from .oracle import oracle_prefill, shorten
 from .subject import Subject, visual_tokens_of
+from .turns import Timed, take_turns
 from .variant import Round, Run, Variant
 
 
@@ -78,53 +78,58 @@ class _Bench:
         self.padded = not bool(inputs["attention_mask"].all())
 
     def side_by_side(self, variant: Variant, number: int) -> tuple[Run, Run | None]:
-        """The patched model and the oracle, which decode step by step in turn; the dense model and
-        round 0 have no oracle."""
+        """The patched model and the oracle, layer by layer and step by step in turn; the dense
+        model and round 0 have no oracle."""
         with variant.patched(self.twin, self.clip) as handle:
-            compared = bool(variant.parts) and number > 0
-            oracle = self.oracle(variant) if compared and number % 2 else None
-            patched = self.patched(variant, handle)
-            if compared and oracle is None:
-                oracle = self.oracle(variant)
-            prefilled = [patched] if oracle is None else [patched, oracle]
+            calls = [Timed(partial(prefill, self.twin, self.inputs), self.twin)]
+            if variant.parts and number:
+                given = partial(oracle_prefill, self.model, self.inputs, variant.cuts)
+                calls.append(Timed(given, self.model))
+            take_turns(calls, first=number % len(calls))
+            prefilled = [self.patched(variant, handle, calls[0])]
+            prefilled += [self.oracle(variant, call) for call in calls[1:]]
+            if self.meter is not None:
+                for call, one in zip(calls, prefilled, strict=True):
+                    one.run.joules = self.meter.spent(call.call)
             self.decode([one for one in prefilled if one.decodes])
-        return patched.run, None if oracle is None else oracle.run
+        patched, *oracle = (one.run for one in prefilled)
+        return patched, oracle[0] if oracle else None
 
-    def patched(self, variant: Variant, handle: Handle | None) -> _Prefilled:
-        """A prefill as the variant has it, which notes what it leaves."""
+    def patched(self, variant: Variant, handle: Handle | None, call: Timed) -> _Prefilled:
+        """A prefill as the variant has it; what it leaves is noted."""
         variant.pictures = list(self.family.pictures(self.model, IMAGE, self.inputs)[0])
         variant.visual_tokens = self.visual
         variant.text_tokens = self.inputs["input_ids"].shape[1] - self.visual
         variant.per_layer = [self.visual] * self.layers
-        output, run = self.clock(partial(prefill, self.twin, self.inputs), self.twin)
+        run = Run(call.seconds, call.vision_seconds)
         if handle is not None:
             run.select, variant.cuts = handle.last.select_seconds, cuts_of(handle)
             variant.per_layer = longest(handle)
             variant.unread_layers = handle.unread_layers
-        cache = output.past_key_values
+        cache = call.result.past_key_values
         variant.cache_bytes = kv_bytes(cache)
         variant.entries = _attended(cache)
         mask = self.inputs["attention_mask"] if self.padded else None
-        return _Prefilled(run, Decoding(self.twin, output, mask))
+        return _Prefilled(run, Decoding(self.twin, call.result, mask))
 
-    def oracle(self, variant: Variant) -> _Prefilled:
+    def oracle(self, variant: Variant, call: Timed) -> _Prefilled:
         """A prefill of the unpatched model on what a variant leaves."""
-        call = partial(oracle_prefill, self.model, self.inputs, variant.cuts)
-        output, run = self.clock(call, self.model)
-        shorten(output.past_key_values, variant.entries)
-        lengths = {layer.keys.shape[2] for layer in output.past_key_values.layers}
+        cache = call.result.past_key_values
+        shorten(cache, variant.entries)
+        lengths = {layer.keys.shape[2] for layer in cache.layers}
         eager = self.model.config.get_text_config()._attn_implementation == "eager"
         # Layers of unequal lengths would need masks of their own, which the model does not make.
         decodes = len(lengths) == 1 or not (self.padded or eager)
         mask = _cut(self.inputs["attention_mask"], min(lengths)) if self.padded else None
-        return _Prefilled(run, Decoding(self.model, output, mask), decodes)
+        run = Run(call.seconds, call.vision_seconds)
+        return _Prefilled(run, Decoding(self.model, call.result, mask), decodes)
 
     def decode(self, prefilled: Sequence[_Prefilled]) -> None:
         """What decoding takes, noted in the runs."""
-        for one in prefilled if self.meter else ():  # whose counter is too coarse for one step
-            _, run = self.clock(partial(one.decoding.run, self.new_tokens), one.decoding.model)
-            if run.joules is not None:
-                one.run.joules_per_decoded_token = run.joules / self.new_tokens
+        if self.meter is not None:  # which is too coarse for single layers and steps
+            for one in prefilled:
+                joules = self.meter.spent(partial(one.decoding.run, self.new_tokens))
+                one.run.joules_per_decoded_token = joules / self.new_tokens
         seconds = in_turn([one.decoding for one in prefilled], self.new_tokens)
         for one, steps in zip(prefilled, seconds, strict=True):
             one.run.per_decoded_token = median(steps)
@@ -139,9 +144,6 @@ class _Bench:
         with variant.patched(self.twin, self.clip):
             Decoding(self.twin, prefill(self.twin, self.inputs), mask).run(new_tokens)
         variant.peak_memory_bytes = torch.cuda.max_memory_allocated(self.device) - held
-
-    def clock(self, call: Callable[[], Any], model: PreTrainedModel) -> tuple[Any, Run]:
-        return clock(call, self.family.vision_tower(model), self.device, self.meter)
 
 
 @dataclass
@@ -163,27 +165,6 @@ def _cut(mask: Tensor, length: int) -> Tensor:
     """A mask (B, L) whose padding is on the left, for `length` columns with as much of it."""
     missing = (mask == 0).sum(1, keepdim=True)
     return (torch.arange(length, device=mask.device) >= missing).to(mask.dtype)
-
-
-def clock(
-    call: Callable[[], Any], tower: Any, device: torch.device, meter: EnergyMeter | None
-) -> tuple[Any, Run]:
-    """What a call gives, and what it took; on CUDA by events, so that nothing waits in between."""
-    total, vision = Stopwatch(device), Stopwatch(device)
-    hooks = (
-        tower.register_forward_pre_hook(lambda *_: vision.__enter__() and None),
-        tower.register_forward_hook(lambda *_: vision.__exit__(None, None, None)),
-    )
-    try:
-        before = meter.joules() if meter else 0.0
-        with total:
-            result = call()
-        seconds = total.seconds  # waits for the device
-        joules = meter.joules() - before if meter else None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return result, Run(seconds, vision.seconds, joules=joules)
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
