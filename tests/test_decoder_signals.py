@@ -565,16 +565,22 @@ def test_a_layer_is_read_only_for_what_is_declared(case, heard):
     wants = (TextAttention(1), ModuleStep(0, "mlp", step), Hidden(2), Neurons(2, likeness))
     model, recorder = case.model(), Recorder(wants=wants, at=(Cut(3),))
     patch(model, call(recorder))
-    layers = model.base_model.language_model.layers
-    hooked = [
-        {name for name, m in layer.named_modules() if m._forward_hooks or m._forward_pre_hooks}
-        for layer in layers
-    ]
-    assert hooked == [{"mlp"}, set(), {"", "mlp.down_proj"}, {""}]
-    tapped = [hasattr(layer.self_attn.config, "_vlmprune_tap") for layer in layers]
-    assert tapped == [False, True, False, False]
+    layers, heard_in_prefill = model.base_model.language_model.layers, []
+
+    def look(*_):
+        hooked = [
+            {name for name, m in layer.named_modules() if m._forward_hooks or m._forward_pre_hooks}
+            for layer in layers
+        ]
+        tapped = [hasattr(layer.self_attn.config, "_vlmprune_tap") for layer in layers]
+        heard_in_prefill.append((hooked, tapped))
+
+    model.base_model.language_model.norm.register_forward_pre_hook(look)
     with torch.no_grad():
         model(**case.inputs(ROWS))
+    hooked, tapped = heard_in_prefill.pop()
+    assert hooked == [{"mlp"}, set(), {"", "mlp.down_proj"}, {""}]
+    assert tapped == [False, True, False, False]
     assert all(set(seen.tokens.signals) == set(wants) for seen in recorder.seen)
 
 
