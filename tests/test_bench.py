@@ -305,20 +305,22 @@ def test_calls_take_turns_layer_by_layer_each_with_its_own_clock():
             layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
     slow = models[1].model.vision_tower.register_forward_pre_hook(lambda *_: time.sleep(0.2))
     calls = [Timed(partial(prefill, model, inputs), model) for model in models]
-    take_turns(calls, first=1)
+    take_turns(calls)
     slow.remove()
-    assert ran in ([0, 1, 0, 1], [1, 0, 1, 0])
+    assert ran in ([0, 1, 1, 0], [1, 0, 0, 1])
     assert torch.equal(calls[0].result.logits, calls[1].result.logits)
     assert 0 < calls[0].vision_seconds < calls[0].seconds < 0.2 < calls[1].seconds
     assert not any(layer._forward_pre_hooks for layer in models[0].model.vision_tower.modules())
 
 
-def test_a_call_that_fails_lets_the_other_one_end():
-    model = Subject(layers=2, width=64, visual_tokens=16).model("cpu")
-    ended = []
+def test_a_call_that_fails_ends_the_others():
+    subject = Subject(layers=2, width=64, visual_tokens=16)
+    models = [subject.model("cpu"), subject.model("cpu")]
+    waiting = Timed(partial(prefill, models[0], subject.inputs("cpu")), models[0])
     with pytest.raises(ZeroDivisionError):
-        take_turns([Timed(lambda: 1 / 0, model), Timed(lambda: ended.append(1), twin(model))])
-    assert ended == [1]
+        take_turns([waiting, Timed(lambda: 1 / 0, models[1])])
+    assert waiting.result is None
+    assert not any(part._forward_pre_hooks for part in models[0].modules())
 
 
 def test_decoding_in_turn_gives_each_its_own_steps():

@@ -85,7 +85,7 @@ class _Bench:
             if variant.parts and number:
                 given = partial(oracle_prefill, self.model, self.inputs, variant.cuts)
                 calls.append(Timed(given, self.model))
-            take_turns(calls, first=number % len(calls))
+            take_turns(calls if number % 2 else calls[::-1])
             prefilled = [self.patched(variant, handle, calls[0])]
             prefilled += [self.oracle(variant, call) for call in calls[1:]]
             if self.meter is not None:

@@ -1,17 +1,18 @@
 """Calls that take turns, layer by layer, each with clocks that stand still while another runs.
 
-Whatever slows the machine down for longer than a layer slows all of them.
+Whatever slows the machine down for longer than a layer slows all of them. They run in one thread,
+as memory that one thread has used before costs it less than another.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,37 +31,19 @@ class Timed:
     vision_seconds: float = 0.0
 
 
-def take_turns(calls: Sequence[Timed], first: int = 0) -> None:
-    """Run all calls, one layer of each at a time beginning with the `first`, and note in them what
-    they give and what they took."""
-    baton = _Baton(len(calls), first)
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(len(calls)) as pool:
-        runs = [pool.submit(_run, call, baton, i, threads) for i, call in enumerate(calls)]
+@torch.inference_mode()
+def take_turns(calls: Sequence[Timed]) -> None:
+    """Run all calls, one layer of each at a time, and note in them what they give and what they
+    took. They change places from layer to layer: the first finds the weights in no cache."""
+    runs = [greenlet(partial(_run, call)) for call in calls]
+    try:
+        while not all(run.dead for run in runs):
+            for run in runs:
+                run.switch()  # which does nothing when it has ended
+            runs.reverse()
+    finally:
         for run in runs:
-            run.result()
-
-
-class _Baton:
-    """One of several threads has it, and runs."""
-
-    def __init__(self, players: int, first: int) -> None:
-        self._turns = [threading.Semaphore(0) for _ in range(players)]
-        self._left = set(range(players))
-        self._turns[first].release()
-
-    def wait(self, player: int) -> None:
-        self._turns[player].acquire()
-
-    def give(self, player: int) -> None:
-        """To the next one, who may be oneself."""
-        behind = sorted(self._left, key=lambda other: (other <= player, other))
-        if behind:
-            self._turns[behind[0]].release()
-
-    def leave(self, player: int) -> None:
-        self._left.discard(player)
-        self.give(player)
+            run.throw()  # ends those that another's error has left behind
 
 
 @dataclass
@@ -88,17 +71,14 @@ class _Clocks:
             clock.__enter__()
 
 
-@torch.inference_mode()
-def _run(timed: Timed, baton: _Baton, player: int, threads: int) -> None:
-    torch.set_num_threads(threads)  # which OpenMP keeps for each thread
+def _run(timed: Timed) -> None:
     device: torch.device = timed.model.get_input_embeddings().weight.device
     clocks = _Clocks(Stopwatch(device), Stopwatch(device))
     tower = family_of(timed.model).vision_tower(timed.model)
 
     def next_turn(*_: Any) -> None:
         clocks.pause()
-        baton.give(player)
-        baton.wait(player)
+        getcurrent().parent.switch()
         clocks.resume()
 
     hooks = [layer.register_forward_pre_hook(next_turn) for layer in _layers(timed.model)]
@@ -106,7 +86,6 @@ def _run(timed: Timed, baton: _Baton, player: int, threads: int) -> None:
         tower.register_forward_pre_hook(lambda *_: clocks.start(clocks.vision)),
         tower.register_forward_hook(lambda *_: clocks.stop(clocks.vision)),
     ]
-    baton.wait(player)
     try:
         clocks.start(clocks.total)
         timed.result = timed.call()
@@ -115,7 +94,6 @@ def _run(timed: Timed, baton: _Baton, player: int, threads: int) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-        baton.leave(player)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
