@@ -41,6 +41,7 @@ from vlmprune.prune.contract import (
     TextAttention,
     VisualTokens,
 )
+from vlmprune.prune.errors import MissingSignalError
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 DEPTH = 4
@@ -963,6 +964,12 @@ def test_entries_behind_a_cached_text_prefix(case):
     patch(model, calls_of([recorder]))
     in_two_calls(model, case, truth.truth, LONG, PREFIX)
     check_entries(model, recorder, truth, 0.3)
+
+
+def test_a_cache_method_is_told_which_signals_are_read_for_it():
+    model, recorder = zoo.CASES["llava-clip-llama"].model(), CacheRecorder(wants=(Hidden(1),))
+    with pytest.raises(MissingSignalError, match="only ReceivedInLayer is, and CacheEntries"):
+        patch(model, call(recorder))
 
 
 @zoo.BOTH_FAMILIES

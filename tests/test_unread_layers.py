@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import vlmprune
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook
 from vlmprune.adapters.registry import family_of
 from zoo import ALL, CASES, Case
 
@@ -71,6 +73,41 @@ def test_a_signal_of_the_last_layer_is_read():
     model, inputs = case.model(), case.inputs()
     with vlmprune.patch(model, "cls_topk", layer=-1, keep_ratio=0.5):
         assert ran(model, lambda: model(**inputs)) == list(range(5))
+
+
+def test_hidden_states_have_as_many_entries_as_without_a_patch():
+    model, inputs, seen = CASES[LLAVA].model(), CASES[LLAVA].inputs(), []
+    tower = family_of(model).vision_tower(model)
+    tower.register_forward_hook(lambda module, args, out: seen.append(out.hidden_states))
+    with torch.no_grad():
+        dense = model(**inputs, output_hidden_states=True)
+        with vlmprune.patch(model, "grid", keep_ratio=1.0):
+            pruned = model(**inputs, output_hidden_states=True)
+    for one, other in zip(dense.hidden_states, pruned.hidden_states, strict=True):
+        assert torch.equal(one, other)
+    # Of the encoder's, transformers keeps only those that are selected.
+    read = [[state is not None for state in states] for states in seen]
+    assert read[0] == read[1] and any(read[0]) and not read[0][-1]
+
+
+def test_weights_of_unread_layers_that_are_offloaded_are_not_loaded(monkeypatch):
+    model, inputs = CASES[LLAVA].model(), CASES[LLAVA].inputs()
+    cpu_offload(model.model, execution_device=torch.device("cpu"))
+    loaded, load = set(), AlignDevicesHook.pre_forward
+
+    def loads(self, module, *args, **kwargs):
+        loaded.add(module)
+        return load(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", loads)
+    layers = family_of(model).vision_tower(model).encoder.layers
+    with torch.no_grad():
+        model(**inputs)
+        assert loaded & set(layers[-1].modules())
+        loaded.clear()
+        with vlmprune.patch(model, "grid", keep_ratio=0.5):
+            model(**inputs)
+    assert loaded & set(layers[-2].modules()) and not loaded & set(layers[-1].modules())
 
 
 def test_removed_without_a_trace():
