@@ -88,6 +88,8 @@ def gather_columns(tensor: Tensor, columns: Tensor) -> Tensor:
 
 def stored_columns(stored: Tensor, columns: Tensor) -> Tensor:
     """Columns (B, K) of keys or values (B, H, S, D_head): (B, H, K, D_head)."""
-    rows = torch.arange(len(columns), device=columns.device)[:, None, None]
-    heads = torch.arange(stored.shape[1], device=columns.device)[:, None]
-    return stored[rows, heads, columns[:, None]]
+    batch_size, heads, length, width = stored.shape
+    first = torch.arange(batch_size * heads, device=columns.device).view(batch_size, heads, 1)
+    # Whole entries are taken several times faster from a flat list than by three indices.
+    index = (first * length + columns[:, None]).flatten()
+    return stored.reshape(-1, width).index_select(0, index).view(batch_size, heads, -1, width)
