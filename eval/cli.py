@@ -523,7 +523,10 @@ def _bench_scale_arguments(parser: argparse.ArgumentParser) -> None:
         help="visual tokens, squares (default: 256,1024,4096,16384)",
     )
     parser.add_argument(
-        "--rounds", type=_positive, default=3, help="after one that warms up (default: 3)"
+        "--rounds",
+        type=_positive,
+        default=3,
+        help="after one that warms up; a round of more than 3 s is measured once (default: 3)",
     )
     parser.add_argument(
         "--limit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -57,8 +58,7 @@ def test_the_command_writes_what_it_measured(tmp_path, capsys, monkeypatch):
 def test_what_would_take_too_long_is_left_out(tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(scale, "in_fresh_process", lambda measure, *args: 1 << 20)
-    monkeypatch.setattr(scale, "_seconds", lambda *args: asked.append(args[2]) or [9.0])
-    monkeypatch.setattr(scale.time, "perf_counter", iter(range(0, 1000, 40)).__next__)
+    monkeypatch.setattr(scale, "_seconds", lambda *args: asked.append(args[2]) or ([9.0], 20.0))
     file = tmp_path / "scale.json"
     argv = ["--methods", "grid", "--tokens", "256,1024,4096", "--limit", "60", "-o", str(file)]
     assert cli.main(["bench", "scale", *argv]) == 0
@@ -79,3 +79,11 @@ def test_memory_of_a_choice_is_measured():
     peak = scale.peak_bytes("divprune", "grid", 1024, 1)
     assert peak >= 0
     assert scale.peak_bytes("fastv", "decoder", 256, 1) >= 0
+
+
+def test_long_rounds_are_not_repeated(monkeypatch):
+    monkeypatch.setattr(scale, "_LONG", 0.1)
+    quick, slow = iter(range(9)), iter(range(9))
+    assert scale._repeated(lambda: float(next(quick)), 3)[0] == [1, 2, 3]
+    found, elapsed = scale._repeated(lambda: time.sleep(0.2) or float(next(slow)), 3)
+    assert found == [0] and elapsed >= 0.2

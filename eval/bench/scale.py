@@ -61,6 +61,7 @@ _FRAME = 16  # rows and columns of a frame
 _SHARE = 9  # one token of so many stays
 _HEADS, _HEAD_WIDTH, _WIDTH, _CLIP_WIDTH, _TEXT_TOKENS = 16, 64, 1024, 768, 40
 _FIT_FROM = 1024  # below, what does not depend on the number of tokens counts most
+_LONG = 3.0  # a round of so many seconds is neither warmed up for nor repeated
 _LEAST_BYTES = 2**20  # below, the allocator says more than the method
 _LAYERS, _DECODER_WIDTH = 6, 128
 _FIELDS = {"token_select": ":n_init=4:n_local=32"}  # as published it does nothing to short prompts
@@ -141,43 +142,57 @@ def _measured(
             expected = last["elapsed"] * (count / last["tokens"]) ** 2
         if expected > limit:
             return {"tokens": count, "seconds": None, "peak_bytes": None, "elapsed": None}
-    started = time.perf_counter()
     seconds = _decoder_seconds if layout == "decoder" else _seconds
-    times = spread(seconds(name, layout, count, rounds))
-    elapsed = (time.perf_counter() - started) / (rounds + 1)
+    found, elapsed = seconds(name, layout, count, rounds)
     peak: int | None = None
     try:
         if count >= _FIT_FROM:
             peak = in_fresh_process(peak_bytes, name, layout, count, torch.get_num_threads())
     except MemoryMeasureError as error:  # the times are there
         logger.warning("%s, %d tokens: %s", name, count, error)
-    return {"tokens": count, "seconds": times, "peak_bytes": peak, "elapsed": elapsed}
+    return {"tokens": count, "seconds": spread(found), "peak_bytes": peak, "elapsed": elapsed}
 
 
 @torch.inference_mode()
-def _seconds(name: str, layout: Layout, count: int, rounds: int) -> list[float]:
-    """Of reading the scores and choosing; a first round warms up."""
+def _seconds(name: str, layout: Layout, count: int, rounds: int) -> tuple[list[float], float]:
+    """Of reading the scores and choosing; and what a round takes."""
     choice = Choice.random(name, layout, count)
-    found = []
-    for _ in range(rounds + 1):
+
+    def once() -> float:
         started = time.perf_counter()
         choice.make()
-        found.append(time.perf_counter() - started)
-    return found[1:]
+        return time.perf_counter() - started
+
+    return _repeated(once, rounds)
 
 
 @torch.inference_mode()
-def _decoder_seconds(name: str, layout: Layout, count: int, rounds: int) -> list[float]:
-    """Of choosing in the decoder, reading included."""
+def _decoder_seconds(
+    name: str, layout: Layout, count: int, rounds: int
+) -> tuple[list[float], float]:
+    """Of choosing in the decoder, reading included; and what a round takes."""
     subject, variant = _in_decoder(name, count)
     model, inputs = subject.model("cpu"), subject.inputs("cpu")
-    found = []
     with variant.patched(model) as handle:
         assert handle is not None  # noqa: S101  (for the types)
-        for _ in range(rounds + 1):
+
+        def once() -> float:
             prefill(model, inputs)
-            found.append(handle.last.select_seconds)
-    return found[1:]
+            return handle.last.select_seconds
+
+        return _repeated(once, rounds)
+
+
+def _repeated(once: Callable[[], float], rounds: int) -> tuple[list[float], float]:
+    """The seconds of each round after one that warms up, or of that one alone if it takes long;
+    and what a round takes in all."""
+    found: list[float] = []
+    elapsed = 0.0
+    while len(found) <= rounds and elapsed < _LONG:
+        started = time.perf_counter()
+        found.append(once())
+        elapsed = time.perf_counter() - started
+    return found[1:] or found, elapsed
 
 
 @torch.inference_mode()
@@ -322,8 +337,8 @@ def scale_table(report: Mapping[str, Any]) -> Table:
         rows=[tuple(cells(row)) for row in report["rows"]],
         numbers_from=2,
         title=(
-            f"Choosing one of {_SHARE} tokens, float32; medians of {report['rounds']} rounds on "
-            f"{describe(report['hardware'])}"
+            f"Choosing one of {_SHARE} tokens, float32; medians of {report['rounds']} rounds (of "
+            f"more than {_LONG:.0f} s, one) on {describe(report['hardware'])}"
         ),
         notes=(
             f"Before the LLM: reading scores from queries and keys of CLIP-L's size, and choosing "
