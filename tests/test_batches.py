@@ -65,6 +65,7 @@ def test_the_methods_with_one_pass():
         "fopru",
         "hiprune",
         "todre",
+        "visionzip",
         "vtc_cls",
     }
 

@@ -8,13 +8,14 @@ from torch.nn.functional import embedding_bag
 
 
 def complement(indices: Tensor, num_tokens: int) -> Tensor:
-    """The tokens that are not among the unique `indices` (k,): (num_tokens - k,), ascending.
+    """The tokens not among the unique `indices` (..., k), ascending: (..., num_tokens - k).
 
     The length is known from sizes alone, so that the host need not wait.
     """
-    mask = torch.zeros(num_tokens, dtype=torch.int8, device=indices.device)
-    mask = mask.index_fill(0, indices, 1)
-    return mask.argsort(stable=True)[: num_tokens - len(indices)]
+    *batch, k = indices.shape
+    mask = torch.zeros(*batch, num_tokens, dtype=torch.int8, device=indices.device)
+    mask = mask.scatter(-1, indices, 1)
+    return mask.argsort(dim=-1, stable=True)[..., : num_tokens - k]
 
 
 def top_set(scores: Tensor, k: int) -> Tensor:

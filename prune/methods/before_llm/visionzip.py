@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby, islice, repeat
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -39,12 +39,14 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
+from ...ops.batches import alike
 from ...ops.checks import check_fraction, check_layer
 from ...ops.merge import bags, complement
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register
 from ...select import share
+from ...tiling import Tiling
 
 
 @register("visionzip")
@@ -73,28 +75,57 @@ class VisionZip(BeforeLLM):
         return (salience(self.scores, layer), Keys(layer), EncoderFeatures(), *cls)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        tiling = tokens.tiling
-        counts = share(keep, [tile.num_patches for tile in tiling.tiles])
-        rows: list[_Rows] = []
-        for _, numbers in groupby(range(len(counts)), lambda i: tiling.tiles[i].block):
-            block = [self._of_tile(tokens, number, counts[number]) for number in numbers]
-            rows += _in_block(block)
-        return _joined(rows)
+        return self.select_batch([(tokens, keep)])[0]
 
-    def _of_tile(self, tokens: VisualTokens, number: int, count: int) -> _Parts:
-        """The `count` rows of one tile."""
-        patches = tokens.tiling.tile_patches(tokens.device)[number]
-        if count in (0, len(patches)):
-            return _Parts(None, patches[:count], None)
-        scores, keys, features, *cls = (tokens.signals[s] for s in self.needs(tokens.shape))
-        merged = min(round(count * self.contextual), count - 1)
-        cls_row = None
-        if cls and count > 1:
-            cls_row = _Rows(patches.new_full((1,), -1), cls[0][number : number + 1])
-        dominant = top_k(scores[patches], count - merged - (cls_row is not None))
-        rest = patches[complement(dominant, len(patches))]
-        contextual = _contextual(features, keys, rest, merged) if merged else None
-        return _Parts(cls_row, patches[dominant], contextual)
+    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
+        """Tiles of equal size and count, of whichever image, are one pass."""
+        tiles: list[_Tile] = []
+        for tokens, keep in asked:
+            patches = tokens.tiling.tile_patches(tokens.device)
+            counts = share(keep, [len(of_tile) for of_tile in patches])
+            tiles += map(_Tile, repeat(tokens), count(), patches, counts)
+        parts: dict[int, _Parts] = {}
+        for numbers in alike([(len(tile.patches), tile.keep) for tile in tiles]):
+            of_tiles = self._of_equal([tiles[i] for i in numbers])
+            parts.update(zip(numbers, of_tiles, strict=True))
+        in_order = iter(parts[i] for i in range(len(tiles)))
+        return [
+            _joined(_arranged(tokens.tiling, list(islice(in_order, len(tokens.tiling.tiles)))))
+            for tokens, _ in asked
+        ]
+
+    def _of_equal(self, tiles: Sequence[_Tile]) -> list[_Parts]:
+        """The rows of tiles that have equally many patches and keep equally many."""
+        keep, patches = tiles[0].keep, torch.stack([tile.patches for tile in tiles])
+        if keep in (0, patches.shape[1]):
+            return [_Parts(None, whole[:keep], None) for whole in patches]
+        scores, keys, features, *cls = self.needs(tiles[0].tokens.shape)
+        merged = min(round(keep * self.contextual), keep - 1)
+        cls_rows: list[_Rows | None] = [None] * len(tiles)
+        if cls and keep > 1:
+            mark = patches.new_full((1,), -1)
+            cls_rows = [_Rows(mark, t.tokens.signals[cls[0]][t.number, None]) for t in tiles]
+        best = top_k(_of(tiles, scores), keep - merged - (cls_rows[0] is not None))
+        dominant = patches.gather(1, best)
+        contextual: Sequence[_Rows | None] = [None] * len(tiles)
+        if merged:
+            rest = complement(best, patches.shape[1])
+            contextual = _contextual(_of(tiles, features), _of(tiles, keys), patches, rest, merged)
+        return list(map(_Parts, cls_rows, dominant, contextual))
+
+
+class _Tile(NamedTuple):
+    """One of an image's tiles, and how many rows it has to keep."""
+
+    tokens: VisualTokens
+    number: int
+    patches: Tensor
+    keep: int
+
+
+def _of(tiles: Sequence[_Tile], signal: Signal) -> Tensor:
+    """A signal per token of tiles of equal size: (tiles, patches, ...)."""
+    return torch.stack([tile.tokens.signals[signal][tile.patches] for tile in tiles])
 
 
 class _Rows(NamedTuple):
@@ -117,19 +148,38 @@ class _Parts(NamedTuple):
     contextual: _Rows | None
 
 
-def _contextual(features: Tensor, keys: Tensor, rest: Tensor, count: int) -> _Rows:
-    """`count` evenly spaced tokens of `rest` (M,), each joined by those most like it by keys."""
-    places = torch.arange(count, device=rest.device)
-    spaced = places * (len(rest) // count)
-    targets = rest[spaced]
-    metric = normalize(keys[rest].float().mean(1), dim=-1)  # over heads
-    owner = (metric @ metric[spaced].T).argmax(1).index_copy(0, spaced, places)
+def _contextual(
+    features: Tensor, keys: Tensor, patches: Tensor, rest: Tensor, count: int
+) -> list[_Rows]:
+    """Of each tile `count` evenly spaced tokens of `rest` (B, M), each joined by those of `rest`
+    that are most like it by keys."""
+    (tiles, others), num_patches = rest.shape, patches.shape[1]
+    tile = torch.arange(tiles, device=rest.device)[:, None]
+    places = torch.arange(count, device=rest.device).repeat(tiles, 1)
+    spaced = places * (others // count)
+    metric = normalize(keys[tile, rest].float().mean(2), dim=-1)  # over heads
+    owner = (metric @ metric[tile, spaced].mT).argmax(2).scatter(1, spaced, places)
     owner, by_owner = owner.sort(stable=True)
-    members, starts = rest[by_owner], torch.searchsorted(owner, places)
+    members, targets = rest.gather(1, by_owner), rest.gather(1, spaced)
+    starts = torch.searchsorted(owner, places)
     assigned = torch.searchsorted(owner, places, right=True) - starts - 1
-    weights = torch.where(members == targets[owner], 1, 1 / assigned.clamp_min(1)[owner])
-    merged = bags(features, members, starts, weights)
-    return _Rows(targets, merged, torch.stack([owner, members]))
+    is_target = members == targets.gather(1, owner)
+    weights = torch.where(is_target, 1, (1 / assigned.clamp_min(1)).gather(1, owner))
+    merged = bags(
+        features.flatten(0, 1),
+        (members + tile * num_patches).flatten(),
+        (starts + tile * others).flatten(),
+        weights.flatten(),
+    )
+    groups = torch.stack([owner, patches.gather(1, members)], 1)
+    rows = merged.unflatten(0, (tiles, count))
+    return list(map(_Rows, patches.gather(1, targets), rows, groups))
+
+
+def _arranged(tiling: Tiling, tiles: Sequence[_Parts]) -> list[_Rows]:
+    """The rows of an image, block by block."""
+    by_block = groupby(zip(tiling.tiles, tiles, strict=True), lambda pair: pair[0].block)
+    return [row for _, block in by_block for row in _in_block([parts for _, parts in block])]
 
 
 def _in_block(tiles: Sequence[_Parts]) -> list[_Rows]:
