@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -334,7 +335,7 @@ def scale_table(report: Mapping[str, Any]) -> Table:
             *(f"MiB at {count}" for count in counts[-2:]),
             "Memory as N^ (R2)",
         ),
-        rows=[tuple(cells(row)) for row in report["rows"]],
+        rows=[tuple(cells(row)) for row in sorted(report["rows"], key=itemgetter("method"))],
         numbers_from=2,
         title=(
             f"Choosing one of {_SHARE} tokens, float32; medians of {report['rounds']} rounds (of "
