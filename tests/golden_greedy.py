@@ -9,7 +9,7 @@ from golden_kit import CLIP_L, Golden, Runner, assert_equal, choose
 from torch import Tensor
 from vlmprune.prune.contract import ClipImage, ClipText, Features, Method
 from vlmprune.prune.methods.before_llm.cdpruner import relevance
-from vlmprune.prune.ops.dpp import greedy_map, weighted_cosines
+from vlmprune.prune.ops.dpp import weighted_greedy_map
 from vlmprune.prune.ops.parts import by_tile
 from vlmprune.prune.tiling import Block, Tiling
 
@@ -42,8 +42,7 @@ def _cdpruner(golden: Golden, method: Method) -> None:
     assert_equal(masks, golden.arrays["kept_mask"])
 
     weights = relevance(image.flatten(0, 1), text).view(masks.shape)
-    kernels = [weighted_cosines(*tile) for tile in zip(features, weights, strict=True)]
-    order = greedy_map(torch.stack(kernels), count, weights)
+    order = weighted_greedy_map(list(features), weights, count)
     assert_equal(order, golden.arrays["select_order"])
 
 

@@ -28,7 +28,7 @@ from vlmprune.prune.methods.before_llm.cdpruner import relevance
 from vlmprune.prune.ops import cosine, facility
 from vlmprune.prune.ops.cosine import gram
 from vlmprune.prune.ops.dispersion import greedy_dispersion
-from vlmprune.prune.ops.dpp import greedy_map, weighted_cosines
+from vlmprune.prune.ops.dpp import greedy_map, weighted_cosines, weighted_greedy_map
 from vlmprune.prune.ops.facility import greedy_cover
 from vlmprune.prune.registry import method_class
 from vlmprune.prune.select import select, share
@@ -322,9 +322,8 @@ def best_determinants(kernel: torch.Tensor, count: int) -> list[int]:
 
 
 def test_greedy_map_maximises_determinants():
-    kernels = torch.stack(
-        [weighted_cosines(rand(s, 24, 12), rand(s + 50, 24).abs() + 0.1) for s in range(4)]
-    )
+    weights = torch.stack([rand(s + 50, 24).abs() + 0.1 for s in range(4)])
+    kernels = weighted_cosines([rand(s, 24, 12) for s in range(4)], weights)
     picks = greedy_map(kernels, 9, torch.zeros(4, 24))
     assert picks.tolist() == [best_determinants(kernel, 9) for kernel in kernels]
     for fewer in (1, 5):
@@ -335,7 +334,22 @@ def test_kernel_by_definition():
     features, weights = rand(1, 10, 6), rand(2, 10).abs()
     unit = unit_of(features)
     expected = weights[:, None] * (unit @ unit.T) * weights
-    torch.testing.assert_close(weighted_cosines(features, weights).double(), expected.double())
+    (kernel,) = weighted_cosines([features], weights[None])
+    torch.testing.assert_close(kernel.double(), expected.double())
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_weighted_greedy_map_with_and_without_its_kernels(stored, monkeypatch):
+    """Three images of which a part holds two; one has a token of zeros and one of no weight."""
+    monkeypatch.setattr(cosine, "STORE_UP_TO", 40 if stored else 0)
+    images = [rand(s, 28, 40) for s in range(3)]
+    weights = torch.stack([rand(s + 50, 28).abs() + 0.1 for s in range(3)])
+    images[1][3], weights[1, 5] = 0, 0
+    picks = weighted_greedy_map(images, weights, 28)
+    for found, kernel in zip(picks, weighted_cosines(images, weights), strict=True):
+        assert sorted(found.tolist()) == list(range(28))
+        assert found[:26].tolist() == best_determinants(kernel, 26)
+    assert picks[1, 26:].tolist() == [3, 5], "by weight"
 
 
 def test_greedy_map_goes_on_where_the_rank_ends():
@@ -348,13 +362,15 @@ def test_greedy_map_goes_on_where_the_rank_ends():
     assert picks.tolist() == [[0, 1, 2, 4, 5, 3], [0, 1, 2, 3, 4, 5]]
 
 
+@pytest.mark.parametrize("stored", [True, False])
 @pytest.mark.parametrize("rank", [1, 3, 8])
-def test_greedy_map_never_repeats_a_token(rank):
+def test_greedy_map_never_repeats_a_token(rank, stored, monkeypatch):
     """The same up to rounding, which makes some of what is left positive."""
+    monkeypatch.setattr(cosine, "STORE_UP_TO", 1000 if stored else 0)
     features = rand(rank, 30, rank) @ rand(rank + 1, rank, 16)
     weights = rand(3, 30).abs() + 0.1
-    kernel = weighted_cosines(features, weights)
-    picks = greedy_map(kernel[None], 30, weights[None])[0].tolist()
+    (kernel,) = weighted_cosines([features], weights[None])
+    picks = weighted_greedy_map([features], weights[None], 30)[0].tolist()
     assert sorted(picks) == list(range(30))
     assert picks[:rank] == best_determinants(kernel, rank)
 
@@ -381,7 +397,7 @@ def test_cdpruner_weighs_over_the_image_and_picks_in_each_tile(tiling, keep):
     tiles = tiling.tile_patches(torch.device("cpu"))
     expected = []
     for tile, count in zip(tiles, share(keep, [len(tile) for tile in tiles]), strict=True):
-        kernel = weighted_cosines(features[tile], weights[tile])
+        (kernel,) = weighted_cosines([features[tile]], weights[None, tile])
         expected += tile[best_determinants(kernel, min(count, 8))].tolist()
         assert count <= 8, "no more than the rank"
     assert method.select(tokens, keep).kept.tolist() == sorted(expected)

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .cosine import gram
+from . import cosine
 from .fusing import fusable
 
 _TINY = 1e-24  # of a squared norm: a token of zeros is like nothing
 _FUSED_UP_TO = 4096  # tokens: one program reads the rows of all its earlier picks at every pick
 
 
-def weighted_cosines(features: Tensor, weights: Tensor) -> Tensor:
-    """Kernel w_i cos(x_i, x_j) w_j: (N, N) of features (N, D) and weights (N,), in float32."""
-    kernel = gram(features.float())
-    scale = weights / kernel.diagonal().clamp_min(_TINY).sqrt()
-    return kernel.mul_(scale[:, None]).mul_(scale)
+def weighted_greedy_map(images: Sequence[Tensor], weights: Tensor, count: int) -> Tensor:
+    """`greedy_map` of the kernels of `weighted_cosines`, which are not stored where they would be
+    too large; what no determinant tells apart goes by weight.
+
+    Args:
+        images: (N, D) each, of the same size.
+        weights: (B, N), not negative.
+        count: how many, 1 <= count <= N.
+
+    Returns:
+        (B, count) int64 indices in the order of picking.
+    """
+    if len(images[0]) > cosine.STORE_UP_TO:
+        alone = zip(images, weights.split(1), strict=True)
+        return torch.cat([_unstored(features, own, count) for features, own in alone])
+    parts = list(cosine.at_once(images))
+    of_parts = weights.split([len(part) for part in parts])
+    return torch.cat(
+        [
+            greedy_map(weighted_cosines(part, own), count, own)
+            for part, own in zip(parts, of_parts, strict=True)
+        ]
+    )
+
+
+def weighted_cosines(images: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Kernels w_i cos(x_i, x_j) w_j: (B, N, N) of features (N, D) each and weights (B, N), in
+    float32."""
+    kernels = cosine.grams([features.float() for features in images])
+    scale = _scale(kernels.diagonal(dim1=1, dim2=2), weights)
+    return kernels.mul_(scale[:, :, None]).mul_(scale[:, None])
 
 
 def greedy_map(kernels: Tensor, count: int, fallback: Tensor) -> Tensor:
@@ -40,25 +69,52 @@ def greedy_map(kernels: Tensor, count: int, fallback: Tensor) -> Tensor:
         from . import fused  # Triton, which is there on a GPU only
 
         return _completed(*fused.determinant(kernels, count), fallback)
-    num_tokens = kernels.shape[-1]
-    growth = kernels.diagonal(dim1=1, dim2=2).clone()
-    factor = kernels.new_zeros(len(kernels), count, num_tokens)
-    picks = fallback.new_empty(len(kernels), count, dtype=torch.int64)
+    rows, growth = partial(cosine.rows_of, kernels), kernels.diagonal(dim1=1, dim2=2)
+    return _completed(*_picks(rows, growth, count), fallback)
+
+
+def _unstored(features: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The picks (1, count) among tokens (N, D) of weights (1, N), rows computed when needed."""
+    features = features.float()
+    squares = features.square().sum(1)
+    scale = _scale(squares, weights)
+
+    def row(pick: Tensor) -> Tensor:
+        products = features @ features.index_select(0, pick[0])[0]
+        return products * scale * scale.gather(1, pick)
+
+    return _completed(*_picks(row, squares * scale.square(), count), weights)
+
+
+def _scale(squares: Tensor, weights: Tensor) -> Tensor:
+    """What products of tokens with these squared norms are multiplied by, on either side."""
+    return weights / squares.clamp_min(_TINY).sqrt()
+
+
+def _picks(rows: Callable[[Tensor], Tensor], growth: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The picks (B, count), and whether the determinant grew by them.
+
+    `rows` gives those (B, N) of the kernels that belong to one token of each, (B, 1); `growth`
+    (B, N) is what is on their diagonals.
+    """
+    growth = growth.clone()
+    batch_size, num_tokens = growth.shape
+    factor = growth.new_zeros(batch_size, count, num_tokens)
+    picks = growth.new_empty(batch_size, count, dtype=torch.int64)
     found = torch.empty_like(picks, dtype=torch.bool)
     for i in range(count):
         best, pick = growth.max(1, keepdim=True)
         picks[:, i : i + 1] = pick
         found[:, i : i + 1] = best > 0
-        column = pick[:, :, None]
-        row = kernels.gather(1, column.expand(-1, 1, num_tokens))
+        row = rows(pick)[:, None]
         if i:
             done = factor[:, :i]
-            at_pick = done.gather(2, column.expand(-1, i, 1))
+            at_pick = done.gather(2, pick[:, :, None].expand(-1, i, 1))
             row = torch.baddbmm(row, at_pick.transpose(1, 2), done, alpha=-1)
         row = torch.where(best > 0, row[:, 0] / best.sqrt(), 0)
         factor[:, i] = row
         growth.addcmul_(row, row, value=-1).scatter_(1, pick, -torch.inf)
-    return _completed(picks, found, fallback)
+    return picks, found
 
 
 def _completed(picks: Tensor, found: Tensor, fallback: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...ops.batches import alike
-from ...ops.dpp import greedy_map, weighted_cosines
+from ...ops.dpp import weighted_greedy_map
 from ...ops.topk import ascending
 from ...registry import register
 from ...select import share
@@ -61,10 +61,9 @@ class CDPruner(BeforeLLM):
         picks: dict[int, Tensor] = {}
         for numbers in alike([len(tile.patches) for tile in tiles]):
             some = [tiles[i] for i in numbers]
-            each = [weighted_cosines(tile.features, tile.weights) for tile in some]
-            kernels = torch.stack(each) if each[1:] else each.pop()[None]  # one grid may be large
-            fallback = torch.stack([tile.weights for tile in some])
-            found = greedy_map(kernels, max(tile.count for tile in some), fallback)
+            weights = torch.stack([tile.weights for tile in some])
+            most = max(tile.count for tile in some)
+            found = weighted_greedy_map([tile.features for tile in some], weights, most)
             picks.update(zip(numbers, found, strict=True))
         owners = [i for i, (tokens, _) in enumerate(asked) for _ in tokens.tiling.tiles]
         for number, (owner, tile) in enumerate(zip(owners, tiles, strict=True)):
