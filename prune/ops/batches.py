@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..contract import BeforeLLM, Selection, Signal, VisualTokens
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 OfEqualSize = Callable[[Sequence[VisualTokens], int], list[Selection]]
 """Chooses as many tokens of each of several images, which have equally many."""
@@ -37,16 +41,21 @@ def stacked(images: Sequence[VisualTokens], signal: Signal) -> Tensor:
 
 def in_one_pass(asked: Sequence[tuple[VisualTokens, int]], choose: OfEqualSize) -> list[Selection]:
     """Answers in the order asked, `choose` being called once for every size and count."""
-    answers: dict[int, Selection] = {}
-    for numbers in alike([(tokens.num_tokens, keep) for tokens, keep in asked]):
-        images = [asked[i][0] for i in numbers]
-        answers.update(zip(numbers, choose(images, asked[numbers[0]][1]), strict=True))
-    return [answers[i] for i in range(len(asked))]
+    return of_each_kind(
+        asked,
+        lambda one: (one[0].num_tokens, one[1]),
+        lambda some: choose([tokens for tokens, _ in some], some[0][1]),
+    )
 
 
-def alike(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Numbers of the equal ones among `keys`, by their first."""
-    groups: dict[Hashable, list[int]] = {}
-    for number, key in enumerate(keys):
-        groups.setdefault(key, []).append(number)
-    return list(groups.values())
+def of_each_kind(
+    items: Sequence[T], kind: Callable[[T], Hashable], answer: Callable[[list[T]], Iterable[R]]
+) -> list[R]:
+    """Answers in the order of `items`, `answer` being called once with all items of a kind."""
+    numbers: dict[Hashable, list[int]] = {}
+    for number, item in enumerate(items):
+        numbers.setdefault(kind(item), []).append(number)
+    answers: dict[int, R] = {}
+    for some in numbers.values():
+        answers.update(zip(some, answer([items[i] for i in some]), strict=True))
+    return [answers[i] for i in range(len(items))]

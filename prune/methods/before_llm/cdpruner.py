@@ -35,7 +35,7 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
-from ...ops.batches import alike
+from ...ops.batches import of_each_kind
 from ...ops.dpp import weighted_greedy_map
 from ...ops.topk import ascending
 from ...registry import register
@@ -58,16 +58,10 @@ class CDPruner(BeforeLLM):
     def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
         tiles = [tile for tokens, keep in asked for tile in self._tiles(tokens, keep)]
         kept: list[list[Tensor]] = [[] for _ in asked]
-        picks: dict[int, Tensor] = {}
-        for numbers in alike([len(tile.patches) for tile in tiles]):
-            some = [tiles[i] for i in numbers]
-            weights = torch.stack([tile.weights for tile in some])
-            most = max(tile.count for tile in some)
-            found = weighted_greedy_map([tile.features for tile in some], weights, most)
-            picks.update(zip(numbers, found, strict=True))
+        picks = of_each_kind(tiles, lambda tile: len(tile.patches), _picked)
         owners = [i for i, (tokens, _) in enumerate(asked) for _ in tokens.tiling.tiles]
-        for number, (owner, tile) in enumerate(zip(owners, tiles, strict=True)):
-            kept[owner].append(tile.patches[picks[number][: tile.count]])
+        for owner, tile, picked in zip(owners, tiles, picks, strict=True):
+            kept[owner].append(tile.patches[picked[: tile.count]])
         return [Selection(kept=ascending(torch.cat(parts))) for parts in kept]
 
     def _tiles(self, tokens: VisualTokens, keep: int) -> list[_Tile]:
@@ -92,6 +86,13 @@ class _Tile:
     weights: Tensor
     """(P,)"""
     count: int
+
+
+def _picked(tiles: Sequence[_Tile]) -> Tensor:
+    """Picks (B, K) in tiles of equal size, as many as any of them needs: fewer are the first."""
+    weights = torch.stack([tile.weights for tile in tiles])
+    most = max(tile.count for tile in tiles)
+    return weighted_greedy_map([tile.features for tile in tiles], weights, most)
 
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:

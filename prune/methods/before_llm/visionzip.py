@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, groupby, islice, repeat
+from itertools import groupby, islice
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -39,7 +39,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
-from ...ops.batches import alike
+from ...ops.batches import of_each_kind
 from ...ops.checks import check_fraction, check_layer
 from ...ops.merge import bags, complement
 from ...ops.salience import Scores, check_scores, salience
@@ -83,12 +83,10 @@ class VisionZip(BeforeLLM):
         for tokens, keep in asked:
             patches = tokens.tiling.tile_patches(tokens.device)
             counts = share(keep, [len(of_tile) for of_tile in patches])
-            tiles += map(_Tile, repeat(tokens), count(), patches, counts)
-        parts: dict[int, _Parts] = {}
-        for numbers in alike([(len(tile.patches), tile.keep) for tile in tiles]):
-            of_tiles = self._of_equal([tiles[i] for i in numbers])
-            parts.update(zip(numbers, of_tiles, strict=True))
-        in_order = iter(parts[i] for i in range(len(tiles)))
+            of_image = enumerate(zip(patches, counts, strict=True))
+            tiles += [_Tile(tokens, number, *tile) for number, tile in of_image]
+        parts = of_each_kind(tiles, lambda tile: (len(tile.patches), tile.keep), self._of_equal)
+        in_order = iter(parts)
         return [
             _joined(_arranged(tokens.tiling, list(islice(in_order, len(tokens.tiling.tiles)))))
             for tokens, _ in asked
@@ -110,7 +108,8 @@ class VisionZip(BeforeLLM):
         contextual: Sequence[_Rows | None] = [None] * len(tiles)
         if merged:
             rest = complement(best, patches.shape[1])
-            contextual = _contextual(_of(tiles, features), _of(tiles, keys), patches, rest, merged)
+            metric = torch.stack([t.tokens.signals[keys][t.patches].float().mean(1) for t in tiles])
+            contextual = _contextual(_of(tiles, features), metric, patches, rest, merged)
         return list(map(_Parts, cls_rows, dominant, contextual))
 
 
@@ -149,16 +148,16 @@ class _Parts(NamedTuple):
 
 
 def _contextual(
-    features: Tensor, keys: Tensor, patches: Tensor, rest: Tensor, count: int
+    features: Tensor, metric: Tensor, patches: Tensor, rest: Tensor, count: int
 ) -> list[_Rows]:
     """Of each tile `count` evenly spaced tokens of `rest` (B, M), each joined by those of `rest`
-    that are most like it by keys."""
+    that are most like it by `metric`, keys averaged over heads (B, N, D_head)."""
     (tiles, others), num_patches = rest.shape, patches.shape[1]
     tile = torch.arange(tiles, device=rest.device)[:, None]
     places = torch.arange(count, device=rest.device).repeat(tiles, 1)
     spaced = places * (others // count)
-    metric = normalize(keys[tile, rest].float().mean(2), dim=-1)  # over heads
-    owner = (metric @ metric[tile, spaced].mT).argmax(2).scatter(1, spaced, places)
+    unit = normalize(metric[tile, rest], dim=-1)
+    owner = (unit @ unit[tile, spaced].mT).argmax(2).scatter(1, spaced, places)
     owner, by_owner = owner.sort(stable=True)
     members, targets = rest.gather(1, by_owner), rest.gather(1, spaced)
     starts = torch.searchsorted(owner, places)
