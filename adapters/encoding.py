@@ -50,12 +50,14 @@ class EncodedImage:
         """The same, where the batch is."""
         if self.slots.device == device:
             return self
-        chosen, (order, groups) = self.selection, (self.selection.order, self.selection.groups)
+        chosen = self.selection
+        order, groups, scores = chosen.order, chosen.groups, chosen.scores
         chosen = replace(
             chosen,
             kept=chosen.kept.to(device),
             order=None if order is None else order.to(device),
             groups=None if groups is None else groups.to(device),
+            scores=None if scores is None else scores.to(device),
         )
         return replace(self, slots=self.slots.to(device), selection=chosen)
 
@@ -105,7 +107,8 @@ def encode(
         for tiling, seen, stage in zip(tilings, signals, first, strict=True)
         if stage is not None
     ]
-    made = iter(choose_all([s for s in first if s is not None], tokens, stopwatch, device))
+    stages_now = [stage for stage in first if stage is not None]
+    made = iter(choose_all(stages_now, tokens, stopwatch, device, record=setup.record))
     images = []
     for tiling, stages, stage in zip(tilings, plans, first, strict=True):
         calls = setup.calls
@@ -124,10 +127,15 @@ def encode(
 
 
 def choose(
-    stage: Stage, tokens: VisualTokens, stopwatch: Stopwatch, device: torch.device
+    stage: Stage,
+    tokens: VisualTokens,
+    stopwatch: Stopwatch,
+    device: torch.device,
+    *,
+    record: bool = False,
 ) -> Selection:
     """What `stage` keeps of `tokens`, whose signals are on `device`."""
-    return choose_all([stage], [tokens], stopwatch, device)[0]
+    return choose_all([stage], [tokens], stopwatch, device, record=record)[0]
 
 
 @torch.no_grad()
@@ -136,8 +144,11 @@ def choose_all(
     images: Sequence[VisualTokens],
     stopwatch: Stopwatch,
     device: torch.device,
+    *,
+    record: bool = False,
 ) -> list[Selection]:
-    """What stages of one method keep of an image each, in one pass."""
+    """What stages of one method keep of an image each, in one pass; with their scores (N,) float32
+    where these are recorded."""
     if not stages:
         return []
     method = stages[0].call.method
@@ -146,16 +157,22 @@ def choose_all(
     keeps = [None if stage.adaptive else stage.keep for stage in stages]
     # Scores are float32 whatever autocast the caller is in.
     with stopwatch, torch.autocast(device.type, enabled=False):
-        found = select_all(method, images, keeps)
+        found = select_all(method, images, keeps, record=record)
     # A method that reads nothing chooses on the CPU.
     return [
         replace(
             chosen,
             kept=chosen.kept.to(device),
             order=None if chosen.order is None else chosen.order.to(device),
+            scores=None if chosen.scores is None else _noted(chosen.scores, device),
         )
         for chosen in found
     ]
+
+
+def _noted(scores: Tensor, device: torch.device) -> Tensor:
+    """A copy: a view would hold the whole batch in memory."""
+    return scores.to(device, torch.float32, copy=True)
 
 
 def slots_of(chosen: Selection, num_tokens: int) -> Tensor:

@@ -117,12 +117,13 @@ class Engine:
         positions: Mapping[Place, Positions],
         clip: ClipText | None = None,
         remember_images: int = 0,
+        record: bool = False,
     ) -> None:
         self.model, self.family, self.clip = model, family, clip
         self.core: Any = family.core(model)
         self.text: Any = family.text_model(model)
         shape = family.shape(model)
-        self.setup = Setup(calls, shape, positions, self.text, Ticket())
+        self.setup = Setup(calls, shape, positions, self.text, Ticket(), record)
         self.memory = ImageMemory(remember_images, self.setup.ticket) if remember_images else None
         self.last: Last | None = None
         self._local = _Local()

@@ -142,6 +142,7 @@ def patch(
     positions: Positions | None = None,
     clip: ClipText | None = None,
     remember_images: int = 0,
+    record: bool = False,
     **fields_and_budget: object,
 ) -> Handle:
     """Make a loaded vision-language model answer on fewer visual tokens, in place.
@@ -161,6 +162,8 @@ def patch(
             runs for it. For `forward` and `generate`, while no gradients flow through the encoder.
             Call `handle.forget_images()` after changing weights. Not for methods whose choice
             before the LLM reads the prompt.
+        record: keep the scores by which methods rank tokens, for `handle.last.scores` and
+            `handle.overlay(image, scores=True)`.
         **fields_and_budget: exactly one of `keep_ratio`, `keep_tokens`, `average_tokens`,
             `flops_ratio`, and fields of the method. Only with a single name.
 
@@ -189,8 +192,12 @@ def patch(
     if clip is not None:
         _check_clip(clip, family, model)
     _check_memory(remember_images, calls, shape)
+    if not isinstance(record, bool):
+        raise MethodFieldError(
+            f"record={record!r}: use True to keep the scores of tokens, or False."
+        )
     unpatch(model)
-    handle = Handle(Engine(model, family, calls, modes, clip, remember_images))
+    handle = Handle(Engine(model, family, calls, modes, clip, remember_images, record))
     model.__dict__[_HANDLE] = handle
     return handle
 

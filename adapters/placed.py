@@ -56,6 +56,14 @@ class PlacedImage:
             return self.slots
         return self.order[self.order >= 0].sort().values
 
+    def by_token(self, scores: Tensor | None) -> Tensor | None:
+        """Scores of the rows (K,) as those of the tokens (N,): NaN where no row is that token."""
+        if scores is None:
+            return None
+        count = self.encoded.num_tokens
+        number = self.row_tokens.where(self.row_tokens >= 0, count)
+        return scores.new_full((count + 1,), torch.nan).index_copy(0, number, scores)[:count]
+
     def hear(self, need: Signal, value: Tensor) -> None:
         """Note a signal; choices are made where the batch is, whatever device a layer is on."""
         self.signals[need] = value.to(self.slots.device)

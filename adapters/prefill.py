@@ -276,11 +276,13 @@ class Prefill:
         moves: list[tuple[PlacedImage, Selection, tuple[Tensor, Tensor]]] = []
         orders: list[Tensor | None] = [None] * len(self.images)
         groups: list[Tensor | None] = [None] * len(self.images)
+        scores: list[Tensor | None] = [None] * len(self.images)
         name = ""
         for numbers, stage in self._groups(layer):
             name = stage.call.name
             for number, chosen in self._choices(layer, numbers, stage):
                 image = self.images[number]
+                scores[number] = image.by_token(chosen.scores)
                 moved = image.apply(chosen)
                 image.done(next(s for s in image.plan if s.layer == layer))
                 plain = chosen.order is None and image.order is None
@@ -307,6 +309,7 @@ class Prefill:
                 positions="repacked" if repacks else "original",
                 order=orders,
                 groups=groups,
+                scores=scores if self.setup.record else None,
             )
         )
         return gather_columns(hidden, columns)
@@ -378,7 +381,11 @@ class Prefill:
                 layer=layer,
             )
             chosen = choose(
-                replace(stage, keep=keep), tokens, images[0].stopwatch, images[0].slots.device
+                replace(stage, keep=keep),
+                tokens,
+                images[0].stopwatch,
+                images[0].slots.device,
+                record=self.setup.record,
             )
             parts = [chosen] if len(images) == 1 else _split(stage, chosen, sizes)
             found = list(zip(numbers, parts, strict=True))
@@ -524,6 +531,7 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
         positions=setup.reported_positions,
         num_layers=setup.shape.decoder.num_layers,
         layers_read=read,
+        recorded=setup.record,
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
     )
     before = [stage for image in images for stage in image.plan if stage.layer == 0]
@@ -532,6 +540,8 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
         report = StageReport(
             before[0].call.name, 0, last.kept, mode, order=last.order, groups=last.members
         )
+        if setup.record:
+            report = replace(report, scores=[image.encoded.selection.scores for image in images])
         last.stages.append(report)
     return last
 
@@ -551,7 +561,8 @@ def _split(stage: Stage, chosen: Selection, sizes: list[int]) -> list[Selection]
     parts, start = [], 0
     for size in sizes:
         inside = (chosen.kept >= start) & (chosen.kept < start + size)
-        parts.append(Selection(kept=chosen.kept[inside] - start))
+        scores = None if chosen.scores is None else chosen.scores[start : start + size]
+        parts.append(Selection(kept=chosen.kept[inside] - start, scores=scores))
         start += size
     return parts
 

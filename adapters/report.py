@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..prune.budget import Stage, tokens_per_layer
 from ..prune.contract import Positions
+from ..prune.errors import NotRecordedError
 from ..prune.tiling import Tiling
 
 
@@ -70,6 +71,10 @@ class StageReport:
     positions: Positions = "original"
     order: list[Tensor | None] = field(default_factory=list)
     groups: list[Tensor | None] = field(default_factory=list)
+    scores: list[Tensor | None] | None = field(default=None, repr=False)
+    """Per image, the numbers by which the method ranked the tokens here, high ones stay: (N,)
+    float32, NaN where a token was not ranked or no longer alive. An image's are None where the
+    method ranks by no number, or nothing was removed. None: not recorded."""
 
 
 @dataclass(kw_only=True)
@@ -108,6 +113,8 @@ class Last:
     """[layer][sample]: which entries of the prompt a method on the cache kept, of those that the
     layer stored: (K,), or (H_kv, K) where key heads keep their own; None: all."""
     note: str | None = None
+    recorded: bool = False
+    """Whether scores were kept, see `scores`."""
 
     @classmethod
     def nothing(cls, positions: Positions, num_layers: int, note: str) -> Last:
@@ -143,6 +150,23 @@ class Last:
             else list(pairs[1].split(pairs[0].bincount(minlength=rows).tolist()))
             for pairs, rows in zip(self.members, self.tokens_kept, strict=True)
         ]
+
+    @property
+    def scores(self) -> list[Tensor | None]:
+        """Per image, the `StageReport.scores` of the last stage that has any for it.
+
+        Raises:
+            NotRecordedError: the patch was made without `record=True`.
+        """
+        if not self.recorded:
+            raise NotRecordedError(
+                "The scores of this prefill were not kept: patch(..., record=True) keeps them."
+            )
+        found: list[Tensor | None] = [None] * len(self.tilings)
+        for stage in self.stages:
+            for image, scores in enumerate(stage.scores or ()):
+                found[image] = found[image] if scores is None else scores
+        return found
 
     @property
     def pruned(self) -> bool:

@@ -25,6 +25,8 @@ class Setup:
     text: Any
     """The text model, a `transformers` object."""
     ticket: Ticket
+    record: bool = False
+    """Whether the scores of all choices are kept for `handle.last`."""
 
     @property
     def config(self) -> Any:

@@ -353,6 +353,10 @@ class Selection:
     the projector afterwards."""
     groups: Tensor | None = None
     """(2, G) int64 pairs: a row and a token that it was merged from, sorted by row."""
+    scores: Tensor | None = None
+    """(N,) floating: the numbers by which the tokens given were ranked, high ones stay. For people
+    to look at (`patch(..., record=True)`): nothing is chosen by them any more. A method sets what
+    it has computed anyway; None: see `Method.unranked`."""
 
     @property
     def arranged(self) -> Tensor:
@@ -396,6 +400,9 @@ class Method(ABC):
     needs_budget: ClassVar[bool] = True
     """Whether `patch` must be given a budget. False: without one the paper's own schedule holds,
     or its adaptive rule, which is `select_adaptive`."""
+    unranked: ClassVar[str | None] = None
+    """Why the method gives no `Selection.scores`, or none at one of its cuts: the end of a sentence
+    that begins with its name."""
 
     def __post_init__(self) -> None:  # noqa: B027  (checks of fields, where there are any)
         """Refuse impossible fields. Overrides call `super().__post_init__()`."""
@@ -541,6 +548,8 @@ class Compressed:
     keys: Tensor | None = None
     """(H_kv, K, D_head) in place of the kept entries' own, for methods that merge."""
     values: Tensor | None = None
+    scores: Tensor | None = None
+    """(S,) or (H_kv, S) floating, as `Selection.scores`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,10 @@ class UnsupportedFeatureError(VlmpruneError, NotImplementedError):
     """A feature of `generate()` or `forward()` that cannot be combined with pruning."""
 
 
+class NotRecordedError(VlmpruneError, RuntimeError):
+    """Something is asked of `handle.last` that the patch was not told to keep."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The sentence that follows an unknown name: the nearest names, then all of them."""
     names = sorted(known)

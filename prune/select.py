@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -28,7 +29,11 @@ def select(method: Pruning, tokens: VisualTokens, keep: int | None) -> Selection
 
 
 def select_all(
-    method: Pruning, images: Sequence[VisualTokens], keeps: Sequence[int | None]
+    method: Pruning,
+    images: Sequence[VisualTokens],
+    keeps: Sequence[int | None],
+    *,
+    record: bool = False,
 ) -> list[Selection]:
     """What `method` keeps of each image, checked: exactly as many, or as it decides (None).
 
@@ -37,6 +42,8 @@ def select_all(
     Args:
         images: all tokens of an image each, or those alive in the decoder. Before the LLM, signals
             per token cover the patches, or all tokens where newlines compete.
+        record: whether the selections keep their scores: (N,) of all tokens, NaN where a token was
+            not ranked (newlines that do not compete, tiles that were kept or dropped whole).
 
     Raises:
         BudgetError: the newlines that the method keeps leave no room for a patch.
@@ -45,7 +52,8 @@ def select_all(
     questions = [
         _question(method, tokens, keep) for tokens, keep in zip(images, keeps, strict=True)
     ]
-    answers = iter(_ask(method, [one for question in questions for one in question.asked]))
+    given = _ask(method, [one for question in questions for one in question.asked])
+    answers = iter(given if record else map(_unscored, given))
     found = []
     for question, keep in zip(questions, keeps, strict=True):
         selection = question.join([next(answers) for _ in question.asked])
@@ -110,6 +118,10 @@ def _ask(method: Pruning, asked: Sequence[tuple[VisualTokens, int | None]]) -> l
     ]
 
 
+def _unscored(selection: Selection) -> Selection:
+    return selection if selection.scores is None else replace(selection, scores=None)
+
+
 # --- Newlines ----------------------------------------------------------------------------------
 
 
@@ -135,7 +147,8 @@ def _with_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) ->
 
     def join(answers: list[Selection]) -> Selection:
         chosen = question.join(answers)
-        return _merged_in(_renumbered(chosen, tiling.patches(tokens.device)), newlines)
+        numbers = tiling.patches(tokens.device)
+        return _merged_in(_renumbered(chosen, numbers, tiling.num_tokens), newlines)
 
     return replace(question, join=join)
 
@@ -180,7 +193,8 @@ def _in_scope(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> _Que
         if counts[number] != 0:
             asked.append((_tile(tokens, number, places), counts[number]))
             numbers.append(places)
-    return _Question(asked, lambda answers: _joined(list(map(_renumbered, answers, numbers))))
+    total = [tokens.num_tokens] * len(numbers)
+    return _Question(asked, lambda found: _joined(list(map(_renumbered, found, numbers, total))))
 
 
 def _tile(tokens: VisualTokens, number: int, places: Tensor) -> VisualTokens:
@@ -223,20 +237,29 @@ def _joined(parts: Sequence[Selection]) -> Selection:
         rows=torch.cat(rows) if rows else None,
         projected=any(part.projected for part in parts),
         groups=_by_row(torch.cat(groups, 1)) if groups else None,
+        scores=_united([part.scores for part in parts if part.scores is not None]),
     )
+
+
+def _united(parts: Sequence[Tensor]) -> Tensor | None:
+    """Scores (N,) of different tokens each, NaN for the others', as one."""
+    return reduce(lambda one, two: one.where(two.isnan(), two), parts) if parts else None
 
 
 # --- Numbers -----------------------------------------------------------------------------------
 
 
-def _renumbered(selection: Selection, numbers: Tensor) -> Selection:
-    """Token i becomes token `numbers[i]`; ascending numbers stay ascending."""
-    order, groups = selection.order, selection.groups
+def _renumbered(selection: Selection, numbers: Tensor, total: int) -> Selection:
+    """Token i becomes token `numbers[i]` of `total`; ascending numbers stay ascending."""
+    order, groups, scores = selection.order, selection.groups, selection.scores
     if order is not None:
         order = torch.where(order >= 0, numbers[order.clamp_min(0)], -1)
     if groups is not None:
         groups = torch.stack([groups[0], numbers[groups[1]]])
-    return replace(selection, kept=numbers[selection.kept], order=order, groups=groups)
+    if scores is not None:
+        scores = scores.new_full((total,), torch.nan).index_copy(0, numbers, scores)
+    kept = numbers[selection.kept]
+    return replace(selection, kept=kept, order=order, groups=groups, scores=scores)
 
 
 def _regrouped(groups: Tensor, place: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ class InOnePass(BeforeLLM):
         return in_one_pass(asked, self.select_equal)
 
 
+def ranked(kept: Tensor, scores: Tensor) -> Selection:
+    """The tokens `kept` (K,), by the scores (N,) of all."""
+    return Selection(kept=kept, scores=scores)
+
+
 def stacked(images: Sequence[VisualTokens], signal: Signal) -> Tensor:
     """A signal of images of equal size: (B, N, ...)."""
     return torch.stack([tokens.signals[signal] for tokens in images])

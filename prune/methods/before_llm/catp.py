@@ -63,6 +63,10 @@ class CATP(BeforeLLM):
     """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
+    unranked: ClassVar[str | None] = (
+        "picks tokens before the LLM by what each adds to the picks before it, which is no number "
+        "of the token alone"
+    )
 
     alignment: float = 0.7
     similarity: float = 0.6
@@ -101,7 +105,8 @@ class CATP(BeforeLLM):
             return self._stage_1(tokens, keep)
         layer = self._layer(tokens.shape)
         score = self._in_context if tokens.layer == layer + 1 else self._in_query
-        return Selection(kept=ascending(top_k(score(tokens), keep)))
+        scores = score(tokens)
+        return Selection(kept=ascending(top_k(scores, keep)), scores=scores)
 
     def _stage_1(self, tokens: VisualTokens, keep: int) -> Selection:
         features, text = (tokens.signals[signal] for signal in (Features(), TextEmbeddings()))

@@ -45,7 +45,10 @@ from ...select import share
 @register("cdpruner")
 @dataclass(frozen=True, kw_only=True)
 class CDPruner(BeforeLLM):
-    """Greedy determinant maximisation in each tile, relevance weighed over the image."""
+    """Greedy determinant maximisation in each tile, relevance weighed over the image.
+
+    Recorded scores are the relevance: what each pick adds depends on the picks before it.
+    """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
 
@@ -56,23 +59,25 @@ class CDPruner(BeforeLLM):
         return self.select_batch([(tokens, keep)])[0]
 
     def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
-        tiles = [tile for tokens, keep in asked for tile in self._tiles(tokens, keep)]
+        weights = [self._relevance(tokens) for tokens, _ in asked]
+        tiles = [
+            tile
+            for (tokens, keep), own in zip(asked, weights, strict=True)
+            for tile in _tiles(tokens, keep, own)
+        ]
         kept: list[list[Tensor]] = [[] for _ in asked]
         picks = of_each_kind(tiles, lambda tile: len(tile.patches), _picked)
         owners = [i for i, (tokens, _) in enumerate(asked) for _ in tokens.tiling.tiles]
         for owner, tile, picked in zip(owners, tiles, picks, strict=True):
             kept[owner].append(tile.patches[picked[: tile.count]])
-        return [Selection(kept=ascending(torch.cat(parts))) for parts in kept]
-
-    def _tiles(self, tokens: VisualTokens, keep: int) -> list[_Tile]:
-        features, image, text = (tokens.signals[signal] for signal in self.needs(tokens.shape))
-        weights = relevance(image, text)
-        tiles = tokens.tiling.tile_patches(features.device)
-        counts = share(keep, [len(tile) for tile in tiles])
         return [
-            _Tile(tile, features[tile], weights[tile], count)
-            for tile, count in zip(tiles, counts, strict=True)
+            Selection(kept=ascending(torch.cat(parts)), scores=own)
+            for parts, own in zip(kept, weights, strict=True)
         ]
+
+    def _relevance(self, tokens: VisualTokens) -> Tensor:
+        """(N,)"""
+        return relevance(tokens.signals[ClipImage()], tokens.signals[ClipText()])
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,17 @@ class _Tile:
     weights: Tensor
     """(P,)"""
     count: int
+
+
+def _tiles(tokens: VisualTokens, keep: int, weights: Tensor) -> list[_Tile]:
+    """The tiles of one image, all weights (N,) of which are on one scale."""
+    features = tokens.signals[Features()]
+    tiles = tokens.tiling.tile_patches(features.device)
+    counts = share(keep, [len(tile) for tile in tiles])
+    return [
+        _Tile(tile, features[tile], weights[tile], count)
+        for tile, count in zip(tiles, counts, strict=True)
+    ]
 
 
 def _picked(tiles: Sequence[_Tile]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from ...contract import ModelShape, Scope, Selection, Signal, VisualTokens
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass, stacked
+from ...ops.batches import InOnePass, ranked, stacked
 from ...ops.checks import check_layer
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
@@ -43,4 +43,5 @@ class ClsTopK(InOnePass):
 
     def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
         (signal,) = self.needs(images[0].shape)
-        return [Selection(kept=k) for k in ascending(top_k(stacked(images, signal), keep))]
+        scores = stacked(images, signal)
+        return list(map(ranked, ascending(top_k(scores, keep)), scores))

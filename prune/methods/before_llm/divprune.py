@@ -38,6 +38,10 @@ class DivPrune(InOnePass):
 
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("compete", "drop", "keep")
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
+    unranked: ClassVar[str | None] = (
+        "picks each token by its distance to the picks before it, which is no number of the token "
+        "alone"
+    )
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (Features(),)

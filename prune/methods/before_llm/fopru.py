@@ -32,7 +32,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass
+from ...ops.batches import InOnePass, ranked
 from ...ops.checks import check_choice, check_layer
 from ...ops.parts import by_tile
 from ...ops.topk import ascending, top_k
@@ -79,7 +79,7 @@ class FoPru(InOnePass):
         if self.strategy == "row":
             ranks = torch.stack(list(map(_row_ranks, scores, images)))
             best = best.gather(1, ranks.gather(1, best).argsort(stable=True))
-        return [Selection(kept=kept) for kept in ascending(best[:, :keep])]
+        return list(map(ranked, ascending(best[:, :keep]), scores))
 
     def _scores(self, tokens: VisualTokens) -> Tensor:
         """The chosen mean (N,), times the number of patches and up to a constant."""

@@ -112,7 +112,8 @@ class GlobalCom2(BeforeLLM):
         if self.official:
             crops = crops[_misplaced(tokens.tiling)[crops].argsort(stable=True)]
         order = torch.cat([top_k(scores[:first], own), crops + first])
-        return Selection(kept=ascending(order), order=order)
+        ranks = torch.cat([scores[:first], combined])
+        return Selection(kept=ascending(order), order=order, scores=ranks)
 
     def _counts(
         self, base: Tensor, canvas: Block, tokens: VisualTokens, keep: int
@@ -145,7 +146,7 @@ def _best_first(scores: Tensor, tokens: VisualTokens, keep: int) -> Selection:
     counts = share(keep, [tile.num_patches for tile in tokens.tiling.tiles])
     parts = tile_numbers(tokens.tiling, scores.device)
     order = top_of_each(scores, parts, on_device(counts, scores.device), keep)
-    return Selection(kept=ascending(order), order=order)
+    return Selection(kept=ascending(order), order=order, scores=scores)
 
 
 def _with_global(scores: Tensor, base: Tensor, canvas: Block, tiling: Tiling) -> Tensor:

@@ -10,6 +10,7 @@ Differs: nothing to differ from. Counts that form no regular lattice are spread 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -22,6 +23,8 @@ from ...registry import register
 @dataclass(frozen=True, kw_only=True)
 class Grid(BeforeLLM):
     """Rows spread evenly over the image, tokens spread evenly over each row."""
+
+    unranked: ClassVar[str | None] = "keeps a lattice, whatever the image shows"
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return ()

@@ -32,7 +32,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass, stacked
+from ...ops.batches import InOnePass, ranked, stacked
 from ...ops.checks import check_flag, check_fraction, check_layer
 from ...ops.parts import on_device
 from ...ops.topk import ascending, top_k
@@ -44,6 +44,7 @@ from ...registry import register
 class HiPrune(InOnePass):
     """Anchors and buffers (share `alpha` of the budget) from one layer, registers from another.
 
+    Recorded scores are those of the registers: anchors and buffers stay whatever they are.
     `object_layer` and `deep_layer` are ViT layer indices; None takes the published ones: 8 and -2
     of 24, or 15 and -1 of 32 on an encoder that merges patches.
     """
@@ -72,7 +73,7 @@ class HiPrune(InOnePass):
         if self.official and tower.merge_unit > 1:
             return list(map(_official, deep, certain, [keep] * len(images)))
         kept = ascending(top_k(deep.masked_fill(certain, torch.inf), keep))
-        return [Selection(kept=of_image) for of_image in kept]
+        return list(map(ranked, kept, deep))
 
     def _signals(self, tower: Tower) -> tuple[ReceivedAttention, ReceivedAttention]:
         if tower.merge_unit > 1:

@@ -77,7 +77,7 @@ class HiRED(BeforeLLM):
             thumbnail = early[: sizes[0]].view(first.rows, first.columns)
             counts = self._counts(thumbnail, canvas, sizes, keep)
         parts = tile_numbers(tokens.tiling, late.device)
-        return Selection(kept=ascending(top_of_each(late, parts, counts, keep)))
+        return Selection(kept=ascending(top_of_each(late, parts, counts, keep)), scores=late)
 
     def _counts(self, thumbnail: Tensor, canvas: Block, sizes: list[int], keep: int) -> Tensor:
         """(tiles,) of the thumbnail, with early scores (rows, columns), and of each crop."""

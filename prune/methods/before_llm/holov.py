@@ -100,7 +100,7 @@ class HoloV(BeforeLLM):
         weights = torch.stack([crop.sum() for crop in scores.split(sizes)])
         counts = apportion(keep, weights, sizes, priority=weights)
         order = top_of_each(attention, parts, counts, keep)
-        return Selection(kept=ascending(order), order=order)
+        return Selection(kept=ascending(order), order=order, scores=attention)
 
     def _number(self, num_tokens: int, keep: int) -> int:
         """How many crops."""

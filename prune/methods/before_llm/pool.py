@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from ...registry import register
 @dataclass(frozen=True, kw_only=True)
 class Pool(BeforeLLM):
     """Each kept token is the mean of a rectangle of tokens, and stands in its middle."""
+
+    unranked: ClassVar[str | None] = "averages regular cells, whatever the image shows"
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (Features(),)

@@ -116,6 +116,7 @@ class PruMerge(BeforeLLM):
             order=torch.cat([centres, centres.new_full((int(aggregate),), -1)]),
             features=bags(features, members, starts, torch.cat([shares.flatten(), weights[rest]])),
             groups=torch.stack([rows.clamp_max(len(centres)), members]),
+            scores=weights,
         )
 
 

@@ -36,6 +36,7 @@ class Random(BeforeLLM):
 
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("compete", "drop", "keep")
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
+    unranked: ClassVar[str | None] = "draws tokens by chance"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -65,6 +65,10 @@ class ToDRE(InOnePass):
     """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
+    unranked: ClassVar[str | None] = (
+        "picks each token by its distance to the picks before it, which is no number of the token "
+        "alone"
+    )
     needs_budget: ClassVar[bool] = False
 
     rule: Rule = "max_sum"

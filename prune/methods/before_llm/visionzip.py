@@ -87,10 +87,12 @@ class VisionZip(BeforeLLM):
             tiles += [_Tile(tokens, number, *tile) for number, tile in of_image]
         parts = of_each_kind(tiles, lambda tile: (len(tile.patches), tile.keep), self._of_equal)
         in_order = iter(parts)
-        return [
-            _joined(_arranged(tokens.tiling, list(islice(in_order, len(tokens.tiling.tiles)))))
-            for tokens, _ in asked
-        ]
+        found = []
+        for tokens, _ in asked:
+            own = list(islice(in_order, len(tokens.tiling.tiles)))
+            scores = tokens.signals[self.needs(tokens.shape)[0]]
+            found.append(_joined(_arranged(tokens.tiling, own), scores))
+        return found
 
     def _of_equal(self, tiles: Sequence[_Tile]) -> list[_Parts]:
         """The rows of tiles that have equally many patches and keep equally many."""
@@ -191,8 +193,8 @@ def _in_block(tiles: Sequence[_Parts]) -> list[_Rows]:
     return [*dominant, *cls, *merged]
 
 
-def _joined(parts: Sequence[_Rows]) -> Selection:
-    """The rows one after the other."""
+def _joined(parts: Sequence[_Rows], scores: Tensor) -> Selection:
+    """The rows one after the other; `scores` (N,) ranked the dominant ones."""
     order = torch.cat([part.order for part in parts])
     places = torch.arange(len(order), device=order.device).split([len(p.order) for p in parts])
     placed = list(zip(parts, places, strict=True))
@@ -208,4 +210,5 @@ def _joined(parts: Sequence[_Rows]) -> Selection:
         features=torch.cat([features for features, _ in entering]) if entering else None,
         rows=torch.cat([at for _, at in entering]) if entering else None,
         groups=torch.cat(groups, 1) if groups else None,
+        scores=scores,
     )

@@ -61,7 +61,7 @@ class VisPruner(BeforeLLM):
         kept, rest = ranked[:important], ranked[important:]
         if keep > important:
             kept = torch.cat([kept, _least_alike(features, rest, keep - important)])
-        return Selection(kept=ascending(kept))
+        return Selection(kept=ascending(kept), scores=scores)
 
 
 def _least_alike(features: Tensor, rest: Tensor, count: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...contract import ModelShape, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass
+from ...ops.batches import InOnePass, ranked
 from ...ops.checks import check_layer
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
@@ -57,7 +57,7 @@ class VtcCls(InOnePass):
 
     def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
         scores = torch.stack([self._scores(tokens) for tokens in images])
-        return [Selection(kept=kept) for kept in ascending(top_k(scores, keep))]
+        return list(map(ranked, ascending(top_k(scores, keep)), scores))
 
     def _scores(self, tokens: VisualTokens) -> Tensor:
         """(N,), image by image: a larger tensor may be summed in another order."""

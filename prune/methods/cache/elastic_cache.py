@@ -17,7 +17,7 @@ Differs: the entries with the highest scores stay, as the paper says. The offici
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,7 +68,8 @@ class ElasticCache(Compressing):
         numbers = torch.arange(len(scores), device=scores.device)
         kept = torch.cat([numbers[:start], anchors + start, numbers[-1:]])
         # Officially the numbers of dropped entries lack the start, but those of anchors have it.
-        return _merged(entries, kept, start, dropped if self.official else dropped + start)
+        merged = _merged(entries, kept, start, dropped if self.official else dropped + start)
+        return replace(merged, scores=scores)
 
     def evict(self, *, prompt: int, kept: int, stored: int, seen: int) -> int | None:
         # In whole numbers: stored - seen * kept / prompt < 1.

@@ -15,6 +15,7 @@ Differs: query head h is compared with the keys that it attends to, those of hea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class TokenSelect(Attending):
     A vote is a head's softmax over the entries between, without the usual scale. `pool` is the
     width of a maximum over neighbours that votes may pass; 1 leaves them as they are.
     """
+
+    unranked: ClassVar[str | None] = "drops nothing: every new token ranks all entries anew"
 
     n_init: int = 128
     n_local: int = 512

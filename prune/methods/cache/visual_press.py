@@ -91,8 +91,10 @@ class VisualPress(Compressing):
             )
         numbers = entries.visual.to(torch.uint8).argsort(stable=True)
         of_text, of_image = numbers.split([text, visual])
-        best = of_image[top_k(self._scores(entries)[:, of_image], keep - text)]
-        return Compressed(kept=ascending(torch.cat([of_text.expand(len(best), -1), best], 1)))
+        scores = self._scores(entries)
+        best = of_image[top_k(scores[:, of_image], keep - text)]
+        kept = ascending(torch.cat([of_text.expand(len(best), -1), best], 1))
+        return Compressed(kept=kept, scores=scores)
 
     def _scores(self, entries: CacheEntries) -> Tensor:
         """(H_kv, S), of which those of visual entries are compared."""

@@ -90,13 +90,14 @@ class CoreMatching(InDecoder):
         return (Cut(self._layer(shape) + 1),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return Selection(kept=ascending(top_k(self._overlaps(tokens), keep)))
+        overlaps = self._overlaps(tokens)
+        return Selection(kept=ascending(top_k(overlaps, keep)), scores=overlaps)
 
     def select_adaptive(self, tokens: VisualTokens) -> Selection:
         overlaps = self._overlaps(tokens)
         core = overlaps > elbow(overlaps)
         core = core.index_fill(0, overlaps.argmax(), True)  # where all are equal
-        return Selection(kept=core.nonzero()[:, 0])
+        return Selection(kept=core.nonzero()[:, 0], scores=overlaps)
 
     def most(self, num_tokens: int) -> int:
         return max(1, num_tokens - 2)  # the elbow is not the last point, and itself not above it

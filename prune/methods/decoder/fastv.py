@@ -56,4 +56,5 @@ class FastV(InDecoder):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         (row,) = self.needs(tokens.shape)
-        return Selection(kept=ascending(top_k(tokens.signals[row], keep)))
+        scores = tokens.signals[row]
+        return Selection(kept=ascending(top_k(scores, keep)), scores=scores)

@@ -74,7 +74,8 @@ class PyramidDrop(InDecoder):
         return round_tokens(self._ratios[-1], num_tokens)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return Selection(kept=ascending(top_k(tokens.signals[_row(tokens.layer)], keep)))
+        scores = tokens.signals[_row(tokens.layer)]
+        return Selection(kept=ascending(top_k(scores, keep)), scores=scores)
 
     @property
     def _ratios(self) -> tuple[float, ...]:

@@ -122,7 +122,7 @@ class SparseVLM(InDecoder):
         ranked = top_k(scores, tokens.num_tokens)
         kept = ascending(ranked[:best])
         if best == keep:
-            return Selection(kept=kept)
+            return Selection(kept=kept, scores=scores)
         recycled = ranked[best : best + _recycled(tokens.num_tokens - best)]
         merged, (cluster, member) = merged_clusters(hidden[recycled], keep - best)
         return Selection(
@@ -132,6 +132,7 @@ class SparseVLM(InDecoder):
             rows=torch.arange(best, keep, device=kept.device),
             projected=True,
             groups=torch.stack([best + cluster, recycled[member]]),
+            scores=scores,
         )
 
 

@@ -68,7 +68,8 @@ class SparseVLMPlus(SparseVLM):
         attention, affinity = (tokens.signals[signal] for signal in self.reads(tokens.layer))
         by_head = (attention.float() / affinity[:, None].float()).mean(2)  # (N, H)
         heard = top_k(by_head.sum(0), self._heads(by_head.shape[1]))
-        return Selection(kept=ascending(top_k(by_head[:, heard].mean(1), keep)))
+        scores = by_head[:, heard].mean(1)
+        return Selection(kept=ascending(top_k(scores, keep)), scores=scores)
 
     def _heads(self, of: int) -> int:
         if self.heads is None:

@@ -57,4 +57,5 @@ class SpAtten(InDecoder):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         layers = [tokens.signals[ReceivedInLayer(layer)] for layer in range(tokens.layer)]
-        return Selection(kept=ascending(top_k(torch.stack(layers).float().sum(0), keep)))
+        scores = torch.stack(layers).float().sum(0)
+        return Selection(kept=ascending(top_k(scores, keep)), scores=scores)

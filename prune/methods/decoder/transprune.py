@@ -101,7 +101,7 @@ class TransPrune(InDecoder):
         scores = _normalised(turned)
         if self.scores == "both":
             scores = scores + _normalised(tokens.signals[_text_reads(tokens.layer)])
-        return Selection(kept=ascending(top_k(scores, keep)))
+        return Selection(kept=ascending(top_k(scores, keep)), scores=scores)
 
 
 def _steps(first_cut: int, cut: int) -> tuple[ModuleStep, ...]:
