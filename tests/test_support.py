@@ -1,8 +1,15 @@
-"""Which method runs on which model, found by running it: the table in the README."""
+"""Which method runs on which model, found by running it, beside what support.json expects.
+
+The expectation is data, so that a method that begins to refuse a model is a red test. After a
+deliberate change `python tests/test_support.py --write` stores what was found.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +36,10 @@ WAYS: dict[str, dict[str, object]] = {
     "`pivot='received'`": {"pivot": "received"},
     "`clip=`": {"clip": True},
 }
+METHODS = vlmprune.methods()
+EXPECTED_FILE = Path(__file__).parent / "support.json"
+EXPECTED: dict[str, dict[str, str]] = json.loads(EXPECTED_FILE.read_text())
+"""Method -> column -> how it works there, one of `WAYS`, or "no"."""
 
 
 @functools.cache
@@ -61,25 +72,33 @@ def way(name: str, column: str) -> str:
 
 
 def method_support() -> str:
-    """Method x family as Markdown."""
+    """Method x family as Markdown, as the tests below hold it."""
     lines = [f"| Method | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}"]
     lines += [
-        f"| {name} | {' | '.join(way(name, column) for column in COLUMNS)} |"
-        for name in vlmprune.methods()
+        f"| {name} | {' | '.join(row[column] for column in COLUMNS)} |"
+        for name, row in EXPECTED.items()
     ]
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("name", vlmprune.methods())
+def found() -> dict[str, dict[str, str]]:
+    return {name: {c: way(name, c) for c in COLUMNS} for name in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("column", COLUMNS)
-def test_the_method_runs_or_says_why_not(name, column):
-    assert way(name, column) in {*WAYS, "no"}
+def test_the_method_runs_or_refuses_as_expected(name, column):
+    assert way(name, column) == EXPECTED[name][column]
+
+
+def test_every_method_and_no_other_is_expected():
+    assert list(EXPECTED) == METHODS
 
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_what_acts_inside_the_llm_runs_on_every_model(column):
     """It reads nothing that only some encoders have."""
-    for name in vlmprune.methods():
+    for name in METHODS:
         if method_class(name).place is not Place.BEFORE_LLM:
             assert way(name, column) == "works", name
 
@@ -87,3 +106,9 @@ def test_what_acts_inside_the_llm_runs_on_every_model(column):
 def test_every_family_has_a_column():
     families = {zoo.CASES[case].reference().config.model_type for case, _ in COLUMNS.values()}
     assert families == set(vlmprune.models())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit("usage: python tests/test_support.py --write")
+    EXPECTED_FILE.write_text(json.dumps(found(), indent=1) + "\n")

@@ -10,7 +10,6 @@ from .vocabulary import EMOJI, FIRST_DIGIT, FIRST_GARMENT
 
 DATA_DIR = Path(__file__).parent / "data"
 EMOJI_SIDE, GARMENT_SIDE, DIGIT_SIDE = 64, 28, 8
-SPLITS = ("train", "test")
 SCALES = (1.0, 0.6, 0.4)  # a background is cropped from the photo at one of these sizes
 
 

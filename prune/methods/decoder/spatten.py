@@ -2,7 +2,8 @@
 
 Reference: SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning,
     HPCA 2021, arXiv 2012.09852.
-Upstream: none, no code was published.
+Upstream: none for this algorithm. mit-han-lab/spatten, spatten_llm, holds another one: a KV cache
+    of start, important and recent entries.
 Differs: only visual tokens are dropped, and every image of a sample has its own ranking.
     This is the token pruning of the prompt. Cascade pruning of heads, local pruning of values,
     progressive quantisation and pruning while decoding are not part of it.
