@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import vlmprune
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.registry import family_of
@@ -17,6 +18,30 @@ from zoo import ALL, ATTENTION, BOTH_FAMILIES, CASES, Case
 
 ROW = (4, "B", 6)  # Qwen: 3 x 5 tokens in windows of 2 x 2, so some are smaller
 TEXT = 10
+
+# Releases of torch before 2.15 count 0 for the fused attention that a CPU runs.
+FUSED_ON_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def fused_attention(query, key, value, *args, **kwargs) -> int:
+    """FLOPs of `q k^T` and `p v`, from shapes (B, H, L, D); key and value may have fewer heads."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def counting() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={FUSED_ON_A_CPU: fused_attention})
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
+    query, key = torch.randn(2, 4, 7, 16), torch.randn(2, kv_heads, 9, 16)
+    value = torch.randn(2, kv_heads, 9, 16)
+    with counting() as fused, torch.inference_mode():
+        scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    key, value = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (key, value))
+    with counting() as products, torch.inference_mode():
+        (query @ key.mT).softmax(-1) @ value
+    assert fused.get_total_flops() == products.get_total_flops() > 0
 
 
 def analytic(case: Case, model, visual_per_layer, **options):
@@ -33,7 +58,7 @@ def analytic(case: Case, model, visual_per_layer, **options):
 @ATTENTION
 def test_dense_prefill_equals_torch(case: Case, attention: str):
     model = case.model(attention)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with counting() as counter, torch.inference_mode():
         model(**case.inputs([ROW]), logits_to_keep=1)
     flops = analytic(case, model, [case.num_tokens("B")] * 4)
     assert flops.first_token == counter.get_total_flops()
@@ -50,7 +75,7 @@ def test_dense_prefill_equals_torch(case: Case, attention: str):
 def test_patched_prefill_equals_torch_but_for_the_probes(case: Case, name: str):
     model = case.model()
     with vlmprune.patch(model, name, keep_tokens=7) as handle:
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        with counting() as counter, torch.inference_mode():
             model(**case.inputs([ROW]), logits_to_keep=1)
         (entering,) = handle.last.tokens_per_layer
     unread = len(family_of(model).unread_layers(model, {}))
@@ -64,7 +89,7 @@ def test_patched_prefill_equals_torch_but_for_the_probes(case: Case, name: str):
 def test_decoding_equals_torch():
     case = CASES["llava-clip-mistral"]
     model = case.model()
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with counting() as counter, torch.inference_mode():
         model.generate(**case.inputs([ROW]), max_new_tokens=5, min_new_tokens=5, do_sample=False)
     flops = analytic(case, model, [case.num_tokens("B")] * 4, new_tokens=5)
     assert flops.decode > 0
@@ -76,7 +101,7 @@ def test_several_images_and_none_add_up():
     model = case.model()
     cost = model_cost(model)
     n = case.num_tokens("B")
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    with counting() as counter, torch.inference_mode():
         model(**case.inputs([(3, "A", 2, "B", 5)]), logits_to_keep=1)
     two = cost.sample(pictures=[case.grid("A")] * 2, visual_per_layer=[2 * n] * 4, text_tokens=10)
     assert two.first_token == counter.get_total_flops()
