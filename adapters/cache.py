@@ -158,6 +158,16 @@ def pruned_state(cache: Cache | None) -> PrunedState | None:
     return cache._pruned if isinstance(cache, PrunedCacheMixin) else None
 
 
+def is_new(cache: Cache | None) -> bool:
+    """Whether a call on the cache begins a prompt: nothing was fed to it, as far as the host knows
+    without waiting for the device."""
+    if cache is None or not cache.layers:
+        return True
+    first = cache.layers[0]
+    stored = first.get_seq_length() if first.is_initialized else 0
+    return isinstance(stored, int) and not stored
+
+
 def make_pruned(cache: Cache, owner: Ticket, starts: list[int]) -> PrunedState:
     """Turn a cache into a pruned one (in place), or return the state it has already."""
     state = pruned_state(cache)

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils import ModelOutput
 
 from ..prune.budget import MethodCall
 from ..prune.contract import (
@@ -48,7 +49,7 @@ from ..prune.contract import (
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from . import probes
 from .attend import Attention, attend
-from .cache import Ticket, pruned_state
+from .cache import Ticket, is_new, pruned_state
 from .clip_text import ClipText
 from .compression import evict
 from .continuation import Continued, first_padding
@@ -60,7 +61,7 @@ from .passing import PassingHooks
 from .prefill import Chosen, Prefill, begin
 from .prompt import Prompt
 from .remember import ImageMemory
-from .report import Last
+from .report import NO_IMAGES, Last
 from .setup import Setup
 from .signals import READERS, Reader, Recording
 
@@ -91,6 +92,10 @@ class _Local(threading.local):
         self.chosen: Chosen | None = None
         """Within generate(): without a cache every step prefills again, and must not choose anew
         with its newest token."""
+        self.last: Last | None = None
+        """What the thread's last prefill did."""
+        self.unpruned: str = NO_IMAGES
+        """Why the call prunes nothing, if it is a prefill."""
         self.continued: Continued | None = None
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
         """Rotary tables of the attention modules, for methods that undo the rotation."""
@@ -103,7 +108,7 @@ class _Local(threading.local):
     def forget(self) -> None:
         """What belongs to one call of the multimodal core."""
         self.visual, self.encoded, self.prefill, self.prompt = {}, {}, None, None
-        self.continued, self.tables = None, {}
+        self.continued, self.tables, self.unpruned = None, {}, NO_IMAGES
 
 
 class Engine:
@@ -125,7 +130,6 @@ class Engine:
         shape = family.shape(model)
         self.setup = Setup(calls, shape, positions, self.text, Ticket(), record)
         self.memory = ImageMemory(remember_images, self.setup.ticket) if remember_images else None
-        self.last: Last | None = None
         self._local = _Local()
         self._warned = False
         self._undo: list[Callable[[], None]] = []
@@ -265,10 +269,15 @@ class Engine:
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if ids is not None:
             local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
+        earlier, local.last = local.last, None
         try:
-            return original(*args, **kwargs)
+            output = original(*args, **kwargs)
+            if isinstance(output, ModelOutput):
+                output.vlmprune_last = local.last
+            return output
         finally:
             local.visual_mask, local.chosen, local.prompt = None, None, None
+            local.last = local.last or earlier
 
     def _refuse_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedFeatureError(
@@ -350,6 +359,11 @@ class Engine:
         encoded = encode(self.setup, tilings, signals, features[0].device)
         output.pooler_output = self._emit(features, encoded)
         return output, encoded
+
+    @property
+    def last(self) -> Last | None:
+        """What the last prefill of this thread did."""
+        return self._local.last
 
     @property
     def unread_layers(self) -> int:
@@ -481,9 +495,7 @@ class Engine:
             "inputs_embeds came without pixel_values, so that visual tokens cannot be told from "
             "text: nothing was pruned. Pass visual_mask= (B, L) bool to mark them."
         )
-        self.last = Last.nothing(
-            self.setup.reported_positions, self.setup.shape.decoder.num_layers, note
-        )
+        self._local.unpruned = note
         if not self._warned:
             self._warned = True
             warnings.warn(note, UserWarning, stacklevel=2)
@@ -509,6 +521,11 @@ class Engine:
             cache = kwargs.get("past_key_values")
             state = pruned_state(cache)
             if state is None:
+                if is_new(cache):
+                    setup = self.setup
+                    local.last = Last.nothing(
+                        setup.reported_positions, setup.shape.decoder.num_layers, local.unpruned
+                    )
                 return None
             kwargs = dict(kwargs)
             local.continued = Continued.begin(self.setup, state, kwargs)
@@ -525,7 +542,7 @@ class Engine:
         self._refuse_checkpointing(encoded)
         prefill, last = begin(self.setup, encoded, visual, kwargs, local.chosen)
         if prefill is None:
-            self.last = last
+            local.last = last
             return args, kwargs
         self._listening.on()
         local.prefill = prefill
@@ -644,7 +661,7 @@ class Engine:
             output = (prefill.finish(output[0]), *output[1:])
         else:
             output.last_hidden_state = prefill.finish(output.last_hidden_state)
-        self.last = prefill.last
+        local.last = prefill.last
         return output
 
 

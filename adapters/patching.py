@@ -45,8 +45,16 @@ class Handle:
     Also a context manager: `with vlmprune.patch(model, "divprune", keep_ratio=0.25) as h: ...`.
     """
 
+    _engine: Engine
+
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        object.__setattr__(self, "_engine", engine)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        instead = f"handle.set({name}={value!r})" if name in BUDGET_WORDS else "handle.set(...)"
+        raise AttributeError(
+            f"A handle has no {name!r} to assign to: {instead} changes the budget or the method."
+        )
 
     @property
     def methods(self) -> tuple[MethodCall, ...]:
@@ -71,14 +79,22 @@ class Handle:
 
     @property
     def last(self) -> Last:
-        """What the last prefill with visual tokens did.
+        """What the last prefill of the calling thread did; decoding, and going on in text, changes
+        nothing. Without visual tokens `last.note` says so, and there are no images.
+
+        `generate(return_dict_in_generate=True)` returns it too, as `output.vlmprune_last` (None
+        where it only went on in text on a cache), for other threads than the one that ran.
 
         Raises:
-            RuntimeError: the patched model has not run yet.
+            RuntimeError: the patched model has not run in this thread yet.
         """
-        if self._engine.last is None:
-            raise RuntimeError("Nothing to report yet: run the patched model on an image first.")
-        return self._engine.last
+        if (last := self._engine.last) is None:
+            raise RuntimeError(
+                "Nothing to report yet: run the patched model on an image first, in this thread. "
+                "Another thread's is in the output of its generate(..., "
+                "return_dict_in_generate=True), as output.vlmprune_last."
+            )
+        return last
 
     def overlay(
         self,

@@ -14,6 +14,9 @@ from ..prune.contract import Positions
 from ..prune.errors import NotRecordedError
 from ..prune.tiling import Tiling
 
+NO_IMAGES = "the last prefill had no images"
+"""The note of a prefill without visual tokens."""
+
 
 class Stopwatch:
     """Adds up the time inside `with` blocks; on CUDA through events, without a synchronisation."""
