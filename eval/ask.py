@@ -13,9 +13,10 @@ from PIL import Image
 from ..prune.budget import Budget
 from ..prune.contract import Positions
 from ..prune.errors import BudgetError, MethodFieldError
-from .compare import Asked, InputError, Row, compare_cells, read_picture
+from .compare import Asked, Row, compare_cells
 from .compose import Parts, parse
 from .console import stdout
+from .image_file import InputError, read_picture
 from .loading import (
     EMBEDDED,
     limit_pixels,

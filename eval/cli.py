@@ -41,6 +41,10 @@ examples:
       tokens that the image had at first
   vlmprune sweep --kinds read --limit all
       only questions of this kind, whose answers have two or three words
+  vlmprune sweep --data my.jsonl --matching contains --model Qwen/Qwen2.5-VL-7B-Instruct
+      your own questions, one JSON object a line:
+      {"image": "a.jpg", "question": "What is it?", "answer": "a cat", "kind": "animals"}
+      {"image": "b.jpg", "question": "Where?", "choices": ["in", "out"], "answer": "A"}
   vlmprune sweep --model llava-hf/llava-1.5-7b-hf --tasks gqa,pope --device cuda --batch_size 16
   vlmprune sweep --preset llava-1.5 --methods divprune,fastv --device cuda -o llava
       the literature's budgets and tasks for a model, with methods of your choice
@@ -111,16 +115,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(args.verbosity)
     quiet_transformers(args.verbosity)
     try:
-        if args.command == "sweep" and (args.config or args.preset):
+        if args.command == "sweep" and (args.config or args.preset or args.data):
             from .config import layered
 
-            given = layered(sweep_parser(), config=args.config, preset_name=args.preset)
+            given = layered(
+                sweep_parser(), config=args.config, preset_name=args.preset, data=args.data
+            )
             args = build_parser(given).parse_args(argv)
         return args.run(args)
     except VlmpruneError as error:
         if args.verbosity == "DEBUG":
             logging.getLogger("vlmprune").exception("traceback of the error below")
-        sys.stderr.write(f"vlmprune {args.command}: error: {' '.join(str(error).split())}\n")
+        first, *others = getattr(error, "lines", (str(error),))
+        sys.stderr.write(f"vlmprune {args.command}: error: {' '.join(first.split())}\n")
+        sys.stderr.writelines(f"  {' '.join(line.split())}\n" for line in others)
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -291,6 +299,30 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: tinyscenes)",
     )
     group.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="your own questions instead: JSON lines with image (a path, relative to the file), "
+        "question, answer or answers, and if you like choices, kind, matching, id",
+    )
+    group.add_argument(
+        "--matching",
+        choices=("exact", "contains", "number", "choice"),
+        default="exact",
+        help="how answers to --data are compared, where a line does not say: exact, but for case, "
+        "spaces and punctuation; contains: the answer's words stand in what was said; number: the "
+        "first number, rounded to the answer's decimals; choice: an option's letter or text "
+        "(default: exact, and choice for lines with choices)",
+    )
+    group.add_argument(
+        "--max_new_tokens",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="length of answers to --data at most (default: 32)",
+    )
+    group.add_argument(
         "--include_path", metavar="DIR", help="a folder with further tasks of lmms-eval"
     )
     group.add_argument(
@@ -298,7 +330,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         type=_limit,
         default=500,
         metavar="N|all",
-        help="questions, every kind represented (default: 500)",
+        help="questions, every kind represented (default: 500; all of --data)",
     )
     group.add_argument(
         "--kinds",
@@ -610,9 +642,13 @@ def parse_fields(parts: Sequence[str]) -> dict[str, object]:
 
 def _sweep(args: argparse.Namespace) -> int:
     from .config import resolved
+    from .tasks.jsonl import read_all
+
+    own = read_all(args.data, matching=args.matching, max_new_tokens=args.max_new_tokens)
     from .sweep_command import run
 
     return run(
+        own=own,
         settings=resolved(sweep_parser(), args),
         methods=split_list(args.methods),
         budgets=split_list(args.budgets),

@@ -6,21 +6,21 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..prune.budget import Budget, MethodCall
 from ..prune.contract import Positions
 from ..prune.errors import BudgetError, MethodFieldError, VlmpruneError
 from .compose import Part, Parts, grid, parse, parse_budgets
 from .evaluate import Evaluator
+from .image_file import InputError, read_picture
 from .results import Measured, budget_text, changed_fields, method_record
 from .side_by_side import Panel, data_url, side_by_side
 from .sweep import REFUSALS
 from .table import Table, milliseconds
-from .task import EmbeddedTask, Question, normalise
+from .task import Question, chat_prompt, normalise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 Wanted = str | MethodCall | Sequence[str | MethodCall]
 """A method, or several that act together: names, command-line words, `vlmprune.method(...)`."""
-
-
-class InputError(VlmpruneError, ValueError):
-    """A picture or question that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,7 @@ class OneQuestion:
         return [self.question]
 
     def prompt(self, processor: Any, question: Question) -> str:
-        if not getattr(processor, "chat_template", None):
-            raise InputError(
-                f"{type(processor).__name__} has no chat template to put the question into: load "
-                f"the processor of a chat model, or set processor.chat_template."
-            )
-        return EmbeddedTask().prompt(processor, question)
+        return chat_prompt(processor, question.question)
 
     def is_correct(self, prediction: str, question: Question) -> bool:
         return normalise(prediction) == normalise(question.answer)
@@ -218,7 +209,8 @@ def compare(
         a row for each; a method that cannot run on this model has the reason in its row.
 
     Raises:
-        InputError: the picture cannot be read, or there is no chat template.
+        InputError: the picture cannot be read, or there is no question.
+        TaskError: the processor has no chat template.
         UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
     """
     given = {
@@ -296,22 +288,6 @@ def compare_cells(
             )
         )
     return Comparison(asked.question, tuple(rows), asked.answer)
-
-
-def read_picture(image: Image.Image | str | PathLike[str]) -> Image.Image:
-    """A picture or the file of one, in RGB.
-
-    Raises:
-        InputError: there is no such file, or it is no picture.
-    """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        return Image.open(Path(image)).convert("RGB")
-    except UnidentifiedImageError:
-        raise InputError(f"{str(image)!r} is not a picture that Pillow can read.") from None
-    except OSError as error:
-        raise InputError(f"{str(image)!r} cannot be read: {error.strerror or error}.") from error
 
 
 def _cells_of(

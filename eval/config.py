@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,11 @@ class ConfigError(VlmpruneError, ValueError):
 
 
 def layered(
-    parser: argparse.ArgumentParser, *, config: str | None, preset_name: str | None
+    parser: argparse.ArgumentParser,
+    *,
+    config: str | None,
+    preset_name: str | None,
+    data: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What the file and the preset put in the place of the parser's defaults.
 
@@ -40,17 +44,26 @@ def layered(
         parser: has the flags of the command, with their types and choices.
         config: the file, if one was given.
         preset_name: the preset that was typed; without, the file may name one.
+        data: the files of questions that were typed, which take the place of all tasks that are
+            not typed. A file names its own relative to the folder that it is in. Without a limit,
+            all their questions are asked.
 
     Raises:
         ConfigError, UnknownPresetError: each says what is allowed.
     """
     of_file = _checked(parser, _read(Path(config)), config) if config else {}
-    named = preset_name or of_file.get("preset")
-    if named is None:
-        return of_file
-    found = preset(named)
-    of_preset = _checked(parser, found.sweep, f"preset {found.name}")
-    return of_preset | of_file | {"preset": found.name}
+    if config is not None and "data" in of_file:
+        of_file["data"] = [os.path.normpath(Path(config).parent / path) for path in of_file["data"]]
+    settings = dict(of_file)
+    if named := preset_name or of_file.get("preset"):
+        found = preset(named)
+        of_preset = _checked(parser, found.sweep, f"preset {found.name}")
+        settings = of_preset | of_file | {"preset": found.name}
+    if data or "data" in of_file:
+        settings.setdefault("limit", None)
+        if data or "tasks" not in of_file:
+            settings.pop("tasks", None)
+    return settings
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml is not typed
@@ -167,6 +180,8 @@ def resolved(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[
     settings = {key: getattr(args, key) for key in keys}
     if settings["limit"] is None:
         settings["limit"] = "all"
+    folder = settings["output_path"]
+    settings["data"] = [os.path.relpath(path, folder) for path in settings["data"]]
     return {key: value for key, value in settings.items() if value not in (None, [])}
 
 

@@ -24,7 +24,7 @@ from .loading import EMBEDDED, fingerprint, short_name
 from .processes import Processes
 from .results import Config, Measured, Record, Store, method_record
 from .sweep import Cell, Summary, sweep
-from .task import EmbeddedTask, Task
+from .task import EmbeddedTask, Task, asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +41,7 @@ def sweep_model(
     budgets: Sequence[str | float],
     *,
     task: Task | None = None,
+    kinds: Sequence[str] | None = None,
     limit: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -53,8 +54,10 @@ def sweep_model(
     Args:
         methods: words as on the command line, e.g. "fastv:layer=3" or "divprune@0.5+fastv".
         budgets: as on the command line: 0.25, 64, "avg:64", "published".
-        task: the benchmark; the one that ships with the package by default.
-        limit: questions of it; all by default.
+        task: the benchmark; the one that ships with the package by default. Your own questions:
+            `JsonlTask("my.jsonl")` of `vlmprune.eval.tasks.jsonl`.
+        kinds: only questions of these kinds.
+        limit: so many questions; all by default.
         positions, clip: as `vlmprune.patch` takes them.
         output_path: a folder to keep the results in; what is there already is not run again.
 
@@ -70,7 +73,7 @@ def sweep_model(
         model,
         processor,
         task,
-        task.questions(limit),
+        asked(task, limit, kinds),
         batch_size=batch_size,
         seed=seed,
         clip=clip,
@@ -88,6 +91,7 @@ def sweep_model(
             batch_size=batch_size,
             positions=positions,
             store=store,
+            kinds=kinds,
             pictures=folder if output_path else None,
         )
         wanted = {cell.config.id for cell in cells}

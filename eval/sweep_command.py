@@ -30,6 +30,7 @@ from .results import Store, setting_of
 from .sweep import REFUSALS, Cell, Summary
 from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
+from .tasks.jsonl import JsonlTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,25 +57,31 @@ def run(
     tasks: Sequence[str] = (),
     include_path: str | None = None,
     model_args: Mapping[str, object] | None = None,
-    task: Task | None = None,
+    own: Sequence[JsonlTask] = (),
     settings: Mapping[str, object] | None = None,
 ) -> int:
     """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code.
 
     Args:
-        task: a task that is not known by a name, in place of `tasks`.
+        own: tasks that were read from files; with them, none is asked by default.
         settings: all flags, as they are written to `sweep.yaml` beside the results.
     """
     combinations = grid(
         [parse(text, seed) for text in methods if text != "dense"], parse_budgets(budgets)
     )
     loading, pixels = split_model_args(model_args or {})
+    wanted: list[str | Task] = [*own, *tasks] or [EmbeddedTask().name]
     with Processes.started(cpu=device == "cpu") as processes:
         folder = Path(output_path)
         store = Store(folder) if processes.first else None
         if store is not None and settings is not None:
-            named = {} if task else {"tasks": list(tasks) or [EmbeddedTask().name]}
-            write_config(folder, {**settings, **named})
+            named = [name for name in wanted if isinstance(name, str)]
+            write_config(folder, {**settings, **({"tasks": named} if named else {})})
+            for task in own:
+                if task.unread:
+                    sys.stderr.write(
+                        f"note: {task.path}: keys that are not read: {', '.join(task.unread)}\n"
+                    )
         device = resolve_device(device or processes.device, may_shard=processes.world == 1)
         model, processor = load(
             model_name,
@@ -84,7 +91,7 @@ def run(
             **loading,
         )
         found = _benchmarks(
-            [task] if task else tasks or [EmbeddedTask().name],
+            wanted,
             model,
             processor,
             kinds=kinds,
@@ -183,8 +190,8 @@ def _benchmarks(
             continue
         if kinds:
             raise MethodFieldError(
-                f"--kinds {' '.join(kinds)}: only {embedded.name} has kinds of questions, not "
-                f"{name}: leave one of them out."
+                f"--kinds {' '.join(kinds)}: only {embedded.name} and files of --data have kinds "
+                f"of questions, not {name}: leave one of them out."
             )
         from .lmms.benchmark import benchmarks
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from PIL.Image import Image
 
@@ -29,6 +29,9 @@ class Question(Protocol):
     def answer(self) -> str: ...
     @property
     def image(self) -> Image: ...
+
+
+AnyQuestion = TypeVar("AnyQuestion", bound=Question)
 
 
 class Task(Protocol):
@@ -68,10 +71,26 @@ class EmbeddedTask:
         return self._embedded.questions(limit)
 
     def prompt(self, processor: Any, question: Question) -> str:
-        return self._embedded.prompt(processor, question.question)
+        return chat_prompt(processor, question.question)
 
     def is_correct(self, prediction: str, question: Question) -> bool:
         return self._embedded.is_correct(normalise(prediction), question.answer)
+
+
+def chat_prompt(processor: Any, text: str) -> str:
+    """A question behind the image's placeholder, in the model's own chat template.
+
+    Raises:
+        TaskError: the processor has no template.
+    """
+    if not getattr(processor, "chat_template", None):
+        raise TaskError(
+            f"{type(processor).__name__} has no chat template to put the question into: load "
+            f"the processor of a chat model, or set processor.chat_template."
+        )
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    message = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(message, add_generation_prompt=True)
 
 
 def asked(task: Task, limit: int | None, kinds: Sequence[str] | None) -> Sequence[Question]:
@@ -89,8 +108,16 @@ def asked(task: Task, limit: int | None, kinds: Sequence[str] | None) -> Sequenc
         if kind not in by_kind:
             hint = did_you_mean(kind, sorted(by_kind))
             raise TaskError(f"{task.name} has no questions of kind {kind!r}. {hint}")
-    turns = zip_longest(*(by_kind[kind] for kind in sorted(set(kinds))))
-    return [question for question in chain.from_iterable(turns) if question is not None][:limit]
+    return in_turns(question for kind in set(kinds) for question in by_kind[kind])[:limit]
+
+
+def in_turns(questions: Iterable[AnyQuestion]) -> list[AnyQuestion]:
+    """The questions with their kinds taking turns, so that the first few have them all."""
+    by_kind: dict[str, list[AnyQuestion]] = {}
+    for question in questions:
+        by_kind.setdefault(question.kind, []).append(question)
+    turns = zip_longest(*(by_kind[kind] for kind in sorted(by_kind)))
+    return [question for question in chain.from_iterable(turns) if question is not None]
 
 
 def normalise(text: str) -> str:

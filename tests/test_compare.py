@@ -15,11 +15,12 @@ from PIL import Image, ImageChops
 from test_measure import FakeProcessor, picture
 from test_undo import differences, snapshot
 from vlmprune.eval import cli, embedded
-from vlmprune.eval.compare import InputError
 from vlmprune.eval.flops import visual_share
+from vlmprune.eval.image_file import InputError
 from vlmprune.eval.in_process import sweep_model
 from vlmprune.eval.results import main_score, method_name
 from vlmprune.eval.side_by_side import Panel, side_by_side
+from vlmprune.eval.task import TaskError
 from zoo import CASES
 
 METHODS = [
@@ -228,7 +229,7 @@ def test_mistakes_are_named_before_anything_runs(changed, error, message):
 
 def test_a_processor_without_a_chat_template_is_refused():
     model = CASES["llava-clip-llama"].model()
-    with pytest.raises(InputError, match="chat template"):
+    with pytest.raises(TaskError, match="chat template"):
         vlmprune.compare(model, object(), picture("A"), "why?", "grid@0.5")
 
 
