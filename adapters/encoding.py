@@ -138,7 +138,6 @@ def choose(
     return choose_all([stage], [tokens], stopwatch, device, record=record)[0]
 
 
-@torch.no_grad()
 def choose_all(
     stages: Sequence[Stage],
     images: Sequence[VisualTokens],
@@ -148,16 +147,24 @@ def choose_all(
     record: bool = False,
 ) -> list[Selection]:
     """What stages of one method keep of an image each, in one pass; with their scores (N,) float32
-    where these are recorded."""
+    where these are recorded.
+
+    Nothing learns through scores. Rows that are merged do carry gradients: where one is wanted,
+    the method is asked again for them, as choices are pure.
+    """
     if not stages:
         return []
     method = stages[0].call.method
     if not isinstance(method, Pruning):
         raise VlmpruneError(f"{method.name} removes nothing from the sequence.")
     keeps = [None if stage.adaptive else stage.keep for stage in stages]
+    given = [replace(one, signals=_detached(one.signals)) for one in images]
     # Scores are float32 whatever autocast the caller is in.
     with stopwatch, torch.autocast(device.type, enabled=False):
-        found = select_all(method, images, keeps, record=record)
+        with torch.no_grad():
+            found = select_all(method, given, keeps, record=record)
+        if any(chosen.features is not None for chosen in found) and _learns(images):
+            found = select_all(method, images, keeps, record=record)
     # A method that reads nothing chooses on the CPU.
     return [
         replace(
@@ -172,7 +179,18 @@ def choose_all(
 
 def _noted(scores: Tensor, device: torch.device) -> Tensor:
     """A copy: a view would hold the whole batch in memory."""
-    return scores.to(device, torch.float32, copy=True)
+    return scores.detach().to(device, torch.float32, copy=True)
+
+
+def _detached(signals: Mapping[Signal, Tensor]) -> dict[Signal, Tensor]:
+    return {signal: value.detach() for signal, value in signals.items()}
+
+
+def _learns(images: Sequence[VisualTokens]) -> bool:
+    """Whether rows that are merged of these need gradients."""
+    return torch.is_grad_enabled() and any(
+        value.requires_grad for tokens in images for value in tokens.signals.values()
+    )
 
 
 def slots_of(chosen: Selection, num_tokens: int) -> Tensor:
@@ -192,7 +210,7 @@ def encode_merged(setup: Setup, needs: Sequence[Signal], embeds: Tensor, visual:
     Each run of visual tokens counts as one image of a single row.
     """
     signals, tilings = [], []
-    for row, marks in zip(embeds.detach(), visual.tolist(), strict=True):
+    for row, marks in zip(embeds, visual.tolist(), strict=True):
         start = None
         for column, mark in enumerate([*marks, False]):
             if mark and start is None:

@@ -230,7 +230,7 @@ def hear_input(needs: list[LayerSignal], prompts: Prompts, here: Here, hidden: T
         for need in needs:
             if isinstance(need, Hidden):
                 columns = here.rows_of(image, hidden.device)
-                image.hear(need, hidden[image.row, columns].detach())
+                image.hear(need, hidden[image.row, columns])
             elif isinstance(need, MeanHidden):
                 part = prompts.part(image, need.of) & here.layout.keep[image.row]
                 columns = here.place(image, part.nonzero()[:, 0], hidden.device)

@@ -324,7 +324,7 @@ class Prefill:
         cos, sin = self._rotary(before, hidden, rotary)
         rotary = cos.to(hidden.device), sin.to(hidden.device)
         here = self._here(layer - 1)
-        with torch.no_grad(), self._listening():
+        with self._listening():
             hear_input(needs, self.prompts, here, hidden)
         if not any(isinstance(need, TextAttention) and need.ahead for need in needs):
             return None

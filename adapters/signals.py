@@ -92,12 +92,14 @@ class Reader:
         self._tilings, self._recording = tilings, recording
         self._prompt, self._clip = prompt, clip
 
-    @torch.no_grad()
     def read(self, method: BeforeLLM) -> list[dict[Signal, Tensor]]:
         """Per image, each signal that the method declares, as the contract describes it."""
         shape = self._family.shape(self._model)
         needs = [need for need in method.needs(shape) if not isinstance(need, LayerSignal)]
-        columns = {need: self._column(need, method) for need in needs}
+        columns = {}
+        for need in needs:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and need.of_rows):
+                columns[need] = self._column(need, method)
         # An encoder may be spread over several devices: choices are made where its features are.
         return [
             {n: columns[n][i].to(features.device) for n in columns}
@@ -139,7 +141,7 @@ class Reader:
         return self._family.per_image(self._model, self._modality, values, self._inputs)
 
     def _encoder_features(self) -> Tensor:
-        return self._family.encoder_features(self._model, self._output, self._inputs).detach()
+        return self._family.encoder_features(self._model, self._output, self._inputs)
 
     def _cls_features(self) -> Sequence[Tensor]:
         pictures = self._family.pictures(self._model, self._modality, self._inputs)
@@ -150,12 +152,11 @@ class Reader:
         ]
 
     def _llm_features(self, *, with_newlines: bool) -> Sequence[Tensor]:
-        features = [image.detach() for image in self._features]
         if with_newlines:
-            return features
+            return self._features
         return [
             image[tiling.patches(image.device)] if tiling.num_newlines else image
-            for image, tiling in zip(features, self._tilings, strict=True)
+            for image, tiling in zip(self._features, self._tilings, strict=True)
         ]
 
     def _texts(self, need: Signal) -> Sequence[Tensor]:

@@ -108,16 +108,22 @@ class Signal:
     """Needs the text encoder that the vision encoder was trained with."""
     of_prompt: ClassVar[bool] = False
     """Differs from question to question about the same image."""
+    of_rows: ClassVar[bool] = False
+    """Rows that may enter the LLM merged: a method that merges sees them with their gradients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Features(Signal):
     """Visual tokens as the LLM would see them, after the projector: (N, D)."""
 
+    of_rows: ClassVar[bool] = True
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderFeatures(Signal):
     """What the projector reads for each token: (N, C); patches that it merges are concatenated."""
+
+    of_rows: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ class ClsFeatures(Signal):
 
     per: ClassVar[Per] = "tile"
     of_cls: ClassVar[bool] = True
+    of_rows: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +271,8 @@ class ReceivedInLayer(LayerSignal):
 class Hidden(LayerSignal):
     """Hidden states that enter the layer, before a cut of this layer: (N, D), the model's dtype."""
 
+    of_rows: ClassVar[bool] = True
+
 
 @dataclass(frozen=True, slots=True)
 class MeanHidden(LayerSignal):
@@ -345,7 +354,8 @@ class Selection:
     """(K,) int64: the rows in the order in which the LLM sees them, a permutation of `kept` with
     -1 for rows that stand for no token (CLS, aggregates). None: as `kept`."""
     features: Tensor | None = None
-    """(R, C) or (R, D): what enters in place of the tokens' own features."""
+    """(R, C) or (R, D): what enters in place of the tokens' own features. In training the method
+    is asked a second time for these, with gradients in its signals `of_rows`."""
     rows: Tensor | None = None
     """(R,) int64: which rows `features` holds. None: all K, in order."""
     projected: bool = False

@@ -46,7 +46,7 @@ def merged_clusters(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         rows (count, D) in the dtype of `features`, by how prominent their centres are, and pairs
         (2, M) int64 of a row and a member, sorted by row.
     """
-    owner, members = density_clusters(features, count).sort(stable=True)
+    owner, members = density_clusters(features.detach(), count).sort(stable=True)
     edges = torch.searchsorted(owner, torch.arange(count + 1, device=owner.device))
     weights = 1 / (edges.diff().float() + _EPSILON)
     rows = bags(features, members, edges[:-1], weights[owner])
