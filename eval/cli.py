@@ -352,6 +352,9 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
     )
+    group.add_argument(
+        "--rerun", action="store_true", help="measure again what the folder has already"
+    )
     _model_arguments(parser)
 
 
@@ -662,6 +665,7 @@ def _sweep(args: argparse.Namespace) -> int:
         seed=args.seed,
         output_path=args.output_path,
         log_samples=args.log_samples,
+        rerun=args.rerun,
         model_name=args.model,
         device=args.device,
         dtype=args.dtype,

@@ -20,7 +20,7 @@ from .presets import preset
 
 FILE_NAME = "sweep.yaml"
 
-_NO_KEYS = ("help", "config")
+_NO_KEYS = ("help", "config", "rerun")  # what is done once, and is no setting
 _NOT_WRITTEN = ("verbosity",)  # does not change what is measured
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +23,7 @@ from .measure import Measurement, PatchOptions, measure
 from .processes import Processes
 from .results import Example, Measured
 from .stats import Score, mean_score
-from .task import Question, Task
+from .task import Question, Task, version_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,9 +120,9 @@ class Evaluator:
     def name(self) -> str:
         return self.task.name
 
-    @property
+    @cached_property
     def version(self) -> str:
-        return self.task.version
+        return version_of(self.task, self.questions)
 
     @property
     def max_new_tokens(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -48,6 +49,7 @@ def sweep_model(
     positions: Positions | None = None,
     clip: ClipText | None = None,
     output_path: str | PathLike[str] | None = None,
+    rerun: bool = False,
 ) -> list[Record]:
     """What `vlmprune sweep` does, of a loaded model: the dense one, then methods x budgets.
 
@@ -59,7 +61,9 @@ def sweep_model(
         kinds: only questions of these kinds.
         limit: so many questions; all by default.
         positions, clip: as `vlmprune.patch` takes them.
-        output_path: a folder to keep the results in; what is there already is not run again.
+        output_path: a folder to keep the results in; what is there already is not run again, and
+            stderr says when it was measured. A method that was edited since is another one.
+        rerun: run everything, also what is there.
 
     Returns:
         the records of this grid, for `table.sweep_table`, `plot.draw` and the reports.
@@ -81,7 +85,7 @@ def sweep_model(
     with TemporaryDirectory() as elsewhere:
         folder = Path(output_path or elsewhere)
         store = Store(folder)
-        cells, _ = sweep_grid(
+        cells, summary = sweep_grid(
             model,
             [evaluator],
             combinations,
@@ -93,7 +97,10 @@ def sweep_model(
             store=store,
             kinds=kinds,
             pictures=folder if output_path else None,
+            rerun=rerun,
         )
+        for line in summary.skipped_lines():
+            sys.stderr.write(f"{line} (again: rerun=True)\n")
         wanted = {cell.config.id for cell in cells}
         return [record for record in store.read() if record["id"] in wanted]
 
@@ -114,6 +121,7 @@ def sweep_grid(
     pictures: Path | None = None,
     samples: Path | None = None,
     processes: Processes | None = None,
+    rerun: bool = False,
 ) -> tuple[list[Cell], Summary]:
     """Every combination on every benchmark, under a progress bar.
 
@@ -123,6 +131,7 @@ def sweep_grid(
         store: None in all processes but the first.
         pictures: the folder of the result file, for pictures of what was kept; None: none.
         samples: a folder for all answers; None: they are not written.
+        rerun: run all cells, also those that the store holds.
     """
     processes = processes or Processes()
     base = Config(
@@ -177,6 +186,7 @@ def sweep_grid(
             hardware=hardware(input_device(model)) | shared,
             on_cell=begin,
             processes=processes,
+            rerun=rerun,
         )
     return cells, summary
 

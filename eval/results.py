@@ -20,8 +20,10 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from ..prune.budget import PUBLISHED
 from ..prune.errors import VlmpruneError
+from ..prune.methods import VERSIONS, settled
 from ..prune.registry import method_class
 from .compose import Part
+from .sources import UNKNOWN, Source
 from .stats import Score, Spread
 
 SCHEMA = 3
@@ -38,11 +40,17 @@ class ResultsError(VlmpruneError, ValueError):
 
 
 class MethodRecord(TypedDict):
-    """A method with the values of its fields, and its budget (None: the paper's own schedule)."""
+    """A method with the values of its fields, and its budget (None: the paper's own schedule).
+
+    What its code is: for a shipped method `version`, left out while it is 1; for all others
+    `source`, a hash, or `UNKNOWN`.
+    """
 
     name: str
     fields: dict[str, object]
     budget: dict[str, object] | None
+    version: NotRequired[int]
+    source: NotRequired[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,12 @@ class Config:
         return json.loads(json.dumps(values, default=str))
 
     @property
+    def known(self) -> bool:
+        """Whether another run can be told to be the same: all code that matters has a hash."""
+        sources = [method.get("source") for method in self.methods]
+        return UNKNOWN not in sources and not self.task_version.endswith(UNKNOWN)
+
+    @property
     def setting(self) -> tuple[object, ...]:
         """What two cells share when their scores may be compared question by question."""
         shared = {k: v for k, v in self.as_json().items() if k not in ("methods", "positions")}
@@ -89,12 +103,18 @@ class Config:
 
 
 def method_record(part: Part) -> MethodRecord:
-    budget = part.budget
-    return MethodRecord(
-        name=part.method.name,
-        fields=part.method.fields(),
+    method, budget = part.method, part.budget
+    record = MethodRecord(
+        name=method.name,
+        fields=method.fields(),
         budget={"word": budget.word, "value": budget.value} if budget else None,
     )
+    version = VERSIONS[shipped] if (shipped := settled(type(method).__module__)) else 1
+    if version != 1:
+        record["version"] = version
+    if source := Source(type(method)).hash:
+        record["source"] = source
+    return record
 
 
 class Example(TypedDict):

@@ -22,8 +22,11 @@ from .compose import Parts
 from .environment import load_average
 from .processes import Processes
 from .results import SCHEMA, Config, Measured, Record, Store, parts_text
+from .sources import UNKNOWN, Source
 
 logger = logging.getLogger(__name__)
+
+_NAMED = 3  # as many skipped cells are named
 
 REFUSALS = (
     MissingSignalError,
@@ -57,12 +60,27 @@ class Cell:
 
 @dataclass
 class Summary:
-    """Cells of a sweep by what became of them, with the reason. `skipped` were finished before."""
+    """Cells of a sweep by what became of them, with the reason. `skipped` were finished before, as
+    their records say."""
 
     ok: list[Cell] = field(default_factory=list)
     not_applicable: list[tuple[Cell, str]] = field(default_factory=list)
     failed: list[tuple[Cell, str]] = field(default_factory=list)
-    skipped: list[Cell] = field(default_factory=list)
+    skipped: list[tuple[Cell, Record]] = field(default_factory=list)
+
+    def skipped_lines(self) -> list[str]:
+        """What was skipped, with when and with which versions it was measured."""
+        by_origin: dict[str, list[Cell]] = {}
+        for cell, record in self.skipped:
+            versions = ", ".join(
+                f"{name} {record['versions'][name]}"
+                for name in ("vlmprune", "torch", "transformers")
+                if name in record["versions"]
+            )
+            by_origin.setdefault(f"{record['finished'][:10]} with {versions}", []).append(cell)
+        return [
+            f"skipped: {_named(cells)}, measured {origin}" for origin, cells in by_origin.items()
+        ]
 
 
 def sweep(
@@ -75,6 +93,7 @@ def sweep(
     hardware: Mapping[str, object],
     on_cell: Callable[[Cell], None] = lambda cell: None,
     processes: Processes | None = None,
+    rerun: bool = False,
 ) -> Summary:
     """Run the cells that `store` does not hold yet and append each as it finishes.
 
@@ -85,17 +104,20 @@ def sweep(
         run: evaluates one cell, in all processes together.
         store: where finished cells are; None in all processes but the first.
         on_cell: called for every cell before it is run.
+        rerun: run all cells, also those that `store` holds.
     """
     processes = processes or Processes()
     records = processes.from_first(lambda: store.read() if store else [])
-    known = {record["id"]: record for record in records}
+    known = {} if rerun else {record["id"]: record for record in records}
     summary = Summary()
+    _warn_of_unknown(cells)
     _warn_of_changes(
         [known[c.config.id] for c in cells if c.config.id in known], versions, hardware
     )
     for cell in cells:
-        if _finished(known.get(cell.config.id), versions):
-            summary.skipped.append(cell)
+        before = known.get(cell.config.id) if cell.config.known else None
+        if before is not None and _finished(before, versions):
+            summary.skipped.append((cell, before))
             continue
         on_cell(cell)
         started = time.perf_counter()
@@ -128,10 +150,12 @@ def sweep(
     return summary
 
 
-def _finished(record: Record | None, versions: Mapping[str, str]) -> bool:
+def _named(cells: Sequence[Cell]) -> str:
+    return f"{len(cells)} cells" if len(cells) > _NAMED else ", ".join(map(str, cells))
+
+
+def _finished(record: Record, versions: Mapping[str, str]) -> bool:
     """A refusal of another version is asked again: it may be supported by now."""
-    if record is None:
-        return False
     if record["status"] == "not_applicable":
         return record["versions"] == versions
     return record["status"] == "ok"
@@ -139,6 +163,25 @@ def _finished(record: Record | None, versions: Mapping[str, str]) -> bool:
 
 def _error(error: Exception) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)}
+
+
+def _warn_of_unknown(cells: Sequence[Cell]) -> None:
+    """Say so if a code is not known, so that no cell of it can be taken for finished."""
+    methods = dict.fromkeys(type(part.method) for cell in cells for part in cell.parts)
+    reasons = {f"method {cls.name}": Source(cls).gaps for cls in methods}
+    reasons |= {
+        f"task {cell.config.task}": ["the source of its class cannot be had"]
+        for cell in cells
+        if cell.config.task_version.endswith(UNKNOWN)
+    }
+    for what, gaps in reasons.items():
+        if gaps:
+            logger.warning(
+                "%s: nobody can tell whether its code is still the same (%s): its cells are "
+                "measured anew every time.",
+                what,
+                "; ".join(dict.fromkeys(gaps)),
+            )
 
 
 def _warn_of_changes(
@@ -155,8 +198,7 @@ def _warn_of_changes(
         if changed:
             listed = "; ".join(f"{k} {', '.join(sorted(v))}" for k, v in sorted(changed.items()))
             logger.warning(
-                "Finished cells were measured with other %s (%s): use another --output_path to "
-                "measure them again.",
+                "Finished cells were measured with other %s (%s): --rerun measures them again.",
                 what,
                 listed,
             )

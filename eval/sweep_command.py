@@ -59,6 +59,7 @@ def run(
     model_args: Mapping[str, object] | None = None,
     own: Sequence[JsonlTask] = (),
     settings: Mapping[str, object] | None = None,
+    rerun: bool = False,
 ) -> int:
     """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code.
 
@@ -121,11 +122,11 @@ def run(
                 pictures=folder,
                 samples=folder / "samples" if log_samples else None,
                 processes=processes,
+                rerun=rerun,
             )
         except KeyboardInterrupt:
-            sys.stderr.write(
-                f"interrupted: finished cells are in {folder}, the same command goes on there\n"
-            )
+            same = "the same command without --rerun" if rerun else "the same command"
+            sys.stderr.write(f"interrupted: finished cells are in {folder}, {same} goes on there\n")
             return 130
         if store is not None:
             report(store, cells)
@@ -233,5 +234,7 @@ def _say_what_happened(summary: Summary, folder: Path) -> None:
     for what, cells in (("not applicable", summary.not_applicable), ("failed", summary.failed)):
         for cell, reason in cells:
             sys.stderr.write(f"{what}: {cell}: {' '.join(reason.split())}\n")
+    for line in summary.skipped_lines():
+        sys.stderr.write(f"{line} (again: --rerun)\n")
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     sys.stderr.write(f"cells: {said or 'none'}; results in {folder}\n")

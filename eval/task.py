@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 from PIL.Image import Image
 
 from ..prune.errors import VlmpruneError, did_you_mean
+from .fingerprint import content_hash, plain_fields, questions_hash
+from .sources import UNKNOWN, Source
 
 
 class TaskError(VlmpruneError, ValueError):
@@ -35,7 +37,10 @@ AnyQuestion = TypeVar("AnyQuestion", bound=Question)
 
 
 class Task(Protocol):
-    """A benchmark. The same `limit` gives the same questions in the same order."""
+    """A benchmark. The same `limit` gives the same questions in the same order.
+
+    Results tell tasks of one name apart by what they ask and how; see `version_of`.
+    """
 
     @property
     def name(self) -> str: ...
@@ -118,6 +123,17 @@ def in_turns(questions: Iterable[AnyQuestion]) -> list[AnyQuestion]:
         by_kind.setdefault(question.kind, []).append(question)
     turns = zip_longest(*(by_kind[kind] for kind in sorted(by_kind)))
     return [question for question in chain.from_iterable(turns) if question is not None]
+
+
+def version_of(task: Task, questions: Sequence[Question]) -> str:
+    """The task's version, and for tasks that are not shipped a hash of what is asked and how: the
+    questions with their pictures, the task's public fields, its code."""
+    source = Source(type(task)).hash
+    if source is None:
+        return task.version
+    if source == UNKNOWN:
+        return f"{task.version}-{UNKNOWN}"
+    return f"{task.version}-{content_hash(source, plain_fields(task), questions_hash(questions))}"
 
 
 def normalise(text: str) -> str:

@@ -105,8 +105,9 @@ class Runner:
         return measured(share=cell.calls[-1].budget.value if cell.parts else 1.0)
 
 
-def go(grid_, runner, folder, versions=VERSIONS, hardware=HARDWARE):
-    return sweep(grid_, runner, Store(folder), batch_size=2, versions=versions, hardware=hardware)
+def go(grid_, runner, folder, versions=VERSIONS, hardware=HARDWARE, **options):
+    ran_on = {"versions": versions, "hardware": hardware}
+    return sweep(grid_, runner, Store(folder), batch_size=2, **ran_on, **options)
 
 
 # --- Ids -------------------------------------------------------------------------------------
