@@ -10,10 +10,13 @@ from .results import Record, main_score, method_name, variant
 from .table import in_order, metric_text, scale, setting_line
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vPX*<>ph"
 _ASIDE = 2.5  # methods of equal cost are spread over so many points of the cost axis
+_NEAR = (0.8, 0.8)  # points of both axes within which a mark hides another
+_MARK = 5
 
 
 def frontier(records: Sequence[Record], path: Path) -> None:
@@ -40,6 +43,7 @@ def draw(records: Sequence[Record]) -> Figure:
         axes.axhline(
             value, color="black", linestyle="--", linewidth=1, label=f"dense {value:.1f}{unit}"
         )
+    marks: list[tuple[float, float, tuple[float, float, float]]] = []
     for index, method in enumerate(methods):
         points = [_point(r) for r in done if variant(r) == method]
         cost, values, lower, upper = (list(column) for column in zip(*points, strict=True))
@@ -51,13 +55,20 @@ def draw(records: Sequence[Record]) -> Figure:
             label=method,
             color=colors[index % len(colors)],
             marker=_MARKERS[index % len(_MARKERS)],
-            markersize=5,
+            markersize=_MARK,
             linewidth=1.4,
             elinewidth=0.7,
             capsize=2,
         )
+        marks += [
+            (x + aside, y, colors[index % len(colors)]) for x, y in zip(cost, values, strict=True)
+        ]
+    _rings(axes, marks)
     axes.set_xlim(left=0)
-    axes.set_xlabel("prefill FLOPs over visual tokens, % of dense (equal costs drawn side by side)")
+    axes.set_xlabel(
+        "prefill FLOPs over visual tokens, % of dense "
+        "(equal costs drawn side by side; rings: hidden points)"
+    )
     axes.grid(alpha=0.25)
     if done:
         axes.set_ylabel(f"{metric_text(done[0])} (95 % interval)")
@@ -69,6 +80,21 @@ def draw(records: Sequence[Record]) -> Figure:
         axes.set_title(setting_line(config), fontsize=7, color="gray")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
     return figure
+
+
+def _rings(axes: Axes, marks: Sequence[tuple[float, float, tuple[float, float, float]]]) -> None:
+    """A ring around every mark that later ones hide, wider the more they are."""
+    for number, (x, y, color) in enumerate(marks):
+        above = [
+            later
+            for later in marks[number + 1 :]
+            if abs(later[0] - x) <= _NEAR[0] and abs(later[1] - y) <= _NEAR[1]
+        ]
+        if above:
+            size = _MARK + 5 * len(above)
+            axes.plot(
+                [x], [y], "o", fillstyle="none", markersize=size, color=color, label="_hidden"
+            )
 
 
 def _point(record: Record) -> tuple[float, float, float, float]:

@@ -32,6 +32,17 @@ def test_every_finished_method_and_the_dense_model_are_drawn(records):
     assert (round(low, 1), round(high, 1)) == (30.1, 95.4)
 
 
+def test_a_point_that_another_hides_has_a_ring(tmp_path):
+    go(cells("grid", "fastv", "random", "pool"), Runner(), tmp_path)  # all score the same
+    (axes,) = draw(Store(tmp_path).read()).axes
+    rings = [line for line in axes.lines if line.get_fillstyle() == "none"]
+    assert len(rings) == 6  # two budgets: all but the last are behind another
+    colors = {bar.lines[0].get_color() for bar in axes.containers[:3]}
+    assert {ring.get_color() for ring in rings} == colors
+    _, labels = axes.get_legend_handles_labels()
+    assert len(labels) == 5
+
+
 def test_the_png_is_readable(records, tmp_path):
     frontier(records, tmp_path / "frontier.png")
     with Image.open(tmp_path / "frontier.png") as picture:
