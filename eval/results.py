@@ -213,6 +213,10 @@ class Record(TypedDict, total=False):
     error: dict[str, str]
     versions: dict[str, str]
     hardware: dict[str, object]
+    asked: str
+    """When a sweep last found it finished, where another code of its methods was in its place."""
+    earlier: int
+    """How many cells of another code of its methods are not shown beside it; set when read."""
 
 
 def setting_of(record: Mapping[str, Any]) -> tuple[object, ...]:
@@ -307,8 +311,8 @@ class Store:
             os.fsync(file.fileno())
 
     def read(self) -> list[Record]:
-        """The last record of every id; see `read_records`."""
-        return read_records(self.path) if self.path.exists() else []
+        """The last record of every id, of any code; see `read_records`."""
+        return list(_read(self.path).values()) if self.path.exists() else []
 
     def _end_torn_line(self) -> None:
         """Give a line that an interrupt cut short its end, so that the next one starts afresh."""
@@ -321,7 +325,8 @@ class Store:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The last record of every id, in the order in which ids first appeared.
+    """The last record of every id, in the order in which ids first appeared; of a method that was
+    edited in between only the cells of the code that a sweep used last (see `latest`).
 
     A line that an interrupt tore is left out: that cell counts as not run.
 
@@ -331,6 +336,50 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ResultsError: there is no such file, or a newer vlmprune wrote it.
     """
+    return latest(list(_read(path).values()))
+
+
+def latest(records: Sequence[Record]) -> list[Record]:
+    """Of cells that only the code of their methods tells apart, the one that was used last.
+
+    What stays says in `earlier` how many it stands for.
+    """
+    shown: dict[str, Record] = {}
+    for record in records:
+        place = json.dumps(_without_code(record.get("config", {})), sort_keys=True)
+        if (other := shown.get(place)) is not None:
+            old, record = sorted((other, record), key=_used)
+            record = record.copy()
+            record["earlier"] = record.get("earlier", 0) + old.get("earlier", 0) + 1
+        shown[place] = record
+    return list(shown.values())
+
+
+def earlier_text(records: Sequence[Record]) -> str | None:
+    """Whose cells of another code are not shown, if there are any."""
+    counts: dict[str, int] = {}
+    for record in records:
+        if record.get("earlier"):
+            name = variant(record)
+            counts[name] = counts.get(name, 0) + record["earlier"]
+    listed = ", ".join(f"{name} ({n} cell{'s' * (n > 1)})" for name, n in counts.items())
+    return f"measured with another version of the method, not shown: {listed}" if counts else None
+
+
+def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    methods = [
+        {key: value for key, value in method.items() if key not in ("version", "source")}
+        for method in config.get("methods", ())
+    ]
+    return {**config, "methods": methods}
+
+
+def _used(record: Record) -> tuple[str, bool]:
+    return record.get("asked") or record.get("finished", ""), "asked" in record
+
+
+def _read(path: Path) -> dict[str, Record]:
+    """The last record of every id; one with numbers goes before a later one without."""
     file = path / FILE_NAME if path.is_dir() else path
     try:
         lines = file.read_bytes().split(b"\n")
@@ -351,8 +400,10 @@ def read_records(path: Path) -> list[Record]:
                 f"{file}, line {number} was written by a newer vlmprune (schema {known}, this one "
                 f"reads {SCHEMA}): upgrade, or choose another --output_path."
             )
-        records[record["id"]] = _up_to_date(record)
-    return list(records.values())
+        before = records.get(record["id"])
+        if before is None or before["status"] != "ok" or record["status"] == "ok":
+            records[record["id"]] = _up_to_date(record)
+    return records
 
 
 def _up_to_date(record: dict[str, Any]) -> Record:

@@ -21,7 +21,7 @@ from ..prune.errors import (
 from .compose import Parts
 from .environment import load_average
 from .processes import Processes
-from .results import SCHEMA, Config, Measured, Record, Store, parts_text
+from .results import SCHEMA, Config, Measured, Record, Store, latest, parts_text
 from .sources import UNKNOWN, Source
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def sweep(
     processes = processes or Processes()
     records = processes.from_first(lambda: store.read() if store else [])
     known = {} if rerun else {record["id"]: record for record in records}
+    shown = {record["id"] for record in latest(records)}
     summary = Summary()
     _warn_of_unknown(cells)
     _warn_of_changes(
@@ -118,6 +119,8 @@ def sweep(
         before = known.get(cell.config.id) if cell.config.known else None
         if before is not None and _finished(before, versions):
             summary.skipped.append((cell, before))
+            if store is not None and before["id"] not in shown:  # an edit was taken back
+                store.append(before | {"asked": _now()})
             continue
         on_cell(cell)
         started = time.perf_counter()
@@ -137,7 +140,7 @@ def sweep(
             schema=SCHEMA,
             id=cell.config.id,
             config=cell.config.as_json(),
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            finished=_now(),
             seconds=round(time.perf_counter() - started, 3),
             batch_size=batch_size,
             load_average=load_average(),
@@ -148,6 +151,10 @@ def sweep(
         if store is not None:
             store.append(finished)
     return summary
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _named(cells: Sequence[Cell]) -> str:

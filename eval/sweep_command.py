@@ -26,7 +26,7 @@ from .loading import (
 )
 from .plot import frontier
 from .processes import Processes
-from .results import Store, setting_of
+from .results import Store, read_records, setting_of
 from .sweep import REFUSALS, Cell, Summary
 from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
@@ -138,7 +138,7 @@ def report(store: Store, cells: Sequence[Cell]) -> None:
     """Tables to stdout and `table.md`, frontiers to PNG: all that the file has of the settings of
     these cells."""
     folder, console = store.path.parent, stdout()
-    records = store.read()
+    records = read_records(store.path)
     task_of = {cell.config.setting: cell.config.task for cell in cells}
     texts = []
     for setting, task in task_of.items():

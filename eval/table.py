@@ -16,7 +16,17 @@ from rich.text import Text
 from ..prune.budget import PUBLISHED
 from .averages import percent_of_dense
 from .environment import describe
-from .results import Record, Times, Tokens, budget_text, main_score, method_name, variant
+from .results import (
+    Record,
+    Times,
+    Tokens,
+    budget_text,
+    earlier_text,
+    latest,
+    main_score,
+    method_name,
+    variant,
+)
 from .stats import Score, Spread, difference
 
 NOTES = (
@@ -118,9 +128,15 @@ def sweep_table(records: Sequence[Record]) -> Table:
         headers=headers,
         rows=[_row(record, dense, len(headers)) for record in ordered],
         title=_title(ordered[0]) if ordered else None,
-        notes=NOTES.format(_metric(ordered).removesuffix(" %")),
+        notes=_notes(ordered),
         droppable=(9, 6, 5, 3, 8),
     )
+
+
+def _notes(records: Sequence[Record]) -> str:
+    notes = NOTES.format(_metric(records).removesuffix(" %"))
+    hidden = earlier_text(records)
+    return f"{notes} {hidden[0].upper()}{hidden[1:]}." if hidden else notes
 
 
 def accuracy_table(records: Sequence[Record]) -> Table:
@@ -184,7 +200,8 @@ def _accuracy(record: Record) -> str:
 
 
 def in_order(records: Sequence[Record]) -> list[Record]:
-    """Dense first, then methods as they first appeared, each by falling cost."""
+    """Dense first, then methods as they first appeared, each by falling cost; see `latest`."""
+    records = latest(records)
     methods = list(dict.fromkeys(variant(record) for record in records))
 
     def key(record: Record) -> tuple[bool, int, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import linecache
 import logging
 import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -20,8 +22,11 @@ from vlmprune.eval import embedded
 from vlmprune.eval.compose import parse
 from vlmprune.eval.fingerprint import content_hash, questions_hash
 from vlmprune.eval.in_process import sweep_model
-from vlmprune.eval.results import Record, main_score, method_record
+from vlmprune.eval.report import markdown
+from vlmprune.eval.report.cells import read_cells, sections
+from vlmprune.eval.results import Record, Store, main_score, method_record, read_records
 from vlmprune.eval.sources import UNKNOWN, Source
+from vlmprune.eval.table import sweep_table
 from vlmprune.eval.task import EmbeddedTask, version_of
 from vlmprune.prune import registry
 from vlmprune.prune.methods import VERSIONS
@@ -271,6 +276,72 @@ def test_a_file_in_the_package_without_a_version_counts_by_its_source(monkeypatc
     assert re.fullmatch("[0-9a-f]{12}", record["source"])
 
 
+# --- Two codes of one method in a folder ------------------------------------------------------
+
+
+def edited(tmp_path: Path, own) -> tuple[Path, list[str]]:
+    """A folder in which a method was measured, edited, and measured again; the ids of both."""
+    ids = []
+    for share, kept in ((0.5, FIRST), (0.25, LAST)):
+        own("mine", METHOD.format(more="", kept=kept))
+        grid = test_sweep.cells("own", "grid", budgets=["0.5"])
+        runner = lambda cell, share=share: test_sweep.measured(share=share)  # noqa: E731
+        test_sweep.go(grid, runner, tmp_path)
+        ids.append(grid[1].config.id)
+    return tmp_path, ids
+
+
+def test_tables_show_the_code_that_was_used_last_and_say_so(tmp_path, own):
+    folder, (first, last) = edited(tmp_path, own)
+    everything = Store(folder).read()
+    assert [r["id"] for r in everything if r["id"] in (first, last)] == [first, last]
+    for records in (everything, read_records(folder)):
+        table = sweep_table(records)
+        assert [row[0] for row in table.rows] == ["dense", "own", "grid"]
+        assert table.rows[1][table.headers.index("Share %")] == "25.0"
+        assert "another version of the method, not shown: own (1 cell)" in table.notes
+    assert "not shown" not in sweep_table([r for r in everything if r["id"] != last]).notes
+    (section,) = sections(read_cells([folder]))
+    assert [cell.record["id"] for cell in section.cells if cell.variant == "own"] == [last]
+    assert section.earlier == "measured with another version of the method, not shown: own (1 cell)"
+    assert section.earlier in markdown.render([section])
+
+
+def test_an_edit_that_is_taken_back_shows_the_old_cell_again(tmp_path, own):
+    folder, (first, last) = edited(tmp_path, own)
+    own("mine", METHOD.format(more="", kept=FIRST))
+    runner = test_sweep.Runner()
+    test_sweep.go(test_sweep.cells("own", budgets=["0.5"]), runner, folder)
+    assert not runner.ran
+    assert {first} == {r["id"] for r in read_records(folder)} & {first, last}
+    for record in Store(folder).read():
+        if record["id"] == first:
+            assert record["finished"] <= record["asked"]
+
+
+def test_results_of_before_sources_were_recorded_give_way(tmp_path, own):
+    folder, (first, _) = edited(tmp_path, own)
+    file = folder / "runs.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    del lines[1]["config"]["methods"][0]["source"]
+    lines[1]["id"] = "0" * 16
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own("mine", METHOD.format(more="", kept=FIRST))
+    runner = test_sweep.Runner()
+    test_sweep.go(test_sweep.cells("own", budgets=["0.5"]), runner, folder)
+    assert runner.ran == ["own(keep_ratio=0.5)"]
+    assert first in {r["id"] for r in read_records(folder)}
+    assert len(sweep_table(read_records(folder)).rows) == 3
+
+
+def test_a_rerun_that_fails_does_not_hide_what_was_measured(tmp_path):
+    grid = test_sweep.cells("grid", budgets=["0.5"])
+    test_sweep.go(grid, test_sweep.Runner(), tmp_path)
+    failing = test_sweep.Runner(grid=RuntimeError("no memory"))
+    assert test_sweep.go(grid, failing, tmp_path, rerun=True).failed
+    assert [r["status"] for r in Store(tmp_path).read()] == ["ok", "ok"]
+
+
 # --- Sweeps ----------------------------------------------------------------------------------
 
 
@@ -309,5 +380,5 @@ def test_an_edited_method_and_another_task_of_the_same_name_are_measured(own, tm
     predictions = [[e["prediction"] for e in r["examples"]] for r in (first, last)]
     assert first["id"] != last["id"] and predictions[0] != predictions[1]
     own("mine", METHOD.format(more="", kept=FIRST))
-    assert swept() == first
+    assert swept() == first | {"asked": ANY}
     assert main_score(swept(predictions[0][0]))[1]["value"] > main_score(first)[1]["value"] == 0

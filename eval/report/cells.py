@@ -17,6 +17,8 @@ from ..results import (
     ResultsError,
     budget_text,
     changed_fields,
+    earlier_text,
+    latest,
     main_score,
     method_name,
     read_records,
@@ -116,6 +118,11 @@ class Section:
         return _distinct(describe(cell.record["hardware"]) for cell in self.cells)
 
     @property
+    def earlier(self) -> str | None:
+        """Whose cells of another code are not shown."""
+        return earlier_text([cell.record for cell in self.cells])
+
+    @property
     def versions(self) -> list[str]:
         return _distinct(
             ", ".join(f"{name} {version}" for name, version in cell.record["versions"].items())
@@ -182,7 +189,9 @@ def read_cells(paths: Sequence[Path]) -> list[Cell]:
             known = found.get(record["id"])
             if known is None or record["status"] == "ok" or not known.ok:
                 found[record["id"]] = Cell(record, folder)
-    return list(found.values())
+    folder_of = {id_: cell.folder for id_, cell in found.items()}
+    records = latest([cell.record for cell in found.values()])
+    return [Cell(record, folder_of[record["id"]]) for record in records]
 
 
 def sections(cells: Sequence[Cell]) -> list[Section]:
@@ -194,8 +203,8 @@ def sections(cells: Sequence[Cell]) -> list[Section]:
 
 
 def _in_order(cells: Sequence[Cell]) -> list[Cell]:
-    cell_of = {id(cell.record): cell for cell in cells}
-    return [cell_of[id(record)] for record in in_order([cell.record for cell in cells])]
+    cell_of = {cell.record["id"]: cell for cell in cells}
+    return [cell_of[record["id"]] for record in in_order([cell.record for cell in cells])]
 
 
 def _check(record: Record) -> None:

@@ -209,6 +209,8 @@ def facts(section: Section) -> list[tuple[str, str]]:
         ("Hardware", several(section.hardware)),
         ("Versions", several(section.versions)),
     ]
+    if section.earlier:
+        pairs.append(("Left out", section.earlier))
     return [(word, str(value)) for word, value in pairs]
 
 
