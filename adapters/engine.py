@@ -217,7 +217,11 @@ class Engine:
         if "mlp" in steps:
             listen(layer.mlp.register_forward_hook, self._after_mlp)
         if any(isinstance(need, Neurons) for need in needs):
-            listen(layer.mlp.down_proj.register_forward_pre_hook, self._before_down_proj)
+            # Adapters exchange the module while the patch is on.
+            listen(
+                lambda *hook: layer.mlp.down_proj.register_forward_pre_hook(*hook),
+                self._before_down_proj,
+            )
         ahead = [need for need in needs if isinstance(need, TextAttention) and need.ahead]
         if ahead:
             keys = functools.partial(self._project_keys, index)

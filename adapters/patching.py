@@ -35,6 +35,7 @@ from .overlay import Fit, overlay
 from .registry import family_of
 from .remember import Remembered
 from .report import Last
+from .wrappers import patchable, unwrapped
 
 _HANDLE = "_vlmprune_handle"
 
@@ -165,7 +166,8 @@ def patch(
 
     Args:
         model: a `...ForConditionalGeneration` of a family in `models()`, on any device, with any
-            attention implementation. A model that is patched already is unpatched first.
+            attention implementation. A model that is patched already is unpatched first. What
+            wraps one is patched inside: PEFT's models, DistributedDataParallel, FSDP, pipelines.
         method: a name of `methods()`, a `method(...)`, or a list of these that act at different
             places.
         positions: position ids after a cut: `original` keeps those that the tokens came with
@@ -190,6 +192,7 @@ def patch(
         UnsupportedModelError, UnknownMethodError, MethodFieldError, BudgetError,
         MissingSignalError, UnsupportedFeatureError: each says what to type instead.
     """
+    model = patchable(model)
     family = family_of(model)
     calls = _calls(method, fields_and_budget)
     shape = family.shape(model)
@@ -220,7 +223,7 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """Take the patch off a model; a model without one is left alone."""
-    handle = model.__dict__.get(_HANDLE)
+    handle = unwrapped(model).__dict__.get(_HANDLE)
     if handle is not None:
         handle.remove()
 
@@ -381,8 +384,7 @@ def _refuse_compiled(model: nn.Module, family: Family) -> None:
         getattr(part, "_compiled_call_impl", None)
         for part in (model, family.core(model), family.text_model(model))
     ]
-    wrapped = "_orig_mod" in model._modules  # what torch.compile(model) returns
-    if wrapped or "_compiled_call" in model.__dict__ or any(call is not None for call in compiled):
+    if "_compiled_call" in model.__dict__ or any(call is not None for call in compiled):
         raise UnsupportedModelError(
             "This model is compiled already, and compiled code would ignore the hooks: patch the "
             "freshly loaded model first, then compile it."

@@ -49,8 +49,10 @@ def family_of(model: nn.Module) -> Family:
     name = getattr(config, "model_type", None)
     if name not in _files():
         what = f"model_type {name!r}" if name else "no configuration with a model_type"
+        inside = _supported_inside(model)
         raise UnsupportedModelError(
             f"{type(model).__name__} ({what}) is not supported. "
+            f"{f'It holds a model that is: pass model.{inside}. ' if inside else ''}"
             f"Supported model types: {', '.join(model_names())}."
         )
     if not hasattr(model, "generate") or model.base_model is model:
@@ -61,3 +63,14 @@ def family_of(model: nn.Module) -> Family:
     found = family(name)
     found.check(model)
     return found
+
+
+def _supported_inside(model: object) -> str | None:
+    """Where a module that is no model itself, a trainer's for example, holds one."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((path for path, module in modules if path and _is_supported(module)), None)
+
+
+def _is_supported(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return getattr(config, "model_type", None) in _files() and hasattr(model, "generate")

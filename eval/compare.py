@@ -249,7 +249,9 @@ def compare_cells(
 ) -> Comparison:
     """As `compare`, with the cells of a grid, the dense one (nothing) first."""
     from ..adapters.patching import unpatch
+    from ..adapters.wrappers import unwrapped
 
+    model = unwrapped(model)
     unpatch(model)
     task = OneQuestion(asked, max_new_tokens)
     evaluator = Evaluator(

@@ -58,6 +58,22 @@ def compared(loaded, question):
     )
 
 
+def test_a_wrapped_model_is_compared_as_what_it_wraps(loaded, question):
+    model, processor = loaded
+    compared = vlmprune.compare(
+        torch.nn.DataParallel(model),
+        processor,
+        question.image,
+        question.question,
+        ["random"],
+        keep_ratio=0.2,
+        max_new_tokens=2,
+        repeats=1,
+    )
+    assert [row.refusal for row in compared.rows] == [None, None]
+    assert compared.rows[1].tokens < compared.dense.tokens
+
+
 def answer_of(model, processor, question) -> str:
     text = embedded.prompt(processor, question.question)
     inputs = processor(images=question.image, text=text, return_tensors="pt")
