@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -122,6 +122,7 @@ def sweep_grid(
     samples: Path | None = None,
     processes: Processes | None = None,
     rerun: bool = False,
+    given: Callable[[Config], Mapping[str, object]] | None = None,
 ) -> tuple[list[Cell], Summary]:
     """Every combination on every benchmark, under a progress bar.
 
@@ -132,6 +133,7 @@ def sweep_grid(
         pictures: the folder of the result file, for pictures of what was kept; None: none.
         samples: a folder for all answers; None: they are not written.
         rerun: run all cells, also those that the store holds.
+        given: flags of the command that a cell's configuration does not tell.
     """
     processes = processes or Processes()
     base = Config(
@@ -187,6 +189,7 @@ def sweep_grid(
             on_cell=begin,
             processes=processes,
             rerun=rerun,
+            given=given,
         )
     return cells, summary
 

@@ -90,9 +90,14 @@ def _what(cls: type[Method]) -> str:
     return rest.rstrip(".") if colon else head
 
 
+def needs_of(cls: type[Method]) -> tuple[Signal, ...]:
+    """What a method reads of LLaVA-1.5-7B, with its fields at their defaults."""
+    return tuple(cls().needs(_LLAVA_7B))
+
+
 def _reads(cls: type[Method]) -> str:
     """Signals, those of decoder layers apart."""
-    needs = cls().needs(_LLAVA_7B)
+    needs = needs_of(cls)
     before = _names(need for need in needs if not isinstance(need, LayerSignal))
     inside = _names(need for need in needs if isinstance(need, LayerSignal))
     parts = ["entries of the cache"] if issubclass(cls, CacheMethod) else []

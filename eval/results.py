@@ -217,6 +217,8 @@ class Record(TypedDict, total=False):
     """When a sweep last found it finished, where another code of its methods was in its place."""
     earlier: int
     """How many cells of another code of its methods are not shown beside it; set when read."""
+    given: dict[str, Any]
+    """Flags of the command that its configuration does not tell; missing if run from Python."""
 
 
 def setting_of(record: Mapping[str, Any]) -> tuple[object, ...]:

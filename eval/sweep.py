@@ -94,6 +94,7 @@ def sweep(
     on_cell: Callable[[Cell], None] = lambda cell: None,
     processes: Processes | None = None,
     rerun: bool = False,
+    given: Callable[[Config], Mapping[str, object]] | None = None,
 ) -> Summary:
     """Run the cells that `store` does not hold yet and append each as it finishes.
 
@@ -105,6 +106,7 @@ def sweep(
         store: where finished cells are; None in all processes but the first.
         on_cell: called for every cell before it is run.
         rerun: run all cells, also those that `store` holds.
+        given: flags of the command that a cell's configuration does not tell.
     """
     processes = processes or Processes()
     records = processes.from_first(lambda: store.read() if store else [])
@@ -124,7 +126,7 @@ def sweep(
             continue
         on_cell(cell)
         started = time.perf_counter()
-        record: dict[str, Any] = {}
+        record: dict[str, Any] = {"given": dict(given(cell.config))} if given else {}
         try:
             record |= {"status": "ok", **run(cell)}
             summary.ok.append(cell)

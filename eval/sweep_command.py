@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from .loading import (
 )
 from .plot import frontier
 from .processes import Processes
-from .results import Store, read_records, setting_of
+from .results import Config, Store, read_records, setting_of
 from .sweep import REFUSALS, Cell, Summary
 from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
@@ -123,6 +124,9 @@ def run(
                 samples=folder / "samples" if log_samples else None,
                 processes=processes,
                 rerun=rerun,
+                given=partial(
+                    _given, model=model_name, clip=clip, include_path=include_path, own=own
+                ),
             )
         except KeyboardInterrupt:
             same = "the same command without --rerun" if rerun else "the same command"
@@ -132,6 +136,28 @@ def run(
             report(store, cells)
             _say_what_happened(summary, folder)
         return 1 if summary.failed else 0
+
+
+def _given(
+    config: Config,
+    *,
+    model: str,
+    clip: str | None,
+    include_path: str | None,
+    own: Sequence[JsonlTask],
+) -> dict[str, object]:
+    """The flags that a cell hangs on and that its configuration does not tell, if typed."""
+    flags: dict[str, object] = {}
+    if model != config.model:
+        flags["model"] = model
+    if clip:
+        flags["clip"] = clip
+    if include_path:
+        flags["include_path"] = include_path
+    for task in own:
+        if task.name == config.task:
+            flags |= {"data": str(task.path), "matching": task.matching}
+    return flags
 
 
 def report(store: Store, cells: Sequence[Cell]) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...prune.errors import VlmpruneError
-from ...prune.registry import method_class
 from ..environment import describe
 from ..results import (
     Record,
     ResultsError,
     budget_text,
-    changed_fields,
     earlier_text,
     latest,
     main_score,
@@ -258,37 +255,6 @@ def pareto(
 def finite(value: float | None) -> float | None:
     """None in place of what neither JSON nor an axis can hold."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def command_of(cell: Cell) -> str:
-    """The command line that repeats a cell, quoted for a shell."""
-    record, config = cell.record, cell.record["config"]
-    methods = "+".join(_method_word(entry, config["seed"]) for entry in config["methods"])
-    words = ["vlmprune", "sweep", "--model", config["model"]]
-    if config.get("model_args"):
-        pairs = ",".join(f"{key}={value}" for key, value in config["model_args"].items())
-        words += ["--model_args", pairs]
-    words += ["--tasks", config["task"], "--methods", methods or "dense"]
-    if config["positions"]:
-        words += ["--positions", config["positions"]]
-    if config.get("kinds"):
-        words += ["--kinds", *config["kinds"]]
-    limit = config["limit"] if config["limit"] is not None else "all"
-    words += ["--limit", limit, "--seed", config["seed"], "--batch_size", record["batch_size"]]
-    words += ["--dtype", config["dtype"], "--attn_implementation", config["attn_implementation"]]
-    words += ["--device", record["hardware"]["device"], "-o", "./repeated"]
-    return shlex.join(str(word) for word in words)
-
-
-def _method_word(entry: Mapping[str, Any], seed: int) -> str:
-    """A method as `--methods` takes it: the fields that are not at their defaults, the budget."""
-    try:
-        method_class(entry["name"])
-        fields = changed_fields(entry["name"], entry["fields"], seed)
-    except VlmpruneError:  # of another version or a plug-in: all fields
-        fields = [f"{key}={value}" for key, value in entry["fields"].items()]
-    budget = budget_text({"config": {"methods": [entry]}})
-    return ":".join([entry["name"], *fields]) + f"@{budget}"
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..stats import Spread
 from . import escape
-from .cells import Cell, Section, command_of
+from .cells import Cell, Section
+from .repeat import command_of
 
 _SPREADS = (
     "first_token",
@@ -62,7 +63,7 @@ def _rows(section: Section, cell: Cell) -> Iterator[dict[str, Any]]:
         "hardware": json.dumps(record["hardware"], sort_keys=True),
         "versions": json.dumps(record["versions"], sort_keys=True),
         "methods": json.dumps(config["methods"], sort_keys=True),
-        "command": command_of(cell),
+        "command": command_of(cell.record),
     }
     if not cell.ok:
         yield head | tail

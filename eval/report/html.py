@@ -19,12 +19,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from .averages import averages_table
-from .cells import Cell, Section, command_of
+from .cells import Cell, Section
 from .chart import chart
 from .examples import Asked, Given, asked
 from .files import NoFileError
 from .pictures import data_uri
 from .published import beside_published
+from .repeat import command_of, needs
 from .tables import (
     Grid,
     dense_text,
@@ -137,7 +138,8 @@ def _configuration(cell: Cell) -> dict[str, Any]:
     shown |= {"versions": record["versions"], "hardware": record["hardware"]}
     return {
         "cell": cell,
-        "command": command_of(cell),
+        "command": command_of(record),
+        "needs": needs(record),
         "json": json.dumps(shown, indent=2, ensure_ascii=False),
         "traceback": (record.get("error") or {}).get("traceback"),
     }

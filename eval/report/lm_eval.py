@@ -19,8 +19,9 @@ from typing import Any
 
 from ..results import ResultsError, main_score
 from ..stats import Score
-from .cells import Cell, Section, command_of
+from .cells import Cell, Section
 from .files import NoFileError, file_below
+from .repeat import command_of
 
 FILTER = "none"
 
@@ -157,7 +158,7 @@ def results(
                 "notes": record["notes"],
                 "versions": record["versions"],
                 "hardware": hardware,
-                "command": command_of(cell),
+                "command": command_of(cell.record),
             }
         ),
     }

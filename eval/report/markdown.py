@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from ..table import Table
 from .averages import averages_table
-from .cells import Section, command_of
+from .cells import Cell, Section
 from .escape import fenced, markdown, one_line
 from .examples import Asked, asked
 from .published import beside_published
+from .repeat import command_of, needs
 from .tables import Grid, facts, kinds_table, main_table, metrics_table
 
 BEST = "★"
@@ -86,10 +87,14 @@ def _example(example: Asked) -> str:
 
 
 def _configurations(section: Section) -> list[str]:
-    return [
-        f"`{cell.record['id']}`: {markdown(cell.name)}\n\n{fenced(one_line(command_of(cell)))}"
-        if cell.record["id"].isalnum()
-        else f"{markdown(cell.record['id'])}: {markdown(cell.name)}\n\n"
-        + fenced(json.dumps(cell.record["config"]))
-        for cell in section.cells
-    ]
+    return [part for cell in section.cells for part in _configuration(cell)]
+
+
+def _configuration(cell: Cell) -> list[str]:
+    name = markdown(cell.name)
+    if not cell.record["id"].isalnum():
+        config = fenced(json.dumps(cell.record["config"]))
+        return [f"{markdown(cell.record['id'])}: {name}", config]
+    command = fenced(one_line(command_of(cell.record)))
+    besides = "\n".join(f"- {markdown(need)}" for need in needs(cell.record))
+    return [f"`{cell.record['id']}`: {name}", command, *([besides] if besides else [])]

@@ -106,6 +106,7 @@ class JsonlTask:
         self.path = Path(path)
         self.name = self.path.stem
         self.max_new_tokens = max_new_tokens
+        self.matching = matching
         if matching not in MATCHINGS:
             raise TaskError(f"matching={matching!r}: write one of {', '.join(MATCHINGS)}.")
         lines, wrong, self.unread = _read(self.path, matching)

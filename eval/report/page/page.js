@@ -37,6 +37,22 @@ function openTarget() {
 addEventListener("hashchange", openTarget);
 openTarget();
 
+// --- A command is copied ---------------------------------------------------------------------
+
+for (const button of document.querySelectorAll("button.copy")) {
+  button.hidden = false;
+  button.addEventListener("click", async () => {
+    const command = button.closest("details").querySelector(".command");
+    try {
+      await navigator.clipboard.writeText(command.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(command); // no clipboard for this page: what is selected is copied by hand
+      button.textContent = "Selected";
+    }
+  });
+}
+
 // --- A picture enlarges ----------------------------------------------------------------------
 
 const large = document.querySelector("dialog.large");

@@ -1,0 +1,145 @@
+"""The command line that measures a cell again, and what it needs beside itself."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from ...prune.contract import ClipText
+from ...prune.errors import VlmpruneError
+from ...prune.registry import method_class
+from ..cli import parse_fields
+from ..compose import parse
+from ..listing import needs_of
+from ..loading import EMBEDDED
+from ..results import MethodRecord, Record, method_record
+from ..task import EmbeddedTask
+
+_PREFIXES = {"average_tokens": "avg:", "flops_ratio": "flops:"}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def command_of(record: Record) -> str:
+    """`vlmprune sweep ...` for one cell, quoted for a shell; dense is run beside it, as always."""
+    config, given = record["config"], record.get("given", {})
+    seed = config["seed"]
+    words: list[object] = ["vlmprune", "sweep", "--model", given.get("model", config["model"])]
+    processes = record["hardware"].get("processes", 1)
+    if processes != 1:
+        words[:1] = ["torchrun", "--nproc_per_node", processes, "-m", "vlmprune"]
+    if config.get("model_args"):
+        words += ["--model_args", ",".join(_pair(*arg) for arg in config["model_args"].items())]
+    words += _task_words(config, given)
+    words += ["--methods", _methods_word(config["methods"], seed) or "dense"]
+    if config["positions"]:
+        words += ["--positions", config["positions"]]
+    if config.get("kinds"):
+        words += ["--kinds", *config["kinds"]]
+    if given.get("clip"):
+        words += ["--clip", given["clip"]]
+    words += ["--limit", config["limit"] if config["limit"] is not None else "all"]
+    words += ["--seed", seed, "--batch_size", record["batch_size"]]
+    words += ["--dtype", config["dtype"], "--attn_implementation", config["attn_implementation"]]
+    spread = "accelerators" in record["hardware"]
+    words += ["--device", "auto" if spread else record["hardware"]["device"], "-o", "./repeated"]
+    return shlex.join(str(word) for word in words)
+
+
+def needs(record: Record) -> list[str]:
+    """What the command does not hold: models, questions and code that are somebody's own."""
+    config, given = record["config"], record.get("given")
+    found = [need for entry in config["methods"] if (need := _need(entry, config["seed"]))]
+    if given is None and config["model"] != EMBEDDED and "/" not in config["model"]:
+        found.append(
+            f"model: the folder of {config['model']}, whose weights have the fingerprint "
+            f"{config['fingerprint']}"
+        )
+    if given is None and config["task"] != EmbeddedTask().name:
+        found.append(
+            f"task: {config['task']}, version {config['task_version']}; if it is your own, give "
+            f"its questions with --data FILE in place of --tasks, or run sweep_model in Python"
+        )
+    elif given and "data" in given:
+        found.append(f"questions: {given['data']}, in its version {config['task_version']}")
+    clip = (given or {}).get("clip") or record["status"] != "ok"  # without it: refused
+    if not clip and any(map(_reads_clip, config["methods"])):
+        found.append("--clip: the CLIP checkpoint of the model's vision tower")
+    if config["dtype"] not in _DTYPES:
+        found.append(f"a model in {config['dtype']}, which only sweep_model in Python takes")
+    return found
+
+
+def _task_words(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[object]:
+    if "data" in given:
+        words = ["--data", given["data"], "--max_new_tokens", config["max_new_tokens"]]
+        return [*words, "--matching", given["matching"]]
+    if "include_path" in given:
+        return ["--tasks", config["task"], "--include_path", given["include_path"]]
+    return ["--tasks", config["task"]]
+
+
+def _methods_word(entries: list[MethodRecord], seed: int) -> str:
+    return "+".join(_method_word(entry, seed) for entry in entries)
+
+
+def _method_word(entry: MethodRecord, seed: int) -> str:
+    """A method as `--methods` takes it: the fields that are not at their defaults, the budget."""
+    try:
+        usual = {**method_class(entry["name"])().fields(), "seed": seed}
+    except (VlmpruneError, TypeError):  # of another version, a plug-in, or without defaults
+        usual = {}
+    fields = [
+        _pair(key, value)
+        for key, value in entry["fields"].items()
+        if key not in usual or _as_json(value) != _as_json(usual[key])
+    ]
+    return f"{':'.join([entry['name'], *fields])}@{_budget_word(entry['budget'])}"
+
+
+def _budget_word(budget: Mapping[str, Any] | None) -> str:
+    """In full: a rounded budget is another cell."""
+    return f"{_PREFIXES.get(budget['word'], '')}{budget['value']}" if budget else "published"
+
+
+def _pair(key: str, value: object) -> str:
+    """`key=value` so that it is read as it was: a text that looks like something else is quoted."""
+    word = f"{key}={value}"
+    same = isinstance(value, str) and parse_fields([word])[key] != value
+    return f"{key}={value!r}" if same else word
+
+
+def _need(entry: MethodRecord, seed: int) -> str | None:
+    """What a method's word cannot say."""
+    name, source = entry["name"], entry.get("source")
+    try:
+        (part,) = parse(_method_word(entry, seed), seed)
+        now = method_record(part)
+    except (VlmpruneError, ValueError):
+        now = None
+    if now is not None and _as_json(now) == _as_json(entry):
+        return f"method: your own {name}, with code {source}, as it is here" if source else None
+    if source:
+        return (
+            f"method: your own {name}, with the code whose hash was {source}: as a plug-in, or "
+            f"from Python with sweep_model"
+        )
+    if now is not None and entry.get("version") != now.get("version"):
+        return (
+            f"method: {name} in its version {entry.get('version', 1)} (here: "
+            f"{now.get('version', 1)}), of vlmprune as recorded below"
+        )
+    return f"method: {name} as recorded below, which cannot be typed or is not known here"
+
+
+def _reads_clip(entry: MethodRecord) -> bool:
+    try:
+        cls = method_class(entry["name"])
+        return any(isinstance(need, ClipText) for need in needs_of(cls))
+    except (VlmpruneError, TypeError):
+        return False
+
+
+def _as_json(value: object) -> object:
+    return json.loads(json.dumps(value, default=str))
