@@ -6,19 +6,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-from PIL import Image
 
 from ..prune.budget import Budget
 from ..prune.contract import Positions
 from ..prune.errors import BudgetError, MethodFieldError
-from .compare import Asked, Row, compare_cells
+from .compare import Row, compare_cells
 from .compose import Parts, parse
 from .console import stdout
-from .image_file import InputError, read_picture
+from .image_file import InputError
 from .loading import (
-    EMBEDDED,
     limit_pixels,
     load,
     load_clip,
@@ -26,18 +22,16 @@ from .loading import (
     short_name,
     split_model_args,
 )
-from .results import parts_text
 from .stats import Spread
 from .table import Table, milliseconds
-from .task import EmbeddedTask, Question
+from .task import Question
 
 _REPEATS = 5
 
 
 def run(
     *,
-    image: str,
-    question: str | None,
+    asked: Question,
     methods: Sequence[str],
     method_args: Sequence[str],
     budget: dict[str, float],
@@ -60,8 +54,6 @@ def run(
     cells = _cells(methods, method_args, Budget.of(**budget))
     for part in (part for parts in cells for part in parts):
         _ = part.call  # refuses a budget before anything is loaded
-    _check_save(save)
-    asked = _read(image, question)
     device = resolve_device(device, may_shard=True)
     loading, pixels = split_model_args(model_args or {})
     model, processor = load(
@@ -84,9 +76,9 @@ def run(
     if len(refusals) == len(pruned):
         raise refusals[0]
     if len(pruned) == 1:
-        table = _table(parts_text(cells[0]), dense, pruned[0])
+        table = _table(pruned[0].name, dense, pruned[0])
     else:
-        table = dataclasses.replace(compared.table(), title=None)
+        table = dataclasses.replace(compared.table(), title=None, notes=None)
     console = stdout()
     console.print(f"{short_name(model_name)}: {asked.question}", markup=False)
     if asked.answer:
@@ -94,8 +86,7 @@ def run(
     table.print(console)
     for refusal in refusals:
         sys.stderr.write(f"not applicable: {refusal}\n")
-    notes = [note for row in pruned if row.measured for note in row.measured["notes"]]
-    for note in dict.fromkeys(notes):
+    for note in compared.notes:
         sys.stderr.write(f"note: {note}\n")
     if save:
         alone = pruned[0].picture if len(pruned) == 1 else None
@@ -135,33 +126,6 @@ def _with_budget(parts: Parts, budget: Budget | None) -> Parts:
     return found
 
 
-def _check_save(save: str | None) -> None:
-    """Refuse a file that cannot be written before any work is done."""
-    if save is None:
-        return
-    path = Path(save)
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"--save {save!r} has no suffix of a picture: write for example kept.png.")
-    if not path.parent.is_dir():
-        raise InputError(f"--save {save!r}: the folder {str(path.parent)!r} does not exist.")
-
-
-def _read(image: str, question: str | None) -> Question:
-    if image.startswith(f"{EMBEDDED}:"):
-        questions = EmbeddedTask().questions(None)
-        number = image.partition(":")[2]
-        if not number.isdigit() or int(number) >= len(questions):
-            raise InputError(
-                f"{image!r} is no question of the embedded benchmark: use embedded:0 to "
-                f"embedded:{len(questions) - 1}."
-            )
-        found = questions[int(number)]
-        return Asked(question, found.image) if question else found
-    if not question:
-        raise InputError('No question given: vlmprune ask IMAGE "QUESTION" --method ...')
-    return Asked(question, read_picture(image))
-
-
 def _table(name: str, dense: Row, pruned: Row) -> Table:
     """One line a quantity: dense, pruned, and the share saved."""
     a, b = dense.measured, pruned.measured
@@ -175,8 +139,7 @@ def _table(name: str, dense: Row, pruned: Row) -> Table:
     def times(name: str, before: Spread | None, after: Spread | None) -> list[tuple[str, ...]]:
         if before is None or after is None:
             return []
-        saved = f"{100 * (1 - after['median'] / before['median']):.0f} %"
-        return [(f"{name} (ms)", milliseconds(before), milliseconds(after), saved)]
+        return [(f"{name} (ms)", milliseconds(before), milliseconds(after), _saved(before, after))]
 
     tokens_a, tokens_b = a["tokens"], b["tokens"]
     return Table(
@@ -209,5 +172,16 @@ def _table(name: str, dense: Row, pruned: Row) -> Table:
             ),
         ],
         numbers_from=1,
+        notes=f"Times: medians of {_REPEATS}; what is saved of them, and in brackets the least and "
+        f"the most that their quartiles allow.",
         wrapping=(1, 2),
     )
+
+
+def _saved(before: Spread, after: Spread) -> str:
+    """The share of a time that is saved, and within which limits: those of the quartiles."""
+    if before["n"] < 2 or after["n"] < 2:
+        return ""
+    pairs = (("median", "median"), ("q3", "q1"), ("q1", "q3"))
+    share, low, high = (100 * (1 - after[a] / before[b]) for a, b in pairs)  # type: ignore[literal-required]
+    return f"{share:.0f} % ({low:.0f} to {high:.0f})"

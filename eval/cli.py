@@ -68,13 +68,13 @@ examples:
 """
 _ASK_EXAMPLES = """\
 examples:
-  vlmprune ask embedded:3 --method divprune --keep_ratio 0.2 --save overlay.png
-      question 3 of the embedded benchmark
+  vlmprune ask embedded:24 --method divprune --keep_ratio 0.2 --save overlay.png
+      question 24 of the embedded benchmark
   vlmprune ask scene.png "what color is the shirt ?" --method fastv --keep_tokens 40
   vlmprune ask cat.jpg "What is the cat doing?" --model llava-hf/llava-1.5-7b-hf \\
       --method fastv --method_args layer=3 --average_tokens 128
-  vlmprune ask embedded:3 --method divprune@0.5+fastv:layer=3@0.25
-  vlmprune ask embedded:3 --method divprune --method fastv --keep_ratio 0.2 --save all.png
+  vlmprune ask embedded:24 --method divprune@0.5+fastv:layer=3@0.25
+  vlmprune ask embedded:18 --method divprune --method fastv --keep_ratio 0.2 --save all.png
       methods side by side
 """
 _BENCH_EXAMPLES = """\
@@ -113,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .console import quiet_transformers, set_up_logging
 
     set_up_logging(args.verbosity)
-    quiet_transformers(args.verbosity)
     try:
         if args.command == "sweep" and (args.config or args.preset or args.data):
             from .config import layered
@@ -122,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sweep_parser(), config=args.config, preset_name=args.preset, data=args.data
             )
             args = build_parser(given).parse_args(argv)
+        _check(args)
+        quiet_transformers(args.verbosity)
         return args.run(args)
     except VlmpruneError as error:
         if args.verbosity == "DEBUG":
@@ -189,9 +190,10 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
     where = command("where", _where, "print where the embedded model and benchmark are")
     where.add_argument(
         "what",
-        choices=("model", "data", "tasks", "task-name"),
+        choices=("model", "data", "tasks", "task-name", "words"),
         help="folders of the embedded model, of its data, of our tasks for lmms-eval's "
-        "--include_path; or the name of the embedded benchmark among these tasks",
+        "--include_path; or the name of the embedded benchmark among these tasks, or the words "
+        "that the embedded model knows",
     )
     return parser
 
@@ -643,15 +645,29 @@ def parse_fields(parts: Sequence[str]) -> dict[str, object]:
 # --- Commands --------------------------------------------------------------------------------
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what is wrong at first sight, with nothing heavy imported; read what is asked."""
+    from .early import refuse_unknown_methods
+
+    words = [*getattr(args, "methods", []), *getattr(args, "method", [])]
+    refuse_unknown_methods(split_list(words))
+    if args.command == "sweep":
+        from .tasks.jsonl import read_all
+
+        args.own = read_all(args.data, matching=args.matching, max_new_tokens=args.max_new_tokens)
+    elif args.command == "ask":
+        from .asked import check_save, read_asked
+
+        check_save(args.save)
+        args.asked = read_asked(args.image, args.question)
+
+
 def _sweep(args: argparse.Namespace) -> int:
     from .config import resolved
-    from .tasks.jsonl import read_all
-
-    own = read_all(args.data, matching=args.matching, max_new_tokens=args.max_new_tokens)
     from .sweep_command import run
 
     return run(
-        own=own,
+        own=args.own,
         settings=resolved(sweep_parser(), args),
         methods=split_list(args.methods),
         budgets=split_list(args.budgets),
@@ -685,8 +701,7 @@ def _ask(args: argparse.Namespace) -> int:
 
     words = ("keep_ratio", "keep_tokens", "average_tokens", "flops_ratio")
     return run(
-        image=args.image,
-        question=args.question,
+        asked=args.asked,
         methods=args.method,
         method_args=split_list([args.method_args or ""]),
         budget={w: getattr(args, w) for w in words if getattr(args, w) is not None},
@@ -781,6 +796,7 @@ def _models(args: argparse.Namespace) -> int:
 def _where(args: argparse.Namespace) -> int:
     from . import embedded
     from .console import stdout
+    from .embedded.vocabulary import KNOWN_WORDS
     from .tasks import TASKS_DIR
 
     found = {
@@ -788,6 +804,7 @@ def _where(args: argparse.Namespace) -> int:
         "data": embedded.DATA_DIR,
         "tasks": TASKS_DIR,
         "task-name": embedded.TASK,
+        "words": " ".join(sorted(KNOWN_WORDS)),
     }
     stdout().print(str(found[args.what]), markup=False)
     return 0

@@ -13,6 +13,7 @@ from PIL import Image
 from ..prune.budget import Budget, MethodCall
 from ..prune.contract import Positions
 from ..prune.errors import BudgetError, MethodFieldError, VlmpruneError
+from .asked import Asked
 from .compose import Part, Parts, grid, parse, parse_budgets
 from .evaluate import Evaluator
 from .image_file import InputError, read_picture
@@ -21,6 +22,7 @@ from .side_by_side import Panel, data_url, side_by_side
 from .sweep import REFUSALS
 from .table import Table, milliseconds
 from .task import Question, chat_prompt, normalise
+from .vocabulary_note import vocabulary_note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,17 +31,6 @@ if TYPE_CHECKING:
 
 Wanted = str | MethodCall | Sequence[str | MethodCall]
 """A method, or several that act together: names, command-line words, `vlmprune.method(...)`."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A `Question` typed by the user; `answer` is empty where nobody knows it."""
-
-    question: str
-    image: Image.Image
-    answer: str = ""
-    kind: str = ""
-    id: str = "asked"
 
 
 @dataclass(frozen=True)
@@ -113,6 +104,8 @@ class Comparison:
     question: str
     rows: tuple[Row, ...]
     right_answer: str = ""
+    notes: tuple[str, ...] = ()
+    """What to know about it, e.g. words of the question that the model does not have."""
 
     @property
     def dense(self) -> Row:
@@ -132,6 +125,7 @@ class Comparison:
             ),
             rows=[_cells(row) for row in self.rows],
             title=self.question,
+            notes="\n".join(f"Note: {note}" for note in self.notes) or None,
             wrapping=(1,),
         )
 
@@ -161,8 +155,9 @@ class Comparison:
             f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>"
             for row in table.rows
         )
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return (
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
             f'<img alt="{html.escape(self.question)}" src="{data_url(self.picture())}">'
         )
 
@@ -289,7 +284,10 @@ def compare_cells(
                 picture=pictures[0],
             )
         )
-    return Comparison(asked.question, tuple(rows), asked.answer)
+    notes = [vocabulary_note(processor, [asked.question])]
+    notes += [note for row in rows if row.measured for note in row.measured["notes"]]
+    said = tuple(note for note in dict.fromkeys(notes) if note)
+    return Comparison(asked.question, tuple(rows), asked.answer, said)
 
 
 def _cells_of(

@@ -8,7 +8,6 @@ divprune@0.5+fastv:layer=3     two methods; the second takes the budget given el
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,7 @@ from ..prune.contract import Method, Place
 from ..prune.errors import BudgetError, MethodFieldError
 from ..prune.registry import method, method_class
 from .cli import parse_fields
-
-_AND = re.compile(r"\+(?=[A-Za-z_])")  # the plus of 1e+3 is none
+from .early import AND
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ def parse(text: str, seed: int = 0) -> Parts:
     Raises:
         UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
     """
-    parts = [_part(word, seed) for word in _AND.split(text)]
+    parts = [_part(word, seed) for word in AND.split(text)]
     places = list(Place)
     return tuple(sorted(parts, key=lambda part: places.index(part.method.place)))
 

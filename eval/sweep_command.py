@@ -32,6 +32,7 @@ from .sweep import REFUSALS, Cell, Summary
 from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
 from .tasks.jsonl import JsonlTask
+from .vocabulary_note import vocabulary_note
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,11 +80,6 @@ def run(
         if store is not None and settings is not None:
             named = [name for name in wanted if isinstance(name, str)]
             write_config(folder, {**settings, **({"tasks": named} if named else {})})
-            for task in own:
-                if task.unread:
-                    sys.stderr.write(
-                        f"note: {task.path}: keys that are not read: {', '.join(task.unread)}\n"
-                    )
         device = resolve_device(device or processes.device, may_shard=processes.world == 1)
         model, processor = load(
             model_name,
@@ -92,6 +88,8 @@ def run(
             device=device,
             **loading,
         )
+        if processes.first:
+            _say_what_is_lost(own, processor)
         found = _benchmarks(
             wanted,
             model,
@@ -248,6 +246,16 @@ def _reads_clip(combinations: Sequence[Parts], model: PreTrainedModel) -> bool:
             return False
 
     return any(reads(part) for parts in combinations for part in parts)
+
+
+def _say_what_is_lost(own: Sequence[JsonlTask], processor: Any) -> None:
+    """What of files of questions is not read, by us or by the model."""
+    for task in own:
+        if task.unread:
+            unread = ", ".join(task.unread)
+            sys.stderr.write(f"note: {task.path}: keys that are not read: {unread}\n")
+        if note := vocabulary_note(processor, [q.question for q in task.questions(None)]):
+            sys.stderr.write(f"note: {task.path}: {note}\n")
 
 
 def _say_what_happened(summary: Summary, folder: Path) -> None:

@@ -102,10 +102,10 @@ def test_every_command_has_help_with_its_defaults(capsys):
         (["ask", "no.png", "why?", "--method", "grid", "--keep_ratio", "0.5"], "no.png"),
         (["ask", "no.png", "--method", "grid", "--keep_ratio", "0.5"], "QUESTION"),
         (
-            ["ask", "x", "y", "--method", "grid", "--keep_ratio", "0.5", "--keep_tokens", "3"],
+            ["ask", "x.png", "y", "--method", "grid", "--keep_ratio", "1", "--keep_tokens", "3"],
             "not allowed with",
         ),
-        (["ask", "x", "y", "--method", "fastv", "--method_args", "layer"], "field=value"),
+        (["ask", "x.png", "y", "--method", "fastv", "--method_args", "layer"], "field=value"),
         (["bench", "model", "--tokens", "10"], "square"),
         (["where", "weights"], "model"),
     ],
@@ -113,6 +113,7 @@ def test_every_command_has_help_with_its_defaults(capsys):
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("x.png")
     assert says in error_of(capsys, *argv)
 
 
@@ -312,16 +313,16 @@ def test_sweep_of_one_kind_of_questions_has_its_own_cells(tiny, tmp_path, capsys
 
 
 def test_ask_with_several_methods(tmp_path, capsys, monkeypatch):
-    from vlmprune.eval import ask, compare
+    from vlmprune.eval import ask, asked, compare
 
     monkeypatch.setattr(ask, "load", lambda *_, **__: (CLIP.model(), FakeProcessor(CLIP)))
     monkeypatch.setattr(compare.OneQuestion, "prompt", lambda self, processor, question: question)
-    monkeypatch.setattr(ask, "_read", lambda *_: FakeTask().questions(1)[0])
+    monkeypatch.setattr(asked, "read_asked", lambda *_: FakeTask().questions(1)[0])
     argv = ["ask", "A", "why?", "--method", "divprune@0.5+fastv:layer=2", "--keep_tokens", "3"]
     monkeypatch.setattr("vlmprune.adapters.patching.Handle.overlay", lambda *_: None)
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
-    assert "divprune(keep_ratio=0.5)+fastv(keep_tokens=3)" in out
+    assert "divprune@0.5+fastv@3" in out
     (tokens,) = [line for line in out.splitlines() if line.startswith("| visual tokens |")]
     assert [part.strip() for part in tokens.split("|")[2:4]] == ["36", "3"]
 

@@ -303,11 +303,13 @@ def test_the_command_asks_as_the_benchmark_does_and_goes_on_where_it_stopped(
     write, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    write(*embedded_lines(7, tmp_path))
+    write(*embedded_lines(7, tmp_path)[:-1], line(**embedded_lines(7, tmp_path)[-1], source="me"))
     argv = ["sweep", "--methods", "grid", "--budgets", "0.25", "--max_new_tokens", "8"]
     assert cli.main([*argv, "--data", "my.jsonl", "-s"]) == 0
     captured = capsys.readouterr()
     assert "task: my v" in captured.out and "limit: all" in captured.out
+    assert "note: my.jsonl: keys that are not read: source" in captured.err
+    assert "does not know" not in captured.err
     assert cli.main([*argv, "--limit", "7", "-o", "theirs"]) == 0
     own, theirs = (read_records(tmp_path / name) for name in ("vlmprune_runs", "theirs"))
     for a, b in zip(own, theirs, strict=True):
@@ -384,3 +386,10 @@ def test_the_command_line_knows_all_matchings(capsys):
     assert re.findall("exact|contains|number|choice", said.partition("choose from")[2]) == list(
         MATCHINGS
     )
+
+
+def test_words_that_the_model_does_not_know_are_said(write, capsys):
+    task = JsonlTask(write(line(question="what color is the hat ?")))
+    _, processor = embedded.load_model()
+    sweep_command._say_what_is_lost([task], processor)
+    assert "my.jsonl: the model does not know 'hat'," in capsys.readouterr().err

@@ -54,6 +54,7 @@ _QUESTION_WORDS = (  # noqa: SIM905
 WORDS = tuple(
     dict.fromkeys((PAD, BOS, EOS, UNK, IMAGE, *_QUESTION_WORDS, *COLORS, *NOUNS, *CATEGORIES))
 )
+KNOWN_WORDS = tuple(word for word in WORDS if word not in (PAD, BOS, EOS, UNK, IMAGE))
 WORD_ID = {word: index for index, word in enumerate(WORDS)}
 
 
