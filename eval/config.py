@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -186,13 +187,35 @@ def resolved(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[
 
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """Write `sweep.yaml`, whole or not at all; `vlmprune sweep --config` repeats it."""
+    """Write `sweep.yaml`, whole or not at all; `vlmprune sweep --config` repeats it.
+
+    The one of an earlier sweep with other settings is kept as `sweep-1.yaml`, the next one as
+    `sweep-2.yaml`, and so on.
+
+    Raises:
+        ConfigError: the folder does not take it.
+    """
     path = folder / FILE_NAME
     head = f"# vlmprune {__version__}. This sweep again: vlmprune sweep --config {FILE_NAME}\n"
     text = yaml.safe_dump(
         dict(settings), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
     )
     unfinished = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-    unfinished.write_text(head + text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(head + text, encoding="utf-8")
+        if path.exists() and path.read_text(encoding="utf-8").partition("\n")[2] != text:
+            path.replace(_free_name(path))
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}): make room, or choose another folder "
+            f"with --output_path."
+        ) from error
     return path
+
+
+def _free_name(path: Path) -> Path:
+    """`sweep-1.yaml`, or the next number that is free."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())

@@ -32,8 +32,9 @@ TIMED_QUESTIONS = 8
 EXAMPLES = 4
 _CACHED_BYTES = 2**30  # encoded questions are kept between cells up to this size
 
-SavePicture = Callable[[Image.Image, int], str]
-"""Stores the picture of an example by its number and says where; only the first process does."""
+SavePicture = Callable[[Image.Image, int], str | None]
+"""Stores the picture of an example by its number and says where, None if the disk does not take it;
+only the first process does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +271,7 @@ class Evaluator:
     def _examples(
         self, samples: Sequence[Sample], done: Sequence[_Share], save_picture: SavePicture | None
     ) -> list[Example]:
-        paths: dict[int, str] = {}
+        paths: dict[int, str | None] = {}
         if save_picture is not None and self.processes.first:
             for share in done:
                 paths |= {n: save_picture(picture, n) for n, picture in share.pictures.items()}

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from .console import progress
 from .embedded import MODEL_DIR
 from .environment import hardware, versions
 from .evaluate import Benchmark, Evaluator, Sample
+from .extras import Extras
 from .loading import EMBEDDED, fingerprint, short_name
 from .processes import Processes
 from .results import Config, Measured, Record, Store, method_record
@@ -136,6 +138,7 @@ def sweep_grid(
         given: flags of the command that a cell's configuration does not tell.
     """
     processes = processes or Processes()
+    extras = Extras()
     base = Config(
         model=name,
         fingerprint=fingerprint(model),
@@ -163,7 +166,9 @@ def sweep_grid(
         answered = bar.add_task("starting", total=sum(counts))
 
         def run(cell: Cell) -> Measured:
-            save_picture = partial(_save_picture, pictures, cell.config.id) if pictures else None
+            save_picture = (
+                partial(_save_picture, extras, pictures, cell.config.id) if pictures else None
+            )
             measured, answers = benchmark_of[cell.config.task].run(
                 cell.calls,
                 positions=positions if cell.parts else None,
@@ -171,7 +176,7 @@ def sweep_grid(
                 save_picture=save_picture,
             )
             if samples and processes.first:
-                _write_samples(samples / f"{cell.config.id}.jsonl", answers)
+                _write_samples(extras, samples / f"{cell.config.id}.jsonl", answers)
             return measured
 
         def begin(cell: Cell) -> None:
@@ -206,21 +211,20 @@ def _cell(base: Config, benchmark: Benchmark, parts: Parts, positions: Positions
     return Cell(config, parts)
 
 
-def _save_picture(folder: Path, cell: str, picture: Image.Image, number: int) -> str:
+def _save_picture(
+    extras: Extras, folder: Path, cell: str, picture: Image.Image, number: int
+) -> str | None:
     name = f"pictures/{cell}/{number}.jpg"
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     smaller = picture.convert("RGB")
     smaller.thumbnail((4 * _PICTURE_SIDE, _PICTURE_SIDE))  # panels of an image stand side by side
-    smaller.save(path, quality=85)
-    return name
+    encoded = BytesIO()
+    smaller.save(encoded, format="jpeg", quality=85)
+    return name if extras.write("pictures", folder / name, encoded.getvalue()) else None
 
 
-def _write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps(sample.as_json()) + "\n")
+def _write_samples(extras: Extras, path: Path, samples: Sequence[Sample]) -> None:
+    lines = [json.dumps(sample.as_json()) + "\n" for sample in samples]
+    extras.write("samples", path, "".join(lines).encode())
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from .results import Record, main_score, method_name, variant
 from .table import in_order, metric_text, scale, setting_line
@@ -19,9 +19,9 @@ _NEAR = (0.8, 0.8)  # points of both axes within which a mark hides another
 _MARK = 5
 
 
-def frontier(records: Sequence[Record], path: Path) -> None:
+def frontier(records: Sequence[Record], path: Path | IO[bytes]) -> None:
     """Write a PNG: the score over the share of dense FLOPs, a line a method."""
-    draw(records).savefig(path)
+    draw(records).savefig(path, format="png")
 
 
 def draw(records: Sequence[Record]) -> Figure:

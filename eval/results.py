@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -34,6 +35,17 @@ Status = Literal["ok", "failed", "not_applicable"]
 
 class ResultsError(VlmpruneError, ValueError):
     """A result file that cannot be read or written."""
+
+
+class UnwrittenError(ResultsError):
+    """A finished cell that the disk does not take; `record` is what was measured."""
+
+    def __init__(self, message: str, record: Record) -> None:
+        super().__init__(message, record)
+        self.record = record
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 # --- One cell --------------------------------------------------------------------------------
@@ -305,12 +317,27 @@ class Store:
             ) from error
 
     def append(self, record: Record) -> None:
-        """Write one line, on the disk when this returns."""
+        """Write one line, on the disk when this returns; or nothing of it.
+
+        Raises:
+            UnwrittenError: the disk is full, or the file cannot be written any more.
+        """
         line = json.dumps(record, default=str, allow_nan=False) + "\n"
-        with open(self.path, "ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                start = file.tell()
+                try:
+                    _write_all(file, line.encode())
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(start)
+                    raise
+        except OSError as error:
+            raise UnwrittenError(
+                f"{self.path} cannot be written ({error.strerror}), so that the sweep ends here: "
+                f"make room, then the same command goes on.",
+                record,
+            ) from error
 
     def read(self) -> list[Record]:
         """The last record of every id, of any code; see `read_records`."""
@@ -324,6 +351,11 @@ class Store:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    while content:
+        content = content[file.write(content) :]
 
 
 def read_records(path: Path) -> list[Record]:

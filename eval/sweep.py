@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from ..prune.budget import MethodCall
@@ -107,6 +108,9 @@ def sweep(
         on_cell: called for every cell before it is run.
         rerun: run all cells, also those that `store` holds.
         given: flags of the command that a cell's configuration does not tell.
+
+    Raises:
+        UnwrittenError: the disk does not take a finished cell, which the error holds.
     """
     processes = processes or Processes()
     records = processes.from_first(lambda: store.read() if store else [])
@@ -121,8 +125,8 @@ def sweep(
         before = known.get(cell.config.id) if cell.config.known else None
         if before is not None and _finished(before, versions):
             summary.skipped.append((cell, before))
-            if store is not None and before["id"] not in shown:  # an edit was taken back
-                store.append(before | {"asked": _now()})
+            if before["id"] not in shown:  # an edit was taken back
+                processes.from_first(partial(_append, store, before | {"asked": _now()}))
             continue
         on_cell(cell)
         started = time.perf_counter()
@@ -150,9 +154,13 @@ def sweep(
             hardware=dict(hardware),
             **record,  # type: ignore[typeddict-item]
         )
-        if store is not None:
-            store.append(finished)
+        processes.from_first(partial(_append, store, finished))
     return summary
+
+
+def _append(store: Store | None, record: Record) -> None:
+    if store is not None:
+        store.append(record)
 
 
 def _now() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .compose import Part, Parts, grid, parse, parse_budgets
 from .config import write_config
 from .console import stdout
 from .evaluate import Benchmark, Evaluator
+from .extras import Extras
 from .in_process import sweep_grid
 from .loading import (
     limit_pixels,
@@ -27,8 +29,8 @@ from .loading import (
 )
 from .plot import frontier
 from .processes import Processes
-from .results import Config, Store, read_records, setting_of
-from .sweep import REFUSALS, Cell, Summary
+from .results import Config, Record, Store, UnwrittenError, latest, setting_of
+from .sweep import REFUSALS, Summary
 from .table import averages_table, sweep_table
 from .task import EmbeddedTask, Task, asked
 from .tasks.jsonl import JsonlTask
@@ -130,8 +132,12 @@ def run(
             same = "the same command without --rerun" if rerun else "the same command"
             sys.stderr.write(f"interrupted: finished cells are in {folder}, {same} goes on there\n")
             return 130
+        except UnwrittenError as error:
+            if store is not None:  # what is on no disk is at least on the screen
+                report(folder, [*store.read(), error.record], {setting_of(error.record)})
+            raise
         if store is not None:
-            report(store, cells)
+            report(folder, store.read(), {cell.config.setting for cell in cells})
             _say_what_happened(summary, folder)
         return 1 if summary.failed else 0
 
@@ -158,25 +164,26 @@ def _given(
     return flags
 
 
-def report(store: Store, cells: Sequence[Cell]) -> None:
-    """Tables to stdout and `table.md`, frontiers to PNG: all that the file has of the settings of
-    these cells."""
-    folder, console = store.path.parent, stdout()
-    records = read_records(store.path)
-    task_of = {cell.config.setting: cell.config.task for cell in cells}
+def report(folder: Path, records: Sequence[Record], settings: Collection[object]) -> None:
+    """Tables to stdout and `table.md`, frontiers to PNG: all that the records have of these
+    settings."""
+    console, extras = stdout(), Extras()
+    shown = [r for r in latest(records) if setting_of(r) in settings]
+    task_of = {setting_of(record): record["config"]["task"] for record in shown}
     texts = []
     for setting, task in task_of.items():
-        of_task = [r for r in records if setting_of(r) == setting]
+        of_task = [r for r in shown if setting_of(r) == setting]
         table = sweep_table(of_task)
         table.print(console)
         texts.append(table.markdown())
         name = "frontier.png" if len(task_of) == 1 else f"frontier_{task}.png"
-        frontier(of_task, folder / name)
+        frontier(of_task, png := BytesIO())
+        extras.write("pictures", folder / name, png.getvalue())
     if len(task_of) > 1:
-        table = averages_table([r for r in records if setting_of(r) in task_of])
+        table = averages_table(shown)
         table.print(console)
         texts.append(table.markdown())
-    (folder / "table.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    extras.write("tables", folder / "table.md", ("\n\n".join(texts) + "\n").encode())
 
 
 def _benchmarks(

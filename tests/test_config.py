@@ -199,3 +199,10 @@ def test_a_sweep_writes_it_before_anything_else(tmp_path, capsys):
     capsys.readouterr()
     written = yaml.safe_load((folder / FILE_NAME).read_text())
     assert written["methods"] == ["grid"] and written["model"] == "no/such/model"
+
+
+def test_a_second_sweep_keeps_the_configuration_of_the_first(tmp_path):
+    for limit in (10, 20, 20, 30):
+        write_config(tmp_path, {"methods": ["grid"], "limit": limit})
+    found = {p.name: yaml.safe_load(p.read_text())["limit"] for p in tmp_path.iterdir()}
+    assert found == {"sweep.yaml": 30, "sweep-1.yaml": 10, "sweep-2.yaml": 20}

@@ -177,7 +177,7 @@ class LmmsBenchmark:
         answers = runner.answers
         measured = processes.from_first(lambda: self._measure(runner.timed))
         scores, samples = processes.from_first(lambda: self._read(results, runner))
-        paths: dict[int, str] = {}
+        paths: dict[int, str | None] = {}
         if save_picture is not None and processes.first:
             paths = {n: save_picture(picture, n) for n, picture in runner.pictures.items()}
         return Measured(
