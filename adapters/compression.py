@@ -22,6 +22,7 @@ from ..prune.contract import (
 )
 from ..prune.errors import BudgetError, UnsupportedFeatureError, VlmpruneError
 from .cache import PrunedState
+from .cache_report import CacheReport
 from .listening import Here, received_in
 from .placed import PlacedImage
 from .report import Last
@@ -111,6 +112,9 @@ class Compression:
     """Rows of the batch per sample."""
     _heard: tuple[Tensor, Tensor, float] | None = None
     _kept: list[list[Tensor | None]] = field(default_factory=list)
+    places: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """Per segment and image, see `CacheReport`."""
+    _scores: list[list[Tensor | None]] = field(default_factory=list)
     _layouts: dict[int, tuple[Layout, list[int]]] = field(default_factory=dict)
     """Per segment: the layout of the new entries that stay, and each row's entries before."""
 
@@ -150,6 +154,7 @@ class Compression:
         keys: list[Tensor] = []
         values: list[Tensor] = []
         kept: list[Tensor | None] = []
+        scores: list[Tensor | None] = []
         for row in range(len(stored.keys)):
             sample, first = divmod(row, self.repeats)
             count = layout.counts[row]
@@ -160,15 +165,19 @@ class Compression:
                 values.append(own_values)
                 if not first:
                     kept.append(None)
+                    scores.append(None)
                 continue
             if not first:
                 entries = self._entries(layer, module, kwargs, here, row, marks[row, -count:])
                 chosen = _checked(self.method, self.method.compress(entries, keep), keep)
                 kept.append(chosen.kept)
+                scores.append(chosen.scores)
             keys.append(_kept(chosen.kept, own_keys, chosen.keys))
             values.append(_kept(chosen.kept, own_values, chosen.values))
         self._heard = None
         self._kept.append(kept)
+        if self.setup.record:
+            self._scores.append([None if s is None else _noted(s) for s in scores])
         start = self.setup.start_of(layer)
         if start not in self._layouts:
             counts = torch.tensor([part.shape[1] for part in keys], device=visual.device)
@@ -222,6 +231,13 @@ class Compression:
             span: the caller's positions of the first token and of the next one, (B, 1) each.
         """
         last.entries = self._kept
+        last.cache = CacheReport(
+            entries=self._kept,
+            scores=self._scores if self.setup.record else None,
+            places=self.places,
+            image_sample=last.image_sample,
+            tokens_in=last.tokens_in,
+        )
         repacks = self.setup.positions[Place.CACHE] == "repacked"
         acted = torch.tensor([keep is not None for keep in self.keeps for _ in range(self.repeats)])
         acted = acted[:, None]
@@ -348,6 +364,11 @@ def _checked(method: Compressing, chosen: Compressed, keep: int) -> Compressed:
             f"a method must keep exactly what it was asked to."
         )
     return chosen
+
+
+def _noted(scores: Tensor) -> Tensor:
+    """Scores (S,) or (H_kv, S) as means over heads."""
+    return scores.float().reshape(-1, scores.shape[-1]).mean(0)
 
 
 def _kept(kept: Tensor, own: Tensor, merged: Tensor | None) -> Tensor:

@@ -27,14 +27,15 @@ from ..prune.errors import (
 )
 from ..prune.registry import method as make_call
 from ..prune.registry import method_class, method_names
+from .canvas import Fit
 from .clip_text import ClipText
 from .engine import Engine
 from .family import Family
 from .masks import layer_kind
-from .overlay import Fit, overlay
 from .registry import family_of
 from .remember import Remembered
 from .report import Last
+from .showing import show
 from .wrappers import patchable, unwrapped
 
 _HANDLE = "_vlmprune_handle"
@@ -103,21 +104,42 @@ class Handle:
         index: int = 0,
         *,
         fit: Fit | None = None,
+        stage: int | None = None,
+        layer: int | None = None,
+        scores: bool = False,
+        across: int | None = None,
     ) -> Image.Image:
         """A picture of what was kept of image `index` of the last prefill.
+
+        Dropped tokens are grey, and kept ones in colour with a fine white line. Tokens that were
+        merged are a region with an outline, in whose colour the row that they became has a box.
+        After a method on the KV cache, a heat map of how many layers still store each token.
 
         Args:
             image: the picture that was asked about; for a video, a list of its frames.
             index: its place among the images of the batch.
             fit: how the processor brought the picture to the model's shape: `crop` (centre, as
-                CLIP processors do) or `stretch`. Default: as the family's processors do.
+                CLIP processors do; it is framed) or `stretch`. Default: as the family's do.
+            stage: what was alive after this cut, by its number in `last.stages`. Default: the last.
+            layer: what a method on the cache left in this decoder layer.
+            scores: a heat map of the numbers by which the tokens were ranked, with its scale; the
+                patch was made with `record=True`.
+            across: panels (tiles, frames) beside each other. Default: all.
+
+        Raises:
+            NothingToShowError: there is no such image, cut or layer, or the method has no scores.
+            NotRecordedError: scores were not recorded.
         """
-        last = self.last
-        if not 0 <= index < len(last.kept):
-            raise IndexError(f"index={index}: the last prefill had {len(last.kept)} images.")
-        pictures = [image] if isinstance(image, Image.Image) else image
-        fit = fit or self._engine.family.fit
-        return overlay(pictures, last.tilings[index], last.kept[index], fit)
+        return show(
+            self.last,
+            [image] if isinstance(image, Image.Image) else image,
+            index,
+            fit=fit or self._engine.family.fit,
+            stage=stage,
+            layer=layer,
+            scores=scores,
+            across=across,
+        )
 
     @property
     def remembered(self) -> Remembered:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..prune.budget import Stage, plan
 from ..prune.contract import Images, Selection, Signal
 from ..prune.errors import UnsupportedFeatureError
+from .cache_report import by_token
 from .encoding import Encoded, EncodedImage, slots_of
 from .family import Modality
 from .report import Stopwatch
@@ -56,13 +57,17 @@ class PlacedImage:
             return self.slots
         return self.order[self.order >= 0].sort().values
 
-    def by_token(self, scores: Tensor | None) -> Tensor | None:
-        """Scores of the rows (K,) as those of the tokens (N,): NaN where no row is that token."""
+    def scored(self, scores: Tensor | None) -> Tensor | None:
+        """Scores of the rows (K,) as those of the tokens (N,), NaN for those that are gone."""
         if scores is None:
             return None
-        count = self.encoded.num_tokens
-        number = self.row_tokens.where(self.row_tokens >= 0, count)
-        return scores.new_full((count + 1,), torch.nan).index_copy(0, number, scores)[:count]
+        return by_token(scores, self.row_tokens, self.encoded.num_tokens)
+
+    def entries(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """For each row, its number among the prompt's columns that are in `keep` (B, L), and its
+        token, -1 for none: (K,) int64 each."""
+        number = keep[self.row].cumsum(0) - 1
+        return number[self.columns[self.slots]], self.row_tokens
 
     def hear(self, need: Signal, value: Tensor) -> None:
         """Note a signal; choices are made where the batch is, whatever device a layer is on."""

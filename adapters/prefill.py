@@ -254,6 +254,8 @@ class Prefill:
         """The layers from `start` on store `self.layout`: record it in the cache's state."""
         self.padding, self._past[start] = self.layout.padding, 0
         self._layouts[start] = self.layout
+        if self.compression is not None:
+            self.compression.places[start] = [i.entries(self.layout.keep) for i in self.images]
         if self.state is None:
             return
         segment = self.state.segment(start)
@@ -282,7 +284,7 @@ class Prefill:
             name = stage.call.name
             for number, chosen in self._choices(layer, numbers, stage):
                 image = self.images[number]
-                scores[number] = image.by_token(chosen.scores)
+                scores[number] = image.scored(chosen.scores)
                 moved = image.apply(chosen)
                 image.done(next(s for s in image.plan if s.layer == layer))
                 plain = chosen.order is None and image.order is None
@@ -310,6 +312,8 @@ class Prefill:
                 order=orders,
                 groups=groups,
                 scores=scores if self.setup.record else None,
+                rows=[image.order for image in self.images],
+                members=[image.members for image in self.images],
             )
         )
         return gather_columns(hidden, columns)
@@ -532,13 +536,21 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
         num_layers=setup.shape.decoder.num_layers,
         layers_read=read,
         recorded=setup.record,
+        unranked={call.name: call.method.unranked for call in setup.calls},
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
     )
     before = [stage for image in images for stage in image.plan if stage.layer == 0]
     if before:
         mode = setup.positions[Place.BEFORE_LLM]
         report = StageReport(
-            before[0].call.name, 0, last.kept, mode, order=last.order, groups=last.members
+            before[0].call.name,
+            0,
+            last.kept,
+            mode,
+            order=last.order,
+            groups=last.members,
+            rows=last.order,
+            members=last.members,
         )
         if setup.record:
             report = replace(report, scores=[image.encoded.selection.scores for image in images])

@@ -13,6 +13,7 @@ from ..prune.budget import Stage, tokens_per_layer
 from ..prune.contract import Positions
 from ..prune.errors import NotRecordedError
 from ..prune.tiling import Tiling
+from .cache_report import CacheReport
 
 NO_IMAGES = "the last prefill had no images"
 """The note of a prefill without visual tokens."""
@@ -78,6 +79,16 @@ class StageReport:
     """Per image, the numbers by which the method ranked the tokens here, high ones stay: (N,)
     float32, NaN where a token was not ranked or no longer alive. An image's are None where the
     method ranks by no number, or nothing was removed. None: not recorded."""
+    rows: list[Tensor | None] = field(default_factory=list, repr=False)
+    """Per image, the token of the prompt that each row alive after the cut is, -1 for none; None:
+    those of `kept`."""
+    members: list[Tensor | None] = field(default_factory=list, repr=False)
+    """Per image, (2, G) pairs of such a row and a token of the prompt merged into it so far."""
+
+    @property
+    def where(self) -> str:
+        """The place of the cut in words."""
+        return f"at layer {self.layer}" if self.layer else "before the LLM"
 
 
 @dataclass(kw_only=True)
@@ -115,6 +126,10 @@ class Last:
     entries: list[list[Tensor | None]] = field(default_factory=list, repr=False)
     """[layer][sample]: which entries of the prompt a method on the cache kept, of those that the
     layer stored: (K,), or (H_kv, K) where key heads keep their own; None: all."""
+    cache: CacheReport | None = field(default=None, repr=False)
+    """What a method on the cache left, by token; None where none removed anything."""
+    unranked: dict[str, str | None] = field(default_factory=dict, repr=False)
+    """Why methods have no scores, by name; None: they have."""
     note: str | None = None
     recorded: bool = False
     """Whether scores were kept, see `scores`."""
@@ -156,7 +171,8 @@ class Last:
 
     @property
     def scores(self) -> list[Tensor | None]:
-        """Per image, the `StageReport.scores` of the last stage that has any for it.
+        """Per image, the `StageReport.scores` of the last stage that has any for it; of a method on
+        the cache, means over layers.
 
         Raises:
             NotRecordedError: the patch was made without `record=True`.
@@ -169,7 +185,16 @@ class Last:
         for stage in self.stages:
             for image, scores in enumerate(stage.scores or ()):
                 found[image] = found[image] if scores is None else scores
+        if self.cache is not None:
+            of_cache = map(self.cache.ranked, range(len(found)))
+            found = [a if b is None else b for a, b in zip(found, of_cache, strict=True)]
         return found
+
+    @property
+    def cache_kept(self) -> list[list[float]] | None:
+        """[sample][layer]: visual entries that a method on the cache left after the prompt, a mean
+        over key heads; None where none removed anything."""
+        return None if self.cache is None else self.cache.kept
 
     @property
     def pruned(self) -> bool:
@@ -190,9 +215,17 @@ class Last:
         """Time spent choosing tokens, probes not included."""
         return sum(stopwatch.seconds for stopwatch in self.stopwatches)
 
+    def _cache_text(self) -> str:
+        """Per sample, the mean over layers of visual entries left and of those that came."""
+        left = [sum(layers) / len(layers) for layers in self.cache_kept or ()]
+        came = [sum(layers) / len(layers) for layers in self.tokens_per_layer]
+        counts = (f"{a:.4g} of {b:.4g}" for a, b in zip(left, came, strict=True))
+        return f"{', '.join(counts)} per layer"
+
     def __repr__(self) -> str:
         counts = ", ".join(
             f"{a}->{b}" for a, b in zip(self.tokens_in, self.tokens_kept, strict=True)
         )
         note = f", note={self.note!r}" if self.note else ""
-        return f"Last(tokens {counts or 'none'}, positions={self.positions!r}{note})"
+        left = "" if self.cache_kept is None else f", cache {self._cache_text()}"
+        return f"Last(tokens {counts or 'none'}{left}, positions={self.positions!r}{note})"

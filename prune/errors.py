@@ -37,6 +37,10 @@ class UnsupportedFeatureError(VlmpruneError, NotImplementedError):
     """A feature of `generate()` or `forward()` that cannot be combined with pruning."""
 
 
+class NothingToShowError(VlmpruneError, IndexError):
+    """A picture of a part of `handle.last` that there is not: an image, a cut, a layer, scores."""
+
+
 class NotRecordedError(VlmpruneError, RuntimeError):
     """Something is asked of `handle.last` that the patch was not told to keep."""
 

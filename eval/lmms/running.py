@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ...adapters.overlay import _GAP as PANEL_GAP
 from ...adapters.patching import Handle
 from ..answering import Answer
 from ..evaluate import EXAMPLES
@@ -152,22 +151,7 @@ def _picture(handle: Handle | None, encoded: Encoded, row: int) -> Image.Image:
         return handle.overlay(first.convert("RGB"), index)
     blocks = len(handle.last.tilings[index].blocks)
     frames = [first[len(first) * block // blocks] for block in range(blocks)]
-    return _in_rows(handle.overlay(frames, index), blocks)
-
-
-def _in_rows(picture: Image.Image, panels: int) -> Image.Image:
-    """Panels that stand side by side, in as many rows as columns."""
-    width = (picture.width + PANEL_GAP) // panels
-    columns = math.ceil(math.sqrt(panels))
-    rows = math.ceil(panels / columns)
-    height = picture.height + PANEL_GAP
-    size = columns * width - PANEL_GAP, rows * height - PANEL_GAP
-    found = Image.new("RGB", size, "white")
-    for panel in range(panels):
-        left = panel * width
-        part = picture.crop((left, 0, left + width - PANEL_GAP, picture.height))
-        found.paste(part, (panel % columns * width, panel // columns * height))
-    return found
+    return handle.overlay(frames, index, across=math.ceil(math.sqrt(blocks)))
 
 
 def _question(chat: Any) -> str:
