@@ -25,6 +25,7 @@ from ..prune.errors import (
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
+from ..prune.numbers import plain
 from ..prune.registry import method as make_call
 from ..prune.registry import method_class, method_names
 from .canvas import Fit
@@ -232,6 +233,7 @@ def patch(
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
     if clip is not None:
         _check_clip(clip, family, model)
+    remember_images = plain(remember_images)
     _check_memory(remember_images, calls, shape)
     if not isinstance(record, bool):
         raise MethodFieldError(

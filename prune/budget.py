@@ -9,6 +9,7 @@ from typing import Literal
 
 from .contract import CacheMethod, Decoder, Images, Method, ModelShape, Pruning
 from .errors import BudgetError
+from .numbers import plain
 
 BudgetWord = Literal["keep_ratio", "keep_tokens", "average_tokens", "flops_ratio"]
 BUDGET_WORDS: tuple[BudgetWord, ...] = (
@@ -35,7 +36,8 @@ class Budget:
     value: float
 
     def __post_init__(self) -> None:
-        value = self.value
+        value = plain(self.value)
+        object.__setattr__(self, "value", value)
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import MethodFieldError
+from .numbers import plain
 from .tiling import Tiling
 
 Positions = Literal["original", "repacked"]
@@ -414,8 +415,11 @@ class Method(ABC):
     """Why the method gives no `Selection.scores`, or none at one of its cuts: the end of a sentence
     that begins with its name."""
 
-    def __post_init__(self) -> None:  # noqa: B027  (checks of fields, where there are any)
-        """Refuse impossible fields. Overrides call `super().__post_init__()`."""
+    def __post_init__(self) -> None:
+        """Refuse impossible fields. Overrides call `super().__post_init__()` first, which makes
+        numbers of NumPy and of tensors Python's own."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
     @property
     def places(self) -> tuple[Place, ...]:

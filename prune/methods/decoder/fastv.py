@@ -41,6 +41,7 @@ class FastV(InDecoder):
     layer: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("layer", self.layer, hint=_HINT)
         if self.layer == 0:
             raise MethodFieldError(f"layer=0 is not possible: {_HINT}.")
