@@ -66,6 +66,12 @@ def refuse_cache(setup: Setup, cache: Any, *, shortened: bool) -> None:
     call = setup.on_cache
     if call is None:
         return
+    if setup.text.training and setup.text.gradient_checkpointing:
+        raise UnsupportedFeatureError(
+            f"{call.name} acts on the KV cache, and gradient checkpointing keeps none: call "
+            f"model.activation_checkpointing_disable() or model.eval(), or use a method that acts "
+            f"before the LLM."
+        )
     if cache is None:
         raise UnsupportedFeatureError(
             f"{call.name} acts on the KV cache, and use_cache=False keeps none: leave that out, or "

@@ -505,6 +505,17 @@ def test_a_budget_below_what_is_always_attended():
     model(**CLIP.inputs())
 
 
+@zoo.CACHE_METHODS
+def test_methods_on_the_cache_while_checkpointing_keeps_none(name):
+    model = CLIP.model().requires_grad_(True).train()
+    model.activation_checkpointing_enable()
+    vlmprune.patch(model, name, keep_ratio=0.4, **zoo.SMALL.get(name, {}))
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match=rf"{name}.*checkpointing_disable"):
+        model(**CLIP.inputs())
+    model.eval()
+    model(**CLIP.inputs())
+
+
 @pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "text model"])
 def test_a_model_that_is_compiled_already(how):
     model = CLIP.model()
