@@ -25,6 +25,7 @@ from .task import Question, chat_prompt, normalise
 from .vocabulary_note import vocabulary_note
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import PreTrainedModel
 
     from ..adapters.clip_text import ClipText
@@ -127,6 +128,29 @@ class Comparison:
             title=self.question,
             notes="\n".join(f"Note: {note}" for note in self.notes) or None,
             wrapping=(1,),
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a pandas data frame, with everything that was measured.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from .frame import comparison_frame
+
+        return comparison_frame(
+            [
+                (
+                    {
+                        "method": row.name,
+                        "answer": row.answer,
+                        "correct": row.correct,
+                        "refusal": str(row.refusal) if row.refusal else "",
+                    },
+                    row.measured,
+                )
+                for row in self.rows
+            ]
         )
 
     def picture(self, columns: int = 3) -> Image.Image:

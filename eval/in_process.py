@@ -25,7 +25,7 @@ from .evaluate import Benchmark, Evaluator, Sample
 from .extras import Extras
 from .loading import EMBEDDED, fingerprint, short_name
 from .processes import Processes
-from .results import Config, Measured, Record, Store, method_record
+from .results import Config, Measured, Results, Store, method_record
 from .sweep import Cell, Summary, sweep
 from .task import EmbeddedTask, Task, asked
 
@@ -52,7 +52,7 @@ def sweep_model(
     clip: ClipText | None = None,
     output_path: str | PathLike[str] | None = None,
     rerun: bool = False,
-) -> list[Record]:
+) -> Results:
     """What `vlmprune sweep` does, of a loaded model: the dense one, then methods x budgets.
 
     Args:
@@ -68,7 +68,8 @@ def sweep_model(
         rerun: run everything, also what is there.
 
     Returns:
-        the records of this grid, for `table.sweep_table`, `plot.draw` and the reports.
+        the records of this grid: a list, for `table.sweep_table`, `plot.draw` and the reports, with
+        `to_frame()` for pandas.
     """
     combinations = grid(
         [parse(text, seed) for text in methods if text != "dense"],
@@ -104,7 +105,7 @@ def sweep_model(
         for line in summary.skipped_lines():
             sys.stderr.write(f"{line} (again: rerun=True)\n")
         wanted = {cell.config.id for cell in cells}
-        return [record for record in store.read() if record["id"] in wanted]
+        return Results(record for record in store.read() if record["id"] in wanted)
 
 
 def sweep_grid(

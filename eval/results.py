@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from ..prune.budget import PUBLISHED
 from ..prune.errors import VlmpruneError
@@ -26,6 +26,9 @@ from ..prune.registry import method_class
 from .compose import Part
 from .sources import UNKNOWN, Source
 from .stats import Score, Spread
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 3
 FILE_NAME = "runs.jsonl"
@@ -233,6 +236,20 @@ class Record(TypedDict, total=False):
     """Flags of the command that its configuration does not tell; missing if run from Python."""
 
 
+class Results(list[Record]):
+    """The records of a sweep, one a cell: a list, and `to_frame()` as a table to calculate with."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a cell; see `frame.to_frame`.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        from .frame import to_frame
+
+        return to_frame(self)
+
+
 def setting_of(record: Mapping[str, Any]) -> tuple[object, ...]:
     """`Config.setting` of a record."""
     return Config(**record["config"]).setting
@@ -358,7 +375,7 @@ def _write_all(file: FileIO, content: bytes) -> None:
         content = content[file.write(content) :]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: str | os.PathLike[str]) -> Results:
     """The last record of every id, in the order in which ids first appeared; of a method that was
     edited in between only the cells of the code that a sweep used last (see `latest`).
 
@@ -370,7 +387,7 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ResultsError: there is no such file, or a newer vlmprune wrote it.
     """
-    return latest(list(_read(path).values()))
+    return Results(latest(list(_read(Path(path)).values())))
 
 
 def latest(records: Sequence[Record]) -> list[Record]:

@@ -187,8 +187,8 @@ def read_cells(paths: Sequence[Path]) -> list[Cell]:
             if known is None or record["status"] == "ok" or not known.ok:
                 found[record["id"]] = Cell(record, folder)
     folder_of = {id_: cell.folder for id_, cell in found.items()}
-    records = latest([cell.record for cell in found.values()])
-    return [Cell(record, folder_of[record["id"]]) for record in records]
+    shown = latest([cell.record for cell in found.values()])
+    return [Cell(record, folder_of[record["id"]]) for record in shown]
 
 
 def sections(cells: Sequence[Cell]) -> list[Section]:
