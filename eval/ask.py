@@ -1,27 +1,19 @@
 """`vlmprune ask`: one question about one picture, dense and pruned, and what was saved; with
-several methods, all of them beside each other."""
+several methods, all of them beside each other, as `vlmprune compare` shows them."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 
 from ..prune.budget import Budget
 from ..prune.contract import Positions
-from ..prune.errors import BudgetError, MethodFieldError
-from .compare import Row, compare_cells
-from .compose import Parts, parse
+from ..prune.errors import MethodFieldError
+from .asked import save_picture
+from .compare import Row
+from .comparing import ModelFlags, cells_of, comparisons, say_what_to_know
 from .console import stdout
 from .image_file import InputError
-from .loading import (
-    limit_pixels,
-    load,
-    load_clip,
-    resolve_device,
-    short_name,
-    split_model_args,
-)
 from .stats import Spread
 from .table import Table, milliseconds
 from .task import Question
@@ -34,16 +26,11 @@ def run(
     asked: Question,
     methods: Sequence[str],
     method_args: Sequence[str],
-    budget: dict[str, float],
+    budget: Mapping[str, float],
     positions: Positions | None,
     save: str | None,
     max_new_tokens: int,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    attn_implementation: str | None,
-    clip: str | None = None,
-    model_args: Mapping[str, object] | None = None,
+    model: ModelFlags,
 ) -> int:
     """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
     if method_args and len(methods) > 1:
@@ -51,79 +38,30 @@ def run(
             f"--method_args says not which of {', '.join(methods)} it is for: write the fields "
             f"into the word, e.g. fastv:layer=3@0.25."
         )
-    cells = _cells(methods, method_args, Budget.of(**budget))
-    for part in (part for parts in cells for part in parts):
-        _ = part.call  # refuses a budget before anything is loaded
-    device = resolve_device(device, may_shard=True)
-    loading, pixels = split_model_args(model_args or {})
-    model, processor = load(
-        model_name, dtype=dtype, attn_implementation=attn_implementation, device=device, **loading
-    )
-    if pixels:
-        processor = limit_pixels(model, processor, pixels)
-    compared = compare_cells(
+    cells = cells_of(methods, [Budget.of(**budget)], method_args)
+    (compared,) = comparisons(
+        [asked],
+        cells,
         model,
-        processor,
-        asked,
-        [(), *cells],
         max_new_tokens=max_new_tokens,
         positions=positions,
-        clip=load_clip(clip, processor, device=device),
         repeats=_REPEATS,
     )
     dense, *pruned = compared.rows
-    refusals = [row.refusal for row in pruned if row.refusal is not None]
-    if len(refusals) == len(pruned):
-        raise refusals[0]
     if len(pruned) == 1:
         table = _table(pruned[0].name, dense, pruned[0])
     else:
         table = dataclasses.replace(compared.table(), title=None, notes=None)
     console = stdout()
-    console.print(f"{short_name(model_name)}: {asked.question}", markup=False)
+    console.print(f"{model.short_name}: {asked.question}", markup=False)
     if asked.answer:
         console.print(f"right answer: {asked.answer}", markup=False)
     table.print(console)
-    for refusal in refusals:
-        sys.stderr.write(f"not applicable: {refusal}\n")
-    for note in compared.notes:
-        sys.stderr.write(f"note: {note}\n")
+    say_what_to_know([compared])
     if save:
         alone = pruned[0].picture if len(pruned) == 1 else None
-        (alone or compared.picture()).save(save)
-        sys.stderr.write(f"kept tokens: {save}\n")
+        save_picture(alone or compared.picture(), save)
     return 0
-
-
-def _cells(words: Sequence[str], method_args: Sequence[str], budget: Budget | None) -> list[Parts]:
-    """What was typed, with `budget` for what has none of its own."""
-    cells = [_parts(word, method_args) for word in words]
-    if budget is not None and not any(part.open for parts in cells for part in parts):
-        own = "has its own budgets" if len(words) == 1 else "have their own budgets"
-        raise BudgetError(f"{', '.join(map(repr, words))} {own}: leave {budget} out.")
-    return [_with_budget(parts, budget) for parts in cells]
-
-
-def _parts(word: str, method_args: Sequence[str]) -> Parts:
-    if method_args and "+" in word:
-        raise MethodFieldError(
-            f"--method_args says not which part of {word!r} it is for: write the fields into the "
-            f"word, e.g. divprune@0.5+fastv:layer=3."
-        )
-    return parse(":".join([word, *method_args]))
-
-
-def _with_budget(parts: Parts, budget: Budget | None) -> Parts:
-    found = tuple(part.at(budget) for part in parts)
-    for part in found:
-        if part.budget is None and part.method.needs_budget:
-            name = part.method.name
-            raise BudgetError(
-                f"{name} needs a budget: give one of --keep_ratio 0.25, --keep_tokens 64, "
-                f"--average_tokens 128 or --flops_ratio 0.3, or write it behind the method, "
-                f"{name}@0.25."
-            )
-    return found
 
 
 def _table(name: str, dense: Row, pruned: Row) -> Table:

@@ -5,6 +5,7 @@ Nothing heavy is imported, so that a missing picture is refused at once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ def read_all_asked(words: Sequence[str], answer: str = "") -> dict[str, Question
     if asks and len(words) == 1:
         return {words[0]: read_asked(words[0], None)}
     images, question = (words[:-1], words[-1]) if asks else (words, None)
+    if question is not None and Path(question).is_file():
+        raise InputError(f"No QUESTION behind the pictures: {question!r} is a file.")
     return {image: read_asked(image, question, answer) for image in images}
 
 
@@ -75,3 +78,16 @@ def check_save(save: str | None) -> None:
         raise InputError(f"--save {save!r} has no suffix of a picture: write for example kept.png.")
     if not path.parent.is_dir():
         raise InputError(f"--save {save!r}: the folder {str(path.parent)!r} does not exist.")
+
+
+def save_picture(picture: Image.Image, save: str) -> None:
+    """Write the picture of what was kept, and say where it is.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        picture.save(save)
+    except OSError as error:
+        raise InputError(f"--save {save!r}: {error.strerror or error}.") from error
+    sys.stderr.write(f"kept tokens: {save}\n")

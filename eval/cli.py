@@ -1,4 +1,4 @@
-"""The command line: `vlmprune sweep | report | ask | bench | methods | models | presets | where`.
+"""The command line: `vlmprune sweep | report | ask | compare | bench | methods | models | ...`.
 
 Arguments are read here, with nothing heavy imported, so that `--help` is instant; the work is in
 the modules that each command imports when it runs. Exit codes: 0 done, 1 a cell failed, 2 wrong
@@ -14,9 +14,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from .comparing import ModelFlags
 
 DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
 DEFAULT_BUDGETS = ("published", "0.5", "0.25", "0.11")
@@ -74,8 +77,17 @@ examples:
   vlmprune ask cat.jpg "What is the cat doing?" --model llava-hf/llava-1.5-7b-hf \\
       --method fastv --method_args layer=3 --average_tokens 128
   vlmprune ask embedded:24 --method divprune@0.5+fastv:layer=3@0.25
-  vlmprune ask embedded:18 --method divprune --method fastv --keep_ratio 0.2 --save all.png
-      methods side by side
+"""
+_COMPARE_EXAMPLES = """\
+examples:
+  vlmprune compare embedded:18 --methods divprune,fastv,vtc_cls --keep_ratio 0.2 --save all.png
+      one picture of all: what each kept, and what it said to it
+  vlmprune compare embedded:24 embedded:31 --methods divprune --budgets 0.5,0.25,0.11
+  vlmprune compare cat.jpg dog.jpg "What is it doing?" --methods divprune,fastv:layer=3@0.5 \\
+      --keep_tokens 64 --model llava-hf/llava-1.5-7b-hf --save all.png
+      the same question about two pictures
+  vlmprune compare cat.jpg "What color is it?" --methods divprune@0.5+fastv,pyramiddrop@published \\
+      --keep_ratio 0.2 --answer black
 """
 _BENCH_EXAMPLES = """\
 examples:
@@ -171,6 +183,14 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
     )
     _ask_arguments(
         command("ask", _ask, "ask one question, dense and pruned, and compare", _ASK_EXAMPLES)
+    )
+    _compare_arguments(
+        command(
+            "compare",
+            _compare,
+            "ask one question with several methods, side by side",
+            _COMPARE_EXAMPLES,
+        )
     )
     bench = command(
         "bench",
@@ -397,20 +417,61 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="NAME",
-        help=f"see `vlmprune methods`; {_METHOD_WORD}. Give it several times to compare methods",
+        help=f"see `vlmprune methods`; {_METHOD_WORD}. Given several times: as `vlmprune compare`",
     )
     group.add_argument(
         "--method_args", metavar="FIELD=VALUE,...", help="fields of the method, e.g. layer=3"
     )
+    _budget_arguments(group)
+    _positions_argument(group)
+    _answer_arguments(parser)
+    _model_arguments(parser)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s IMAGE [IMAGE ...] QUESTION --methods NAME [NAME ...] [options]"
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures, each of which is asked about, or embedded:N for one of the embedded "
+        "benchmark; behind them the QUESTION, which may be left out with embedded:N",
+    )
+    group = parser.add_argument_group("pruning")
+    group.add_argument(
+        "--methods",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help=f"names, with commas or spaces; {_METHOD_WORD}; dense is always asked, first",
+    )
+    budget = _budget_arguments(group)
+    budget.add_argument(
+        "--budgets", nargs="+", default=[], metavar="BUDGET", help=f"several; {_BUDGET_WORD}"
+    )
+    _positions_argument(group)
+    parser.add_argument(
+        "--answer", default="", metavar="TEXT", help="the right one: answers become green or red"
+    )
+    parser.add_argument(
+        "--repeats", type=_positive, default=3, help="times that each is timed (default: 3)"
+    )
+    _answer_arguments(parser)
+    _model_arguments(parser)
+
+
+def _budget_arguments(group: argparse._ArgumentGroup) -> argparse._MutuallyExclusiveGroup:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--keep_ratio", type=float, metavar="X", help="share of the tokens kept")
     budget.add_argument("--keep_tokens", type=int, metavar="N", help="tokens kept per image")
     budget.add_argument("--average_tokens", type=float, metavar="N", help="mean per decoder layer")
     budget.add_argument("--flops_ratio", type=float, metavar="X", help="share of dense FLOPs")
-    _positions_argument(group)
+    return budget
+
+
+def _answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="FILE", help="write the picture of the kept tokens here")
     parser.add_argument("--max_new_tokens", type=_positive, default=32, help="default: 32")
-    _model_arguments(parser)
 
 
 def _bench_commands(parser: argparse.ArgumentParser) -> None:
@@ -660,6 +721,11 @@ def _check(args: argparse.Namespace) -> None:
 
         check_save(args.save)
         args.asked = read_asked(args.image, args.question)
+    elif args.command == "compare":
+        from .asked import check_save, read_all_asked
+
+        check_save(args.save)
+        args.asked = read_all_asked(args.images, args.answer)
 
 
 def _sweep(args: argparse.Namespace) -> int:
@@ -699,16 +765,44 @@ def _report(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace) -> int:
     from .ask import run
 
-    words = ("keep_ratio", "keep_tokens", "average_tokens", "flops_ratio")
     return run(
         asked=args.asked,
         methods=args.method,
         method_args=split_list([args.method_args or ""]),
-        budget={w: getattr(args, w) for w in words if getattr(args, w) is not None},
+        budget=_budget(args),
         positions=args.positions,
         save=args.save,
         max_new_tokens=args.max_new_tokens,
-        model_name=args.model,
+        model=_model(args),
+    )
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .compare_command import run
+
+    return run(
+        asked=args.asked,
+        methods=split_list(args.methods),
+        budget=_budget(args),
+        budgets=split_list(args.budgets),
+        positions=args.positions,
+        save=args.save,
+        max_new_tokens=args.max_new_tokens,
+        repeats=args.repeats,
+        model=_model(args),
+    )
+
+
+def _budget(args: argparse.Namespace) -> dict[str, float]:
+    words = ("keep_ratio", "keep_tokens", "average_tokens", "flops_ratio")
+    return {word: getattr(args, word) for word in words if getattr(args, word) is not None}
+
+
+def _model(args: argparse.Namespace) -> ModelFlags:
+    from .comparing import ModelFlags
+
+    return ModelFlags(
+        name=args.model,
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,

@@ -50,6 +50,10 @@ sys.exit(code)
         (["ask", "a.png", "--method", "grid@0.5"], "No QUESTION"),
         (["ask", "embedded:1260", "--method", "grid@0.5"], "embedded:0 to embedded:1259"),
         (["ask", "a.png", "why?", "--method", "grid@0.5", "--save", "kept.doc"], "kept.png"),
+        (["compare", "a.png", "why?", "--methods", "grid,divprun"], "Did you mean: divprune"),
+        (["compare", "a.png", "no.png", "why?", "--methods", "grid@0.5"], "'no.png' cannot"),
+        (["compare", "a.png", "a.png", "--methods", "grid@0.5"], "No QUESTION behind"),
+        (["compare", "a.png", "--methods", "grid@0.5"], "No QUESTION"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -93,7 +97,7 @@ def test_shares_of_time_have_their_spread():
 
 def examples() -> list[list[str]]:
     """All commands of README and help that ask the embedded model."""
-    pages = [(ROOT / "README.md").read_text(), cli._ASK_EXAMPLES]
+    pages = [(ROOT / "README.md").read_text(), cli._ASK_EXAMPLES, cli._COMPARE_EXAMPLES]
     lines = [line.partition("#")[0] for page in pages for line in page.splitlines()]
     return [re.split(" +", line.strip())[1:] for line in lines if " embedded:" in line]
 
@@ -103,14 +107,16 @@ def test_the_examples_are_answered_right_by_the_dense_model(loaded):
 
     found = examples()
     assert len(found) >= 4
-    asked = [read_asked(argv[1], None) for argv in found]
-    for argv, question, said in zip(found, asked, generated(*loaded, asked), strict=True):
-        assert embedded.is_correct(said, question.answer), argv
+    words = {word for argv in found for word in argv if word.startswith("embedded:")}
+    asked = {word: read_asked(word, None) for word in sorted(words)}
+    said = generated(*loaded, list(asked.values()))
+    right = [embedded.is_correct(s, q.answer) for s, q in zip(said, asked.values(), strict=True)]
+    assert len(asked) >= 3 and dict(zip(asked, right, strict=True)) == dict.fromkeys(asked, True)
 
 
 def test_the_readmes_command_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    argv = next(argv for argv in examples() if "--save" in argv)
+    argv = next(argv for argv in examples() if argv[0] == "ask" and "--save" in argv)
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
     (right,) = re.findall("right answer: (.*)", out)
@@ -118,6 +124,66 @@ def test_the_readmes_command_runs(tmp_path, monkeypatch, capsys):
     times = [line for line in out.splitlines() if line.startswith(("| first", "| each"))]
     assert len(times) == 2 and all(re.search(r"-?\d+ % \(-?\d+ to -?\d+\)", t) for t in times)
     assert "does not know" not in err and (tmp_path / argv[argv.index("--save") + 1]).exists()
+
+
+def test_a_picture_that_cannot_be_written_is_one_line_below_the_answers(tmp_path, capsys):
+    (tmp_path / "kept.png").mkdir()
+    argv = ["ask", "embedded:24", "--method", "grid@0.5", "--save", str(tmp_path / "kept.png")]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "| answer | eight five three |" in out
+    assert err == f"vlmprune ask: error: --save '{tmp_path / 'kept.png'}': Is a directory.\n"
+
+
+# --- compare ---------------------------------------------------------------------------------
+
+
+def test_compare_asks_the_same_about_several_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, name in ((0, "one.png"), (7, "two.png")):
+        embedded.questions()[number].image.save(name)
+    argv = ["compare", "one.png", "two.png", "what color is the shirt ?", "--answer", "blue"]
+    methods = ["--methods", "divprune,cdpruner@9", "fastv:layer=3", "--keep_ratio", "0.2"]
+    assert cli.main([*argv, *methods, "--repeats", "1", "--save", "all.png"]) == 0
+    out, err = capsys.readouterr()
+    assert "embedded, one.png: what color is the shirt ? (right answer: blue)" in out
+    names = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
+    table = [
+        "| Method",
+        "| ---",
+        "| dense",
+        "| divprune@0.2",
+        "| cdpruner@9",
+        "| fastv:layer=3@0.2",
+    ]
+    assert names == table * 2 and "| dense | blue | 196 |" in out
+    assert err.count("not applicable: cdpruner compares image") == 1
+    with Image.open("all.png") as drawn:
+        assert drawn.width > 3 * 300 and drawn.height > 2 * 400
+
+
+def test_compare_takes_several_budgets(capsys):
+    argv = ["compare", "embedded:18", "--methods", "grid", "pyramiddrop", "--repeats", "1"]
+    assert cli.main([*argv, "--budgets", "0.5,published"]) == 0
+    out = capsys.readouterr().out
+    names = [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")]
+    assert names[3:] == ["| grid@0.5", "| pyramiddrop@0.5", "| pyramiddrop@published"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--methods", "grid"], "grid needs a budget: give one of --keep_ratio"),
+        (["--methods", "grid", "--budgets", "published"], "grid needs a budget"),
+        (["--methods", "grid@0.5", "--keep_ratio", "0.5"], "leave keep_ratio=0.5 out"),
+        (["--methods", "fastv:layr=3@0.5"], "Did you mean: layer"),
+        (["--methods", "cdpruner@0.5"], "cdpruner"),
+    ],
+)
+def test_compare_says_what_to_type(argv, says, capsys):
+    assert cli.main(["compare", "embedded:18", *argv]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert says in said
 
 
 # --- Words that the embedded model does not know ---------------------------------------------

@@ -14,7 +14,7 @@ from vlmprune.eval import cli
 from vlmprune.prune.registry import method_class
 from zoo import CASES
 
-COMMANDS = ("sweep", "report", "presets", "ask", "bench", "methods", "models", "where")
+COMMANDS = ("sweep", "report", "presets", "ask", "compare", "bench", "methods", "models", "where")
 CLIP = CASES["llava-clip-llama"]
 
 
@@ -313,9 +313,9 @@ def test_sweep_of_one_kind_of_questions_has_its_own_cells(tiny, tmp_path, capsys
 
 
 def test_ask_with_several_methods(tmp_path, capsys, monkeypatch):
-    from vlmprune.eval import ask, asked, compare
+    from vlmprune.eval import asked, compare, comparing
 
-    monkeypatch.setattr(ask, "load", lambda *_, **__: (CLIP.model(), FakeProcessor(CLIP)))
+    monkeypatch.setattr(comparing, "load", lambda *_, **__: (CLIP.model(), FakeProcessor(CLIP)))
     monkeypatch.setattr(compare.OneQuestion, "prompt", lambda self, processor, question: question)
     monkeypatch.setattr(asked, "read_asked", lambda *_: FakeTask().questions(1)[0])
     argv = ["ask", "A", "why?", "--method", "divprune@0.5+fastv:layer=2", "--keep_tokens", "3"]
