@@ -22,6 +22,7 @@ from test_processes import torchrun
 from vlmprune.eval import embedded
 from vlmprune.eval.evaluate import Benchmark, Evaluator
 from vlmprune.eval.lmms.benchmark import LmmsBenchmark, MissingLmmsError, benchmarks
+from vlmprune.eval.lmms.version import version_of
 from vlmprune.eval.results import read_records
 from vlmprune.eval.stats import RESAMPLES, difference
 from vlmprune.eval.task import EmbeddedTask, TaskError
@@ -142,6 +143,37 @@ def test_versions_tell_tasks_apart_and_not_places(folder, tmp_path):
     utils.write_text(utils.read_text().replace("% 2", "% 5"))
     changed = tiny("llava-clip-llama", "tiny_pictures", tmp_path)
     assert changed.version != one.version  # scored otherwise
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "old", "new"),
+    [
+        ("tiny_pictures", "data.jsonl", '"answer": "yes"', '"answer": "no"'),
+        ("tiny_pictures", "data.jsonl", '"question": "What is', '"question": "Who is'),
+        ("tiny_pictures", "data.jsonl", '"seed": 10,', '"seed": 11,'),  # another picture
+        ("tiny_pictures", "utils.py", "def picture(", "OTHER = 1\n\n\ndef picture("),
+        ("tiny_videos", "1.mp4", None, None),
+    ],
+)
+def test_an_own_task_counts_by_what_it_asks_and_shows(folder, tmp_path, task, file, old, new):
+    one = tiny("llava-clip-llama", "tiny_pictures", folder) if old else None
+    path = lmms_kit.tasks(tmp_path) / file
+    if old is None:
+        one = tiny("llava-clip-llama", task, tmp_path)
+        lmms_kit.write_video(path, seed=99, frames=7, width=64, height=48)
+    else:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    assert tiny("llava-clip-llama", task, tmp_path).version != one.version
+
+
+def test_the_version_of_a_shipped_task_is_as_it_was():
+    """It is part of the ids of everybody's finished cells."""
+    model, processor = embedded.load_model()
+    (task,) = benchmarks([embedded.TASK], model, processor, limit=2)
+    (same,) = benchmarks([embedded.TASK], model, processor, limit=3)
+    assert task.version == same.version == version_of(task.task, len(task.task.eval_docs))
 
 
 def test_errors(folder, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.clip_text import ClipText
@@ -81,11 +82,16 @@ def benchmarks(
         processes.from_first(load)  # it fills the cache of data sets
         if not processes.first:
             load()
-    return [LmmsBenchmark(lm, name, task, limit=limit, seed=seed) for name, task in tasks.items()]
+    return [
+        LmmsBenchmark(lm, name, task, limit=limit, seed=seed, shipped=shipped)
+        for name, (task, shipped) in tasks.items()
+    ]
 
 
-def _tasks(names: Sequence[str], wrapper: str, include_path: str | None) -> dict[str, Any]:
-    """Loaded tasks by name."""
+def _tasks(
+    names: Sequence[str], wrapper: str, include_path: str | None
+) -> dict[str, tuple[Any, bool]]:
+    """Loaded tasks by name, and whether lmms-eval or this package ships them."""
     from lmms_eval.tasks import TaskManager, get_task_dict
 
     folders = [str(TASKS_DIR), *([include_path] if include_path else [])]
@@ -116,7 +122,16 @@ def _tasks(names: Sequence[str], wrapper: str, include_path: str | None) -> dict
                 f"Task {name!r} is of type {task.OUTPUT_TYPE}: only tasks that generate one answer "
                 f"(generate_until) can be run."
             )
-    return found
+    return {name: (task, _is_shipped(manager.task_index.get(name))) for name, task in found.items()}
+
+
+def _is_shipped(entry: Mapping[str, Any] | None) -> bool:
+    """By where its YAML is; a task without one of its own is part of somebody's group."""
+    import lmms_eval.tasks
+
+    file = Path(str((entry or {}).get("yaml_path", ""))).resolve()
+    homes = (TASKS_DIR, Path(str(lmms_eval.tasks.__file__)).parent)
+    return any(file.is_relative_to(home.resolve()) for home in homes)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -144,6 +159,7 @@ class LmmsBenchmark:
         limit: int | None = None,
         seed: int = 0,
         timed_questions: int = TIMED_QUESTIONS,
+        shipped: bool = False,
     ) -> None:
         from .scores import Scores
         from .version import version_of
@@ -152,8 +168,8 @@ class LmmsBenchmark:
         self.lm = lm
         self.name = name
         self.task = task
-        self.version = version_of(task, total)
         self.count = total if limit is None else min(limit, total)
+        self.version = version_of(task, total, asked=0 if shipped else self.count)
         self.max_new_tokens = lm.new_tokens(task.config.generation_kwargs)
         self.seed = seed
         self.timed_questions = timed_questions
