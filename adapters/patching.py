@@ -149,7 +149,8 @@ class Handle:
         return Remembered() if memory is None else memory.remembered
 
     def forget_images(self) -> None:
-        """Empty the memory of images, e.g. after changing weights of the vision encoder."""
+        """Empty the memory of images. Needed where weights changed behind PyTorch's count of
+        changes: through `weight.data`, or of tensors that were made in inference mode."""
         if self._engine.memory is not None:
             self._engine.memory.forget()
 
@@ -201,8 +202,8 @@ def patch(
         remember_images: how many images (or videos) to remember, those asked about last: in the
             next prompt with one of them, neither the vision encoder nor the choice before the LLM
             runs for it. For `forward` and `generate`, while no gradients flow through the encoder.
-            Call `handle.forget_images()` after changing weights. Not for methods whose choice
-            before the LLM reads the prompt.
+            What older weights made is not used. Not for methods whose choice before the LLM reads
+            the prompt.
         record: keep the scores by which methods rank tokens, for `handle.last.scores` and
             `handle.overlay(image, scores=True)`.
         **fields_and_budget: exactly one of `keep_ratio`, `keep_tokens`, `average_tokens`,

@@ -178,6 +178,7 @@ def _keys(
         repr(sorted(options.items())),
         weight.device,
         weight.dtype,
+        _weights(family.core(model), family.text_model(model)),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         torch.is_inference_mode_enabled(),  # its tensors cannot be trained with outside of it
     )
@@ -189,6 +190,30 @@ def _keys(
         (*common, str(size), image.dtype, tuple(image.shape), _digest(image))
         for size, image in zip(rows, images, strict=True)
     ]
+
+
+def _weights(core: Any, text: Any) -> int:
+    """A number that changes with the weights in front of the LLM: with every step of an optimizer,
+    weights that are loaded or cast, adapters that are added, switched or merged.
+
+    Read from the host's records alone: PyTorch counts the changes of a tensor in place.
+    """
+    tensors: list[Tensor | None] = []
+    adapters: list[object] = []
+    ahead = [core]
+    while ahead:
+        own = ahead.pop().__dict__
+        ahead += [part for part in own["_modules"].values() if part not in (None, text)]
+        tensors += own["_parameters"].values()
+        tensors += own["_buffers"].values()
+        if "merged_adapters" in own:  # PEFT merges past the counts
+            of_adapter = ("merged_adapters", "_active_adapter", "_disable_adapters")
+            adapters.append([own.get(name) for name in of_adapter])
+    # Those that are offloaded are other ones at every call.
+    here = [tensor for tensor in tensors if tensor is not None and not tensor.is_meta]
+    changes = [0 if tensor.is_inference() else tensor._version for tensor in here]
+    places = [tensor.data_ptr() for tensor in here]
+    return hash((*map(id, here), *places, *changes, str(adapters)))
 
 
 def _digest(pixels: Tensor) -> bytes:

@@ -11,6 +11,8 @@ import torch
 import vlmprune
 import zoo
 from devices import Devices
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from reported import TOLERANCE
 from test_offload import changed, to_disk
 from test_sharded import ONE, spread
@@ -375,3 +377,85 @@ def test_impossible_numbers_are_refused(images):
 
 def test_some_methods_read_the_prompt():
     assert {"cdpruner", "catp"} <= set(READ_THE_PROMPT)
+
+
+# --- Weights that change ------------------------------------------------------------------------
+
+
+def stepped(model) -> None:
+    for part in (model.base_model.vision_tower, model.base_model.multi_modal_projector):
+        weights = list(part.requires_grad_(True).parameters())
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW(weights, lr=0.1).step()
+        part.requires_grad_(False)
+
+
+def loaded(model) -> None:
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})
+
+
+def assigned(model) -> None:
+    model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}, assign=True)
+
+
+def cast_and_back(model) -> None:
+    model.base_model.multi_modal_projector.to(torch.bfloat16).to(torch.float32)
+
+
+def adapted(model) -> None:
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(init_lora_weights=False, target_modules=".*vision.*q_proj"))
+
+
+def switched_off(model) -> None:
+    model.disable_adapters()
+
+
+def merged(model) -> None:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [[stepped], [loaded], [assigned], [cast_and_back], [adapted, switched_off], [adapted, merged]],
+    ids=lambda changes: "-".join(change.__name__ for change in changes),
+)
+def test_what_older_weights_made_is_not_used(changes):
+    model, plain = LLAVA.model(), LLAVA.model()
+    handle = vlmprune.patch(model, "pool", remember_images=9, **BUDGET)
+    vlmprune.patch(plain, "pool", **BUDGET)
+    for count, change in enumerate(changes, 1):
+        before = ask(model, LLAVA, AGAIN)
+        change(model)
+        change(plain)
+        expected = ask(plain, LLAVA, AGAIN)
+        assert torch.equal(ask(model, LLAVA, AGAIN), expected)
+        assert merged in changes[:count] or not torch.equal(before, expected)
+        assert handle.remembered.misses == 3 * (count + 1)
+        assert torch.equal(ask(model, LLAVA, AGAIN), expected)
+        assert handle.remembered.hits == 3 * (2 * count - 1)
+
+
+def test_the_llm_s_weights_do_not_matter():
+    model, plain = LLAVA.model(), LLAVA.model()
+    handle = vlmprune.patch(model, "pool", remember_images=9, **BUDGET)
+    vlmprune.patch(plain, "pool", **BUDGET)
+    ask(model, LLAVA, AGAIN)
+    for changed_one in (model, plain):
+        for weight in changed_one.base_model.language_model.parameters():
+            weight.mul_(1.1)
+    assert torch.equal(ask(model, LLAVA, AGAIN), ask(plain, LLAVA, AGAIN))
+    assert (handle.remembered.hits, handle.remembered.misses) == (3, 3)
+
+
+def test_weights_that_have_no_count_of_changes():
+    with torch.inference_mode():
+        model = LLAVA.model()
+        handle = vlmprune.patch(model, "pool", remember_images=9, **BUDGET)
+        model(**LLAVA.inputs())
+        model(**LLAVA.inputs())
+    assert all(weight.is_inference() for weight in model.parameters())
+    assert (handle.remembered.hits, handle.remembered.misses) == (1, 1)
