@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .eval.compare import Comparison, compare
     from .prune.errors import (
         BudgetError,
+        MethodAnswerError,
         MethodFieldError,
         MissingSignalError,
         NothingToShowError,
@@ -46,6 +47,7 @@ _HOME = {
     "methods": ("prune.registry", "method_names"),
     "VlmpruneError": ("prune.errors", "VlmpruneError"),
     "BudgetError": ("prune.errors", "BudgetError"),
+    "MethodAnswerError": ("prune.errors", "MethodAnswerError"),
     "MethodFieldError": ("prune.errors", "MethodFieldError"),
     "MissingSignalError": ("prune.errors", "MissingSignalError"),
     "NothingToShowError": ("prune.errors", "NothingToShowError"),
@@ -60,6 +62,7 @@ __all__ = [
     "ClipText",
     "Comparison",
     "Handle",
+    "MethodAnswerError",
     "MethodFieldError",
     "MissingSignalError",
     "NotRecordedError",

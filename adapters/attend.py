@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..prune.answers import check_attended, looks_at_values
 from ..prune.contract import Attending, Place
 from .cache import PrunedState
 from .sequence import stored_columns
@@ -61,7 +62,9 @@ def attend(
     if new == 1:
         rows = state.attended
         keep = None if call.budget is None else torch.where(rows < 0, length, rows)
-        picked = call.method.attended(query[:, :, 0], key, valid, keep)
+        look = looks_at_values(call.method, setup.debug)
+        found = call.method.attended(query[:, :, 0], key, valid, keep)
+        picked = check_attended(call.method, key, valid, keep, found, look)
         if picked is not None and keep is None and bool((rows < 0).any()):  # on the CPU
             picked = _or_all(picked, valid, rows < 0, length)
     mask = given.mask

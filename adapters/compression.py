@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..prune.answers import check_compressed, check_evicted, looks_at_values
 from ..prune.budget import entries_kept
 from ..prune.contract import (
     Attending,
     CacheEntries,
-    Compressed,
     Compressing,
     Place,
     ReceivedInLayer,
     Signal,
 )
+from ..prune.declared import Seen
 from ..prune.errors import BudgetError, UnsupportedFeatureError, VlmpruneError
 from .cache import PrunedState
 from .cache_report import CacheReport
@@ -175,7 +176,9 @@ class Compression:
                 continue
             if not first:
                 entries = self._entries(layer, module, kwargs, here, row, marks[row, -count:])
-                chosen = _checked(self.method, self.method.compress(entries, keep), keep)
+                look = looks_at_values(self.method, self.setup.debug)
+                given = self.method.compress(entries, keep)
+                chosen = check_compressed(self.method, entries, keep, given, look)
                 kept.append(chosen.kept)
                 scores.append(chosen.scores)
             keys.append(_kept(chosen.kept, own_keys, chosen.keys))
@@ -217,7 +220,7 @@ class Compression:
             values=stored.values[row, :, -count:],
             queries=query[row, :, -count:],
             visual=visual.to(query.device),
-            signals=signals,
+            signals=Seen(self.method, signals),
             attention=module,
             hidden=kwargs["hidden_states"][row, -count:],
             rotary=(cos[at, -count:], sin[at, -count:]),
@@ -328,7 +331,9 @@ def _evicted(
     left: list[int] = []
     gone: list[int] = []
     while prompt and len(gone) < most:
-        slot = method.evict(prompt=prompt, kept=kept, stored=stored - len(gone), seen=seen)
+        stays = stored - len(gone)
+        found = method.evict(prompt=prompt, kept=kept, stored=stays, seen=seen)
+        slot = check_evicted(method, found, stays)
         if slot is None:
             break
         left = left or list(range(width - stored, width))
@@ -361,15 +366,6 @@ def _without(stored: Tensor, gone: Sequence[int]) -> Tensor:
     left = length - len(gone)
     stored[:, :, gone[0] : left] = moved
     return stored[:, :, :left]
-
-
-def _checked(method: Compressing, chosen: Compressed, keep: int) -> Compressed:
-    if chosen.kept.shape[-1] != keep:
-        raise VlmpruneError(
-            f"{method.name}.compress kept {chosen.kept.shape[-1]} entries for a count of {keep}: "
-            f"a method must keep exactly what it was asked to."
-        )
-    return chosen
 
 
 def _noted(scores: Tensor) -> Tensor:

@@ -108,7 +108,9 @@ def encode(
         if stage is not None
     ]
     stages_now = [stage for stage in first if stage is not None]
-    made = iter(choose_all(stages_now, tokens, stopwatch, device, record=setup.record))
+    made = iter(
+        choose_all(stages_now, tokens, stopwatch, device, record=setup.record, debug=setup.debug)
+    )
     images = []
     for tiling, stages, stage in zip(tilings, plans, first, strict=True):
         calls = setup.calls
@@ -133,9 +135,10 @@ def choose(
     device: torch.device,
     *,
     record: bool = False,
+    debug: bool = False,
 ) -> Selection:
     """What `stage` keeps of `tokens`, whose signals are on `device`."""
-    return choose_all([stage], [tokens], stopwatch, device, record=record)[0]
+    return choose_all([stage], [tokens], stopwatch, device, record=record, debug=debug)[0]
 
 
 def choose_all(
@@ -145,6 +148,7 @@ def choose_all(
     device: torch.device,
     *,
     record: bool = False,
+    debug: bool = False,
 ) -> list[Selection]:
     """What stages of one method keep of an image each, in one pass; with their scores (N,) float32
     where these are recorded.
@@ -162,9 +166,9 @@ def choose_all(
     # Scores are float32 whatever autocast the caller is in.
     with stopwatch, torch.autocast(device.type, enabled=False):
         with torch.no_grad():
-            found = select_all(method, given, keeps, record=record)
+            found = select_all(method, given, keeps, record=record, debug=debug)
         if any(chosen.features is not None for chosen in found) and _learns(images):
-            found = select_all(method, images, keeps, record=record)
+            found = select_all(method, images, keeps, record=record, debug=debug)
     # A method that reads nothing chooses on the CPU.
     return [
         replace(

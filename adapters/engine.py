@@ -123,12 +123,13 @@ class Engine:
         clip: ClipText | None = None,
         remember_images: int = 0,
         record: bool = False,
+        debug: bool = False,
     ) -> None:
         self.model, self.family, self.clip = model, family, clip
         self.core: Any = family.core(model)
         self.text: Any = family.text_model(model)
         shape = family.shape(model)
-        self.setup = Setup(calls, shape, positions, self.text, Ticket(), record)
+        self.setup = Setup(calls, shape, positions, self.text, Ticket(), record, debug)
         self.memory = ImageMemory(remember_images, self.setup.ticket) if remember_images else None
         self._local = _Local()
         self._warned = False

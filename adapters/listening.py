@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..prune.answers import asked_rows, check_read
 from ..prune.contract import (
     Hidden,
     LayerSignal,
@@ -62,7 +63,7 @@ class Prompts:
         if callable(rows):
             entered = self.embeds[image.row].detach()
             visual = entered[image.columns[image.encoded.slots]]
-            columns = columns[rows(visual.float(), entered[columns].float())]
+            columns = asked_rows(columns, rows(visual.float(), entered[columns].float()))
         return columns
 
     def part(self, image: PlacedImage, of: str) -> Tensor:
@@ -267,9 +268,10 @@ def hear_step(
             row, columns = image.row, here.rows_of(image, after.device)
             count = here.entries(row)
             if row not in values:
-                values[row] = need.read(
+                read = need.read(
                     before[row, -count:].detach().float(), after[row, -count:].detach().float()
                 )
+                values[row] = check_read(need, read, count)
             first = here.layout.length - count
             image.hear(need, values[row][columns - first])
 
@@ -285,4 +287,5 @@ def hear_neurons(
                 visual = activations[image.row, here.rows_of(image, device)]
                 asked = here.place(image, prompts.asked(number, "text"), device)
                 text = activations[image.row, asked]
-                image.hear(need, need.read(visual.detach(), text.detach()).float())
+                read = need.read(visual.detach(), text.detach())
+                image.hear(need, check_read(need, read, len(visual)).float())

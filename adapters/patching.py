@@ -16,8 +16,8 @@ from ..prune.contract import (
     ModelShape,
     Place,
     Positions,
-    ReceivedInLayer,
 )
+from ..prune.declared import check_declared
 from ..prune.errors import (
     BudgetError,
     MethodFieldError,
@@ -184,6 +184,7 @@ def patch(
     clip: ClipText | None = None,
     remember_images: int = 0,
     record: bool = False,
+    debug: bool = False,
     **fields_and_budget: object,
 ) -> Handle:
     """Make a loaded vision-language model answer on fewer visual tokens, in place.
@@ -206,6 +207,8 @@ def patch(
             the prompt.
         record: keep the scores by which methods rank tokens, for `handle.last.scores` and
             `handle.overlay(image, scores=True)`.
+        debug: look at every number that a method returns, which waits for the device. What methods
+            that are not shipped return is looked at in any case.
         **fields_and_budget: exactly one of `keep_ratio`, `keep_tokens`, `average_tokens`,
             `flops_ratio`, and fields of the method. Only with a single name.
 
@@ -241,7 +244,8 @@ def patch(
             f"record={record!r}: use True to keep the scores of tokens, or False."
         )
     unpatch(model)
-    handle = Handle(Engine(model, family, calls, modes, clip, remember_images, record))
+    engine = Engine(model, family, calls, modes, clip, remember_images, record, debug)
+    handle = Handle(engine)
     model.__dict__[_HANDLE] = handle
     return handle
 
@@ -285,8 +289,8 @@ def _calls(
 
 def _check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) -> None:
     """Refuse a method whose signal the model does not compute, naming those that work."""
+    check_declared(call.method, shape)
     needs = call.method.needs(shape)
-    call.method.cuts(shape)
     missing = [need for need in needs if shape.lacks(need)]
     if any(need.of_cls for need in missing):
         field = next((f for f in ("scores", "pivot") if f in call.method.fields()), None)
@@ -370,11 +374,6 @@ def _check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
                 ) from None
     if call.method.place is not Place.CACHE:
         return
-    if not all(isinstance(need, ReceivedInLayer) for need in needs):
-        raise MissingSignalError(
-            f"{call.name} acts on the KV cache and declares signals that are not read for it: of "
-            f"signals only ReceivedInLayer is, and CacheEntries holds the rest."
-        )
     kinds = {layer_kind(text.config, layer) for layer in range(text.config.num_hidden_layers)}
     if kinds != {"full_attention"}:
         raise UnsupportedModelError(

@@ -24,7 +24,7 @@ from ..prune.contract import (
     TextAttention,
     VisualTokens,
 )
-from ..prune.errors import UnsupportedFeatureError, VlmpruneError
+from ..prune.errors import MethodAnswerError, UnsupportedFeatureError
 from ..prune.tiling import Tiling
 from .attend import note_prefix
 from .cache import PrunedState, make_pruned, pruned_state
@@ -384,12 +384,14 @@ class Prefill:
                 alive=torch.cat([image.row_tokens for image in images]),
                 layer=layer,
             )
+            stopwatch, device = images[0].stopwatch, images[0].slots.device
             chosen = choose(
                 replace(stage, keep=keep),
                 tokens,
-                images[0].stopwatch,
-                images[0].slots.device,
+                stopwatch,
+                device,
                 record=self.setup.record,
+                debug=self.setup.debug,
             )
             parts = [chosen] if len(images) == 1 else _split(stage, chosen, sizes)
             found = list(zip(numbers, parts, strict=True))
@@ -566,7 +568,7 @@ def _joined(tilings: list[Tiling]) -> Tiling:
 def _split(stage: Stage, chosen: Selection, sizes: list[int]) -> list[Selection]:
     """A choice from several images, image by image."""
     if chosen.order is not None or chosen.features is not None:
-        raise VlmpruneError(
+        raise MethodAnswerError(
             f"{stage.call.name} merged or moved rows at a cut that pools images, where tokens can "
             f"only be kept or dropped."
         )

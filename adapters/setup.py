@@ -27,6 +27,8 @@ class Setup:
     ticket: Ticket
     record: bool = False
     """Whether the scores of all choices are kept for `handle.last`."""
+    debug: bool = False
+    """Whether the numbers that shipped methods return are looked at too."""
 
     @property
     def config(self) -> Any:

@@ -25,6 +25,10 @@ class MethodFieldError(VlmpruneError, TypeError):
     """A keyword that is neither a field of the method nor a budget, or a value it cannot take."""
 
 
+class MethodAnswerError(VlmpruneError, ValueError):
+    """What a method returned breaks the contract: not what, or not as much as, it was asked for."""
+
+
 class UnsupportedModelError(VlmpruneError, TypeError):
     """A model that no adapter knows, or a state of it that cannot be patched."""
 

@@ -62,6 +62,11 @@ def _third_party() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
+def is_shipped(cls: type[Method]) -> bool:
+    """Whether a class is one of this package's methods, and not somebody else's."""
+    return cls.__module__.startswith(_methods_package.__name__ + ".")
+
+
 def method_names() -> list[str]:
     """Names of all methods: shipped, installed by third parties, registered in this process."""
     return sorted({*_shipped(), *_third_party(), *_classes})

@@ -9,8 +9,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from .answers import check_batch, check_selection, looks_at_values
 from .contract import BeforeLLM, Pruning, Selection, VisualTokens
-from .errors import BudgetError, VlmpruneError
+from .declared import Seen
+from .errors import BudgetError
 from .tiling import Tiling
 
 
@@ -34,6 +36,7 @@ def select_all(
     keeps: Sequence[int | None],
     *,
     record: bool = False,
+    debug: bool = False,
 ) -> list[Selection]:
     """What `method` keeps of each image, checked: exactly as many, or as it decides (None).
 
@@ -44,26 +47,19 @@ def select_all(
             per token cover the patches, or all tokens where newlines compete.
         record: whether the selections keep their scores: (N,) of all tokens, NaN where a token was
             not ranked (newlines that do not compete, tiles that were kept or dropped whole).
+        debug: look at the numbers that a shipped method returns, too: the host waits for them.
 
     Raises:
         BudgetError: the newlines that the method keeps leave no room for a patch.
-        VlmpruneError: the method returned something else than it was asked for.
+        MethodAnswerError: the method returned something else than it was asked for.
     """
     questions = [
         _question(method, tokens, keep) for tokens, keep in zip(images, keeps, strict=True)
     ]
-    given = _ask(method, [one for question in questions for one in question.asked])
+    values = looks_at_values(method, debug)
+    given = _ask(method, [one for question in questions for one in question.asked], values)
     answers = iter(given if record else map(_unscored, given))
-    found = []
-    for question, keep in zip(questions, keeps, strict=True):
-        selection = question.join([next(answers) for _ in question.asked])
-        if keep is not None and selection.count != keep:
-            raise VlmpruneError(
-                f"{method.name}.select kept {selection.count} tokens for a count of {keep}: a "
-                f"method must keep exactly what it was asked to."
-            )
-        found.append(selection)
-    return found
+    return [question.join([next(answers) for _ in question.asked]) for question in questions]
 
 
 def _question(method: Pruning, tokens: VisualTokens, keep: int | None) -> _Question:
@@ -102,14 +98,23 @@ def most(method: Pruning, tiling: Tiling) -> int:
     return newlines + sum(method.most(tile.num_patches) for tile in tiling.tiles)
 
 
-def _ask(method: Pruning, asked: Sequence[tuple[VisualTokens, int | None]]) -> list[Selection]:
-    """The answers, in order; where everything stays the method is not asked."""
+def _ask(
+    method: Pruning, asked: Sequence[tuple[VisualTokens, int | None]], values: bool
+) -> list[Selection]:
+    """The answers, in order, checked; where everything stays the method is not asked."""
+    asked = [(replace(seen, signals=Seen(method, seen.signals)), keep) for seen, keep in asked]
     choices = [
         (tokens, keep) for tokens, keep in asked if keep is not None and keep < tokens.num_tokens
     ]
-    chosen = iter(method.select_batch(choices) if choices else ())
+    given = method.select_batch(choices) if choices else []
+    chosen = iter(check_batch(method, choices, given, values=values))
+
+    def adaptive(tokens: VisualTokens) -> Selection:
+        found = method.select_adaptive(tokens)
+        return check_selection(method, "select_adaptive", tokens, None, found, values)
+
     return [
-        method.select_adaptive(tokens)
+        adaptive(tokens)
         if keep is None
         else next(chosen)
         if keep < tokens.num_tokens

@@ -41,6 +41,7 @@ from vlmprune.prune.contract import (
     TextAttention,
     VisualTokens,
 )
+from vlmprune.prune.declared import readable
 from vlmprune.prune.errors import MissingSignalError
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -140,7 +141,9 @@ class Recorder(InDecoder):
     seen: list[Seen] = field(default_factory=list)
 
     def needs(self, shape):
-        return self.wants
+        return tuple(
+            want for want in self.wants if any(readable(want, cut.layer) for cut in self.at)
+        )
 
     def cuts(self, shape):
         return self.at
@@ -968,7 +971,7 @@ def test_entries_behind_a_cached_text_prefix(case):
 
 def test_a_cache_method_is_told_which_signals_are_read_for_it():
     model, recorder = zoo.CASES["llava-clip-llama"].model(), CacheRecorder(wants=(Hidden(1),))
-    with pytest.raises(MissingSignalError, match="only ReceivedInLayer is, and CacheEntries"):
+    with pytest.raises(MissingSignalError, match="only ReceivedInLayer is read: CacheEntries"):
         patch(model, call(recorder))
 
 

@@ -58,7 +58,7 @@ class Fake(BeforeLLM):
 
     def select_adaptive(self, tokens):
         rng = random.Random(self.seed + len(self.log))
-        return self._select(tokens, rng.randint(1, tokens.num_tokens), rng)
+        return self._select(tokens, rng.randint(1, self.most(tokens.num_tokens)), rng)
 
     def most(self, num_tokens):
         return num_tokens // 2 + 1
@@ -299,7 +299,9 @@ def test_a_wrong_count_is_refused():
         def select(self, tokens, keep):
             return Selection(kept=torch.arange(keep - 1))
 
-    with pytest.raises(VlmpruneError, match=r"kept 2 tokens for a count of 3"):
+    with pytest.raises(
+        VlmpruneError, match=r"too_few.select returned 2 tokens \(kept\) for a count of 3"
+    ):
         select(TooFew(), tokens_of(canvas(), "drop"), 3)
 
 

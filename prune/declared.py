@@ -1,0 +1,212 @@
+"""What a method declares of itself is checked when a model is patched, before anything runs: its
+cuts, and that every signal it names is there to be read, in time for a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from numbers import Integral
+from typing import NoReturn, get_args
+
+from torch import Tensor
+
+from . import contract
+from .contract import (
+    BeforeLLM,
+    Compressing,
+    Cut,
+    Hidden,
+    Images,
+    LayerSignal,
+    MeanHidden,
+    Method,
+    ModelShape,
+    ModuleStep,
+    Place,
+    Pruning,
+    ReceivedInLayer,
+    Signal,
+    TextAttention,
+)
+from .errors import MethodFieldError, MissingSignalError
+
+SIGNALS: dict[str, type[Signal]] = {
+    name: kind
+    for name, kind in vars(contract).items()
+    if isinstance(kind, type) and issubclass(kind, Signal) and kind not in (Signal, LayerSignal)
+}
+"""All signals that can be read, by name."""
+Refuse = Callable[[str], NoReturn]
+
+
+class Seen(dict[Signal, Tensor]):
+    """The signals that a method is given; another one is an error that names these."""
+
+    def __init__(self, method: Method, signals: Mapping[Signal, Tensor]) -> None:
+        super().__init__(signals)
+        self._name = method.name
+
+    def __missing__(self, signal: object) -> NoReturn:
+        raise MissingSignalError(
+            f"{self._name} reads {signal}, which it is not given here. It is given: "
+            f"{', '.join(map(str, self)) or 'no signal'}. Declare exactly what is read in needs(), "
+            f"and read it at a cut behind its layer."
+        )
+
+
+def check_declared(method: Method, shape: ModelShape) -> None:
+    """Refuse cuts that cannot be made and signals that cannot be read on a model of this shape.
+
+    Signals that the encoder lacks (`ModelShape.lacks`) are another matter.
+
+    Raises:
+        MethodFieldError: of a cut.
+        MissingSignalError: of a signal.
+    """
+    cuts = method.cuts(shape)
+    _check_cuts(method, cuts, shape)
+    needs = method.needs(shape)
+    if not isinstance(needs, tuple):
+        raise MissingSignalError(
+            f"{method.name}.needs returned {needs!r}: return a tuple of signals, e.g. "
+            f"(Features(),), or () for none."
+        )
+    for need in needs:
+        _check_signal(method, need, cuts, shape)
+
+
+def readable(signal: Signal, layer: int) -> bool:
+    """Whether a method sees a signal at a cut of `layer` (0: before the LLM): there the layer's
+    input is known, and what it would be asked ahead, but no more of it."""
+    if not isinstance(signal, LayerSignal):
+        return not layer
+    if getattr(signal, "ahead", False):
+        return signal.layer == layer > 0
+    if signal.layer == layer > 0:
+        return isinstance(signal, Hidden | MeanHidden)
+    return signal.layer < layer
+
+
+# --- Cuts --------------------------------------------------------------------------------------
+
+
+def _check_cuts(method: Method, cuts: object, shape: ModelShape) -> None:
+    def refuse(what: str, instead: str) -> NoReturn:
+        raise MethodFieldError(f"{method.name}.cuts {what}: {instead}.")
+
+    if not isinstance(cuts, tuple) or not all(isinstance(cut, Cut) for cut in cuts):
+        refuse(f"returned {cuts!r}", "return a tuple of Cut, e.g. (Cut(2),)")
+    if not isinstance(method, Pruning):
+        if cuts:
+            refuse(f"returned {cuts!r}", "a method on the cache removes nothing from the sequence")
+        return
+    if not cuts:
+        refuse("returned no cut", "return at least one, e.g. (Cut(2),)")
+    depth, first = shape.decoder.num_layers, isinstance(method, BeforeLLM)
+    where = f"the decoder's layers are 0 to {depth - 1}, and Cut(0) is before the LLM"
+    for cut in cuts:
+        if not _whole(cut.layer) or not 0 <= cut.layer < depth:
+            refuse(f"has {cut}", where)
+        if not isfinite(cut.share) or cut.share <= 0:
+            refuse(f"has {cut}", "a share is a positive number, 1.0 for the last cut")
+        if cut.images not in get_args(Images):
+            refuse(f"has {cut}", f"images is one of {', '.join(map(repr, get_args(Images)))}")
+        if not cut.layer and cut.images != "each":
+            refuse(f"has {cut}", "before the LLM every image is chosen from on its own")
+    layers = [cut.layer for cut in cuts]
+    if layers != sorted(set(layers)):
+        refuse(f"has layers {', '.join(map(str, layers))}", "they must ascend, each once")
+    if first != (layers[0] == 0):
+        refuse(
+            f"begins at layer {layers[0]}",
+            "a BeforeLLM method cuts at 0 first; derive from InDecoder for later cuts alone"
+            if first
+            else "an InDecoder method cuts at layer 1 or later; derive from BeforeLLM to cut at 0",
+        )
+    alone = method.finds_count or any(cut.adaptive for cut in cuts)
+    if alone and type(method).select_adaptive is Pruning.select_adaptive:
+        why = "finds_count" if method.finds_count else "an adaptive cut"
+        refuse(f"has {why} and no rule for it", "write select_adaptive(tokens)")
+
+
+# --- Signals -----------------------------------------------------------------------------------
+
+
+def _check_signal(method: Method, need: object, cuts: Sequence[Cut], shape: ModelShape) -> None:
+    def refuse(what: str) -> NoReturn:
+        raise MissingSignalError(f"{method.name} declares {need}, {what}.")
+
+    if type(need) not in SIGNALS.values():
+        refuse(
+            f"which is none of the signals that can be read (use the classes themselves, with "
+            f"brackets): {', '.join(sorted(SIGNALS))}"
+        )
+    assert isinstance(need, Signal)  # noqa: S101  (for the types)
+    _check_words(need, refuse)
+    inside = isinstance(need, LayerSignal)
+    _check_layer(need, shape, inside, refuse)
+    if not isinstance(method, Pruning):
+        if not isinstance(method, Compressing):
+            refuse("and a method that attends is given all it sees: return () from needs")
+        if type(need) is not ReceivedInLayer:
+            refuse(
+                f"and acts {Place.CACHE.value}, where of signals only ReceivedInLayer is read: "
+                f"CacheEntries holds the rest"
+            )
+    elif not inside and not isinstance(method, BeforeLLM):
+        refuse(
+            "which is read before the LLM, and all its cuts are in the decoder: derive from "
+            "BeforeLLM, or declare signals of decoder layers (TextAttention, Hidden, ...)"
+        )
+    elif not any(readable(need, cut.layer) for cut in cuts):
+        refuse(_too_late(need, cuts))
+
+
+def _check_layer(need: Signal, shape: ModelShape, inside: bool, refuse: Refuse) -> None:
+    """That the layer exists: of the decoder, counted from 0; of the encoder, also from its end."""
+    layer = getattr(need, "layer", 0)
+    if inside:
+        depth = shape.decoder.num_layers
+        least, what = 0, f"the decoder has layers 0 to {depth - 1}"
+    else:
+        depth = shape.tower.num_layers
+        least = -depth
+        what = f"the vision encoder has layers 0 to {depth - 1}, or {-depth} to -1"
+    if not _whole(layer) or not least <= layer < depth:
+        refuse(f"and {what}")
+
+
+def _check_words(need: Signal, refuse: Refuse) -> None:
+    """Fields of a signal that are words or functions."""
+    rows = getattr(need, "rows", "last")
+    wrong = None
+    if not callable(rows) and rows not in ("last", "text"):
+        wrong = "rows is 'last', 'text', or a function of visual and text embeddings"
+    elif isinstance(need, MeanHidden) and need.of not in ("query", "context"):
+        wrong = "of is 'query' or 'context'"
+    elif isinstance(need, ModuleStep) and need.module not in ("attention", "mlp"):
+        wrong = "module is 'attention' or 'mlp'"
+    elif not callable(getattr(need, "read", len)):
+        wrong = "read is a function"
+    if wrong is not None:
+        refuse(f"where {wrong}")
+
+
+def _too_late(need: Signal, cuts: Sequence[Cut]) -> str:
+    last = max(cut.layer for cut in cuts)
+    if not last:
+        return (
+            "which is read in the decoder, and it cuts before the LLM: derive from InDecoder, or "
+            "declare signals of the encoder (Features, ClsAttention, ...)"
+        )
+    if isinstance(need, TextAttention) and need.ahead:
+        layers = ", ".join(str(cut.layer) for cut in cuts if cut.layer)
+        return f"and only a layer that is cut can be read ahead: {layers}"
+    return (
+        f"which lies behind its last cut: at Cut({last}) layers 0 to {last - 1} have run, and of "
+        f"layer {last} Hidden, MeanHidden and TextAttention(ahead=True) are known"
+    )
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
