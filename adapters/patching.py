@@ -13,6 +13,7 @@ from ..prune.budget import BUDGET_WORDS, MethodCall, plan
 from ..prune.contract import (
     Attending,
     LayerSignal,
+    Method,
     ModelShape,
     Place,
     Positions,
@@ -26,8 +27,8 @@ from ..prune.errors import (
     UnsupportedModelError,
 )
 from ..prune.numbers import plain
+from ..prune.registry import default_methods, method_class
 from ..prune.registry import method as make_call
-from ..prune.registry import method_class, method_names
 from .canvas import Fit
 from .clip_text import ClipText
 from .engine import Engine
@@ -320,11 +321,14 @@ def _check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) -
 
 def _working(shape: ModelShape) -> list[str]:
     """Methods that find all their signals on a model, as they are by default."""
-    return [
-        name
-        for name in method_names()
-        if not any(shape.lacks(need) for need in method_class(name)().needs(shape))
-    ]
+    return [name for name, made in default_methods()[0].items() if _finds_all(made, shape)]
+
+
+def _finds_all(made: Method, shape: ModelShape) -> bool:
+    try:
+        return not any(shape.lacks(need) for need in made.needs(shape))
+    except Exception:  # it has no rule for this shape, or is somebody's own and broken
+        return False
 
 
 def _check_memory(images: object, calls: tuple[MethodCall, ...], shape: ModelShape) -> None:

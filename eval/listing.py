@@ -19,7 +19,7 @@ from ..prune.contract import (
     Signal,
     Tower,
 )
-from ..prune.registry import method_class, method_names
+from ..prune.registry import default_methods, plugin_notes
 from .table import Table
 
 _LLAVA_7B = ModelShape(
@@ -31,27 +31,9 @@ _LLAVA_7B = ModelShape(
 def methods_table() -> Table:
     """Name, what it does, where it acts, what it reads, what it does on tiles, whether it needs a
     budget or also runs as published, its positions and fields, its paper."""
-    rows: list[tuple[str, ...]] = []
-    for name in method_names():
-        cls = method_class(name)
-        fields = ", ".join(
-            key if value is None else f"{key}={value!r}"
-            for key, value in cls().fields().items()
-            if key not in ("newlines", "scope")
-        )
-        rows.append(
-            (
-                name,
-                _what(cls),
-                " and ".join(place.value for place in cls().places),
-                _reads(cls),
-                _on_tiles(cls),
-                "needed" if cls.needs_budget else f"or {PUBLISHED}",
-                cls.positions,
-                fields,
-                _paper(cls),
-            )
-        )
+    made, wrong = default_methods()
+    rows = {name: _row(name, method) for name, method in made.items()}
+    rows |= {name: (name, why, *[""] * 7) for name, why in wrong.items()}
     return Table(
         headers=(
             "Method",
@@ -64,10 +46,31 @@ def methods_table() -> Table:
             "Fields",
             "Paper",
         ),
-        rows=rows,
+        rows=[rows[name] for name in sorted(rows)],
         numbers_from=9,
+        notes="\n".join(plugin_notes()) or None,
         wrapping=(1, 2, 3, 4, 7),
         droppable=(6, 8, 4, 7, 5),
+    )
+
+
+def _row(name: str, method: Method) -> tuple[str, ...]:
+    cls = type(method)
+    fields = ", ".join(
+        key if value is None else f"{key}={value!r}"
+        for key, value in method.fields().items()
+        if key not in ("newlines", "scope")
+    )
+    return (
+        name,
+        _what(cls),
+        " and ".join(place.value for place in method.places),
+        _reads(method),
+        _on_tiles(cls),
+        "needed" if cls.needs_budget else f"or {PUBLISHED}",
+        cls.positions,
+        fields,
+        _paper(cls),
     )
 
 
@@ -90,17 +93,20 @@ def _what(cls: type[Method]) -> str:
     return rest.rstrip(".") if colon else head
 
 
-def needs_of(cls: type[Method]) -> tuple[Signal, ...]:
-    """What a method reads of LLaVA-1.5-7B, with its fields at their defaults."""
-    return tuple(cls().needs(_LLAVA_7B))
+def needs_of(method: Method) -> tuple[Signal, ...]:
+    """What a method reads of LLaVA-1.5-7B, with its fields."""
+    return tuple(method.needs(_LLAVA_7B))
 
 
-def _reads(cls: type[Method]) -> str:
+def _reads(method: Method) -> str:
     """Signals, those of decoder layers apart."""
-    needs = needs_of(cls)
+    try:
+        needs = needs_of(method)
+    except Exception as error:  # somebody's own class may do anything
+        return f"needs() raised {type(error).__name__}: {error}"
     before = _names(need for need in needs if not isinstance(need, LayerSignal))
     inside = _names(need for need in needs if isinstance(need, LayerSignal))
-    parts = ["entries of the cache"] if issubclass(cls, CacheMethod) else []
+    parts = ["entries of the cache"] if isinstance(method, CacheMethod) else []
     parts += [before] if before else []
     parts += [f"in the decoder: {inside}"] if inside else []
     return "; ".join(parts) or "sizes only"

@@ -21,6 +21,10 @@ class UnknownMethodError(VlmpruneError, KeyError):
         return str(self.args[0])
 
 
+class PluginError(VlmpruneError, ImportError):
+    """A method of another package that cannot be loaded."""
+
+
 class MethodFieldError(VlmpruneError, TypeError):
     """A keyword that is neither a field of the method nor a budget, or a value it cannot take."""
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import pkgutil
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import TypeVar
 
 from . import methods as _methods_package
 from .budget import BUDGET_WORDS, Budget, MethodCall
 from .contract import Attending, BeforeLLM, Compressing, InDecoder, Method
-from .errors import BudgetError, MethodFieldError, UnknownMethodError, did_you_mean
+from .errors import (
+    BudgetError,
+    MethodFieldError,
+    PluginError,
+    UnknownMethodError,
+    did_you_mean,
+)
+from .plugins import Plugins, owner_of
 
 ENTRY_POINT_GROUP = "vlmprune.methods"
 
@@ -37,6 +45,11 @@ def register(name: str) -> Callable[[_M], _M]:
             owner = (known.__module__, known.__qualname__)
         else:  # a shipped method owns its name before its file is imported
             owner = (_shipped().get(name, cls.__module__), cls.__qualname__)
+        other = next((n for n, c in _classes.items() if c is cls and n != name), None)
+        if other is not None:
+            raise ValueError(
+                f"{cls.__qualname__} is {other!r} already: register it under one name."
+            )
         if owner != this:
             raise ValueError(
                 f"Method name {name!r} is taken by {owner[0]}: "
@@ -58,8 +71,12 @@ def _shipped() -> dict[str, str]:
 
 
 @cache
-def _third_party() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+def _plugins() -> Plugins:
+    """Methods of other packages; of names that are taken a warning is logged, once."""
+    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _shipped())
+    for note in found.notes:
+        logging.getLogger("vlmprune").warning(note)
+    return found
 
 
 def is_shipped(cls: type[Method]) -> bool:
@@ -69,21 +86,66 @@ def is_shipped(cls: type[Method]) -> bool:
 
 def method_names() -> list[str]:
     """Names of all methods: shipped, installed by third parties, registered in this process."""
-    return sorted({*_shipped(), *_third_party(), *_classes})
+    return sorted({*_shipped(), *_plugins().points, *_classes})
 
 
 def method_class(name: str) -> type[Method]:
-    """The class registered as `name`; imports only the file that holds it."""
+    """The class registered as `name`; imports only the file that holds it.
+
+    Raises:
+        UnknownMethodError: nobody has registered it.
+        PluginError: it is another package's, which cannot be imported.
+    """
     if name not in _classes:
         if name in _shipped():
             importlib.import_module(_shipped()[name])
-        elif name in _third_party():
-            register(name)(_third_party()[name].load())
+        elif name in _plugins().points:
+            _load_plugin(name)
         else:
             raise UnknownMethodError(
                 f"Unknown method {name!r}. {did_you_mean(name, method_names())}"
             )
     return _classes[name]
+
+
+def default_methods() -> tuple[dict[str, Method], dict[str, str]]:
+    """Every method with its default fields; and why, of those of which there is none."""
+    made: dict[str, Method] = {}
+    wrong: dict[str, str] = {}
+    for name in method_names():
+        try:
+            made[name] = method_class(name)()
+        except PluginError as error:
+            wrong[name] = str(error)
+        except Exception as error:  # somebody's own class may do anything
+            wrong[name] = f"{name} cannot be made without fields: {error}"
+    return made, wrong
+
+
+def registered_names() -> dict[str, str]:
+    """Names of the methods that are imported by now, and the modules that hold their classes."""
+    return {name: cls.__module__ for name, cls in _classes.items()}
+
+
+def plugin_notes() -> list[str]:
+    """What is to be said of names that several packages take."""
+    return list(_plugins().notes)
+
+
+def _load_plugin(name: str) -> None:
+    """Import another package's method; what a failing import has registered is forgotten."""
+    point, before = _plugins().points[name], set(_classes)
+    try:
+        register(name)(point.load())
+    except (Exception, SystemExit) as error:
+        for added in [n for n, cls in _classes.items() if n not in before and not is_shipped(cls)]:
+            del _classes[added]
+        owner = owner_of(point)
+        raise PluginError(
+            f"The method {name!r} comes from another package, {owner}, and cannot be loaded: "
+            f"{point.value} raised {type(error).__name__}: {error}. Repair that package, or take "
+            f"it away: pip uninstall {owner}."
+        ) from error
 
 
 def method(name: str, **fields_and_budget: object) -> MethodCall:

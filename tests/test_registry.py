@@ -51,9 +51,9 @@ class Other(First):
 def own_registry(monkeypatch):
     """A copy of the registry that the test may change."""
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))
-    registry._third_party.cache_clear()
+    registry._plugins.cache_clear()
     yield registry._classes
-    registry._third_party.cache_clear()
+    registry._plugins.cache_clear()
 
 
 @pytest.mark.parametrize("name", method_names())

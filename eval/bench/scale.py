@@ -40,7 +40,7 @@ from ...prune.contract import (
     VisualTokens,
 )
 from ...prune.errors import MethodFieldError, MissingSignalError
-from ...prune.registry import method_class, method_names
+from ...prune.registry import default_methods, method_class
 from ...prune.select import select
 from ...prune.tiling import Block, Tiling
 from ..compose import parse
@@ -87,7 +87,7 @@ def run(
                 f"--tokens {count} must be a square and a multiple of {_FRAME**2}, e.g. "
                 f"256,1024,4096,16384."
             )
-    names = list(methods) or method_names()
+    names = list(methods) or list(default_methods()[0])
     cases = [(name, layout) for name in names for layout in _layouts(name)]
     report: dict[str, Any] = {
         "schema": SCHEMA,

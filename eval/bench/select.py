@@ -38,7 +38,7 @@ from ...prune.contract import (
     VisualTokens,
 )
 from ...prune.errors import MethodFieldError, MissingSignalError
-from ...prune.registry import method_class, method_names
+from ...prune.registry import default_methods, method_class
 from ...prune.select import select_all
 from ...prune.tiling import Block, Tiling
 from ..console import progress, stdout
@@ -115,7 +115,7 @@ def _write(report: dict[str, Any], path: Path) -> None:
 
 
 def _all_before_llm() -> list[str]:
-    return [name for name in method_names() if issubclass(method_class(name), BeforeLLM)]
+    return [name for name, made in default_methods()[0].items() if isinstance(made, BeforeLLM)]
 
 
 def _before_llm(name: str) -> BeforeLLM:

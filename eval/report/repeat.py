@@ -136,7 +136,7 @@ def _need(entry: MethodRecord, seed: int) -> str | None:
 def _reads_clip(entry: MethodRecord) -> bool:
     try:
         cls = method_class(entry["name"])
-        return any(isinstance(need, ClipText) for need in needs_of(cls))
+        return any(isinstance(need, ClipText) for need in needs_of(cls()))
     except (VlmpruneError, TypeError):
         return False
 
