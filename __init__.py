@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .adapters.clip_text import ClipText
     from .adapters.patching import Handle, patch, unpatch
     from .adapters.registry import model_names as models
+    from .eval.checking.command import check_method
     from .eval.compare import Comparison, compare
     from .prune.errors import (
         BudgetError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         MissingSignalError,
         NothingToShowError,
         NotRecordedError,
+        PluginError,
         UnknownMethodError,
         UnsupportedFeatureError,
         UnsupportedModelError,
@@ -41,6 +43,7 @@ _HOME = {
     "unpatch": ("adapters.patching", "unpatch"),
     "Handle": ("adapters.patching", "Handle"),
     "models": ("adapters.registry", "model_names"),
+    "check_method": ("eval.checking.command", "check_method"),
     "compare": ("eval.compare", "compare"),
     "Comparison": ("eval.compare", "Comparison"),
     "method": ("prune.registry", "method"),
@@ -52,6 +55,7 @@ _HOME = {
     "MissingSignalError": ("prune.errors", "MissingSignalError"),
     "NothingToShowError": ("prune.errors", "NothingToShowError"),
     "NotRecordedError": ("prune.errors", "NotRecordedError"),
+    "PluginError": ("prune.errors", "PluginError"),
     "UnknownMethodError": ("prune.errors", "UnknownMethodError"),
     "UnsupportedFeatureError": ("prune.errors", "UnsupportedFeatureError"),
     "UnsupportedModelError": ("prune.errors", "UnsupportedModelError"),
@@ -67,11 +71,13 @@ __all__ = [
     "MissingSignalError",
     "NotRecordedError",
     "NothingToShowError",
+    "PluginError",
     "UnknownMethodError",
     "UnsupportedFeatureError",
     "UnsupportedModelError",
     "VlmpruneError",
     "__version__",
+    "check_method",
     "compare",
     "method",
     "methods",

@@ -104,6 +104,24 @@ examples:
 """
 
 
+_CHECK_EXAMPLES = """\
+examples:
+  vlmprune check-method fastv:layer=1
+  vlmprune check-method ./mine.py
+      every method that the file registers
+  vlmprune check-method mine --import ./mine.py --layouts llava_next
+
+Exit code: 0, or 1 if something FAILs.
+"""
+_NEW_EXAMPLES = """\
+examples:
+  vlmprune new-method mine --place before_llm
+      writes ./mine.py, a method that works: change its rule, then
+  vlmprune check-method ./mine.py
+  vlmprune sweep --import ./mine.py --methods mine,divprune --budgets 0.25
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors of usage in one line."""
 
@@ -133,6 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sweep_parser(), config=args.config, preset_name=args.preset, data=args.data
             )
             args = build_parser(given).parse_args(argv)
+        if imports := getattr(args, "imports", []):
+            from .importing import import_methods
+
+            for source in imports:
+                import_methods(source)
         _check(args)
         quiet_transformers(args.verbosity)
         return args.run(args)
@@ -199,6 +222,15 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
         _BENCH_EXAMPLES,
     )
     _bench_commands(bench)
+    check = command(
+        "check-method",
+        _check_method,
+        "run a method on tiny models of all layouts and say what it breaks",
+        _CHECK_EXAMPLES,
+    )
+    _check_arguments(check)
+    new = command("new-method", _new_method, "write a file with a new method", _NEW_EXAMPLES)
+    _new_arguments(new)
     command("methods", _methods, "list the pruning methods")
     command("models", _models, "list the supported model families")
     presets = command(
@@ -272,6 +304,42 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _import_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files (mine.py) or installed modules that register methods of your own",
+    )
+
+
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "method",
+        metavar="NAME",
+        help="name or name:field=value of a method, or a file (mine.py) that registers some",
+    )
+    parser.add_argument(
+        "--layouts", nargs="+", default=[], metavar="LAYOUT", help="some of them (default: all)"
+    )
+    _import_argument(parser)
+
+
+def _new_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the method, in lower case: my_method")
+    parser.add_argument(
+        "--place",
+        required=True,
+        choices=("before_llm", "decoder", "cache"),
+        help="where it acts: before the LLM, between decoder layers, on the KV cache",
+    )
+    parser.add_argument(
+        "--output_path", "-o", metavar="FILE", help="a file that is not there (default: NAME.py)"
+    )
+
+
 def _positions_argument(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--positions",
@@ -310,6 +378,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"for methods without one of their own; {_BUDGET_WORD} (default: "
         f"{','.join(DEFAULT_BUDGETS)})",
     )
+    _import_argument(group)
     _positions_argument(group)
     group = parser.add_argument_group("evaluation")
     group.add_argument(
@@ -423,6 +492,7 @@ def _ask_arguments(parser: argparse.ArgumentParser) -> None:
         "--method_args", metavar="FIELD=VALUE,...", help="fields of the method, e.g. layer=3"
     )
     _budget_arguments(group)
+    _import_argument(group)
     _positions_argument(group)
     _answer_arguments(parser)
     _model_arguments(parser)
@@ -449,6 +519,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--budgets", nargs="+", default=[], metavar="BUDGET", help=f"several; {_BUDGET_WORD}"
     )
+    _import_argument(group)
     _positions_argument(group)
     parser.add_argument(
         "--answer", default="", metavar="TEXT", help="the right one: answers become green or red"
@@ -498,6 +569,7 @@ def _bench_commands(parser: argparse.ArgumentParser) -> None:
     ):
         sub = whats.add_parser(what, help=text, description=text[0].upper() + text[1:] + ".")
         arguments(sub)
+        _import_argument(sub)
         _verbosity_argument(sub, argparse.SUPPRESS)
         sub.set_defaults(run=run)
 
@@ -861,6 +933,18 @@ def _bench_scale(args: argparse.Namespace) -> int:
         limit=args.limit,
         output_path=args.output_path,
     )
+
+
+def _check_method(args: argparse.Namespace) -> int:
+    from .checking.command import run
+
+    return run(method=args.method, layouts=split_list(args.layouts))
+
+
+def _new_method(args: argparse.Namespace) -> int:
+    from .checking.new_method import run
+
+    return run(name=args.name, place=args.place, output_path=args.output_path)
 
 
 def _methods(args: argparse.Namespace) -> int:

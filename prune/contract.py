@@ -415,6 +415,9 @@ class Method(ABC):
     """Why the method gives no `Selection.scores`, or none at one of its cuts: the end of a sentence
     that begins with its name."""
 
+    waits: ClassVar[str | None] = None
+    """Why a choice waits for the device, where the algorithm forces it; None: it does not."""
+
     def __post_init__(self) -> None:
         """Refuse impossible fields. Overrides call `super().__post_init__()` first, which makes
         numbers of NumPy and of tensors Python's own."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 import vlmprune
 import zoo
-from test_text import clip
+from vlmprune.eval.checking.tiny_clip import clip
 from vlmprune.prune.contract import Place
 from vlmprune.prune.registry import method_class
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import vlmprune
 import zoo
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPVisionConfig,
-    PreTrainedTokenizerFast,
-)
 from vlmprune.adapters.family import IMAGE, VIDEO
 from vlmprune.adapters.prompt import Prompt
+from vlmprune.eval.checking.tiny_clip import WORDS, clip, clip_words, words
 from vlmprune.prune.contract import (
     BeforeLLM,
     ClipImage,
@@ -140,44 +131,6 @@ def test_text_is_unknown_where_images_are_encoded_on_their_own():
 
 
 # --- CLIP's joint space ------------------------------------------------------------------------
-
-WORDS = ["[PAD]", "[BOS]", "[EOS]", *(f"w{i}" for i in range(zoo.VOCAB))]
-
-
-@functools.cache
-def words() -> PreTrainedTokenizerFast:
-    """Word i of the model's vocabulary is "w<i>"."""
-    vocabulary = {f"w{i}": i for i in range(zoo.VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@functools.cache
-def clip_words() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
-
-
-@functools.cache
-def clip(length: int = 12, width: int = zoo.TOWER["hidden_size"]) -> vlmprune.ClipText:
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=length,
-        eos_token_id=2,
-    )
-    vision = CLIPVisionConfig(**{**zoo.TOWER, "hidden_size": width})
-    config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16
-    )
-    return vlmprune.ClipText(CLIPModel(config), clip_words(), words())
-
 
 CLIP_CASES = pytest.mark.parametrize(
     "case",

@@ -63,6 +63,9 @@ class CATP(BeforeLLM):
     """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
+    waits: ClassVar[str | None] = (
+        "before the LLM a CPU reads the rows that changed alone, a GPU all up to STORE_UP_TO"
+    )
     unranked: ClassVar[str | None] = (
         "picks tokens before the LLM by what each adds to the picks before it, which is no number "
         "of the token alone"

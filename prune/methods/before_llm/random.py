@@ -37,6 +37,9 @@ class Random(BeforeLLM):
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("compete", "drop", "keep")
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
     unranked: ClassVar[str | None] = "draws tokens by chance"
+    waits: ClassVar[str | None] = (
+        "the CPU draws, the same tokens on every device, from a seed of the pixels"
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:

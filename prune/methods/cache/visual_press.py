@@ -55,6 +55,7 @@ class VisualPress(Compressing):
     """
 
     positions: ClassVar[Positions] = "original"
+    waits: ClassVar[str | None] = "how many entries are text decides how many others stay"
     # Presses of kvpress compare by value, so that they have no hash.
     press: str | Press = field(default="snapkv", hash=False)
     window: int = 32

@@ -1,0 +1,255 @@
+"""Layouts of tiny inputs: what the processors of a family give, and where the tokens lie.
+
+A prompt is written as a tuple: numbers are runs of text tokens, letters are images, so
+`(3, "A", 2, "B", 5)` is three text tokens, image A, two text tokens, image B, five text tokens. The
+same letter is the same image and the same tuple the same text in every batch. V and W are videos,
+for the models that take them; "images" in names below are images and videos.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ...prune.tiling import Block, Tiling
+
+Row = tuple[int | str, ...]
+
+ONE: Row = (7, "C", 3)
+TWO: Row = (3, "A", 2, "B", 5)
+NONE: Row = (9,)
+SINGLE = (ONE,)
+BATCH = (TWO, ONE, NONE)
+MIXED: tuple[Row, ...] = ((3, "D", 2, "W", 4), (2, "V", "B", 1, "W", 1, "A", 3), (4, "V", 3), NONE)
+"""Prompts with videos, for models that take them."""
+
+VOCAB = 120
+PAD, VISION_START, VISION_END, IMAGE, VIDEO = 0, 112, 113, 118, 119
+FIRST_WORD, LAST_WORD = 3, 111
+
+DECODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": PAD,
+}
+TOWER = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 4,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_GRIDS = {
+    "A": (1, 8, 12),
+    "B": (1, 6, 10),
+    "C": (1, 8, 8),
+    "D": (1, 12, 12),
+    "V": (3, 4, 8),
+    "W": (2, 6, 6),
+}
+"""Patches (time, height, width) of images, 24, 15, 16 and 36 visual tokens, and of videos."""
+
+PIXELS = TOWER["image_size"]
+SIDE = PIXELS // TOWER["patch_size"]
+FRAMES = {"V": 3, "W": 3}
+PINPOINTS = [[24, 48], [48, 24], [48, 48], [24, 72], [72, 24]]
+"""Canvases of tiles (height, width in pixels): 1x2, 2x1, 2x2, 1x3 and 3x1 tiles."""
+
+
+class Plain:
+    """LLaVA-1.5: every image is one square of tokens."""
+
+    takes_videos = False
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        """How the tokens of an image lie; `alone`: no other image in its prompt."""
+        return Tiling.single(SIDE, SIDE)
+
+    def framed(self, image: str, tokens: list[int]) -> list[int]:
+        """The placeholders of an image and what a processor puts around them."""
+        return tokens
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict[str, Any]:
+        """All inputs but `input_ids` and `attention_mask`."""
+        if not images(rows):
+            return {}
+        return {"pixel_values": torch.cat([self.pixels(name) for name in images(rows)])}
+
+    def pixels(self, image: str) -> torch.Tensor:
+        """One image as the encoder sees it: (1, 3, H, W)."""
+        return noise(image, 1, 3, PIXELS, PIXELS)
+
+
+class Qwen(Plain):
+    """Qwen2-VL and 2.5: grids of any size, patches of all images packed, two marks around each."""
+
+    takes_videos = True
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        frames, height, width = QWEN_GRIDS[image]
+        return Tiling((Block((height // 2,), (width // 2,)),) * frames)
+
+    def framed(self, image: str, tokens: list[int]) -> list[int]:
+        return [VISION_START, *tokens, VISION_END]
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict[str, Any]:
+        inputs = {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            names = [n for n in images(rows) if (n in FRAMES) == (kind == "video")]
+            if names:
+                inputs[pixels] = torch.cat([self.pixels(name) for name in names])
+                inputs[f"{kind}_grid_thw"] = torch.tensor([QWEN_GRIDS[name] for name in names])
+        return inputs
+
+    def pixels(self, image: str) -> torch.Tensor:
+        """Patches of one image: (P, 3 * 2 * 4 * 4)."""
+        return noise(image, math.prod(QWEN_GRIDS[image]), 3 * 2 * 4 * 4)
+
+
+class Qwen3(Qwen):
+    """Qwen3-VL: every frame of a video is a run of its own behind a timestamp."""
+
+    def framed(self, image: str, tokens: list[int]) -> list[int]:
+        if image not in FRAMES:
+            return super().framed(image, tokens)
+        frames, framed = QWEN_GRIDS[image][0], []
+        for frame in range(frames):
+            part = tokens[: len(tokens) // frames]
+            framed += [FIRST_WORD + frame, *super().framed(image, part)]
+        return framed
+
+
+class Tiles(Plain):
+    """LLaVA-NeXT: a thumbnail and crops; `images`: sizes (height, width), and what is left of the
+    canvas of crops."""
+
+    def __init__(self, images: Mapping[str, tuple[tuple[int, int], Block]]) -> None:
+        self.images = images
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        return Tiling((Block((SIDE,), (SIDE,)), self.images[image][1]))
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict[str, Any]:
+        found = [(name, alone) for name, alone in placed(rows) if name not in FRAMES]
+        if not found:
+            return {}
+        pixels = [self.tiles(name, alone) for name, alone in found]
+        most = max(map(len, pixels))
+        padded = [torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in pixels]
+        return {
+            "pixel_values": torch.stack(padded),
+            "image_sizes": torch.tensor([self.images[name][0] for name, _ in found]),
+        }
+
+    def tiles(self, image: str, alone: bool) -> torch.Tensor:
+        """The pictures that the encoder sees of one image: (tiles, 3, H, W)."""
+        blocks = self.tiling(image, alone).blocks
+        count = sum(len(block.row_sizes) * len(block.column_sizes) for block in blocks)
+        return noise(image, count, 3, PIXELS, PIXELS)
+
+
+class TilesAndVideos(Tiles):
+    """LLaVA-OneVision: one of several images is plain with one newline; frames are pooled."""
+
+    takes_videos = True
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        if image in FRAMES:
+            side = -(-SIDE // 2)
+            frames = [Block((side,), (side,))] * (FRAMES[image] - 1)
+            return Tiling((*frames, Block((side,), (side,), "end")))
+        if not alone:
+            return Tiling((Block((SIDE,), (SIDE,), "end"),))
+        return super().tiling(image, alone)
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict[str, Any]:
+        inputs = super().extra(rows, ids)
+        stills = [sum(name not in FRAMES for name in images([row])) for row in rows]
+        if any(stills):  # the processor leaves out rows without images
+            inputs["batch_num_images"] = torch.tensor([n for n in stills if n])
+        videos = [name for name in images(rows) if name in FRAMES]
+        if videos:
+            clips = [noise(name, FRAMES[name], 3, PIXELS, PIXELS) for name in videos]
+            inputs["pixel_values_videos"] = torch.stack(clips)
+        return inputs
+
+
+def noise(name: str, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(ord(name)))
+
+
+def placed(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """Letters in batch order, and whether each is the only image (not video) of its prompt."""
+    found = []
+    for row in rows:
+        names = images([row])
+        alone = sum(name not in FRAMES for name in names) == 1
+        found += [(name, alone) for name in names]
+    return found
+
+
+PLAIN, QWEN, QWEN3 = Plain(), Qwen(), Qwen3()
+NEXT = Tiles(
+    {  # 140, 96, 114 and 192 tokens
+        "A": ((30, 48), Block((4, 4), (6, 6), "rows")),
+        "B": ((48, 16), Block((6, 6), (4,), "rows")),
+        "C": ((24, 50), Block((6,), (3, 6, 3), "rows")),
+        "D": ((48, 48), Block((6, 6), (6, 6), "rows")),
+    }
+)
+ONEVISION = TilesAndVideos(
+    {  # 114, 96, 102 and 96 tokens where they are alone; C and D are scaled down
+        "A": ((24, 50), Block((6,), (3, 6, 3), "rows")),
+        "B": ((48, 16), Block((6, 6), (4,), "rows")),
+        "C": ((30, 48), Block((3, 3), (5, 5), "rows")),
+        "D": ((24, 72), Block((4,), (5, 4, 5), "rows")),
+    }
+)
+ASPECT_RATIO = "anyres_max_2"
+"""More than 87 patches are scaled down to 72: as anyres_max_9 does it, on fewer tiles."""
+
+
+def joined(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """Images of two calls as those of one; tiles are padded to the same number."""
+    found = {}
+    for key in one:
+        parts = [one[key], two[key]]
+        if parts[0].dim() == 5:
+            most = max(part.shape[1] for part in parts)
+            parts = [
+                torch.cat([x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])], 1)
+                for x in parts
+            ]
+        found[key] = torch.cat(parts)
+    return found
+
+
+def images(rows: Sequence[Row]) -> list[str]:
+    """Letters of the images of a batch, in batch order."""
+    return [part for row in rows for part in row if isinstance(part, str)]
+
+
+def is_visual(ids: torch.Tensor) -> torch.Tensor:
+    """Which token ids are placeholders of images or videos."""
+    return (ids == IMAGE) | (ids == VIDEO)
+
+
+def encoder_inputs(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arguments of `get_image_features` and of `get_video_features` among a model's inputs."""
+    of = {
+        "image": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }
+    found = {name: {k: inputs[k] for k in keys if k in inputs} for name, keys in of.items()}
+    return {name: given for name, given in found.items() if given}
