@@ -317,7 +317,7 @@ def _import_argument(parser: argparse._ActionsContainer) -> None:
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "method",
+        "name",
         metavar="NAME",
         help="name or name:field=value of a method, or a file (mine.py) that registers some",
     )
@@ -938,7 +938,7 @@ def _bench_scale(args: argparse.Namespace) -> int:
 def _check_method(args: argparse.Namespace) -> int:
     from .checking.command import run
 
-    return run(method=args.method, layouts=split_list(args.layouts))
+    return run(method=args.name, layouts=split_list(args.layouts))
 
 
 def _new_method(args: argparse.Namespace) -> int:
