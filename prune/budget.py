@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .contract import CacheMethod, Decoder, Images, Method, ModelShape, Pruning
-from .errors import BudgetError
+from .errors import BudgetError, MethodAnswerError
 from .numbers import plain
 
 BudgetWord = Literal["keep_ratio", "keep_tokens", "average_tokens", "flops_ratio"]
@@ -228,7 +228,13 @@ def _stages(
     alive = before[-1].keep if before else num_tokens
     stages: list[Stage] = []
     counts = method.counts(shape, num_tokens, keep)
-    for cut, count in zip(method.cuts(shape), counts, strict=True):
+    cuts = method.cuts(shape)
+    if len(counts) != len(cuts):
+        raise MethodAnswerError(
+            f"{method.name}.counts returned {counts!r}, but it must be a count for each of its "
+            f"{len(cuts)} cuts. Return the tokens alive after each."
+        )
+    for cut, count in zip(cuts, counts, strict=True):
         if cut.images not in ("each", images):
             continue
         adaptive = call.adaptive or cut.adaptive

@@ -441,3 +441,15 @@ def test_rules_for_rows():
     assert asked_rows(columns, columns > 4).tolist() == [5, 6]
     refused(lambda: asked_rows(columns, columns > 9), "none of the 3")
     refused(lambda: asked_rows(columns, (columns > 4)[:2]), "bool (2,)", "(3,)")
+
+
+class Counts(Deep):
+    def counts(self, shape, num_tokens, keep):
+        return (keep, keep)
+
+
+def test_a_count_for_each_cut():
+    case = zoo.CASES["llava-clip-llama"]
+    model = case.model()
+    call = MethodCall(Counts(answer=first), vlmprune.method("grid", keep_ratio=0.5).budget)
+    refused(lambda: vlmprune.patch(model, call), "deep.counts returned (18, 18)", "its 1 cuts")
