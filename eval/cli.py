@@ -66,6 +66,8 @@ examples:
       one page that opens offline: frontier, tables, pictures of the kept tokens, configurations
   vlmprune report a/runs.jsonl b/runs.jsonl -o report.md
   vlmprune report ./vlmprune_runs -o numbers.csv
+  vlmprune report ./vlmprune_runs -o table.tex
+      for a paper: \\input{table.tex}, with \\usepackage{booktabs}
   vlmprune report ./vlmprune_runs -o ./lm_eval_results
       a folder: results_*.json and samples_*.jsonl as lm-eval writes them
 """
@@ -457,12 +459,12 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
         "--output_path",
         "-o",
         metavar="OUT",
-        help="ends on .html, .md or .csv; a folder for lm-eval's files (default: Markdown to "
+        help="ends on .html, .md, .csv or .tex; a folder for lm-eval's files (default: Markdown to "
         "stdout)",
     )
     parser.add_argument(
         "--format",
-        choices=("html", "markdown", "csv", "lm-eval"),
+        choices=("html", "markdown", "csv", "latex", "lm-eval"),
         help="whatever OUT ends on",
     )
     parser.add_argument(

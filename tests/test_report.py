@@ -120,7 +120,7 @@ def test_names_are_no_way_out():
         (["gone.jsonl"], "cannot be read"),
         (["{empty}"], "no cells"),
         (["{foreign}"], "is no result"),
-        (["{runs}", "-o", "a.pdf"], ".html, .md or .csv"),
+        (["{runs}", "-o", "a.pdf"], ".html, .md, .csv or .tex"),
         (["{runs}", "--format", "lm-eval"], "give a folder"),
         (["{runs}", "-o", "/proc/none/a.html"], "cannot be written"),
     ],

@@ -1,4 +1,4 @@
-"""`vlmprune report`: result files as one page, as Markdown, as CSV, or as lm-eval writes them."""
+"""`vlmprune report`: result files as a page, as Markdown, CSV, LaTeX, or as lm-eval writes them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from ..results import ResultsError
 from .cells import Section, read_cells, sections
 
-SUFFIXES = {".html": "html", ".htm": "html", ".md": "markdown", ".csv": "csv"}
-FORMATS = ("html", "markdown", "csv", "lm-eval")
+SUFFIXES = {".html": "html", ".htm": "html", ".md": "markdown", ".csv": "csv", ".tex": "latex"}
+FORMATS = ("html", "markdown", "csv", "latex", "lm-eval")
 
 
 def run(
@@ -57,6 +57,10 @@ def _render(found: Sequence[Section], chosen: str, examples: int | None) -> str:
         from . import csv_file
 
         return csv_file.render(found)
+    if chosen == "latex":
+        from . import latex
+
+        return latex.render(found)
     from . import markdown
 
     return markdown.render(found, examples)
@@ -71,8 +75,8 @@ def _format_of(output: str | None) -> str:
         return "lm-eval"
     if path.suffix.lower() not in SUFFIXES:
         raise ResultsError(
-            f"-o {output!r}: {path.suffix!r} is no format of a report: end it on .html, .md or "
-            f".csv, give a folder for lm-eval's files, or choose with --format."
+            f"-o {output!r}: {path.suffix!r} is no format of a report: end it on .html, .md, "
+            f".csv or .tex, give a folder for lm-eval's files, or choose with --format."
         )
     return SUFFIXES[path.suffix.lower()]
 
