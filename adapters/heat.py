@@ -111,12 +111,13 @@ def _with_scale(
     grey: bool,
 ) -> Image.Image:
     """A bar of the colours below the picture, with the values at its ends and what they are."""
-    font = ImageFont.load_default(_TEXT)
+    size = max(_TEXT, picture.width // 25)
+    font = ImageFont.load_default(size)
     low, middle, high = ends
     ranked = "" if middle is None else "; colours by rank"
     words = f"{title}{ranked}{'; grey: none' if grey else ''}"
     width = max(picture.width, _LEAST, round(font.getlength(words)))
-    line = _TEXT + 6
+    line = size + 6
     sheet = Image.new("RGB", (width, picture.height + GAP + _BAR + 2 * line), "white")
     sheet.paste(picture, (0, 0))
     draw, top = ImageDraw.Draw(sheet), picture.height + GAP

@@ -41,6 +41,9 @@ class Answer:
     """Layers at the end of the vision encoder that did not run."""
     cache_entries: int | None
     """Entries of the prompt in reach of a new token, where a method on the cache limits them."""
+    cache_visual: float | None
+    """Visual ones among these, a mean over layers: as many as were found, or, of a method that
+    evicts nothing, as many as it may be."""
 
 
 @torch.inference_mode()
@@ -72,8 +75,10 @@ def answer(
     num_layers = family_of(model).shape(model).decoder.num_layers
     last = handle.last if handle is not None and any(visual) else None
     answers = []
+    left = last.cache_kept if last is not None else None
     for row, text in enumerate(texts):
         text_tokens = real[row] - visual[row]
+        reach = _reach(handle, last, row, text_tokens)
         answers.append(
             Answer(
                 text=text,
@@ -85,11 +90,12 @@ def answer(
                 generated=_length(model, new[row].tolist()),
                 pictures=pictures[row],
                 unread_layers=handle.unread_layers if handle is not None else 0,
-                cache_entries=cache_entries(
-                    handle.methods, _of_row(last, last.tokens_in, row), text_tokens
-                )
-                if handle is not None and last is not None
-                else None,
+                cache_entries=reach,
+                cache_visual=fmean(left[row])
+                if left is not None
+                else None
+                if reach is None
+                else max(0, min(reach - text_tokens, visual[row])),
             )
         )
     return answers
@@ -100,7 +106,7 @@ def tokens_of(answers: Sequence[Answer]) -> Tokens:
     images = sum(a.images for a in answers) or 1
     layers = len(answers[0].per_layer)
     per_layer = [fmean(a.per_layer[i] for a in answers) for i in range(layers)]
-    return Tokens(
+    found = Tokens(
         in_per_image=sum(a.visual for a in answers) / images,
         kept_per_image=sum(a.kept for a in answers) / images,
         average_per_layer=fmean(per_layer),
@@ -109,6 +115,11 @@ def tokens_of(answers: Sequence[Answer]) -> Tokens:
         text=fmean(a.text_tokens for a in answers),
         generated=fmean(a.generated for a in answers),
     )
+    left = [a.cache_visual for a in answers]
+    if any(entries is not None for entries in left):
+        whole = (a.visual if a.cache_visual is None else a.cache_visual for a in answers)
+        found["cache_per_image"] = sum(whole) / images
+    return found
 
 
 def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
@@ -142,6 +153,13 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
         prefill_share=sum(f.prefill for f in pruned) / sum(f.prefill for f in dense),
         first_token_share=sum(f.first_token for f in pruned) / sum(f.first_token for f in dense),
     )
+
+
+def _reach(handle: Handle | None, last: Last | None, row: int, text_tokens: int) -> int | None:
+    """Entries of a prompt in reach of a new token; None: all."""
+    if handle is None or last is None:
+        return None
+    return cache_entries(handle.methods, _of_row(last, last.tokens_in, row), text_tokens)
 
 
 def _of_row(last: Last, per_image: Sequence[int], row: int) -> list[int]:

@@ -80,11 +80,13 @@ def _table(name: str, dense: Row, pruned: Row) -> Table:
         return [(f"{name} (ms)", milliseconds(before), milliseconds(after), _saved(before, after))]
 
     tokens_a, tokens_b = a["tokens"], b["tokens"]
+    came, left = tokens_a["in_per_image"], tokens_b.get("cache_per_image")
     return Table(
         headers=("", "dense", name, "saved"),
         rows=[
             ("answer", dense.answer, pruned.answer, ""),
             line("visual tokens", tokens_a["kept_per_image"], tokens_b["kept_per_image"], "{:.0f}"),
+            *([] if left is None else [line("visual in cache", came, left, "{:.4g}")]),
             line(
                 "average per layer",
                 tokens_a["average_per_layer"],

@@ -17,8 +17,9 @@ from .asked import Asked
 from .compose import Part, Parts, grid, parse, parse_budgets
 from .evaluate import Evaluator
 from .image_file import InputError, read_picture
-from .results import Measured, budget_text, changed_fields, method_record
-from .side_by_side import Panel, data_url, side_by_side
+from .picture_fit import picture_fit
+from .results import Measured, budget_text, cache_text, changed_fields, method_record
+from .side_by_side import LEGEND, Panel, data_url, side_by_side
 from .sweep import REFUSALS
 from .table import Table, milliseconds
 from .task import Question, chat_prompt, normalise
@@ -65,13 +66,19 @@ class Row:
     measured: Measured | None = None
     """Everything that a sweep records."""
     picture: Image.Image | None = None
-    """The image with its dropped tokens faded out; for the dense model the image."""
+    """The image with what was kept of it (see `LEGEND`); for the dense model the image."""
     refusal: VlmpruneError | None = None
 
     @property
     def tokens(self) -> float | None:
         """Visual tokens alive after the last cut."""
         return self.measured["tokens"]["kept_per_image"] if self.measured else None
+
+    @property
+    def cache_tokens(self) -> float | None:
+        """Visual entries that a method on the cache left for a new token, a mean over layers; None
+        without such a method."""
+        return self.measured["tokens"].get("cache_per_image") if self.measured else None
 
     @property
     def average_tokens(self) -> float | None:
@@ -164,7 +171,7 @@ class Comparison:
             for row in self.rows
             if row.picture is not None
         ]
-        return side_by_side(title, panels, columns)
+        return side_by_side(title, panels, columns, LEGEND)
 
     def __repr__(self) -> str:
         return f"<Comparison of {', '.join(row.name for row in self.rows)}: {self.question!r}>"
@@ -272,7 +279,7 @@ def compare_cells(
 
     model = unwrapped(model)
     unpatch(model)
-    task = OneQuestion(asked, max_new_tokens)
+    task, fit = OneQuestion(asked, max_new_tokens), picture_fit(processor)
     evaluator = Evaluator(
         model,
         processor,
@@ -291,7 +298,7 @@ def compare_cells(
             measured, (sample,) = evaluator.run(
                 [part.call for part in parts],
                 positions=positions if parts else None,
-                inspect=lambda handle: pictures.append(handle.overlay(asked.image)),  # noqa: B023
+                inspect=lambda handle: pictures.append(handle.overlay(asked.image, fit=fit)),  # noqa: B023
             )
         except REFUSALS as refusal:
             if not parts:
@@ -361,7 +368,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
         row.answer,
-        f"{row.tokens:.0f}",
+        f"{row.tokens:.0f}{cache_text(row.measured['tokens'])}",
         f"{row.average_tokens:.1f}",
         f"{100 * (row.flops_share or 0):.1f}",
         f"{(row.kv_bytes or 0) / 1024:.0f}",
@@ -370,5 +377,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _caption(row: Row) -> str:
-    count = f"{row.tokens:.0f}"
-    return f"all {count} tokens" if row.name == "dense" else f"{row.name}: {count} tokens"
+    count = f"{row.tokens:.0f} tokens"
+    if row.name == "dense":
+        return f"all {count}"
+    if (left := row.cache_tokens) is not None:
+        count += f", cache {left:.4g} of {row.tokens:.0f} per layer (mean)"
+    return f"{row.name}: {count}"

@@ -20,6 +20,7 @@ from ..prune.contract import Positions
 from .answering import Answer, answer, flops_of, tokens_of
 from .flops import model_cost
 from .measure import Measurement, PatchOptions, measure
+from .picture_fit import picture_fit
 from .processes import Processes
 from .results import Example, Measured
 from .stats import Score, mean_score
@@ -183,6 +184,7 @@ class Evaluator:
         share = _Share([], set(), set(), {})
         questions = self.processes.share(self.questions)
         numbers = self.processes.share(range(len(self.questions)))
+        fit = picture_fit(self.processor)
         with patch(self.model, calls, **options) if calls else nullcontext() as handle:
             for start in range(0, len(questions), self.batch_size):
                 asked = questions[start : start + self.batch_size]
@@ -201,7 +203,9 @@ class Evaluator:
                 for index, question in enumerate(asked):
                     if (number := numbers[start + index]) < drawn:
                         share.pictures[number] = (
-                            handle.overlay(question.image, index) if handle else question.image
+                            handle.overlay(question.image, index, fit=fit)
+                            if handle
+                            else question.image
                         )
                 progress(len(asked) * self.processes.world)
             if handle is not None:

@@ -149,16 +149,25 @@ class Tokens(TypedDict):
 
     `average_per_layer` counts the tokens that enter a layer, as our budgets do;
     `average_after_cuts`, as SparseVLM and those who compare with it do, those that are left behind
-    it, after a cut between it and the next (not in older records).
+    it, after a cut between it and the next (not in older records). `cache_per_image`, of methods
+    on the KV cache: visual entries that a layer has left for a new token after the prompt, a mean
+    over layers (not in older records).
     """
 
     in_per_image: float
     kept_per_image: float
+    cache_per_image: NotRequired[float]
     average_per_layer: float
     average_after_cuts: NotRequired[float]
     per_layer: list[float]
     text: float
     generated: float
+
+
+def cache_text(tokens: Tokens) -> str:
+    """What is left in the cache, to end a text about tokens; empty without such a method."""
+    left = tokens.get("cache_per_image")
+    return "" if left is None else f", {left:.4g} in cache"
 
 
 class FlopsRecord(TypedDict):

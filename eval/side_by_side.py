@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+LEGEND = (
+    "Grey: dropped. White lines: kept as it is. Coloured outlines: merged, into the token with the "
+    "box of that colour. Hatched: cut off, the model does not see it. Colours with a scale: in how "
+    "many layers the KV cache still has a token."
+)
 _SIDE, _GAP, _LINE = 336, 12, 26
 _MOST_LINES = 4
 _LARGE, _SMALL = 22, 19
@@ -24,8 +29,10 @@ class Panel:
     color: str = "black"
 
 
-def side_by_side(title: str, panels: Sequence[Panel], columns: int) -> Image.Image:
-    """Panels of one width in rows of `columns`, under a title."""
+def side_by_side(
+    title: str, panels: Sequence[Panel], columns: int, legend: str = ""
+) -> Image.Image:
+    """Panels of one width in rows of `columns`, under a title and above what colours mean."""
     if columns < 1:
         raise ValueError(f"columns={columns} must be at least 1.")
     columns = min(columns, len(panels))
@@ -42,8 +49,10 @@ def side_by_side(title: str, panels: Sequence[Panel], columns: int) -> Image.Ima
         max(pictures[i].height + _LINE * (len(texts[i][0]) + len(texts[i][1])) for i in row) + _GAP
         for row in rows
     ]
+    footing = wrapped(legend, small, width - 2 * _GAP) if legend else []
     top = _GAP + _LINE * len(heading) + _GAP // 2
-    sheet = Image.new("RGB", (width, top + sum(heights) + _GAP), "white")
+    height = top + sum(heights) + _GAP + _LINE * len(footing)
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for line, words in enumerate(heading):
         draw.text((_GAP, _GAP + _LINE * line), words, "black", large)
@@ -60,6 +69,8 @@ def side_by_side(title: str, panels: Sequence[Panel], columns: int) -> Image.Ima
                 draw.text((x, y), words, color, small)
                 y += _LINE
         top += height
+    for line, words in enumerate(footing):
+        draw.text((_GAP, top + _LINE * line), words, "#555555", small)
     return sheet
 
 

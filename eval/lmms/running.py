@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ...adapters.canvas import Fit
 from ...adapters.patching import Handle
 from ..answering import Answer
 from ..evaluate import EXAMPLES
+from ..picture_fit import picture_fit
 from .manners import alone, cause_of, quiet_bars, seeds_kept
 
 if TYPE_CHECKING:
@@ -118,7 +120,7 @@ class Shared:
         processes = self.lm.processes
         mine = list(processes.share(requests))
         numbers = {id(requests[n]): n for n in processes.share(range(len(requests)))}
-        given = _Given()
+        given, fit = _Given(), picture_fit(self.lm.processor)
         from .model import ignore
 
         def note(
@@ -129,7 +131,7 @@ class Shared:
                 given.modes |= {handle.last.positions}
             number = numbers[id(request)]
             if self.draw and number < EXAMPLES and encoded.media[row]:
-                given.pictures[number] = _picture(handle, encoded, row)
+                given.pictures[number] = _picture(handle, encoded, row, fit)
             self.progress(processes.world)
 
         self.lm.on_answer = note
@@ -141,17 +143,17 @@ class Shared:
         return given
 
 
-def _picture(handle: Handle | None, encoded: Encoded, row: int) -> Image.Image:
+def _picture(handle: Handle | None, encoded: Encoded, row: int, fit: Fit | None) -> Image.Image:
     """The first picture of a prompt (of a video: its frames), with what was kept of it."""
     first = encoded.media[row][0]
     if handle is None or not handle.last.kept:
         return first if isinstance(first, Image.Image) else first[0]
     index = sum(len(of_row) for of_row in encoded.media[:row])
     if isinstance(first, Image.Image):
-        return handle.overlay(first.convert("RGB"), index)
+        return handle.overlay(first.convert("RGB"), index, fit=fit)
     blocks = len(handle.last.tilings[index].blocks)
     frames = [first[len(first) * block // blocks] for block in range(blocks)]
-    return handle.overlay(frames, index, across=math.ceil(math.sqrt(blocks)))
+    return handle.overlay(frames, index, fit=fit, across=math.ceil(math.sqrt(blocks)))
 
 
 def _question(chat: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..results import cache_text
 from ..table import in_unit, metric_label, milliseconds, scale, with_interval
 from .cells import COSTS, Cell, Section, finite, pareto
 
@@ -99,8 +100,8 @@ def _main_row(section: Section, cell: Cell, metric: str | None, width: int) -> l
         score_entry(cell, metric),
         difference_entry(section, cell, metric),
         Entry(
-            f"{tokens['kept_per_image']:.4g} of {tokens['in_per_image']:.4g}",
-            finite(tokens["kept_per_image"]),
+            f"{tokens['kept_per_image']:.4g} of {tokens['in_per_image']:.4g}{cache_text(tokens)}",
+            finite(tokens.get("cache_per_image", tokens["kept_per_image"])),
         ),
         Entry(f"{tokens['average_per_layer']:.1f}", finite(tokens["average_per_layer"])),
         Entry(f"{100 * flops['visual_share']:.1f}", finite(flops["visual_share"])),
