@@ -26,6 +26,7 @@ from vlmprune.prune.tiling import Block, Tiling
 
 HIGH, LOW = ("transprune", {}), ("transprune", {"schedule": "low"})
 TTV = ("transprune", {"scores": "ttv"})
+TWO_CUTS = ("transprune", {"layers": (5, 16), "ratios": (0.5, 0.1)})
 PYRAMID = ("pyramiddrop", {})
 CALLS = [PYRAMID, ("pyramiddrop", {"layers": (3,), "ratios": (0.3,)}), HIGH, LOW, TTV]
 IDS = [f"{name}-{'-'.join(map(str, fields.values()))}" for name, fields in CALLS]
@@ -211,6 +212,7 @@ def test_facts(name):
         (LOW, 576, [(7, 360), (9, 108), (12, 36)]),
         (LOW, 2880, [(7, 1800), (9, 540), (12, 180)]),
         (LOW, 9, [(9, 3), (12, 1)]),
+        (TWO_CUTS, 580, [(5, 290), (16, 58)]),
     ],
 )
 def test_published_counts(call, num_tokens, published):
@@ -224,6 +226,7 @@ def test_published_counts(call, num_tokens, published):
         (PYRAMID, (0.5, 0.25, 0.125)),
         (HIGH, (0.875, 0.625, 0.125)),
         (LOW, (0.625, 0.1875, 0.0625)),
+        (TWO_CUTS, (0.5, 0.1)),
         (("pyramiddrop", {"layers": (4, 9), "ratios": (0.7, 0.3)}), (0.7, 0.3)),
     ],
 )
@@ -273,8 +276,8 @@ def test_ratios_halve_at_any_number_of_layers():
 
 @pytest.mark.parametrize(
     ("call", "shares"),
-    [(PYRAMID, (4, 2, 1)), (HIGH, (7, 5, 1)), (LOW, (10, 3, 1))],
-    ids=["pyramiddrop", "high", "low"],
+    [(PYRAMID, (4, 2, 1)), (HIGH, (7, 5, 1)), (LOW, (10, 3, 1)), (TWO_CUTS, (5, 1))],
+    ids=["pyramiddrop", "high", "low", "two cuts"],
 )
 @given(num_tokens=st.integers(2, 3000), keep=st.integers(1, 3000))
 def test_a_budget_keeps_the_proportions(call, shares, num_tokens, keep):
@@ -386,7 +389,14 @@ def test_too_shallow_a_decoder_is_refused(name):
         ("pyramiddrop", {"ratios": ("a", "b", "c")}, "tuple of shares"),
         ("pyramiddrop", {"ratios": (0.5, 0.25)}, "3 cuts at layers.*one ratio for each"),
         ("pyramiddrop", {"layers": (4,), "ratios": (0.5, 0.25)}, "the 1 cuts at layers"),
-        ("transprune", {"layers": (7, 9)}, r"layers=\(7, 9\).*3 layers.*\(7, 9, 12\)"),
+        ("transprune", {"layers": (7, 9)}, r"layers=\(7, 9\).*3 cuts.*one ratio for each layer"),
+        ("transprune", {"ratios": (0.5, 0.1)}, r"layers=\(7, 9, 12\).*2 cuts of ratios=\(0\.5"),
+        ("transprune", {"ratios": (0.1, 0.5, 0.6)}, r"ratios=.*falling from cut to cut"),
+        (
+            "transprune",
+            {"ratios": (0.5, 0.2, 0.1), "schedule": "low"},
+            r"schedule='low' and ratios=.*one of them",
+        ),
         ("transprune", {"layers": "789"}, "tuple of layer numbers"),
         ("transprune", {"schedule": "mid"}, "schedule='mid'.*'high' or 'low'"),
         ("transprune", {"scores": "attention"}, "scores='attention'.*'both' or 'ttv'"),

@@ -39,7 +39,7 @@ from ...contract import (
 )
 from ...errors import MethodFieldError
 from ...ops.checks import check_choice
-from ...ops.schedule import check_layers, cut_layers, cuts_at
+from ...ops.schedule import check_layers, check_ratios, cut_layers, cuts_at
 from ...ops.topk import ascending, top_k
 from ...registry import register
 
@@ -57,10 +57,11 @@ _EPS = 1e-8  # the official code's, of cosines and of normalised scores
 @register("transprune")
 @dataclass(frozen=True, kw_only=True)
 class TransPrune(InDecoder):
-    """Three cuts at `layers`, each the first layer to see fewer tokens; None takes the paper's.
+    """Cuts at `layers`, each the first to see fewer tokens; None takes the paper's three.
 
-    Without a budget `schedule` says how many stay; a budget keeps its proportions. `scores` are
-    the token transition variation (TTV) and the attention of the text, or the former alone.
+    Without a budget `schedule` says how many stay, or `ratios` of all tokens, one for each cut; a
+    budget keeps their proportions. `scores` are the token transition variation (TTV) and the
+    attention of the text, or the former alone.
     """
 
     needs_budget: ClassVar[bool] = False
@@ -68,18 +69,26 @@ class TransPrune(InDecoder):
     schedule: Schedule = "high"
     scores: Scores = "both"
     layers: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_choice("scores", self.scores, get_args(Scores))
-        if self.layers is None:
-            return
-        check_layers(self.layers)
-        if len(self.layers) != len(_LAYERS):
+        if self.layers is not None:
+            check_layers(self.layers)
+        if self.ratios is not None:
+            check_ratios(self.ratios)
+            if self.schedule != "high":
+                raise MethodFieldError(
+                    f"schedule={self.schedule!r} and ratios={self.ratios!r} both say how many "
+                    f"tokens stay: give one of them."
+                )
+        layers = _LAYERS if self.layers is None else self.layers
+        if len(layers) != len(self._ratios):
             raise MethodFieldError(
-                f"layers={self.layers!r} is not possible: give {len(_LAYERS)} layers, one for each "
-                f"cut of the schedule, e.g. {_LAYERS!r}."
+                f"layers={layers!r} is not possible with the {len(self._ratios)} cuts of "
+                f"ratios={self._ratios!r}: give one ratio for each layer, or both fields."
             )
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
@@ -90,10 +99,10 @@ class TransPrune(InDecoder):
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         depth = shape.decoder.num_layers
         layers = cut_layers(self.layers, _LAYERS, depths_published=(32,), depth=depth)
-        return cuts_at(layers, _RATIOS[self.schedule])
+        return cuts_at(layers, self._ratios)
 
     def most(self, num_tokens: int) -> int:
-        return round_tokens(_RATIOS[self.schedule][-1], num_tokens)
+        return round_tokens(self._ratios[-1], num_tokens)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         steps = _steps(self.cuts(tokens.shape)[0].layer, tokens.layer)
@@ -102,6 +111,10 @@ class TransPrune(InDecoder):
         if self.scores == "both":
             scores = scores + _normalised(tokens.signals[_text_reads(tokens.layer)])
         return Selection(kept=ascending(top_k(scores, keep)), scores=scores)
+
+    @property
+    def _ratios(self) -> tuple[float, ...]:
+        return _RATIOS[self.schedule] if self.ratios is None else self.ratios
 
 
 def _steps(first_cut: int, cut: int) -> tuple[ModuleStep, ...]:
