@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .comparing import ModelFlags
 
 DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
+_PAGE_WIDTH = 100
 DEFAULT_BUDGETS = ("published", "0.5", "0.25", "0.11")
 
 _METHOD_WORD = (
@@ -90,6 +91,12 @@ examples:
       the same question about two pictures
   vlmprune compare cat.jpg "What color is it?" --methods divprune@0.5+fastv,pyramiddrop@published \\
       --keep_ratio 0.2 --answer black
+"""
+_METHODS_EXAMPLES = """\
+examples:
+  vlmprune methods
+  vlmprune methods fastv
+      its paper and official code, what differs from it, fields, budgets, and models that it runs on
 """
 _BENCH_EXAMPLES = """\
 examples:
@@ -233,7 +240,13 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
     _check_arguments(check)
     new = command("new-method", _new_method, "write a file with a new method", _NEW_EXAMPLES)
     _new_arguments(new)
-    command("methods", _methods, "list the pruning methods")
+    methods = command(
+        "methods", _methods, "list the pruning methods, or tell all about one", _METHODS_EXAMPLES
+    )
+    methods.add_argument(
+        "name", nargs="?", metavar="NAME", help="what it does, reads and takes, and where it runs"
+    )
+    _import_argument(methods)
     command("models", _models, "list the supported model families")
     presets = command(
         "presets", _presets, "list the presets of `sweep` and their published numbers"
@@ -785,6 +798,8 @@ def _check(args: argparse.Namespace) -> None:
     from .early import refuse_unknown_methods
 
     words = [*getattr(args, "methods", []), *getattr(args, "method", [])]
+    if args.command == "methods" and args.name:
+        words = [args.name]
     refuse_unknown_methods(split_list(words))
     if args.command == "sweep":
         from .tasks.jsonl import read_all
@@ -953,7 +968,14 @@ def _methods(args: argparse.Namespace) -> int:
     from .console import stdout
     from .listing import methods_table
 
-    methods_table().print(stdout())
+    console = stdout()
+    if args.name:
+        from .method_page import method_page
+
+        width = min(console.width, _PAGE_WIDTH) if console.is_terminal else _PAGE_WIDTH
+        console.print(method_page(args.name, width), markup=False)
+    else:
+        methods_table().print(console)
     return 0
 
 

@@ -45,8 +45,9 @@ Axis = Literal["received", "given", "auto"]
 @register("fopru")
 @dataclass(frozen=True, kw_only=True)
 class FoPru(InOnePass):
-    """Mean attention in one ViT layer (None: the last but one), by token or by row of tokens.
+    """Mean attention in one ViT layer, `layer` (None: the last but one).
 
+    `strategy` says what is ranked by it: tokens ("rank") or whole rows of them ("row").
     `axis` says which mean: of the attention that a token receives, of that which it gives, or the
     one with the larger variance.
     """

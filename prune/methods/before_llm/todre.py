@@ -57,6 +57,8 @@ Pivot = Literal["cls", "received", "random"]
 class ToDRE(InOnePass):
     """Greedy dispersion over the whole image; late in the decoder all of its tokens may go.
 
+    `rule` says which token comes next: the one with the largest sum of distances to those before it
+    ("max_sum"), or with the largest distance to the nearest of them ("k_center").
     `pivot` says where the first token comes from: attention of CLS, received attention, or chance.
     `layer` is the ViT layer whose attention is read for it; None takes the last one.
     `late` adds the second stage: behind 7/8 of the decoder's layers an image goes that gets less
