@@ -19,7 +19,7 @@ from ..prune.contract import (
     Signal,
     Tower,
 )
-from ..prune.registry import default_methods, plugin_notes
+from ..prune.registry import default_methods, is_shipped, plugin_notes
 from .table import Table
 
 _LLAVA_7B = ModelShape(
@@ -63,7 +63,7 @@ def _row(name: str, method: Method) -> tuple[str, ...]:
     )
     return (
         name,
-        _what(cls),
+        what_it_does(cls),
         " and ".join(place.value for place in method.places),
         _reads(method),
         _on_tiles(cls),
@@ -86,9 +86,13 @@ def models_table() -> Table:
     )
 
 
-def _what(cls: type[Method]) -> str:
-    """The sentence at the head of the method's file, without its name."""
-    sentence = _first_line(sys.modules[cls.__module__].__doc__)
+def what_it_does(cls: type[Method]) -> str:
+    """The sentence at the head of a method's file, without its name; of a method that is not
+    shipped the first one of its class, where it has one."""
+    own = cls.__doc__ or ""
+    if is_shipped(cls) or not own or own.startswith(f"{cls.__name__}("):  # a dataclass's own
+        own = sys.modules[cls.__module__].__doc__ or ""
+    sentence = _first_line(own)
     head, colon, rest = sentence.partition(": ")
     return rest.rstrip(".") if colon else head
 

@@ -125,7 +125,12 @@ def run(
                 processes=processes,
                 rerun=rerun,
                 given=partial(
-                    _given, model=model_name, clip=clip, include_path=include_path, own=own
+                    _given,
+                    model=model_name,
+                    clip=clip,
+                    include_path=include_path,
+                    own=own,
+                    imports=(settings or {}).get("imports", ()),
                 ),
             )
         except KeyboardInterrupt:
@@ -149,6 +154,7 @@ def _given(
     clip: str | None,
     include_path: str | None,
     own: Sequence[JsonlTask],
+    imports: object,
 ) -> dict[str, object]:
     """The flags that a cell hangs on and that its configuration does not tell, if typed."""
     flags: dict[str, object] = {}
@@ -158,6 +164,8 @@ def _given(
         flags["clip"] = clip
     if include_path:
         flags["include_path"] = include_path
+    if imports and any("source" in method for method in config.methods):
+        flags["imports"] = imports
     for task in own:
         if task.name == config.task:
             flags |= {"data": str(task.path), "matching": task.matching}

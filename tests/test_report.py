@@ -12,8 +12,11 @@ import pytest
 from PIL import Image
 from report_kit import fastv, record
 from vlmprune.eval import cli
-from vlmprune.eval.report.cells import pareto, read_cells, sections
+from vlmprune.eval.listing import what_it_does
+from vlmprune.eval.report.cells import Cell, pareto, read_cells, sections
 from vlmprune.eval.report.lm_eval import file_word
+from vlmprune.eval.report.methods import described
+from vlmprune.prune.methods.decoder.fastv import FastV
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">|`a`\n# =1+1 {{7*7}}"
 
@@ -76,7 +79,7 @@ def test_pictures_come_from_the_folder_only(runs, tmp_path, name):
 def test_markdown_is_inert(runs, tmp_path):
     text = report(runs(HOSTILE), tmp_path / "a.md")
     outside = re.sub(r"(?ms)^(```+)$.*?^\1$", "", text)  # blocks of code hold it as it is
-    assert outside.count("\n## ") == 1 and "<img" not in outside and "\n# =1+1" not in text
+    assert outside.count("\n## ") == 2 and "<img" not in outside and "\n# =1+1" not in text
     rows = [line for line in text.splitlines() if line.startswith("| fastv")]
     assert rows and all(re.search(r"(?<!\\)`", row) is None for row in rows)
 
@@ -144,6 +147,28 @@ def test_a_finished_cell_stays_beside_its_failure(runs, tmp_path):
     other.write_text(json.dumps(record(1, status="failed", error=error)) + "\n")
     (section,) = sections(read_cells([runs(), other]))
     assert section.dense is not None and len(section.missing) == 1
+
+
+def test_it_is_said_what_each_method_does_and_what_grey_is(runs, tmp_path):
+    folder = runs()
+    page, text = report(folder, tmp_path / "a.html"), report(folder, tmp_path / "a.md")
+    for said in (page, text):
+        assert "After an early decoder layer, keep the visual tokens that the last prompt" in said
+    assert "Grey: dropped." in page and "merged" in page and "KV cache" in page
+
+
+def test_the_sentence_of_an_own_method_is_that_of_its_class():
+    class Own(FastV):
+        """Own: keep what it likes.
+
+        More of it.
+        """
+
+    assert what_it_does(Own) == "keep what it likes"
+    assert what_it_does(FastV).startswith("after an early decoder layer")
+    (section,) = sections([Cell(record(1, [{"name": "gone", "fields": {}, "budget": None}]), None)])
+    ((name, sentence),) = described([section])
+    assert name == "gone" and "not known" in sentence
 
 
 def test_stdout_is_markdown(runs, capsys):

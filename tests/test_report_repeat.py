@@ -14,6 +14,8 @@ from vlmprune.eval import cli, results
 from vlmprune.eval.compose import grid, parse, parse_budgets
 from vlmprune.eval.report.repeat import command_of, needs
 from vlmprune.eval.results import Config, method_record, read_records
+from vlmprune.prune import registry
+from vlmprune.prune.registry import method_class
 
 STORED = Path(results.__file__).parent / "embedded" / "results"
 
@@ -54,6 +56,15 @@ def assert_repeats(one: dict) -> None:
     assert needs(one) == []
 
 
+def gained(one: dict) -> set[str]:
+    """Fields that methods have today and had not when a cell was measured."""
+    return {
+        name
+        for entry in one["config"]["methods"]
+        for name in method_class(entry["name"])().fields().keys() - entry["fields"].keys()
+    }
+
+
 def of(word: str, budget: str = "published", **changed) -> dict:
     """A record of a method, in a configuration with everything that flags can set."""
     one = record(1)
@@ -69,7 +80,15 @@ def of(word: str, budget: str = "published", **changed) -> dict:
 @pytest.mark.parametrize("file", sorted(path.name for path in STORED.glob("sweep*.jsonl")))
 def test_stored_cells_have_commands_that_measure_them(file):
     for one in read_records(STORED / file):
-        assert_repeats(one)
+        if not (added := gained(one)):
+            assert_repeats(one)
+            continue
+        (said,) = needs(one)  # a later vlmprune gave the method a field
+        assert all(name in said for name in added)
+        (_, repeated) = read_back(command_of(one), one["config"])
+        for now, then in zip(repeated.methods, one["config"]["methods"], strict=True):
+            kept = {k: v for k, v in now["fields"].items() if k in then["fields"]}
+            assert (kept, now["budget"]) == (then["fields"], then["budget"])
 
 
 @pytest.mark.parametrize(
@@ -105,6 +124,26 @@ def test_what_a_command_cannot_hold_is_said():
     assert "folder of local" in " ".join(needs(of("grid@0.5", model="local")))
     said = " ".join(needs(of("grid@0.5", task="mine", task_version="7")))
     assert "mine, version 7" in said and "--data" in said
+
+
+def test_a_method_of_a_file_is_imported_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    file, runs = tmp_path / "mine_again.py", tmp_path / "runs"
+    file.write_text(
+        "from vlmprune.prune.methods.before_llm.grid import Grid\n"
+        "from vlmprune.prune.registry import register\n\n\n"
+        '@register("mine_again")\nclass Mine(Grid):\n    """Mine: keep what a grid keeps."""\n',
+        encoding="utf-8",
+    )
+    argv = ["sweep", "--import", str(file), "--methods", "mine_again", "--budgets", "0.5"]
+    assert cli.main([*argv, "--limit", "1", "--device", "cpu", "-o", str(runs)]) == 0
+    dense, mine = read_records(runs)
+    assert "--import" not in command_of(dense)
+    assert f"--import {file}" in command_of(mine)
+    (need,) = needs(mine)
+    assert "your own mine_again" in need and mine["config"]["methods"][0]["source"] in need
+    assert cli.main([*shlex.split(command_of(mine))[1:-1], str(runs)]) == 0
+    assert len((runs / "runs.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_real_sweep_is_found_again_by_its_commands(tmp_path, capsys):

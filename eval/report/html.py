@@ -18,11 +18,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..side_by_side import LEGEND
 from .averages import averages_table
 from .cells import Cell, Section
 from .chart import chart
 from .examples import Asked, Given, asked
 from .files import NoFileError
+from .methods import described
 from .pictures import data_uri
 from .published import beside_published
 from .repeat import command_of, needs
@@ -69,6 +71,8 @@ def render(sections: Sequence[Section], most: int | None = None) -> str:
         script=Markup(script),
         plotly=Markup(_packed(plotly)) if drawn else None,
         averages=averages_table(sections),
+        methods=described(sections),
+        legend=LEGEND,
         sections=views,
         cells=sum(len(section.cells) for section in sections),
         anchors=anchors,

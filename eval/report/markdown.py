@@ -10,6 +10,7 @@ from .averages import averages_table
 from .cells import Cell, Section
 from .escape import fenced, markdown, one_line
 from .examples import Asked, asked
+from .methods import described
 from .published import beside_published
 from .repeat import command_of, needs
 from .tables import Grid, facts, kinds_table, main_table, metrics_table
@@ -34,6 +35,9 @@ def render(sections: Sequence[Section], most: int | None = None) -> str:
         parts += [f"## Average over tasks: {markdown(model)}", table(grid)]
     for section in sections:
         parts += _section(section, most)
+    if methods := described(sections):
+        lines = [f"- {markdown(name)}: {markdown(sentence)}" for name, sentence in methods]
+        parts += ["## What the methods do", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 

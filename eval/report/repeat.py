@@ -37,6 +37,8 @@ def command_of(record: Record) -> str:
         words += ["--positions", config["positions"]]
     if config.get("kinds"):
         words += ["--kinds", *config["kinds"]]
+    if given.get("imports"):
+        words += ["--import", *given["imports"]]
     if given.get("clip"):
         words += ["--clip", given["clip"]]
     words += ["--limit", config["limit"] if config["limit"] is not None else "all"]
@@ -122,13 +124,18 @@ def _need(entry: MethodRecord, seed: int) -> str | None:
         return f"method: your own {name}, with code {source}, as it is here" if source else None
     if source:
         return (
-            f"method: your own {name}, with the code whose hash was {source}: as a plug-in, or "
-            f"from Python with sweep_model"
+            f"method: your own {name}, with the code whose hash was {source}: as a plug-in, from a "
+            f"file with --import, or in Python with sweep_model"
         )
     if now is not None and entry.get("version") != now.get("version"):
         return (
             f"method: {name} in its version {entry.get('version', 1)} (here: "
             f"{now.get('version', 1)}), of vlmprune as recorded below"
+        )
+    if now is not None and (added := sorted(now["fields"].keys() - entry["fields"].keys())):
+        return (
+            f"method: {name} had no field {', '.join(added)} yet: the command takes the default, "
+            f"and the cell gets another id"
         )
     return f"method: {name} as recorded below, which cannot be typed or is not known here"
 

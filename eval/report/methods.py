@@ -1,0 +1,31 @@
+"""What the methods of a report do, a sentence each, and how pictures of kept tokens are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...prune.errors import VlmpruneError
+from ...prune.registry import method_class
+from ..listing import what_it_does
+from .cells import Section
+
+UNKNOWN = "not known to the vlmprune that wrote this report"
+
+
+def described(sections: Sequence[Section]) -> list[tuple[str, str]]:
+    """Every method by its name, in the order of the report, and what it does."""
+    names = dict.fromkeys(
+        entry["name"]
+        for section in sections
+        for cell in section.cells
+        for entry in cell.record["config"]["methods"]
+    )
+    return [(str(name), _sentence(name)) for name in names]
+
+
+def _sentence(name: str) -> str:
+    try:
+        said = what_it_does(method_class(name))
+    except (VlmpruneError, TypeError):
+        return UNKNOWN
+    return f"{said[:1].upper()}{said[1:].rstrip('.')}."
