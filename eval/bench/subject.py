@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 from ...adapters.clip_text import ClipText
 from ...adapters.registry import family_of
 from ...prune.errors import MethodFieldError
+from ..image_file import read_picture
 from ..loading import ModelLoadError, load, path_of, short_name
 from ..shapes import mid_size, prompt, shape, usual_picture
 from .text_twin import random_text_twin
@@ -109,12 +110,10 @@ class Subject:
             raise MethodFieldError(
                 f"--image {self.image!r} needs a processor, so --model: random weights see noise."
             )
-        from PIL import Image
         from transformers import AutoProcessor
 
+        picture = read_picture(str(self.image))
         try:
-            with Image.open(str(self.image)) as file:
-                picture = file.convert("RGB")
             processor: Any = AutoProcessor.from_pretrained(path_of(self.model_name))
         except (OSError, ValueError) as error:
             raise ModelLoadError(f"--image {self.image!r}: {error}") from error
