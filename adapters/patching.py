@@ -240,6 +240,10 @@ def patch(
         _check_clip(clip, family, model)
     remember_images = plain(remember_images)
     _check_memory(remember_images, calls, shape)
+    if not isinstance(debug, bool):
+        raise MethodFieldError(
+            f"debug={debug!r}: use True to look at all numbers that a method returns, or False."
+        )
     if not isinstance(record, bool):
         raise MethodFieldError(
             f"record={record!r}: use True to keep the scores of tokens, or False."

@@ -453,3 +453,9 @@ def test_a_count_for_each_cut():
     model = case.model()
     call = MethodCall(Counts(answer=first), vlmprune.method("grid", keep_ratio=0.5).budget)
     refused(lambda: vlmprune.patch(model, call), "deep.counts returned (18, 18)", "its 1 cuts")
+
+
+@pytest.mark.parametrize("debug", [1, "yes", None])
+def test_debug_is_true_or_false(debug):
+    with pytest.raises(vlmprune.MethodFieldError, match="debug=.*use True"):
+        vlmprune.patch(zoo.CASES["llava-clip-llama"].model(), "grid", keep_ratio=0.5, debug=debug)

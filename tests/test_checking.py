@@ -150,6 +150,13 @@ def test_what_a_method_breaks_is_found(method, broken, word):
     assert word in failing(method)[broken]
 
 
+def test_a_wrong_answer_is_told_once():
+    found = states(Twice())
+    assert list(failing(Twice())) == ["valid answers"]
+    assert found["valid answers"][1].startswith("norm.select returned kept with 0 twice")
+    assert found["exact counts"] == ("n/a", "an answer is not valid")
+
+
 def test_a_wait_that_is_declared_is_said():
     assert states(SaysSo())["no host wait"] == ("n/a", "it says that it waits: it is unlucky")
 

@@ -38,6 +38,8 @@ def listening(method: Method) -> tuple[Method, list[Question]]:
     noted: list[Question] = []
     cls = type(method)
     (calls,) = (names for kind, names in CALLS if isinstance(method, kind))
+    if getattr(cls, "select_batch", None) is Pruning.select_batch:
+        calls = ("select", *calls[1:])
 
     def noting(name: str) -> Callable[..., Any]:
         def call(self: Any, *given: Any) -> Any:

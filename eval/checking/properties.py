@@ -15,7 +15,13 @@ from ...prune.answers import looks_at_values
 from ...prune.budget import Budget, MethodCall, entries_kept, round_tokens
 from ...prune.contract import Attending, Compressing, Method, Pruning
 from ...prune.declared import check_declared
-from ...prune.errors import BudgetError, MissingSignalError, UnsupportedModelError, VlmpruneError
+from ...prune.errors import (
+    BudgetError,
+    MethodAnswerError,
+    MissingSignalError,
+    UnsupportedModelError,
+    VlmpruneError,
+)
 from .asked import Question, copied, listening, same
 from .layouts import BATCH, Row, images
 from .tiny_clip import clip
@@ -297,10 +303,16 @@ def _on_layout(method: Method, case: Case) -> Iterator[Finding]:
     except Exception as error:
         yield Finding(case.name, "all", "FAIL", _sentence(error))
         return
+    valid = True
     for name, holds in PROPERTIES.items():
         state, reason = "pass", ""
         try:
             holds(subject)
+        except MethodAnswerError as error:
+            state, reason = "FAIL", _sentence(error)
+            if not valid:
+                state, reason = "n/a", "an answer is not valid"
+            valid = False
         except _NotApplicable as error:
             state, reason = "n/a", str(error)
         except BudgetError as error:
