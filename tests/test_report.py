@@ -157,6 +157,19 @@ def test_it_is_said_what_each_method_does_and_what_grey_is(runs, tmp_path):
     assert "Grey: dropped." in page and "merged" in page and "KV cache" in page
 
 
+def test_cells_of_another_code_are_said_to_be_left_out(tmp_path):
+    def own(number, source, finished):
+        entry = {"name": "mine", "fields": {}, "budget": None, "source": source}
+        return record(number, [entry], finished=finished)
+
+    old, new = own(2, "a", "2026-01-02T03:04:05+00:00"), own(3, "b", "2026-01-03T03:04:05+00:00")
+    lines = "".join(json.dumps(one) + "\n" for one in (record(1), old, new))
+    (tmp_path / "runs.jsonl").write_text(lines)
+    page = report(tmp_path, tmp_path / "a.html")
+    assert '<p class="warning said">Measured with another version of the method' in page
+    assert "mine (1 cell)" in page
+
+
 def test_the_sentence_of_an_own_method_is_that_of_its_class():
     class Own(FastV):
         """Own: keep what it likes.

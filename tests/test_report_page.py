@@ -110,3 +110,15 @@ def test_a_picture_enlarges_and_escape_closes_it(browser):
     )
     browser.until(f"!{shown}.open")
     browser.until(f"document.activeElement === {buttons}[2]", seconds=5)
+
+
+def test_a_command_is_copied_or_selected(browser):
+    shown = "document.querySelector('#cell-2')"
+    browser.evaluate(f"{shown}.open = true")
+    browser.evaluate(f"{shown}.querySelector('button.copy').click()")
+    button = f"{shown}.querySelector('button.copy').textContent"
+    browser.until(f"['Copied', 'Selected'].includes({button})", seconds=5)
+    command = browser.evaluate(f"{shown}.querySelector('.command').textContent")
+    assert command.startswith("vlmprune sweep") and "fastv@0.5" in command
+    if browser.evaluate(button) == "Selected":  # a file has no clipboard everywhere
+        assert browser.evaluate("getSelection().toString()").strip() == command

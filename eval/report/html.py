@@ -90,6 +90,7 @@ def _view(
         "summary": _summary(section),
         "facts": facts(section),
         "machines": len(section.hardware),
+        "earlier": section.earlier and f"{section.earlier[:1].upper()}{section.earlier[1:]}.",
         "chart": chart(section, anchors),
         "main": main_table(section),
         "more": list(_more(section)),
