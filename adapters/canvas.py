@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,9 @@ Fit = Literal["crop", "stretch"]
 """How a processor brings a picture to the shape of the token grid."""
 Color = tuple[int, int, int]
 
+LEGEND = "legend"
+"""Key of a picture's `info`: the sentences that say what its colours mean."""
+HATCHED = "Hatched: cut off, the model does not see it."
 GAP = 12
 _MIN_SIDE = 448
 _WASH, _FADE = (120, 120, 120), 0.6
@@ -60,6 +63,11 @@ class Canvas:
         return cls(whole, inside, (round(left * across), round(top * down)), rows, columns)
 
     @property
+    def cropped(self) -> bool:
+        """Whether the tokens show a part of the picture only."""
+        return self.whole.size != self.inside.size
+
+    @property
     def cell(self) -> tuple[int, int]:
         """Width and height of a token."""
         return self.inside.width // self.columns, self.inside.height // self.rows
@@ -84,7 +92,7 @@ class Canvas:
     def shown(self, inside: Image.Image) -> Image.Image:
         """`inside`, painted on, in its frame on the whole picture, whose rest is dim and hatched:
         the model does not see it."""
-        if self.whole.size == inside.size:
+        if not self.cropped:
             return inside
         picture = Image.blend(self.whole, Image.new("RGB", self.whole.size, _MIST), _DIM)
         draw = ImageDraw.Draw(picture)
@@ -114,9 +122,7 @@ def together(panels: Sequence[Image.Image], across: int | None = None) -> Image.
     return sheet
 
 
-def canvases(
-    pictures: Sequence[Image.Image], blocks: Sequence[Block], fit: Fit
-) -> Iterable[Canvas]:
+def canvases(pictures: Sequence[Image.Image], blocks: Sequence[Block], fit: Fit) -> list[Canvas]:
     """A panel for every block: of the one picture, or of each frame.
 
     Raises:

@@ -9,12 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..prune.tiling import Tiling
-from .canvas import GAP, Canvas, Color, Fit, canvases, together
+from .canvas import GAP, HATCHED, LEGEND, Canvas, Color, Fit, canvases, together
 
 _STRENGTH = 185  # of 255: how much of the colour covers the picture
 _MAP = "viridis"
 _SHADES = 256
-_BAR, _TEXT, _LEAST = 18, 18, 448
+_TEXT, _LEAST = 18, 448
 _SKEWED = 8.0
 
 
@@ -50,14 +50,17 @@ def heat_map(
     alive = set() if kept is None else set(kept.tolist())
     colors, tokens = _colors(), tiling.patches(values.device).tolist()
     panels, start = [], 0
-    for canvas, block in zip(canvases(pictures, tiling.blocks, fit), tiling.blocks, strict=True):
+    drawn = canvases(pictures, tiling.blocks, fit)
+    for canvas, block in zip(drawn, tiling.blocks, strict=True):
         here = tokens[start : start + block.num_patches]
         lined = [place for place, token in enumerate(here) if token in alive]
         panels.append(_panel(canvas, shades[here], lined, colors))
         start += block.num_patches
     middle = known.median().item() if by_rank else None
     grey = bool((~shades[tokens].isfinite()).any())
-    return _with_scale(together(panels, across), colors, (low, middle, high), title, grey)
+    sheet = _with_scale(together(panels, across), colors, (low, middle, high), title, grey)
+    sheet.info[LEGEND] = [HATCHED] * any(canvas.cropped for canvas in drawn)
+    return sheet
 
 
 def _skewed(known: Tensor) -> bool:
@@ -111,24 +114,23 @@ def _with_scale(
     grey: bool,
 ) -> Image.Image:
     """A bar of the colours below the picture, with the values at its ends and what they are."""
-    size = max(_TEXT, picture.width // 25)
+    size = max(_TEXT, picture.width // 30)
     font = ImageFont.load_default(size)
     low, middle, high = ends
     ranked = "" if middle is None else "; colours by rank"
     words = f"{title}{ranked}{'; grey: none' if grey else ''}"
     width = max(picture.width, _LEAST, round(font.getlength(words)))
     line = size + 6
-    sheet = Image.new("RGB", (width, picture.height + GAP + _BAR + 2 * line), "white")
+    sheet = Image.new("RGB", (width, picture.height + GAP + size + 2 * line), "white")
     sheet.paste(picture, (0, 0))
     draw, top = ImageDraw.Draw(sheet), picture.height + GAP
-    bar = min(width, 2 * _LEAST)
     strip = Image.new("RGB", (len(colors), 1))
     strip.putdata(list(colors))
-    sheet.paste(strip.resize((bar, _BAR), Image.Resampling.NEAREST), (0, top))
-    under = top + _BAR + 2
+    sheet.paste(strip.resize((width, size), Image.Resampling.NEAREST), (0, top))
+    under = top + size + 2
     draw.text((0, under), f"{low:.3g}", "black", font)
     if middle is not None:
-        draw.text((bar / 2, under), f"{middle:.3g}", "black", font, anchor="ma")
-    draw.text((bar, under), f"{high:.3g}", "black", font, anchor="ra")
+        draw.text((width / 2, under), f"{middle:.3g}", "black", font, anchor="ma")
+    draw.text((width, under), f"{high:.3g}", "black", font, anchor="ra")
     draw.text((0, under + line), words, "black", font)
     return sheet

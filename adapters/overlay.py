@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..prune.tiling import Tiling
-from .canvas import Canvas, Color, Fit, canvases, together
+from .canvas import HATCHED, LEGEND, Canvas, Color, Fit, canvases, together
 from .regions import Regions
 
 _TINT = 90  # of 255
@@ -43,16 +43,27 @@ def overlay(
 
     Returns:
         An RGB image, of each panel of which the tokens take at least 448 pixels on their shorter
-        side.
+        side; its `info["legend"]` lists sentences that say what is seen.
     """
     regions = Regions.of(tiling, kept, rows, members)
     alive = set(kept.tolist())
     tokens = tiling.patches(kept.device).tolist()
     panels, start = [], 0
-    for canvas, block in zip(canvases(pictures, tiling.blocks, fit), tiling.blocks, strict=True):
+    drawn = canvases(pictures, tiling.blocks, fit)
+    for canvas, block in zip(drawn, tiling.blocks, strict=True):
         panels.append(_panel(canvas, tokens[start : start + block.num_patches], alive, regions))
         start += block.num_patches
-    return together(panels, across)
+    sheet = together(panels, across)
+    dropped = any(token not in alive and token not in regions.owner for token in tokens)
+    plain = any(token in alive and token not in regions.owner for token in tokens)
+    sheet.info[LEGEND] = [
+        *["Grey: dropped."] * dropped,
+        *["White lines: kept as it is."] * (plain and (dropped or bool(regions.owner))),
+        *["Coloured outlines: merged, into the token with the box of that colour."]
+        * bool(regions.owner),
+        *[HATCHED] * any(canvas.cropped for canvas in drawn),
+    ]
+    return sheet
 
 
 def _panel(canvas: Canvas, tokens: list[int], alive: set[int], regions: Regions) -> Image.Image:

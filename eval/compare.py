@@ -19,7 +19,7 @@ from .evaluate import Evaluator
 from .image_file import InputError, read_picture
 from .picture_fit import picture_fit
 from .results import Measured, budget_text, cache_text, changed_fields, method_record
-from .side_by_side import LEGEND, Panel, data_url, side_by_side
+from .side_by_side import Panel, data_url, side_by_side
 from .sweep import REFUSALS
 from .table import Table, milliseconds
 from .task import Question, chat_prompt, normalise
@@ -66,7 +66,7 @@ class Row:
     measured: Measured | None = None
     """Everything that a sweep records."""
     picture: Image.Image | None = None
-    """The image with what was kept of it (see `LEGEND`); for the dense model the image."""
+    """The image with what was kept of it; for the dense model the image."""
     refusal: VlmpruneError | None = None
 
     @property
@@ -171,7 +171,7 @@ class Comparison:
             for row in self.rows
             if row.picture is not None
         ]
-        return side_by_side(title, panels, columns, LEGEND)
+        return side_by_side(title, panels, columns)
 
     def __repr__(self) -> str:
         return f"<Comparison of {', '.join(row.name for row in self.rows)}: {self.question!r}>"

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-LEGEND = (
-    "Grey: dropped. White lines: kept as it is. Coloured outlines: merged, into the token with the "
-    "box of that colour. Hatched: cut off, the model does not see it. Colours with a scale: in how "
-    "many layers the KV cache still has a token."
-)
+from ..adapters.canvas import LEGEND
+
 _SIDE, _GAP, _LINE = 336, 12, 26
 _MOST_LINES = 4
 _LARGE, _SMALL = 22, 19
@@ -29,9 +26,7 @@ class Panel:
     color: str = "black"
 
 
-def side_by_side(
-    title: str, panels: Sequence[Panel], columns: int, legend: str = ""
-) -> Image.Image:
+def side_by_side(title: str, panels: Sequence[Panel], columns: int) -> Image.Image:
     """Panels of one width in rows of `columns`, under a title and above what colours mean."""
     if columns < 1:
         raise ValueError(f"columns={columns} must be at least 1.")
@@ -49,7 +44,8 @@ def side_by_side(
         max(pictures[i].height + _LINE * (len(texts[i][0]) + len(texts[i][1])) for i in row) + _GAP
         for row in rows
     ]
-    footing = wrapped(legend, small, width - 2 * _GAP) if legend else []
+    said = dict.fromkeys(one for panel in panels for one in panel.picture.info.get(LEGEND, ()))
+    footing = wrapped(" ".join(said), small, width - 2 * _GAP) if said else []
     top = _GAP + _LINE * len(heading) + _GAP // 2
     height = top + sum(heights) + _GAP + _LINE * len(footing)
     sheet = Image.new("RGB", (width, height), "white")

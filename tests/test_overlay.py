@@ -53,6 +53,8 @@ def test_a_crop_is_framed_in_the_whole_picture_whose_rest_is_dim():
     third = cropped.width // 3
     middle = cropped.crop((third, 0, 2 * third, cropped.height))
     assert all(cell(middle, (3, 3), i) == (30, 200, 30) for i in range(9))
+    assert cropped.info["legend"] == ["Hatched: cut off, the model does not see it."]
+    assert stretched.info["legend"] == []
     for left in (0, 2 * third):  # what the model does not see: still red, but pale, and hatched
         outside = cropped.crop((left + 10, 10, left + third - 10, cropped.height - 10))
         colours = {colour for _, colour in outside.getcolors(maxcolors=10**6)}
@@ -128,6 +130,8 @@ def test_scattered_members_have_the_hue_of_their_row_and_dropped_tokens_none():
     grey = Image.new("RGB", (400, 300), (128, 128, 128))
     tiling = Tiling.single(*grid)
     picture = overlay([grey], tiling, kept, "stretch", rows=rows, members=members)
+    grey, white, outlines = picture.info["legend"]
+    assert grey.startswith("Grey") and white.startswith("White") and "merged" in outlines
     hue = corner(picture, grid, 5)
     assert corner(picture, grid, 7) == corner(picture, grid, 10) == hue
     assert cell(picture, grid, 7) == cell(picture, grid, 10) != (128, 128, 128)

@@ -12,7 +12,7 @@ from vlmprune.eval.ask import _table
 from vlmprune.eval.picture_fit import picture_fit
 from vlmprune.eval.report.tables import cache_text as in_reports
 from vlmprune.eval.results import cache_text
-from vlmprune.eval.side_by_side import LEGEND, Panel, side_by_side
+from vlmprune.eval.side_by_side import Panel, side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_caption_of_a_panel_says_it_too(compared, monkeypatch):
     captions = []
     monkeypatch.setattr(
         "vlmprune.eval.compare.side_by_side",
-        lambda title, panels, columns, legend: captions.extend(p.caption for p in panels),
+        lambda title, panels, columns: captions.extend(p.caption for p in panels),
     )
     compared.picture()
     dense, press, *_ = captions
@@ -89,9 +89,16 @@ def test_the_fit_is_what_the_processor_says(crops, fit):
     assert picture_fit(SimpleNamespace()) is None
 
 
+def test_only_what_is_seen_is_explained(compared):
+    *_, grid = compared.rows
+    assert grid.picture.info["legend"] == ["Grey: dropped.", "White lines: kept as it is."]
+
+
 def test_what_colours_mean_is_written_under_the_panels():
     panels = [Panel(Image.new("RGB", (100, 100), "white"), "caption", "text")]
-    plain, said = side_by_side("title", panels, 1), side_by_side("title", panels, 1, LEGEND)
+    plain = side_by_side("title", panels, 1)
+    panels[0].picture.info["legend"] = ["Grey: dropped."]
+    said = side_by_side("title", panels, 1)
     assert said.height > plain.height
     below = said.crop((0, plain.height - 5, said.width, said.height))
     assert len(below.getcolors(maxcolors=10**6)) > 10
