@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
-from ..prune.budget import BUDGET_WORDS, MethodCall, plan
+from ..prune.budget import BUDGET_WORDS, MethodCall, idle, plan
 from ..prune.contract import (
     Attending,
     LayerSignal,
@@ -248,6 +249,8 @@ def patch(
         raise MethodFieldError(
             f"record={record!r}: use True to keep the scores of tokens, or False."
         )
+    for said in idle(calls):
+        warnings.warn(said, UserWarning, stacklevel=2)
     unpatch(model)
     engine = Engine(model, family, calls, modes, clip, remember_images, record, debug)
     handle = Handle(engine)

@@ -7,7 +7,7 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..prune.budget import Stage
+from ..prune.budget import Stage, remark
 from ..prune.contract import (
     LayerSignal,
     Place,
@@ -29,7 +29,7 @@ from ..prune.tiling import Tiling
 from .attend import note_prefix
 from .cache import PrunedState, make_pruned, pruned_state
 from .compression import Compression, attend_budget, entries_to_keep, refuse_cache
-from .encoding import Encoded, choose
+from .encoding import Encoded, EncodedImage, choose
 from .family import Modality
 from .listening import (
     Here,
@@ -540,6 +540,7 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
         recorded=setup.record,
         unranked={call.name: call.method.unranked for call in setup.calls},
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
+        note=_remarks([image.encoded for image in images]),
     )
     before = [stage for image in images for stage in image.plan if stage.layer == 0]
     if before:
@@ -558,6 +559,12 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
             report = replace(report, scores=[image.encoded.selection.scores for image in images])
         last.stages.append(report)
     return last
+
+
+def _remarks(images: Sequence[EncodedImage]) -> str | None:
+    """What the report says of the budgets, each thing once."""
+    said = (remark(call, image.num_tokens) for image in images for call in image.calls)
+    return " ".join(dict.fromkeys(filter(None, said))) or None
 
 
 def _joined(tilings: list[Tiling]) -> Tiling:

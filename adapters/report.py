@@ -131,6 +131,7 @@ class Last:
     unranked: dict[str, str | None] = field(default_factory=dict, repr=False)
     """Why methods have no scores, by name; None: they have."""
     note: str | None = None
+    """What else is to say: why nothing was pruned, or of a budget that an image cannot have."""
     recorded: bool = False
     """Whether scores were kept, see `scores`."""
 

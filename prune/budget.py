@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,6 +194,35 @@ def plan(
             keep = _last_count(call, call.method, num_tokens, stages, shape)
             stages += _stages(call, call.method, num_tokens, keep, stages, shape, images)
     return stages
+
+
+def remark(call: MethodCall, num_tokens: int) -> str | None:
+    """What to say of a count that an image of `num_tokens` tokens cannot have; None: nothing."""
+    budget = call.budget
+    if budget is None or budget.word not in ("keep_tokens", "average_tokens"):
+        return None
+    if budget.value > num_tokens:
+        return f"{call} is above an image's {num_tokens} tokens: all of them stay."
+    if budget.value < 1:
+        return f"{call} is below 1, the least that stays of an image (shares are keep_ratio)."
+    return None
+
+
+def idle(calls: Sequence[MethodCall]) -> Iterator[str]:
+    """What to say of methods that an earlier one leaves nothing to remove.
+
+    Args:
+        calls: in order of depth.
+    """
+    for number, call in enumerate(calls):
+        for before in calls[:number]:
+            one, other = before.budget, call.budget
+            if one and other and one.word == other.word and other.value >= one.value:
+                yield (
+                    f"{call} has nothing to do behind {before}, as budgets count all tokens of an "
+                    f"image: give {call.name} less than {one}, or leave it out."
+                )
+                break
 
 
 def entries_kept(call: MethodCall, visual: Sequence[int], text: int) -> int | None:

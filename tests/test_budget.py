@@ -10,8 +10,10 @@ from vlmprune.prune.budget import (
     BUDGET_WORDS,
     Budget,
     MethodCall,
+    idle,
     layer_flops,
     plan,
+    remark,
     round_tokens,
     tokens_per_layer,
 )
@@ -38,6 +40,51 @@ ratios = st.floats(0, 1, exclude_min=True)
 def keeps(num_tokens: int, calls, shape: ModelShape = LLAMA_7B) -> list[int]:
     calls = calls if isinstance(calls, list) else [calls]
     return [stage.keep for stage in plan(num_tokens, calls, shape)]
+
+
+# --- What is said --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"keep_tokens": 577}, r"divprune\(keep_tokens=577\) is above an image's 576 tokens: all"),
+        ({"average_tokens": 1000}, r"average_tokens=1000\) is above an image's 576 tokens"),
+        ({"average_tokens": 0.5}, r"average_tokens=0\.5\) is below 1.*shares are keep_ratio"),
+        ({"keep_tokens": 576}, None),
+        ({"average_tokens": 576}, None),
+        ({"average_tokens": 1}, None),
+        ({"keep_ratio": 0.001}, None),
+        ({"flops_ratio": 0.5}, None),
+    ],
+)
+def test_counts_that_an_image_cannot_have(words, said):
+    found = remark(method("divprune", **words), 576)
+    assert found is None if said is None else re.search(said, found)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"keep_ratio": 0.25}, {"keep_ratio": 0.25}, True),
+        ({"keep_ratio": 0.25}, {"keep_ratio": 0.5}, True),
+        ({"keep_tokens": 64}, {"keep_tokens": 64}, True),
+        ({"average_tokens": 64}, {"average_tokens": 64}, True),
+        ({"keep_ratio": 0.25}, {"keep_ratio": 0.24}, False),
+        ({"keep_ratio": 0.25}, {"keep_tokens": 64}, False),
+    ],
+)
+def test_a_method_that_has_nothing_to_do(first, second, said):
+    calls = [method("divprune", **first), method("fastv", **second)]
+    found = list(idle(calls))
+    assert len(found) == said
+    if said:
+        assert str(calls[1]) in found[0] and f"behind {calls[0]}" in found[0]
+        assert keeps(576, calls) == keeps(576, calls[0])
+
+
+def test_a_published_schedule_has_no_budget_to_compare():
+    assert not list(idle([method("divprune", keep_ratio=0.1), method("pyramiddrop")]))
 
 
 # --- Counts ----------------------------------------------------------------------------------

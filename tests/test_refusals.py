@@ -556,3 +556,31 @@ def test_a_failed_patch_leaves_the_earlier_one_in_place():
         vlmprune.patch(model, "divprune", keep_ratio=7)
     model(**CLIP.inputs())
     assert len(handle.last.kept[0]) == 18
+
+
+# --- Said, not refused --------------------------------------------------------------------------
+
+
+def test_budgets_that_an_image_cannot_have_are_said_in_the_report():
+    model = CLIP.model()
+    for words, said in (
+        ({"keep_tokens": 1000}, "above an image's 36 tokens"),
+        ({"average_tokens": 37}, "above an image's 36 tokens"),
+        ({"average_tokens": 0.5}, "below 1"),
+        ({"average_tokens": 12}, None),
+    ):
+        handle = vlmprune.patch(model, "divprune", **words)
+        model.generate(**CLIP.inputs(zoo.BATCH), max_new_tokens=2, do_sample=False)
+        note = handle.last.note
+        assert note is None if said is None else said in note
+        assert note is None or note.count("image's") + note.count("an image (") == 1
+
+
+def test_two_methods_of_one_budget_are_warned_of(recwarn):
+    model = CLIP.model()
+    one = vlmprune.method("divprune", keep_ratio=0.25)
+    with pytest.warns(UserWarning, match=r"fastv\(keep_ratio=0\.25\) has nothing to do behind"):
+        vlmprune.patch(model, [vlmprune.method("fastv", keep_ratio=0.25), one])
+    recwarn.clear()
+    vlmprune.patch(model, [vlmprune.method("fastv", keep_ratio=0.2), one])
+    assert not [w for w in recwarn if w.category is UserWarning]
