@@ -457,5 +457,5 @@ def test_a_count_for_each_cut():
 
 @pytest.mark.parametrize("debug", [1, "yes", None])
 def test_debug_is_true_or_false(debug):
-    with pytest.raises(vlmprune.MethodFieldError, match="debug=.*use True"):
+    with pytest.raises(vlmprune.MethodFieldError, match=r"debug=.*use True"):
         vlmprune.patch(zoo.CASES["llava-clip-llama"].model(), "grid", keep_ratio=0.5, debug=debug)
