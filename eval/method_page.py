@@ -16,7 +16,7 @@ from ..prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
 from ..prune.contract import BeforeLLM, Method
 from ..prune.errors import BudgetError
 from ..prune.registry import method_class
-from .listing import _on_tiles, _reads, _what
+from .listing import _on_tiles, _reads, what_it_does
 from .support import support
 
 _SECTIONS = ("Reference", "Upstream", "Differs")
@@ -52,7 +52,7 @@ def method_page(name: str, width: int) -> str:
         *(fact for word in _SECTIONS for fact in _said(word, sections)),
         ("Defined in", cls.__module__),
     ]
-    lines = [f"{name}: {_what(cls)}", "", *_listed(facts, width), "", "Fields"]
+    lines = [f"{name}: {what_it_does(cls)}", "", *_listed(facts, width), "", "Fields"]
     lines += [line for field in dataclasses.fields(cls) for line in _field(cls, field, width)]
     lines += [] if dataclasses.fields(cls) else ["  none"]
     lines += ["", "Models", *_listed(_models(name), width)]
