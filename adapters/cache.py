@@ -7,7 +7,7 @@ made for the *physical* one, which differs from layer to layer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache as memoise
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from ..prune.errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
     from transformers import Cache
+
+    from .setup import Setup
 
 
 @dataclass
@@ -55,21 +57,12 @@ class Segment:
         return torch.cat([before.to(new.device), new], dim=1)
 
 
-class Ticket:
-    """Says whether the patch that pruned a cache or encoded an image is still on the model."""
-
-    def __init__(self) -> None:
-        self.active = True
-
-    def __deepcopy__(self, memo: object) -> Ticket:
-        return self  # a copied cache still belongs to the same patch
-
-
 @dataclass
 class PrunedState:
     """What a pruned cache carries."""
 
-    owner: Ticket
+    setup: Setup
+    """What pruned it, and goes on with it."""
     segments: list[Segment]
     attended: Tensor | None = None
     """(B,) entries that a decoding step attends to, -1: all, 0: as many as published; for methods
@@ -78,6 +71,14 @@ class PrunedState:
     """[layer]: positions (B, P) of text cached earlier, whose keys are to be stored unrotated."""
     uncroppable: int = 0
     """Physical length of layer 0 below which a dropped token would have to come back."""
+
+    def refine(self, starts: list[int]) -> None:
+        """Let segments begin at `starts` too, for a prompt that is cut in other layers."""
+        for start in starts:
+            if (segment := self.segment(start)).start != start:
+                ledger = None if segment.ledger is None else segment.ledger.clone()
+                self.segments.append(replace(segment, start=start, ledger=ledger))
+                self.segments.sort(key=lambda segment: segment.start)
 
     def segment(self, layer: int) -> Segment:
         return next(s for s in reversed(self.segments) if s.start <= layer)
@@ -103,7 +104,7 @@ class PrunedCacheMixin:
         return super().get_seq_length(layer_idx)  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        if not self._pruned.owner.active:
+        if not self._pruned.setup.ticket.active:
             raise UnsupportedFeatureError(
                 "This cache holds a prompt pruned by a patch that has been removed: patch the "
                 "model and run the prompt again, or start with a new cache."
@@ -168,11 +169,13 @@ def is_new(cache: Cache | None) -> bool:
     return isinstance(stored, int) and not stored
 
 
-def make_pruned(cache: Cache, owner: Ticket, starts: list[int]) -> PrunedState:
-    """Turn a cache into a pruned one (in place), or return the state it has already."""
+def make_pruned(cache: Cache, setup: Setup) -> PrunedState:
+    """Turn a cache into a pruned one (in place), or let `setup` go on with one that is."""
     state = pruned_state(cache)
     if state is None:
         cache.__class__ = _pruned_class(cache.__class__)
-        state = PrunedState(owner, [Segment(start) for start in starts])
+        state = PrunedState(setup, [Segment(start) for start in setup.starts])
         cache._pruned = state  # type: ignore[attr-defined]
+    state.setup = setup
+    state.refine(setup.starts)
     return state

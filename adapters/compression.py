@@ -45,8 +45,10 @@ def entries_to_keep(
     keeps: list[int | None] = []
     acts = False
     for sample, text in enumerate(text_tokens):
-        visual = [image.encoded.num_tokens for image in images if image.sample == sample]
-        keep = entries_kept(call, visual, text)
+        own = [image.encoded for image in images if image.sample == sample]
+        visual = [image.num_tokens for image in own]
+        parts = [entries_kept(image.calls[-1], [image.num_tokens], 0) for image in own]
+        keep = None if None in parts else text + sum(part or 0 for part in parts)
         if not visual or (keep is not None and keep >= sum(visual) + text):
             keeps.append(None)
         elif keep is not None and isinstance(call.method, Attending) and keep <= call.method.always:

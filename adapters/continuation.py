@@ -34,8 +34,10 @@ class Continued:
     """What was made for earlier layers."""
 
     @classmethod
-    def begin(cls, setup: Setup, state: PrunedState, kwargs: dict[str, Any]) -> Continued:
-        """Translate positions and mask of the text model's arguments, in place."""
+    def begin(cls, state: PrunedState, kwargs: dict[str, Any]) -> Continued:
+        """Translate positions and mask of the text model's arguments, in place; what pruned the
+        cache goes on with it."""
+        setup = state.setup
         embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         length = embeds.shape[1]
@@ -54,7 +56,7 @@ class Continued:
             new = mask[:, -length:].to(embeds.device, torch.bool)
             for segment in state.segments:
                 segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
-        kwargs["attention_mask"] = first_padding(setup, state, cache, length)
+        kwargs["attention_mask"] = first_padding(state, cache, length)
         return call
 
     def helps(self, layer: int, kwargs: Mapping[str, Any]) -> bool:
@@ -100,12 +102,12 @@ class Continued:
         return kwargs.get("attention_mask") is not None or segment.padding is not None
 
 
-def first_padding(setup: Setup, state: PrunedState, cache: Any, queries: int) -> Tensor | None:
+def first_padding(state: PrunedState, cache: Any, queries: int) -> Tensor | None:
     """The 2-D mask of the first layer, from which generate() builds its own for a static cache."""
     first = state.segments[0]
     if first.padding is None:
         return None
-    return first.padding_to(_mask_length(setup, cache, queries, 0))
+    return first.padding_to(_mask_length(state.setup, cache, queries, 0))
 
 
 def _mask_length(setup: Setup, cache: Any, queries: int, layer: int) -> int:

@@ -13,7 +13,6 @@ from ..prune.contract import Features, Pruning, Selection, Signal, VisualTokens
 from ..prune.errors import MissingSignalError, VlmpruneError
 from ..prune.select import select_all
 from ..prune.tiling import Tiling
-from .cache import Ticket
 from .report import Stopwatch
 from .setup import Setup
 
@@ -83,8 +82,8 @@ class Encoded:
 
     images: list[EncodedImage]
     stopwatch: Stopwatch
-    owner: Ticket
-    """The patch that encoded them."""
+    setup: Setup
+    """What they were encoded with, and enter the LLM with."""
 
 
 def encode(
@@ -92,15 +91,21 @@ def encode(
     tilings: Sequence[Tiling],
     signals: Sequence[Mapping[Signal, Tensor]],
     device: torch.device,
+    numbers: Sequence[int] | None = None,
 ) -> Encoded:
     """Count and choose for every image; the choice before the LLM is made here, once per image.
 
     Args:
         tilings: how the tokens of each image lie.
+        numbers: those of the images in the call; None: from 0 on.
         signals: per image, what the method before the LLM declared.
     """
     stopwatch = Stopwatch(device)
-    plans = [plan(tiling.num_tokens, setup.calls, setup.shape) for tiling in tilings]
+    given = setup.calls_of(range(len(tilings)) if numbers is None else numbers)
+    plans = [
+        plan(tiling.num_tokens, calls, setup.shape)
+        for tiling, calls in zip(tilings, given, strict=True)
+    ]
     first = [stages[0] if stages and stages[0].layer == 0 else None for stages in plans]
     tokens = [
         VisualTokens(num_tokens=tiling.num_tokens, tiling=tiling, shape=setup.shape, signals=seen)
@@ -112,8 +117,7 @@ def encode(
         choose_all(stages_now, tokens, stopwatch, device, record=setup.record, debug=setup.debug)
     )
     images = []
-    for tiling, stages, stage in zip(tilings, plans, first, strict=True):
-        calls = setup.calls
+    for tiling, calls, stages, stage in zip(tilings, given, plans, first, strict=True):
         everything = torch.arange(tiling.num_tokens, device=device)
         slots, selection = everything, Selection(kept=everything)
         if stage is not None:
@@ -125,7 +129,7 @@ def encode(
             if chosen.count < tiling.num_tokens:
                 slots, selection = slots_of(chosen, tiling.num_tokens), chosen
         images.append(EncodedImage(tiling, calls, stages, slots, selection))
-    return Encoded(images, stopwatch, setup.ticket)
+    return Encoded(images, stopwatch, setup)
 
 
 def choose(
@@ -208,7 +212,7 @@ def slots_of(chosen: Selection, num_tokens: int) -> Tensor:
     return torch.cat([chosen.kept, free]).sort().values
 
 
-def encode_merged(setup: Setup, needs: Sequence[Signal], embeds: Tensor, visual: Tensor) -> Encoded:
+def encode_merged(setup: Setup, embeds: Tensor, visual: Tensor) -> Encoded:
     """Images that the caller merged into `embeds` (B, L, D) itself, at the columns `visual`.
 
     Each run of visual tokens counts as one image of a single row.
@@ -220,7 +224,7 @@ def encode_merged(setup: Setup, needs: Sequence[Signal], embeds: Tensor, visual:
             if mark and start is None:
                 start = column
             elif not mark and start is not None:
-                signals.append(_merged_signals(needs, row[start:column]))
+                signals.append(_merged_signals(setup.read, row[start:column]))
                 tilings.append(Tiling.single(1, column - start))
                 start = None
     return encode(setup, tilings, signals, embeds.device)

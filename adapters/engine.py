@@ -21,52 +21,54 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from ..prune.budget import MethodCall
-from ..prune.contract import (
-    Attending,
-    BeforeLLM,
-    Compressing,
-    Hidden,
-    LayerSignal,
-    MeanHidden,
-    ModuleStep,
-    Neurons,
-    Place,
-    Positions,
-    ReceivedInLayer,
-    RotaryAffinity,
-    Signal,
-    TextAttention,
-)
+from ..prune.contract import Signal
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from . import probes
 from .attend import Attention, attend
-from .cache import Ticket, is_new, pruned_state
-from .clip_text import ClipText
+from .budgets import Budgets
+from .cache import is_new, pruned_state
 from .compression import evict
 from .continuation import Continued, first_padding
 from .devices import execution_device
 from .encoding import Encoded, encode, encode_merged
 from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .guards import check_generate
-from .passing import PassingHooks
+from .hooks import Hooks, Spot, Spots, Undo
 from .prefill import Chosen, Prefill, begin
 from .prompt import Prompt
 from .remember import ImageMemory
-from .report import NO_IMAGES, Last
+from .report import DISABLED, NO_IMAGES, Last
 from .setup import Setup
-from .signals import READERS, Reader, Recording
+from .signals import Reader, Recording
 
 _MARK = "_vlmprune_encoded"
 """Attribute of the encoder's output that carries `Encoded` through generate()."""
+
+_AT = {
+    "enter": "_before_layer",
+    "tables": "_note_tables",
+    "attention": "_after_attention",
+    "mlp": "_after_mlp",
+    "neurons": "_before_down_proj",
+    "keys": "_project_keys",
+    "tap": "_hear_decoder",
+}
+"""What is called at each kind of spot of a decoder layer."""
+
+_Keywords = dict[str, Any] | None
+"""Missing where another thread is just putting the hook on or taking it off: see `Hooks`."""
+
+Wish = Budgets | Literal["dense"]
+"""What a thread asks for its calls."""
 
 _MASK_WITHOUT_EMBEDS = (
     "visual_mask= marks visual tokens inside inputs_embeds, and none were given: leave it out, "
@@ -78,6 +80,13 @@ class _Local(threading.local):
     """What belongs to the call in flight of one thread."""
 
     def __init__(self) -> None:
+        self.wish: Wish | None = None
+        self.setup: Setup | None = None
+        """What the call runs with, fixed when it began; None: without any method."""
+        self.held: list[Spots] = []
+        """Hooks that are there for this call."""
+        self.tapped: Mapping[int, list[Signal]] = {}
+        """What is read in attention layers of the encoder."""
         self.recording: Recording | None = None
         self.unread: frozenset[nn.Module] = frozenset()
         """Encoder layers of the call that nobody reads."""
@@ -112,38 +121,31 @@ class _Local(threading.local):
 
 
 class Engine:
-    """Everything that `patch` installs on one model; `remove()` takes all of it away."""
+    """Everything that `patch` installs on one model; `remove()` takes all of it away.
+
+    What is on the model at all times asks `_local` what belongs to the call of its thread. Hooks
+    that depend on the methods are at `Spots`, for as long as the setup or a call needs them.
+    """
 
     def __init__(
-        self,
-        model: Model,
-        family: Family,
-        calls: tuple[MethodCall, ...],
-        positions: Mapping[Place, Positions],
-        clip: ClipText | None = None,
-        remember_images: int = 0,
-        record: bool = False,
-        debug: bool = False,
+        self, model: Model, family: Family, setup: Setup, remember_images: int = 0
     ) -> None:
-        self.model, self.family, self.clip = model, family, clip
+        self.model, self.family = model, family
         self.core: Any = family.core(model)
         self.text: Any = family.text_model(model)
-        shape = family.shape(model)
-        self.setup = Setup(calls, shape, positions, self.text, Ticket(), record, debug)
-        self.memory = ImageMemory(remember_images, self.setup.ticket) if remember_images else None
+        self.setup = setup
+        """What calls that begin now run with, where their threads ask for nothing else."""
+        self.memory = ImageMemory(remember_images) if remember_images else None
         self._local = _Local()
         self._warned = False
         self._undo: list[Callable[[], None]] = []
-        self._listening = PassingHooks()
-        self._undo.append(self._listening.remove)
-        self._first = next((c.method for c in calls if isinstance(c.method, BeforeLLM)), None)
-        self._needs = [
-            need
-            for need in (self._first.needs(shape) if self._first is not None else ())
-            if not isinstance(need, LayerSignal)
-        ]
+        self._names = probes.Names(model)
+        self._hooks = Hooks(self._install_at)
+        self._exchange = threading.Lock()
         try:
             self._install()
+            self._name_taps()
+            self._hooks.hold(setup.standing)
         except BaseException:
             self.remove()
             raise
@@ -173,71 +175,33 @@ class Engine:
             before = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
             hooks.append(before)
         self._undo += [hook.remove for hook in hooks]
-        for index, layer in enumerate(self.text.layers):
-            self._install_on_layer(index, layer)
-
         for layer in self.family.unread_layers(self.model, {}):
             self._override(layer, "forward", functools.partial(self._run_or_pass, layer))
-        encoder = self.family.vision_attention(self.model)
-        listeners: dict[nn.Module, list[probes.Listener]] = {}
-        for need in self._needs:
-            if type(need) in READERS:
-                listen = functools.partial(self._hear_encoder, need)
-                listeners.setdefault(encoder[need.layer], []).append(listen)  # type: ignore[attr-defined]
-        for module, heard in listeners.items():
-            self._undo.append(probes.Tap(module, heard).remove)
 
-    def _install_on_layer(self, index: int, layer: Any) -> None:
-        """Hooks on a decoder layer, none where nothing is cut, asked or stored differently.
-
-        What only listens to prefills is there during prefills only.
-        """
-        setup = self.setup
-        needs = [need for need in setup.heard if need.layer == index]
-        method = setup.on_cache.method if setup.on_cache is not None else None
-
-        def listen(register: Callable[..., Any], call: Callable[..., Any], **options: Any) -> None:
-            bound = functools.partial(call, index)
-            self._listening.add(lambda: register(bound, **options).remove)  # type: ignore[no-any-return]
-
-        # Flash attention reads gapped position ids as packed sequences: hook every layer there.
-        flash = "flash" in (setup.config._attn_implementation or "")
-        gapped = flash and "original" in setup.positions.values()
-        behind_cut = index >= min([*setup.starts[1:], len(self.text.layers)])
-        entering = Hidden | MeanHidden | RotaryAffinity
-        before = functools.partial(self._before_layer, index)
-        if behind_cut:
-            hook = layer.register_forward_pre_hook(before, with_kwargs=True)
-            self._undo.append(hook.remove)
-        elif gapped or any(isinstance(need, entering) for need in needs):
-            listen(layer.register_forward_pre_hook, self._before_layer, with_kwargs=True)
-        steps = {need.module for need in needs if isinstance(need, ModuleStep)}
-        if "attention" in steps or isinstance(method, Compressing):
-            register = layer.self_attn.register_forward_hook
-            listen(register, self._after_attention, with_kwargs=True)
-        if "mlp" in steps:
-            listen(layer.mlp.register_forward_hook, self._after_mlp)
-        if any(isinstance(need, Neurons) for need in needs):
-            # Adapters exchange the module while the patch is on.
-            listen(
-                lambda *hook: layer.mlp.down_proj.register_forward_pre_hook(*hook),
-                self._before_down_proj,
-            )
-        ahead = [need for need in needs if isinstance(need, TextAttention) and need.ahead]
-        if ahead:
-            keys = functools.partial(self._project_keys, index)
-            self._listening.add(lambda: _shadow(layer.self_attn.k_proj, "forward", keys))
-        asked = [need for need in needs if isinstance(need, TextAttention | ReceivedInLayer)]
-        listeners: list[probes.Listener] = []
-        if len(asked) > len(ahead) or isinstance(method, Compressing):
-            listeners.append(functools.partial(self._hear_decoder, index))
-        if isinstance(method, Attending):
-            note = functools.partial(self._note_tables, index)
-            hook = layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
-            instead = functools.partial(self._attend, index)
-            self._undo += [hook.remove, probes.Tap(layer.self_attn, listeners, instead).remove]
-        elif listeners:
-            self._listening.add(lambda: probes.Tap(layer.self_attn, listeners).remove)
+    def _install_at(self, spot: Spot) -> Undo:
+        """The hook of a spot: `Setup.standing` and `Setup.passing` say which are needed."""
+        what, index = spot
+        if what == "encoder":
+            attention = self.family.vision_attention(self.model)[index]
+            hear = functools.partial(self._hear_encoder, index)
+            return probes.Tap(attention, self._names, [hear]).remove
+        layer = self.text.layers[index]
+        own = functools.partial(getattr(self, _AT[what]), index)
+        match what:
+            case "enter":
+                return layer.register_forward_pre_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+            case "tables":
+                return layer.self_attn.register_forward_pre_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+            case "attention":
+                return layer.self_attn.register_forward_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+            case "mlp":
+                return layer.mlp.register_forward_hook(own).remove  # type: ignore[no-any-return]
+            case "neurons":  # adapters exchange the module while the patch is on
+                return layer.mlp.down_proj.register_forward_pre_hook(own).remove  # type: ignore[no-any-return]
+            case "keys":
+                return _shadow(layer.self_attn.k_proj, "forward", own)
+        instead = functools.partial(self._attend, index)
+        return probes.Tap(layer.self_attn, self._names, [own], instead).remove
 
     def _override(
         self,
@@ -253,8 +217,63 @@ class Engine:
         self.setup.ticket.active = False
         if self.memory is not None:
             self.memory.forget()
+        self._hooks.take_off()
+        self._names.release()
         while self._undo:
             self._undo.pop()()
+
+    def put_back(self) -> None:
+        """Patch the model again as it was before `remove()`."""
+        self.setup.ticket.active = True
+        self._install()
+        self._name_taps()
+        self._hooks.put_back()
+
+    def _name_taps(self) -> None:
+        """Names of taps that the setup needs: they stay while taps come and go."""
+        for what, index in self.setup.standing | self.setup.passing:
+            if what == "encoder":
+                encoder = self.family.vision_attention(self.model)
+                self._names.of(encoder[index].config._attn_implementation)
+            elif what == "tap":
+                self._names.of(self.text.layers[index].self_attn.config._attn_implementation)
+
+    # --- what calls run with -----------------------------------------------------------------
+
+    def exchange(self, setup: Setup) -> None:
+        """Let calls that begin from now on run with another setup; others end with theirs."""
+        with self._exchange:
+            self._hooks.hold(setup.standing)
+            before, self.setup = self.setup, setup
+            self._name_taps()
+            self._hooks.release(before.standing)
+
+    def wanted(self) -> Setup | None:
+        """What a call that begins now in this thread runs with; None: without any method."""
+        wish = self._local.wish
+        if wish is None:
+            return self.setup
+        return wish.applied(self.setup) if isinstance(wish, Budgets) else None
+
+    @contextmanager
+    def wishing(self, wish: Wish) -> Iterator[None]:
+        """Calls of this thread that begin within it run with something else."""
+        local = self._local
+        outer, local.wish = local.wish, wish
+        try:
+            yield
+        finally:
+            local.wish = outer
+
+    def _hold(self, spots: Spots) -> None:
+        """Until this call is over."""
+        if spots:
+            self._hooks.hold(spots)
+            self._local.held.append(spots)
+
+    def _release(self) -> None:
+        while self._local.held:
+            self._hooks.release(self._local.held.pop())
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise UnsupportedFeatureError(
@@ -265,23 +284,28 @@ class Engine:
     # --- generate() --------------------------------------------------------------------------
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        inside = any(set(call.method.places) - {Place.BEFORE_LLM} for call in self.setup.calls)
-        check_generate(self.model, kwargs, inside_the_llm=inside)
+        if (setup := self.wanted()) is not None:
+            check_generate(self.model, kwargs, inside_the_llm=setup.inside_the_llm)
         if kwargs.get("visual_mask") is not None and kwargs.get("inputs_embeds") is None:
             raise UnsupportedFeatureError(_MASK_WITHOUT_EMBEDS)
         local = self._local
-        local.visual_mask, local.chosen = kwargs.pop("visual_mask", None), {}
-        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        if ids is not None:
-            local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
-        earlier, local.last = local.last, None
+        outer = local.setup, local.visual_mask, local.chosen, local.prompt
+        standing = setup.standing if setup is not None else frozenset()
+        earlier = local.last
+        self._hooks.hold(standing)
         try:
+            local.setup, local.chosen, local.last = setup, {}, None
+            local.visual_mask = kwargs.pop("visual_mask", None)
+            ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            if ids is not None:
+                local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
             output = original(*args, **kwargs)
             if isinstance(output, ModelOutput):
                 output.vlmprune_last = local.last
             return output
         finally:
-            local.visual_mask, local.chosen, local.prompt = None, None, None
+            self._hooks.release(standing)
+            local.setup, local.visual_mask, local.chosen, local.prompt = outer
             local.last = local.last or earlier
 
     def _refuse_batch(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -300,7 +324,7 @@ class Engine:
         state = pruned_state(cache)
         if state is not None:
             queries = kwargs["inputs_embeds"].shape[1]
-            kwargs["attention_mask"] = first_padding(self.setup, state, cache, queries)
+            kwargs["attention_mask"] = first_padding(state, cache, queries)
         return original(**kwargs)
 
     # --- vision encoder ----------------------------------------------------------------------
@@ -309,33 +333,46 @@ class Engine:
     def _encode(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self._local.recording is not None:  # Qwen3-VL encodes videos as it does images
+        local = self._local
+        if local.recording is not None:  # Qwen3-VL encodes videos as it does images
+            return original(*args, **kwargs)
+        setup = local.setup if local.in_call else self.wanted()
+        if setup is None:
             return original(*args, **kwargs)
         inputs = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
         inputs |= inputs.pop("kwargs", {})
-        encode_images = functools.partial(self._encode_images, modality, original)
-        if self.memory is None or not self._local.in_call:
+        encode_images = functools.partial(self._encode_images, setup, modality, original)
+        if self.memory is None or not local.in_call:
             output, encoded = encode_images(inputs)
         else:
             output, encoded = self.memory.encode(
-                self.family, self.model, modality, inputs, encode_images
+                self.family, self.model, modality, inputs, encode_images, setup
             )
         if encoded is not None:
             setattr(output, _MARK, encoded)
-            self._local.encoded[modality] = encoded
+            local.encoded[modality] = encoded
         return output
 
     def _encode_images(
-        self, modality: Modality, original: Callable[..., Any], inputs: Mapping[str, Any]
+        self,
+        setup: Setup,
+        modality: Modality,
+        original: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        numbers: Sequence[int] | None = None,
     ) -> tuple[Any, Encoded | None]:
-        """Images on their way through the encoder, and what was chosen of them."""
-        self._local.recording = recording = Recording()
-        if self._local.in_call:  # another caller may read all that the encoder gives
-            self._local.unread = self._unread(inputs)
+        """Images on their way through the encoder, and what was chosen of them; `numbers`: which
+        images of the call they are, where not all."""
+        local = self._local
+        local.recording, local.tapped = (recording := Recording()), setup.tapped
+        if local.in_call:  # another caller may read all that the encoder gives
+            local.unread = self._unread(setup, inputs)
+        self._hooks.hold(setup.standing)
         try:
             output = original(**inputs)
         finally:
-            self._local.recording, self._local.unread = None, frozenset()
+            self._hooks.release(setup.standing)
+            local.recording, local.tapped, local.unread = None, {}, frozenset()
         features = getattr(output, "pooler_output", None)
         if features is None:  # return_dict=False: a plain tuple cannot carry the choice
             return output, None
@@ -347,7 +384,7 @@ class Engine:
                     f"{tiling.num_tokens}: this variant of {self.family.name} is not supported."
                 )
         signals: list[dict[Signal, Tensor]] = [{} for _ in features]
-        if self._first is not None:
+        if setup.first is not None:
             reader = Reader(
                 self.family,
                 self.model,
@@ -357,11 +394,16 @@ class Engine:
                 features=features,
                 tilings=tilings,
                 recording=recording,
-                prompt=self._local.prompt,
-                clip=self.clip,
+                prompt=local.prompt,
+                clip=setup.clip,
             )
-            signals = reader.read(self._first)
-        encoded = encode(self.setup, tilings, signals, features[0].device)
+            signals = reader.read(setup.first)
+        if setup.per_image is not None:  # an earlier modality of the call has the first budgets
+            others = [one for other, one in local.encoded.items() if other is not modality]
+            before = sum(len(one.images) for one in others) if local.in_call else 0
+            numbers = range(len(tilings)) if numbers is None else numbers
+            numbers = [before + number for number in numbers]
+        encoded = encode(setup, tilings, signals, features[0].device, numbers)
         output.pooler_output = self._emit(features, encoded)
         return output, encoded
 
@@ -373,12 +415,12 @@ class Engine:
     @property
     def unread_layers(self) -> int:
         """Encoder layers that do not run in `forward` and `generate`."""
-        return len(self._unread({}))
+        return len(self._unread(self.setup, {}))
 
-    def _unread(self, inputs: Mapping[str, Any]) -> frozenset[nn.Module]:
+    def _unread(self, setup: Setup, inputs: Mapping[str, Any]) -> frozenset[nn.Module]:
         """Encoder layers behind the deepest one that the projector or a signal reads."""
         encoder = self.family.vision_attention(self.model)
-        heard = {encoder[need.layer] for need in self._needs if type(need) in READERS}  # type: ignore[attr-defined]
+        heard = {encoder[layer] for layer in setup.tapped}
         unread: list[nn.Module] = []
         for layer in reversed(self.family.unread_layers(self.model, inputs)):
             if any(module in heard for module in layer.modules()):
@@ -415,11 +457,12 @@ class Engine:
 
     @torch.compiler.disable
     def _hear_encoder(
-        self, need: Signal, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
+        self, layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> None:
         if self._local.recording is not None:
             with torch.no_grad():
-                self._local.recording.hear(need, query, key, scaling, **kwargs)
+                for need in self._local.tapped.get(layer, ()):
+                    self._local.recording.hear(need, query, key, scaling, **kwargs)
 
     # --- multimodal core ---------------------------------------------------------------------
 
@@ -434,6 +477,9 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         local = self._local
         self._forget()  # of an earlier call that was interrupted
+        if local.chosen is None:  # else generate() has fixed it
+            local.setup = self.wanted()
+        dense = local.setup is None
         outputs: Mapping[str, Any] = kwargs.get("mm_encoder_outputs") or {}
         ids = args[0] if args else kwargs.get("input_ids")
         embeds = kwargs.get("inputs_embeds")
@@ -446,13 +492,16 @@ class Engine:
             output, pixels = outputs.get(modality.name), kwargs.get(modality.pixels)
             if output is None and pixels is None:
                 continue
+            if dense and local.handed.get(modality.name, getattr(output, _MARK, None)) is None:
+                local.unpruned = DISABLED
+                continue
             self._refuse_modality(modality)
             local.visual[modality] = self._placeholders(modality, ids, embeds)
             if output is not None:
                 local.encoded[modality] = self._own(output, local.handed.get(modality.name))
             elif ids is not None:
                 local.prompt = self._prompt(ids, kwargs.get("attention_mask"))
-        if not local.visual and embeds is not None:
+        if not dense and not local.visual and embeds is not None:
             if explicit is not None:
                 repeats = embeds.shape[0] // explicit.shape[0]
                 marked = explicit.to(embeds.device, torch.bool).repeat_interleave(repeats, 0)
@@ -483,7 +532,7 @@ class Engine:
     def _own(self, output: Any, handed: Encoded | None) -> Encoded:
         """What this patch knows of an encoder output that it is handed, or a copy of it."""
         encoded: Encoded | None = getattr(output, _MARK, handed)
-        if encoded is None or encoded.owner is not self.setup.ticket:
+        if encoded is None or encoded.setup.ticket is not self.setup.ticket:
             raise UnsupportedFeatureError(
                 "mm_encoder_outputs was not made by this patch, so that nothing is known "
                 "of its images: pass pixel_values, or encode again on the patched model."
@@ -511,8 +560,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Everything about a call."""
-        if self._local.prefill is not None:
-            self._listening.off()
+        self._release()
         self._local.forget()
 
     # --- text model: prefill -----------------------------------------------------------------
@@ -532,8 +580,10 @@ class Engine:
                         setup.reported_positions, setup.shape.decoder.num_layers, local.unpruned
                     )
                 return None
+            if state.setup is not local.setup or local.chosen is None:  # else generate() holds
+                self._hold(state.setup.standing)
             kwargs = dict(kwargs)
-            local.continued = Continued.begin(self.setup, state, kwargs)
+            local.continued = Continued.begin(state, kwargs)
             return args, kwargs
         kwargs = dict(kwargs)
         embeds = kwargs["inputs_embeds"]
@@ -541,15 +591,17 @@ class Engine:
         encoded: Mapping[Modality, Encoded] = local.encoded
         if not encoded:  # the caller merged images into its embeddings and marked them
             marks = visual[IMAGE]
-            merged = encode_merged(self.setup, self._needs, embeds, marks)
+            setup = local.setup or self.setup
+            merged = encode_merged(setup, embeds, marks)
             kwargs["inputs_embeds"] = self._emit_merged(embeds, marks, merged)
             encoded = {IMAGE: merged}
         self._refuse_checkpointing(encoded)
-        prefill, last = begin(self.setup, encoded, visual, kwargs, local.chosen)
+        prefill, last = begin(encoded, visual, kwargs, local.chosen)
         if prefill is None:
             local.last = last
             return args, kwargs
-        self._listening.on()
+        self._hold(prefill.setup.standing)
+        self._hold(prefill.setup.passing)
         local.prefill = prefill
         return args, kwargs
 
@@ -567,9 +619,11 @@ class Engine:
 
     @torch.compiler.disable
     def _before_layer(
-        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: _Keywords = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         prefill, continued = self._local.prefill, self._local.continued
+        if kwargs is None:  # another thread puts it on or takes it off
+            return None
         if prefill is None and (continued is None or not continued.helps(layer, kwargs)):
             return None
         hidden, *rest = args
@@ -591,12 +645,12 @@ class Engine:
 
     @torch.compiler.disable
     def _after_attention(
-        self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+        self, layer: int, module: nn.Module, args: Any, kwargs: Any, *output: Any
     ) -> None:
-        if self._local.prefill is not None:
+        if self._local.prefill is not None and output:  # else another thread puts it on or off
             with torch.no_grad():
                 given = kwargs["hidden_states"]
-                self._local.prefill.hear_step(layer, "attention", given, output[0])
+                self._local.prefill.hear_step(layer, "attention", given, output[0][0])
                 self._local.prefill.after_attention(layer, module, kwargs)
 
     @torch.compiler.disable
@@ -622,9 +676,10 @@ class Engine:
 
     @torch.compiler.disable
     def _note_tables(
-        self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, layer: int, module: nn.Module, args: Any, kwargs: _Keywords = None
     ) -> None:
-        self._local.tables[layer] = kwargs["position_embeddings"]
+        if kwargs is not None:
+            self._local.tables[layer] = kwargs["position_embeddings"]
 
     @torch.compiler.disable
     def _attend(
@@ -633,9 +688,9 @@ class Engine:
         prefill, continued = self._local.prefill, self._local.continued
         at = prefill or continued
         given = Attention(query, key, value, mask)
-        if at is not None and at.state is not None:
-            tables = self._local.tables.pop(layer)
-            given = attend(self.setup, at.state, at.cache, layer, given, tables)
+        tables = self._local.tables.pop(layer, None)
+        if tables is not None and at is not None and at.state is not None:
+            given = attend(at.setup, at.state, at.cache, layer, given, tables)
         return given.query, given.key, given.value, given.mask
 
     @torch.compiler.disable
@@ -654,12 +709,11 @@ class Engine:
         local = self._local
         prefill, local.prefill = local.prefill, None
         continued, local.continued = local.continued, None
-        if prefill is not None:
-            self._listening.off()
+        self._release()
         if output is None:
             return None
         if continued is not None:
-            evict(self.setup, continued.cache, continued.state, continued.new)
+            evict(continued.setup, continued.cache, continued.state, continued.new)
         if prefill is None:
             return None
         if isinstance(output, tuple):

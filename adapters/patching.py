@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +32,7 @@ from ..prune.errors import (
 from ..prune.numbers import plain
 from ..prune.registry import default_methods, method_class
 from ..prune.registry import method as make_call
+from .budgets import Budgets
 from .canvas import Fit
 from .clip_text import ClipText
 from .engine import Engine
@@ -38,6 +41,7 @@ from .masks import layer_kind
 from .registry import family_of
 from .remember import Remembered
 from .report import Last
+from .setup import Setup, Ticket
 from .showing import show
 from .wrappers import patchable, unwrapped
 
@@ -51,9 +55,17 @@ class Handle:
     """
 
     _engine: Engine
+    _positions: Positions | None
+    """As given to `patch`."""
+    _outer: Handle | None
+    """Whose patch comes back when this one's `with` ends."""
+    _entered: bool
+    _suspended: bool
+    """Whether another patch is on the model meanwhile."""
 
-    def __init__(self, engine: Engine) -> None:
-        object.__setattr__(self, "_engine", engine)
+    def __init__(self, engine: Engine, positions: Positions | None, outer: Handle | None) -> None:
+        own = {"_engine": engine, "_positions": positions, "_outer": outer}
+        self.__dict__.update(own, _entered=False, _suspended=False)
 
     def __setattr__(self, name: str, value: object) -> None:
         instead = f"handle.set({name}={value!r})" if name in BUDGET_WORDS else "handle.set(...)"
@@ -63,8 +75,10 @@ class Handle:
 
     @property
     def methods(self) -> tuple[MethodCall, ...]:
-        """The methods in effect, in order of depth, with their budgets."""
-        return self._engine.setup.calls
+        """The methods in effect for calls of this thread, in order of depth, with their budgets;
+        none inside `disabled()`."""
+        setup = self._engine.wanted()
+        return () if setup is None else setup.calls
 
     @property
     def positions(self) -> Positions:
@@ -144,6 +158,91 @@ class Handle:
             across=across,
         )
 
+    def set(
+        self,
+        method: str | MethodCall | Sequence[str | MethodCall] | None = None,
+        *,
+        positions: Positions | None = None,
+        clip: ClipText | None = None,
+        **fields_and_budget: object,
+    ) -> None:
+        """Change the budget, `handle.set(keep_ratio=0.25)`, or the method,
+        `handle.set("fastv", keep_tokens=64)`, for all threads.
+
+        Calls that begin afterwards run with it. A `forward` or `generate` under way ends as it
+        began, and a cache goes on with what pruned it; a new image in it is pruned anew.
+
+        Args:
+            method, **fields_and_budget: as `vlmprune.patch` takes them; without a method, one
+                budget of the only method that there is.
+            positions, clip: with a method; default: those given to `vlmprune.patch`.
+
+        Raises:
+            Whatever `vlmprune.patch` raises; nothing has changed then.
+            UnsupportedModelError: the model was compiled, and the method needs other hooks.
+        """
+        engine, now = self._engine, self._engine.setup
+        self._require_active()
+        if method is None:
+            if positions is not None or clip is not None:
+                raise MethodFieldError(
+                    "positions= and clip= belong to a method: name it too, e.g. "
+                    'handle.set("divprune", keep_ratio=0.25, positions="original").'
+                )
+            budgets = Budgets.of(**fields_and_budget)
+            if budgets.per_image:
+                raise BudgetError(
+                    "A list gives the images of one call their budgets: use it for a request, "
+                    "with handle.budget(keep_tokens=[64, None]): ..."
+                )
+            engine.exchange(budgets.check(now, self._fixed_tokens))
+            return
+        made = _setup(
+            engine.model,
+            engine.family,
+            _calls(method, fields_and_budget),
+            positions or self._positions,
+            clip or now.clip,
+            0 if engine.memory is None else engine.memory.capacity,
+        )
+        made = replace(made, ticket=now.ticket, record=now.record, debug=now.debug)
+        if (made.standing, made.passing) != (now.standing, now.passing):
+            _refuse_compiled(engine.model, engine.family)
+        engine.exchange(made)
+
+    def budget(self, **budget: object) -> AbstractContextManager[None]:
+        """Another budget for the calls that this thread begins within it:
+        `with handle.budget(keep_tokens=64): model.generate(**inputs)`.
+
+        A list gives each image of the call its own, over the batch in order (images first, then
+        videos), None keeps one whole: `handle.budget(keep_tokens=[64, None])`.
+
+        Raises:
+            BudgetError: the method cannot reach it, or there are several methods. A list of another
+                length than the call has images is refused by the call.
+        """
+        self._require_active()
+        budgets = Budgets.of(**budget)
+        budgets.check(self._engine.setup, self._fixed_tokens)
+        return self._engine.wishing(budgets)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Calls that this thread begins within it run on all tokens, as without a patch. A cache
+        that was pruned goes on as it is. A `budget()` inside it prunes again."""
+        self._require_active()
+        return self._engine.wishing("dense")
+
+    @property
+    def _fixed_tokens(self) -> int | None:
+        return self._engine.family.fixed_tokens(self._engine.model)
+
+    def _require_active(self) -> None:
+        if not self.active:
+            raise UnsupportedModelError(
+                f"This patch is not on the model any more: {self!r}. Patch the model again, with "
+                f"vlmprune.patch(model, ...)."
+            )
+
     @property
     def remembered(self) -> Remembered:
         """What `remember_images` did: images in memory, and how often one was found there."""
@@ -157,12 +256,31 @@ class Handle:
             self._engine.memory.forget()
 
     def remove(self) -> None:
-        """Take the patch off; the model is then as it was before. A second call does nothing."""
-        if self._engine.setup.ticket.active:
+        """Take the patch off; the model is then without any. A second call does nothing.
+
+        A patch that this one replaced comes back only where `with` ends.
+        """
+        self.__dict__["_suspended"] = False
+        if self.active:
             self._engine.remove()
             self._engine.model.__dict__.pop(_HANDLE, None)
 
+    def _suspend(self) -> None:
+        """Make room for another patch."""
+        self.remove()
+        self.__dict__["_suspended"] = True
+        if not self._entered:
+            self.__dict__["_outer"] = None
+
+    def _resume(self) -> None:
+        """Come back, unless somebody removed this patch meanwhile."""
+        if self._suspended:
+            self._engine.put_back()
+            self._engine.model.__dict__[_HANDLE] = self
+            self.__dict__["_suspended"] = False
+
     def __enter__(self) -> Handle:
+        self.__dict__["_entered"] = True
         return self
 
     def __exit__(
@@ -172,9 +290,11 @@ class Handle:
         trace: TracebackType | None,
     ) -> None:
         self.remove()
+        if self._outer is not None and _HANDLE not in self._engine.model.__dict__:
+            self._outer._resume()
 
     def __repr__(self) -> str:
-        state = "active" if self.active else "removed"
+        state = "active" if self.active else "suspended" if self._suspended else "removed"
         return f"<vlmprune.Handle {', '.join(map(str, self.methods))} ({state})>"
 
 
@@ -193,8 +313,9 @@ def patch(
 
     Args:
         model: a `...ForConditionalGeneration` of a family in `models()`, on any device, with any
-            attention implementation. A model that is patched already is unpatched first. What
-            wraps one is patched inside: PEFT's models, DistributedDataParallel, FSDP, pipelines.
+            attention implementation. A patch that is on it already makes room for the new one: it
+            comes back where the new one's `with` ends, and not after its `remove()`. What wraps a
+            model is patched inside: PEFT's, DistributedDataParallel, FSDP, pipelines.
         method: a name of `methods()`, a `method(...)`, or a list of these that act at different
             places.
         positions: position ids after a cut: `original` keeps those that the tokens came with
@@ -221,9 +342,43 @@ def patch(
         UnsupportedModelError, UnknownMethodError, MethodFieldError, BudgetError,
         MissingSignalError, UnsupportedFeatureError: each says what to type instead.
     """
-    model = patchable(model)
+    if not isinstance(debug, bool):
+        raise MethodFieldError(
+            f"debug={debug!r}: use True to look at all numbers that a method returns, or False."
+        )
+    if not isinstance(record, bool):
+        raise MethodFieldError(
+            f"record={record!r}: use True to keep the scores of tokens, or False."
+        )
+    model, remember_images = patchable(model), plain(remember_images)
     family = family_of(model)
-    calls = _calls(method, fields_and_budget)
+    _refuse_compiled(model, family)
+    setup = _setup(
+        model, family, _calls(method, fields_and_budget), positions, clip, remember_images
+    )
+    setup = replace(setup, record=record, debug=debug)
+    outer: Handle | None = model.__dict__.get(_HANDLE)
+    if outer is not None:
+        outer._suspend()
+    try:
+        handle = Handle(Engine(model, family, setup, remember_images), positions, outer)
+    except BaseException:
+        if outer is not None:
+            outer._resume()
+        raise
+    model.__dict__[_HANDLE] = handle
+    return handle
+
+
+def _setup(
+    model: nn.Module,
+    family: Family,
+    calls: tuple[MethodCall, ...],
+    positions: Positions | None,
+    clip: ClipText | None,
+    remember_images: int,
+) -> Setup:
+    """What calls with these methods run with, if the model allows them."""
     shape = family.shape(model)
     for call in calls:
         _check_signals(call, shape, clip)
@@ -234,28 +389,14 @@ def patch(
             )
         _check_decoder(call, family, model)
     modes = _positions(family, calls, positions)
-    _refuse_compiled(model, family)
     if (tokens := family.fixed_tokens(model)) is not None:
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
     if clip is not None:
         _check_clip(clip, family, model)
-    remember_images = plain(remember_images)
     _check_memory(remember_images, calls, shape)
-    if not isinstance(debug, bool):
-        raise MethodFieldError(
-            f"debug={debug!r}: use True to look at all numbers that a method returns, or False."
-        )
-    if not isinstance(record, bool):
-        raise MethodFieldError(
-            f"record={record!r}: use True to keep the scores of tokens, or False."
-        )
     for said in idle(calls):
-        warnings.warn(said, UserWarning, stacklevel=2)
-    unpatch(model)
-    engine = Engine(model, family, calls, modes, clip, remember_images, record, debug)
-    handle = Handle(engine)
-    model.__dict__[_HANDLE] = handle
-    return handle
+        warnings.warn(said, UserWarning, stacklevel=3)
+    return Setup(calls, shape, modes, family.text_model(model), Ticket(), clip=clip)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -263,6 +404,20 @@ def unpatch(model: nn.Module) -> None:
     handle = unwrapped(model).__dict__.get(_HANDLE)
     if handle is not None:
         handle.remove()
+
+
+@contextmanager
+def unpatched(model: nn.Module) -> Iterator[None]:
+    """The model without its patch, which is back afterwards."""
+    outer: Handle | None = unwrapped(model).__dict__.get(_HANDLE)
+    if outer is not None:
+        outer._suspend()
+    try:
+        yield
+    finally:
+        unpatch(model)
+        if outer is not None:
+            outer._resume()
 
 
 def _calls(

@@ -7,7 +7,7 @@ length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -430,7 +430,6 @@ class Prefill:
 
 
 def begin(
-    setup: Setup,
     encoded: Mapping[Modality, Encoded],
     visual: Mapping[Modality, Tensor],
     kwargs: dict[str, Any],
@@ -448,6 +447,8 @@ def begin(
     """
     embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
     cache: Any = kwargs.get("past_key_values")
+    state = pruned_state(cache)
+    setup = _setup(encoded.values(), state)
     batch, length = embeds.shape[:2]
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise UnsupportedFeatureError(
@@ -462,7 +463,6 @@ def begin(
     text = real & ~somewhere
     last = _report(setup, images, text.sum(1)[:: batch // samples])
     keeps = entries_to_keep(setup, images, last.text_tokens)
-    state = pruned_state(cache)
     if state is None and keeps is None and not any(image.plan for image in images):
         return None, last
 
@@ -474,9 +474,11 @@ def begin(
         cache = kwargs["past_key_values"] = DynamicCache(config=setup.config)
     if keeps is not None:
         refuse_cache(setup, cache, shortened=state is not None)
+    elif state is not None and state.setup.on_cache not in (None, setup.on_cache):
+        refuse_cache(state.setup, cache, shortened=True)
     if cache is not None:
         new = state is None
-        state = make_pruned(cache, setup.ticket, setup.starts)
+        state = make_pruned(cache, setup)
         if new and mask is not None and mask.shape[1] > length:
             for segment in state.segments:  # a text prefix, cached before the image came
                 segment.padding = mask[:, :-length].to(embeds.device, torch.bool)
@@ -516,6 +518,20 @@ def begin(
         # Without mask and cache, gaps in the positions would read as packed sequences.
         kwargs["attention_mask"] = first.valid
     return prefill, last
+
+
+def _setup(encoded: Iterable[Encoded], state: PrunedState | None) -> Setup:
+    """What images were encoded with is what they enter the LLM with; an earlier image in the cache
+    keeps its segments."""
+    encoded = list(encoded)
+    setup = encoded[0].setup
+    if any(other.setup.calls != setup.calls for other in encoded):
+        raise UnsupportedFeatureError(
+            "The images and the videos of this call were encoded with different budgets or "
+            "methods: encode them together."
+        )
+    setup.check_images(sum(len(one.images) for one in encoded))
+    return setup if state is None else setup.on_cache_of(state.setup)
 
 
 def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:

@@ -33,6 +33,31 @@ _lock = threading.Lock()
 _uses: Counter[str] = Counter()
 
 
+class Names:
+    """Names that the taps of one patch have with transformers: registered with the first tap, until
+    `release()`. A thread that read a name may look it up when the tap is gone."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._releases: dict[str, Callable[[], object]] = {}
+
+    def of(self, attention: str) -> str:
+        """The name of taps before an implementation of attention."""
+        # "flash" must stay inside the name: transformers recognises flash attention by substring.
+        name = _PREFIX + str(attention).removeprefix(_PREFIX)
+        if name not in self._releases:
+            with _lock:
+                _uses[name] += 1
+                ALL_ATTENTION_FUNCTIONS.register(name, _tapped_attention)
+            # A model that is thrown away while patched must not leave the name behind either.
+            self._releases[name] = weakref.finalize(self._owner, _release, name)
+        return name
+
+    def release(self) -> None:
+        while self._releases:
+            self._releases.popitem()[1]()
+
+
 class Tap:
     """One attention module that shows its queries and keys to `listeners` until `remove()`.
 
@@ -40,25 +65,17 @@ class Tap:
     """
 
     def __init__(
-        self, module: Any, listeners: list[Listener], instead: Exchange | None = None
+        self, module: Any, names: Names, listeners: list[Listener], instead: Exchange | None = None
     ) -> None:
         self._module = module
         self._config = module.config
-        # "flash" must stay inside the name: transformers recognises flash attention by substring.
-        self._name = f"{_PREFIX}{self._config._attn_implementation}"
-        with _lock:
-            _uses[self._name] += 1
-            ALL_ATTENTION_FUNCTIONS.register(self._name, _tapped_attention)
-        # A model that is thrown away while patched must not leave the name behind either.
-        self._release = weakref.finalize(module, _release, self._name)
         config = copy.copy(self._config)
-        config._attn_implementation_internal = self._name
+        config._attn_implementation_internal = names.of(self._config._attn_implementation)
         config._vlmprune_tap = (self._config, listeners, instead)
         module.config = config
 
     def remove(self) -> None:
         self._module.config = self._config
-        self._release()
 
 
 def _release(name: str) -> None:
@@ -77,7 +94,9 @@ def _tapped_attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    config, listeners, instead = module.config._vlmprune_tap
+    # Another thread may have removed a tap that this call only passed by.
+    none = (module.config, (), None)
+    config, listeners, instead = getattr(module.config, "_vlmprune_tap", none)
     for listener in listeners:
         listener(query, key, attention_mask, **kwargs)
     if instead is not None:

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import Ticket
+from ..prune.budget import MethodCall
 from .encoding import Encoded, EncodedImage
 from .family import Family, Inputs, Modality, Model
 from .report import Stopwatch
+from .setup import Setup
 
-Encode = Callable[[Inputs], tuple[Any, Encoded | None]]
-"""Runs the encoder on the arguments of `get_image_features`: its output with the rows that enter
-the LLM in place, and what was chosen; None for outputs that are plain tuples."""
+Encode = Callable[[Inputs, Sequence[int] | None], tuple[Any, Encoded | None]]
+"""Runs the encoder on the arguments of `get_image_features` for some images of a call, by their
+numbers (None: all): its output with the rows that enter the LLM in place, and what was chosen; None
+for outputs that are plain tuples."""
 
 _NO_MATTER = frozenset({"return_dict", "output_attentions", "output_hidden_states", "use_cache"})
 """Arguments that change what is returned beside the features."""
@@ -73,11 +75,12 @@ class _Known:
 class ImageMemory:
     """The `capacity` images (or videos) that were asked about last, for all threads.
 
-    An image is told by the bits of its pixels, its size, and the options of the encoder.
+    An image is told by the bits of its pixels, its size, the options of the encoder, and the
+    methods with their budgets that chose from it.
     """
 
-    def __init__(self, capacity: int, owner: Ticket) -> None:
-        self._capacity, self._owner = capacity, owner
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
         self._known: OrderedDict[Hashable, _Known] = OrderedDict()
         self._lock = threading.Lock()
         self._hits = self._misses = 0
@@ -99,13 +102,16 @@ class ImageMemory:
         modality: Modality,
         inputs: Inputs,
         encode: Encode,
+        setup: Setup,
     ) -> tuple[Any, Encoded | None]:
         """The output for all images of a call, of which `encode` sees those that are not known,
         each once."""
         learns = _learns(family, model, modality, inputs)
         keys = None if learns else _keys(family, model, modality, inputs)
         if keys is None:
-            return encode(inputs)
+            return encode(inputs, None)
+        calls = setup.calls_of(range(len(keys)))
+        keys = [(key, _hashable(chosen)) for key, chosen in zip(keys, calls, strict=True)]
         found = self._find(keys)
         unknown = [i for i, key in enumerate(keys) if key not in found and key not in keys[:i]]
         stopwatch = None
@@ -114,7 +120,7 @@ class ImageMemory:
             some = inputs
             if len(unknown) < len(keys):
                 images, some = family.only(model, modality, inputs, unknown)
-            output, encoded = encode(some)
+            output, encoded = encode(some, images)
             if encoded is None:
                 return output, None
             stopwatch = encoded.stopwatch
@@ -125,7 +131,7 @@ class ImageMemory:
             self._keep({}, hits=len(keys))
         known = [found[key] for key in keys]
         stopwatch = stopwatch or Stopwatch(known[0].rows.device)
-        return _output(known), Encoded([one.image for one in known], stopwatch, self._owner)
+        return _output(known), Encoded([one.image for one in known], stopwatch, setup)
 
     def _find(self, keys: Sequence[Hashable]) -> dict[Hashable, _Known]:
         with self._lock:
@@ -139,8 +145,17 @@ class ImageMemory:
             self._hits += hits
             self._misses += len(new)
             self._known.update(new)
-            while len(self._known) > self._capacity:
+            while len(self._known) > self.capacity:
                 self._known.popitem(last=False)
+
+
+def _hashable(calls: tuple[MethodCall, ...]) -> Hashable:
+    """Methods with their budgets as a key; fields may be of any kind."""
+    try:
+        hash(calls)
+    except TypeError:
+        return repr(calls)
+    return calls
 
 
 def _learns(family: Family, model: Model, modality: Modality, inputs: Inputs) -> bool:

@@ -17,6 +17,7 @@ from .cache_report import CacheReport
 
 NO_IMAGES = "the last prefill had no images"
 """The note of a prefill without visual tokens."""
+DISABLED = "the last prefill ran inside handle.disabled(): nothing was pruned"
 
 
 class Stopwatch:

@@ -217,7 +217,7 @@ def compare(
     """Ask one question about one picture: the model as it is, then with every method.
 
     Args:
-        model: not patched, or its patch is taken off; left as it was loaded.
+        model: a patch that is on it is off meanwhile, and back afterwards.
         processor: the model's, with a chat template.
         image: a picture or its path.
         methods: names, words as on the command line ("fastv:layer=3@0.25",
@@ -274,11 +274,9 @@ def compare_cells(
     repeats: int,
 ) -> Comparison:
     """As `compare`, with the cells of a grid, the dense one (nothing) first."""
-    from ..adapters.patching import unpatch
     from ..adapters.wrappers import unwrapped
 
     model = unwrapped(model)
-    unpatch(model)
     task, fit = OneQuestion(asked, max_new_tokens), picture_fit(processor)
     evaluator = Evaluator(
         model,

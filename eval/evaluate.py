@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..adapters.clip_text import ClipText
 from ..adapters.devices import input_device
-from ..adapters.patching import Handle, patch
+from ..adapters.patching import Handle, patch, unpatched
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
 from .answering import Answer, answer, flops_of, tokens_of
@@ -153,13 +153,16 @@ class Evaluator:
         torch.manual_seed(self.seed)
         options: PatchOptions = {"positions": positions, "clip": self.clip}
         drawn = EXAMPLES if save_picture else 0
-        done = self.processes.gather(partial(self._share, calls, options, drawn, progress, inspect))
+        with unpatched(self.model):  # a patch of the caller's comes back afterwards
+            done = self.processes.gather(
+                partial(self._share, calls, options, drawn, progress, inspect)
+            )
+            measured = self.processes.from_first(partial(self._measure, calls, options))
         answers = self.processes.dealt([share.answers for share in done])
         samples = [
             self._sample(question, found)
             for question, found in zip(self.questions, answers, strict=True)
         ]
-        measured = self.processes.from_first(partial(self._measure, calls, options))
         return Measured(
             scores={"accuracy": self._score(samples)},
             tokens=tokens_of(answers),

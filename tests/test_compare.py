@@ -127,6 +127,20 @@ def test_the_model_stays_as_it_was(loaded, question):
     assert not differences(before, snapshot(model))
 
 
+def test_a_patch_of_the_caller_is_back_afterwards(loaded, question):
+    model, processor = loaded
+    dense = answer_of(model, processor, question)
+    with vlmprune.patch(model, "grid", keep_tokens=9) as handle:
+        before = snapshot(model)
+        found = vlmprune.compare(
+            model, processor, question.image, question.question, ["hiprune@9"], repeats=1
+        )
+        (swept,) = sweep_model(model, processor, [], [0.5], limit=1)
+        assert found.dense.tokens == swept["tokens"]["kept_per_image"] == 196
+        assert found.dense.answer == dense
+        assert handle.active and not differences(before, snapshot(model))
+
+
 def test_what_a_method_cannot_do_is_a_row_of_its_own(compared):
     refused = compared.rows[4]
     assert isinstance(refused.refusal, vlmprune.MissingSignalError)

@@ -70,6 +70,8 @@ def test_a_model_dropped_while_patched_leaves_no_global_name():
 
 def snapshot(model) -> dict:
     """Everything observable of a model and of the library's global tables."""
+    if any("vlmprune" in name for name in ALL_ATTENTION_FUNCTIONS.keys()):  # noqa: SIM118
+        gc.collect()  # models that other tests dropped while patched take their names along
     state = {}
     for name, module in model.named_modules():
         own = {k: id(v) for k, v in vars(module).items() if k not in UPSTREAM_STATE}
@@ -550,3 +552,70 @@ def test_the_attention_may_be_changed_while_patched(case, which):
         m.config._attn_implementation for m in model.modules() if hasattr(m, "config")
     }
     assert implementations == {"eager"}
+
+
+# --- Patches inside patches --------------------------------------------------------------------
+
+
+@zoo.BOTH_FAMILIES
+def test_leaving_with_brings_the_outer_patch_back(case):
+    model, expected = warm(case)
+    before = snapshot(model)
+    with vlmprune.patch(model, METHODS["decoder"]) as outer:
+        found, while_patched = outputs(model, case), zoo.hooks(model)
+        cache = model(**case.inputs()).past_key_values
+        with vlmprune.patch(model, METHODS["cache"]) as inner:
+            assert inner.active and not outer.active and "suspended" in repr(outer)
+            with pytest.raises(ZeroDivisionError), vlmprune.patch(model, METHODS["attending"]):
+                outputs(model, case)
+                raise ZeroDivisionError
+            assert inner.active
+        assert outer.active and not inner.active
+        assert zoo.hooks(model) == while_patched
+        assert same(outputs(model, case), found)
+        if not case.qwen:  # whose rope_deltas are those of the last call
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert differences(before, snapshot(model)) == []
+    assert same(outputs(model, case), expected)
+
+
+def test_what_is_set_comes_back_and_what_was_removed_does_not():
+    case = zoo.CASES["llava-clip-llama"]
+    model, expected = warm(case)
+    before = snapshot(model)
+    outer = vlmprune.patch(model, "divprune", keep_ratio=0.4)
+    outer.set("fastv", keep_ratio=0.25)
+    found = outputs(model, case)
+    for leave in (lambda: None, lambda: vlmprune.unpatch(model)):
+        with vlmprune.patch(model, "grid", keep_ratio=0.5):
+            outputs(model, case)
+            leave()
+        assert outer.active and same(outputs(model, case), found)
+    with vlmprune.patch(model, "grid", keep_ratio=0.5):
+        replaced = vlmprune.patch(model, "pool", keep_ratio=0.5)
+    assert replaced.active, "a patch that was made inside and is still on stays"
+    replaced.remove()
+    with vlmprune.patch(model, "grid", keep_ratio=0.5):
+        outer.remove()
+    assert not outer.active
+    assert differences(before, snapshot(model)) == []
+    assert same(outputs(model, case), expected)
+
+
+def test_removing_brings_nothing_back():
+    case = zoo.CASES["llava-clip-llama"]
+    model, expected = warm(case)
+    outer = vlmprune.patch(model, "divprune", keep_ratio=0.4)
+    vlmprune.patch(model, "fastv", keep_ratio=0.4).remove()
+    assert not outer.active and same(outputs(model, case), expected)
+
+
+def test_a_patch_that_is_refused_leaves_the_one_before():
+    case = zoo.CASES["llava-clip-llama"]
+    model = case.model()
+    handle = vlmprune.patch(model, METHODS["decoder"])
+    found, before = outputs(model, case), snapshot(model)
+    with pytest.raises(vlmprune.BudgetError):
+        vlmprune.patch(model, "fastv", average_tokens=1)
+    assert handle.active and differences(before, snapshot(model)) == []
+    assert same(outputs(model, case), found)

@@ -1,0 +1,75 @@
+"""Hooks that are on a model's modules for as long as somebody needs them.
+
+A hook costs some microseconds for each layer and step, and most are needed by prefills alone: a
+decoding step passes layers that are as they were before the patch. Calls of several threads may
+need different ones at a time, and all hooks ask the call of their own thread what to do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+Undo = Callable[[], None]
+Spot = tuple[str, int]
+"""What a hook does, and the number of its layer."""
+Spots = frozenset[Spot]
+
+
+class Hooks:
+    """The hooks of one patch, counted by who needs them.
+
+    Whoever holds spots finds their hooks in place until it releases them. Hooks of others come and
+    go meanwhile, also between the moment when torch lists a module's hooks and that when it calls
+    them: such a hook may be called once more or without keyword arguments, and must do nothing.
+    """
+
+    def __init__(self, install: Callable[[Spot], Undo]) -> None:
+        """`install` puts the hook of a spot on and returns what takes it off."""
+        self._install = install
+        self._holders: Counter[Spots] = Counter()
+        self._needed: Counter[Spot] = Counter()
+        self._undo: dict[Spot, Undo] = {}
+        self._on = True
+        self._lock = threading.Lock()
+
+    def hold(self, spots: Spots) -> None:
+        """Somebody needs all these."""
+        with self._lock:
+            self._holders[spots] += 1
+            if self._holders[spots] == 1:
+                self._needed.update(spots)
+                self._put_on(spots)
+
+    def release(self, spots: Spots) -> None:
+        """Somebody who held them needs them no more."""
+        with self._lock:
+            self._holders[spots] -= 1
+            if self._holders[spots]:
+                return
+            del self._holders[spots]
+            self._needed.subtract(spots)
+            for spot in spots:
+                if not self._needed[spot]:
+                    del self._needed[spot]
+                    if (undo := self._undo.pop(spot, None)) is not None:
+                        undo()
+
+    def take_off(self) -> None:
+        """All of them, whoever still runs."""
+        with self._lock:
+            self._on = False
+            while self._undo:
+                self._undo.popitem()[1]()
+
+    def put_back(self) -> None:
+        """All that are needed, after `take_off`."""
+        with self._lock:
+            self._on = True
+            self._put_on(frozenset(self._needed))
+
+    def _put_on(self, spots: Spots) -> None:
+        for spot in sorted(spots):
+            if self._on and spot not in self._undo:
+                self._undo[spot] = self._install(spot)
