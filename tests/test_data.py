@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from test_measure import FakeProcessor, picture
+from test_measure import picture
+from test_processors import PROCESSORS
 from vlmprune.eval import cli, config, embedded, sweep_command
 from vlmprune.eval.image_file import read_picture
 from vlmprune.eval.in_process import sweep_model
@@ -237,50 +238,46 @@ def test_photos_are_turned_as_the_camera_was_held(tmp_path):
 # --- Sweeps ----------------------------------------------------------------------------------
 
 
-class Chat(FakeProcessor):
-    """A processor with a chat template, whose prompts are as the zoo's."""
-
-    chat_template = "yes"
-    seen: list[str]
-
-    def apply_chat_template(self, messages, add_generation_prompt):
-        (message,) = messages
-        assert add_generation_prompt and message["role"] == "user"
-        assert [part["type"] for part in message["content"]] == ["image", "text"]
-        self.seen = [*getattr(self, "seen", []), message["content"][1]["text"]]
-        return message["content"][1]["text"]
-
-    def __call__(self, text, images, **options):
-        letters = ["ABC"[image.getpixel((0, 0))[0]] for image in images]
-        return self.case.inputs(
-            [(len(t.split()), a, 2) for t, a in zip(text, letters, strict=True)]
-        )
-
-
-@pytest.mark.parametrize(
-    "name", ["llava-clip-llama", "llava_next", "llava_onevision", "qwen2_5_vl"]
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}"
 )
+PLACES = {True: "<|vision_start|> <|image_pad|> <|vision_end|>", False: "<image>"}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
 def test_models_of_every_family_are_swept_in_python(name, write, tmp_path):
-    case = CASES[name]
-    processor = Chat(case)
+    case, processor = CASES[name], PROCESSORS[name]()
+    processor.chat_template = TEMPLATE.replace("IMAGE", PLACES[case.qwen])
+    for letter, size in (("a", (40, 60)), ("b", (90, 50)), ("c", (32, 32))):
+        Image.radial_gradient("L").resize(size).save(tmp_path / f"{letter}.png")
     path = write(
         line(answer="x"),
         line(image="b.png", kind="where", choices=["in", "out"], answer="A"),
         line(image="c.png", question="and now ?", answer="9"),
     )
     task = JsonlTask(path, matching="contains", max_new_tokens=3)
+    asked = {q.kind: task.prompt(processor, q) for q in task.questions(None)}
+    assert asked["where"].split("\n") == [
+        f"{PLACES[case.qwen]} What is it?",
+        "A. in",
+        "B. out",
+        f"{CHOICE_INSTRUCTION} ",
+    ]
+    model = case.model()
     given = {"task": task, "batch_size": 2, "output_path": tmp_path / "runs"}
-    dense, grid = sweep_model(case.model(), processor, ["divprune"], [6], **given)
-    assert dense["status"] == grid["status"] == "ok"
-    assert main_score(dense)[1]["n"] == 3 and grid["tokens"]["kept_per_image"] == 6
+    dense, pruned = sweep_model(model, processor, ["divprune"], [0.5], **given)
+    assert dense["status"] == pruned["status"] == "ok"
+    assert main_score(dense)[1]["n"] == 3
+    assert pruned["tokens"]["kept_per_image"] == dense["tokens"]["in_per_image"] / 2
     assert set(main_score(dense)[1]["by_kind"]) == {"other", "where"}
     assert dense["config"]["task"] == "my" and dense["config"]["task_version"] == task.version
-    assert f"What is it?\nA. in\nB. out\n{CHOICE_INSTRUCTION}" in processor.seen
-    (_, only), limited = (
-        sweep_model(case.model(), processor, ["divprune"], [6], **given, **options)
+    (only, _), (limited, _) = (
+        sweep_model(model, processor, ["divprune"], [0.5], **given, **options)
         for options in ({"kinds": ["where"]}, {"limit": 2})
     )
-    assert main_score(only)[1]["n"] == 1 and main_score(limited[0])[1]["n"] == 2
+    assert main_score(only)[1]["n"] == 1 and main_score(limited)[1]["n"] == 2
     assert len(read_records(tmp_path / "runs")) == 6
 
 
