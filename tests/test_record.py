@@ -274,3 +274,39 @@ def test_scores_that_were_not_recorded_are_said_to_be_so():
     handle, _ = run(PLAIN, "fastv", record=False)
     with pytest.raises(vlmprune.NotRecordedError, match="record=True"):
         handle.overlay(picture(), scores=True)
+
+
+# --- what else a patch may do ------------------------------------------------------------------
+
+
+def test_a_remembered_image_has_its_scores():
+    model = PLAIN.model()
+    handle = vlmprune.patch(model, "cls_topk", keep_ratio=0.3, record=True, remember_images=2)
+    seen = []
+    for _ in range(2):
+        model.generate(**PLAIN.inputs(), max_new_tokens=1, do_sample=False)
+        seen.append(handle.last.scores[0])
+    assert handle.remembered.hits == 1
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_a_generate_without_a_cache_reports_the_scores_of_its_one_choice():
+    model = PLAIN.model()
+    handle = vlmprune.patch(model, "fastv", keep_ratio=0.3, record=True)
+    model.generate(**PLAIN.inputs(), max_new_tokens=1, do_sample=False)
+    first = handle.last.scores[0]
+    model.generate(**PLAIN.inputs(), max_new_tokens=3, do_sample=False, use_cache=False)
+    assert torch.equal(first.isnan(), handle.last.scores[0].isnan())
+    assert torch.allclose(first, handle.last.scores[0], equal_nan=True, atol=1e-6)
+
+
+def test_frames_of_a_video_have_a_heat_map_each():
+    case = zoo.CASES["qwen2_vl"]
+    handle, _ = run(case, "cls_topk", rows=zoo.MIXED)
+    last = handle.last
+    (video, *_) = (n for n, tiling in enumerate(last.tilings) if len(tiling.blocks) > 1)
+    frames = [picture() for _ in last.tilings[video].blocks]
+    heat = handle.overlay(frames, video, scores=True)
+    plain = handle.overlay(frames, video)
+    assert heat.width == plain.width and heat.height > plain.height
+    assert handle.overlay(frames, video, across=1).height > plain.height
