@@ -16,6 +16,9 @@ Color = tuple[int, int, int]
 
 LEGEND = "legend"
 """Key of a picture's `info`: the sentences that say what its colours mean."""
+GREY = "Grey: dropped."
+WHITE = "White lines: kept as it is."
+OUTLINES = "Coloured outlines: merged, into the token with the box of that colour."
 HATCHED = "Hatched: cut off, the model does not see it."
 GAP = 12
 _MIN_SIDE = 448

@@ -8,7 +8,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..prune.tiling import Tiling
-from .canvas import HATCHED, LEGEND, Canvas, Color, Fit, canvases, together
+from .canvas import (
+    GREY,
+    HATCHED,
+    LEGEND,
+    OUTLINES,
+    WHITE,
+    Canvas,
+    Color,
+    Fit,
+    canvases,
+    together,
+)
 from .regions import Regions
 
 _TINT = 90  # of 255
@@ -57,10 +68,9 @@ def overlay(
     dropped = any(token not in alive and token not in regions.owner for token in tokens)
     plain = any(token in alive and token not in regions.owner for token in tokens)
     sheet.info[LEGEND] = [
-        *["Grey: dropped."] * dropped,
-        *["White lines: kept as it is."] * (plain and (dropped or bool(regions.owner))),
-        *["Coloured outlines: merged, into the token with the box of that colour."]
-        * bool(regions.owner),
+        *[GREY] * dropped,
+        *[WHITE] * (plain and (dropped or bool(regions.owner))),
+        *[OUTLINES] * bool(regions.owner),
         *[HATCHED] * any(canvas.cropped for canvas in drawn),
     ]
     return sheet

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..adapters.canvas import LEGEND
+from ..adapters.canvas import GREY, HATCHED, OUTLINES, WHITE
+from ..adapters.canvas import LEGEND as OF_PICTURE
 
+_SCALE = "Colours with a scale: in how many layers the KV cache still has a token."
+LEGEND = " ".join([GREY, WHITE, OUTLINES, HATCHED, _SCALE])
+"""What all pictures mean together; the legend of one says what it has."""
 _SIDE, _GAP, _LINE = 336, 12, 26
 _MOST_LINES = 4
 _LARGE, _SMALL = 22, 19
@@ -44,7 +48,7 @@ def side_by_side(title: str, panels: Sequence[Panel], columns: int) -> Image.Ima
         max(pictures[i].height + _LINE * (len(texts[i][0]) + len(texts[i][1])) for i in row) + _GAP
         for row in rows
     ]
-    said = dict.fromkeys(one for panel in panels for one in panel.picture.info.get(LEGEND, ()))
+    said = dict.fromkeys(one for panel in panels for one in panel.picture.info.get(OF_PICTURE, ()))
     footing = wrapped(" ".join(said), small, width - 2 * _GAP) if said else []
     top = _GAP + _LINE * len(heading) + _GAP // 2
     height = top + sum(heights) + _GAP + _LINE * len(footing)

@@ -12,7 +12,7 @@ from vlmprune.eval.ask import _table
 from vlmprune.eval.picture_fit import picture_fit
 from vlmprune.eval.report.tables import cache_text as in_reports
 from vlmprune.eval.results import cache_text
-from vlmprune.eval.side_by_side import Panel, side_by_side
+from vlmprune.eval.side_by_side import LEGEND, Panel, side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,8 @@ def test_the_fit_is_what_the_processor_says(crops, fit):
 def test_only_what_is_seen_is_explained(compared):
     *_, grid = compared.rows
     assert grid.picture.info["legend"] == ["Grey: dropped.", "White lines: kept as it is."]
+    assert all(sentence in LEGEND for sentence in grid.picture.info["legend"])
+    assert "merged" in LEGEND and "Hatched" in LEGEND and "KV cache" in LEGEND  # of a report
 
 
 def test_what_colours_mean_is_written_under_the_panels():
