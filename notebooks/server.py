@@ -1,0 +1,109 @@
+"""A small server on one patched model: every request has its own budget, all share the weights.
+
+    python notebooks/server.py --port 8000
+    curl localhost:8000/ask -d '{"image": "cat.jpg", "question": "What is it?", "keep_tokens": 64}'
+
+`image` is a path on the server (which listens to this machine alone) or base64 of a picture's file;
+the budget is any word of `patch`, and without one the patch's own holds. See serving.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import io
+import json
+import time
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+import vlmprune
+from PIL import Image
+from vlmprune.eval.loading import load
+from vlmprune.eval.task import chat_prompt
+from vlmprune.prune.budget import BUDGET_WORDS
+
+
+class Model:
+    """A model, its processor and the patch, for any number of threads."""
+
+    def __init__(self, name: str, method: str, keep_ratio: float) -> None:
+        self.model, self.processor = load(name)
+        self.handle = vlmprune.patch(self.model, method, keep_ratio=keep_ratio)
+
+    def ask(self, image: str, question: str, max_new_tokens: int = 32, **budget: float) -> dict:
+        """The answer, and what it cost."""
+        text = chat_prompt(self.processor, question)
+        inputs = self.processor(text=[text], images=[picture(image)], return_tensors="pt")
+        started = time.perf_counter()
+        with self.handle.budget(**budget) if budget else nullcontext():
+            out = self.model.generate(
+                **inputs.to(self.model.device, self.model.dtype),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+        new = out.sequences[0, inputs["input_ids"].shape[1] :]
+        return {
+            "answer": self.processor.decode(new, skip_special_tokens=True).strip(),
+            "tokens_in": sum(out.vlmprune_last.tokens_in),
+            "tokens_kept": sum(out.vlmprune_last.tokens_kept),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+
+
+def picture(image: str) -> Image.Image:
+    """A picture from base64 of its file, or from a path."""
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(image, validate=True))).convert("RGB")
+    except (binascii.Error, OSError):
+        return Image.open(image).convert("RGB")
+
+
+def serve(model: Model, port: int) -> ThreadingHTTPServer:
+    """A server that answers POST /ask, one thread a request; run its `serve_forever`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            if self.path != "/ask":
+                return self.reply(404, {"error": "POST /ask"})
+            try:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                known = {"image", "question", "max_new_tokens", *BUDGET_WORDS}
+                if unknown := set(asked) - known:
+                    raise ValueError(f"unknown {sorted(unknown)}: give {sorted(known)}")
+                return self.reply(200, model.ask(**asked))
+            except (ValueError, TypeError, OSError, vlmprune.VlmpruneError) as error:
+                return self.reply(400, {"error": str(error)})
+
+        def reply(self, code: int, answer: dict) -> None:
+            body = json.dumps(answer).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--method", default="divprune")
+    parser.add_argument("--keep_ratio", type=float, default=0.25)
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    server = serve(Model(args.model, args.method, args.keep_ratio), args.port)
+    print(f"http://127.0.0.1:{server.server_port}/ask")
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
