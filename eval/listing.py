@@ -88,11 +88,12 @@ def models_table() -> Table:
 
 def what_it_does(cls: type[Method]) -> str:
     """The sentence at the head of a method's file, without its name; of a method that is not
-    shipped the first one of its class, where it has one."""
-    own = cls.__doc__ or ""
-    if is_shipped(cls) or not own or own.startswith(f"{cls.__name__}("):  # a dataclass's own
-        own = sys.modules[cls.__module__].__doc__ or ""
-    sentence = _first_line(own)
+    shipped, and whose file does not begin with it, the first one of its class."""
+    of_file = _first_line(sys.modules[cls.__module__].__doc__)
+    head = re.sub(r"\W", "", of_file.partition(": ")[0]).lower()
+    generated = (cls.__doc__ or "").startswith(f"{cls.__name__}(")  # by dataclass
+    is_its_own = is_shipped(cls) or generated or head == cls.__name__.lower()
+    sentence = of_file if is_its_own else _first_line(cls.__doc__)
     head, colon, rest = sentence.partition(": ")
     return rest.rstrip(".") if colon else head
 
