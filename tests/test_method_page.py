@@ -109,7 +109,7 @@ def mine(monkeypatch):
 def test_a_method_of_ones_own_has_a_page(mine, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "__doc__", "Mine: keep the first.\n\nDiffers: no.")
     said = " ".join(method_page("mine", 90).split())
-    assert said.startswith("mine: keep the first Acts before the LLM Reads features")
+    assert said.startswith("mine: ") and " Acts before the LLM Reads features " in said
     assert "Differs no." in said and "Reference" not in said
     assert "step: int = 1 The first tokens, step apart." in said
     assert "ways: tuple[str, ...] = ('a',)" in said
