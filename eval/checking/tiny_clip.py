@@ -44,6 +44,7 @@ def clip(length: int = 12, width: int = TOWER["hidden_size"]) -> ClipText:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=length,
+        bos_token_id=1,
         eos_token_id=2,
     )
     vision = CLIPVisionConfig(**{**TOWER, "hidden_size": width})
