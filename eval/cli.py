@@ -795,13 +795,18 @@ def parse_fields(parts: Sequence[str]) -> dict[str, object]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what is wrong at first sight, with nothing heavy imported; read what is asked."""
-    from .early import refuse_unknown_methods
+    from . import early
 
-    words = [*getattr(args, "methods", []), *getattr(args, "method", [])]
+    words = split_list([*getattr(args, "methods", []), *getattr(args, "method", [])])
     if args.command == "methods" and args.name:
         words = [args.name]
-    refuse_unknown_methods(split_list(words))
+    early.refuse_unknown_methods(words)
+    early.refuse_unknown_budgets(split_list(getattr(args, "budgets", [])))
     if args.command == "sweep":
+        early.refuse_unknown_questions(
+            split_list(args.tasks), split_list(args.kinds or []), other_tasks=bool(args.data)
+        )
+        early.refuse_unwritable(args.output_path)
         from .tasks.jsonl import read_all
 
         args.own = read_all(args.data, matching=args.matching, max_new_tokens=args.max_new_tokens)

@@ -1,18 +1,30 @@
-"""What can be refused before torch is imported: methods that nobody has."""
+"""What can be refused before torch is imported: methods, budgets, tasks and kinds that nobody has,
+and a folder that takes nothing."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..prune import methods
-from ..prune.errors import UnknownMethodError, did_you_mean
+from ..prune.amount import PUBLISHED, Budget
+from ..prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
+from .embedded import TASK
+from .embedded.vocabulary import KINDS
+from .task import TaskError
 
 DENSE = "dense"
 AND = re.compile(r"\+(?=[A-Za-z_])")  # the plus of 1e+3 is none
+
+
+class OutputError(VlmpruneError, OSError):
+    """A folder that results cannot be written to."""
 
 
 def refuse_unknown_methods(words: Iterable[str]) -> None:
@@ -28,6 +40,61 @@ def refuse_unknown_methods(words: Iterable[str]) -> None:
     for name in names:
         if name not in known and name != DENSE:
             raise UnknownMethodError(f"Unknown method {name!r}. {did_you_mean(name, known)}")
+
+
+def refuse_unknown_budgets(words: Iterable[str]) -> None:
+    """Look at budgets as typed, alone or behind a method.
+
+    Raises:
+        BudgetError: it says what to write.
+    """
+    for word in words:
+        if word != PUBLISHED:
+            Budget.parse(word)
+
+
+def refuse_unknown_questions(
+    tasks: Sequence[str], kinds: Iterable[str], *, other_tasks: bool
+) -> None:
+    """Look at names of tasks, where lmms-eval is not there to know more, and of kinds.
+
+    Args:
+        other_tasks: whether there are tasks beside these, which may have kinds of their own.
+
+    Raises:
+        TaskError: it says what is near, or what to install.
+    """
+    for name in tasks:
+        near = get_close_matches(name, [TASK])
+        if name == TASK or (not near and find_spec("lmms_eval") is not None):
+            continue
+        raise TaskError(
+            f"Unknown task {name!r}.{f' Did you mean: {TASK}?' if near else ''} Tasks other than "
+            f"{TASK} are those of lmms-eval (pip install 'vlmprune[lmms]'; `lmms-eval --tasks "
+            f"list` lists them) and your own (--data FILE)."
+        )
+    if other_tasks or (tasks and TASK not in tasks):
+        return
+    for kind in kinds:
+        if kind not in KINDS:
+            raise TaskError(
+                f"{TASK} has no questions of kind {kind!r}. {did_you_mean(kind, KINDS)}"
+            )
+
+
+def refuse_unwritable(folder: str) -> None:
+    """Look at a folder for results, or at the nearest one above it that is there.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "Permission denied" if there.is_dir() else f"{there} is a file"
+        raise OutputError(
+            f"Results cannot be written to {folder} ({why}): choose another folder with "
+            f"--output_path."
+        )
 
 
 def _known() -> list[str]:

@@ -43,6 +43,12 @@ sys.exit(code)
     [
         (["sweep", "--methods", "divprune,fastw:layer=3@0.25"], "Did you mean: fastv"),
         (["sweep", "--config", "my.yaml"], "Did you mean: divprune"),
+        (["sweep", "--budgets", "0.25,0.x"], "Budget '0.x' is not understood: write 0.25"),
+        (["sweep", "--budgets", "1.5"], "Budget '1.5'"),
+        (["sweep", "--tasks", "tinyscens"], "Did you mean: tinyscenes?"),
+        (["sweep", "--kinds", "read,reel"], "Did you mean: rel?"),
+        (["sweep", "--methods", "grid", "-o", "a.png/runs"], "a.png is a file"),
+        (["bench", "model", "--budgets", "many"], "Budget 'many' is not understood"),
         (["bench", "model", "--methods", "grid@0.5+divprun"], "Did you mean: divprune"),
         (["ask", "a.png", "why?", "--method", "divprun", "--keep_ratio", "0.5"], "divprune"),
         (["ask", "no.png", "why?", "--method", "grid@0.5"], "'no.png' cannot be read: No such"),
