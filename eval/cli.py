@@ -171,7 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlmpruneError as error:
         if args.verbosity == "DEBUG":
             logging.getLogger("vlmprune").exception("traceback of the error below")
-        first, *others = getattr(error, "lines", (str(error),))
+        from .flag_words import in_flags
+
+        budget_flags = hasattr(args, "keep_ratio")
+        lines = getattr(error, "lines", (str(error),))
+        first, *others = (in_flags(line, budget_flags=budget_flags) for line in lines)
         sys.stderr.write(f"vlmprune {args.command}: error: {' '.join(first.split())}\n")
         sys.stderr.writelines(f"  {' '.join(line.split())}\n" for line in others)
         return 2

@@ -11,6 +11,7 @@ from ..prune.contract import Positions
 from ..prune.errors import BudgetError, MethodFieldError
 from .compare import Comparison, compare_cells
 from .compose import Parts, grid, parse
+from .flag_words import in_flags
 from .loading import limit_pixels, load, load_clip, resolve_device, short_name, split_model_args
 from .task import Question
 
@@ -114,6 +115,7 @@ def comparisons(
 def say_what_to_know(compared: Sequence[Comparison]) -> None:
     """Refusals and notes, each once, on stderr."""
     rows = [row for each in compared for row in each.rows]
-    lines = [f"not applicable: {row.refusal}" for row in rows if row.refusal is not None]
+    refusals = [str(row.refusal) for row in rows if row.refusal is not None]
+    lines = [f"not applicable: {in_flags(refusal, budget_flags=True)}" for refusal in refusals]
     lines += [f"note: {note}" for each in compared for note in each.notes]
     sys.stderr.writelines(f"{line}\n" for line in dict.fromkeys(lines))

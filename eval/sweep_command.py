@@ -18,6 +18,7 @@ from .config import write_config
 from .console import stdout
 from .evaluate import Benchmark, Evaluator
 from .extras import Extras
+from .flag_words import in_flags
 from .in_process import sweep_grid
 from .loading import (
     limit_pixels,
@@ -282,7 +283,7 @@ def _say_what_happened(summary: Summary, folder: Path) -> None:
     }
     for what, cells in (("not applicable", summary.not_applicable), ("failed", summary.failed)):
         for cell, reason in cells:
-            sys.stderr.write(f"{what}: {cell}: {' '.join(reason.split())}\n")
+            sys.stderr.write(f"{what}: {cell}: {in_flags(' '.join(reason.split()))}\n")
     for line in summary.skipped_lines():
         sys.stderr.write(f"{line} (again: --rerun)\n")
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
