@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from ..adapters.canvas import LEGEND
 from ..prune.budget import Budget
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
@@ -60,7 +61,8 @@ def run(
     say_what_to_know([compared])
     if save:
         alone = pruned[0].picture if len(pruned) == 1 else None
-        save_picture(alone or compared.picture(), save)
+        picture = alone or compared.picture()
+        save_picture(picture, save, picture.info.get(LEGEND, ()))
     return 0
 
 

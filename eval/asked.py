@@ -47,9 +47,10 @@ def read_asked(image: str, question: str | None, answer: str = "") -> Question:
         if not question and not answer:
             return found
         return Asked(question or found.question, found.image, answer)
+    picture = read_picture(image)
     if not question or not question.strip():
         raise InputError('No QUESTION given: write it behind the picture, "What is on the table?".')
-    return Asked(question, read_picture(image), answer)
+    return Asked(question, picture, answer)
 
 
 def read_all_asked(words: Sequence[str], answer: str = "") -> dict[str, Question]:
@@ -80,8 +81,8 @@ def check_save(save: str | None) -> None:
         raise InputError(f"--save {save!r}: the folder {str(path.parent)!r} does not exist.")
 
 
-def save_picture(picture: Image.Image, save: str) -> None:
-    """Write the picture of what was kept, and say where it is.
+def save_picture(picture: Image.Image, save: str, legend: Sequence[str] = ()) -> None:
+    """Write the picture of what was kept, and say where it is and what its colours mean.
 
     Raises:
         InputError: it cannot be written.
@@ -90,4 +91,4 @@ def save_picture(picture: Image.Image, save: str) -> None:
         picture.save(save)
     except OSError as error:
         raise InputError(f"--save {save!r}: {error.strerror or error}.") from error
-    sys.stderr.write(f"kept tokens: {save}\n")
+    sys.stderr.write("\n".join([f"kept tokens: {save}", *legend]) + "\n")

@@ -13,7 +13,8 @@ import vlmprune
 from PIL import Image
 from vlmprune.eval import cli, embedded
 from vlmprune.eval.ask import _saved
-from vlmprune.eval.asked import read_asked
+from vlmprune.eval.asked import read_all_asked, read_asked
+from vlmprune.eval.image_file import InputError
 from vlmprune.eval.stats import spread
 from vlmprune.eval.vocabulary_note import unknown_words, vocabulary_note
 from vlmprune.prune.registry import method_names
@@ -130,6 +131,7 @@ def test_the_readmes_command_runs(tmp_path, monkeypatch, capsys):
     times = [line for line in out.splitlines() if line.startswith(("| first", "| each"))]
     assert len(times) == 2 and all(re.search(r"-?\d+ % \(-?\d+ to -?\d+\)", t) for t in times)
     assert "does not know" not in err and (tmp_path / argv[argv.index("--save") + 1]).exists()
+    assert "Grey: dropped.\nWhite lines: kept as it is.\n" in err  # the picture itself has no words
 
 
 def test_a_picture_that_cannot_be_written_is_one_line_below_the_answers(tmp_path, capsys):
@@ -226,3 +228,9 @@ def test_the_command_says_so_on_stderr(tmp_path, capsys):
     assert cli.main(["ask", "embedded:0", "where is the hat ?", "--method", "grid@0.5"]) == 0
     out, err = capsys.readouterr()
     assert err.count("note: the model does not know 'where', 'hat'") == 1 and "know" not in out
+
+
+@pytest.mark.parametrize("words", [["embeded:24"], ["cat.jpg"]])
+def test_a_picture_that_is_not_there_is_named_before_a_missing_question(words):
+    with pytest.raises(InputError, match=f"'{words[0]}' cannot be read"):
+        read_all_asked(words)
