@@ -366,6 +366,8 @@ def test_the_command_lists_presets_with_all_sources(capsys):
     for name, entry in itertools.product(PRESETS, preset("llava-1.5").published):
         assert f"| {name} |" in printed and entry.source in printed
     assert len(presets_table().rows) == len(PRESETS)
+    lines = (presets_table().notes or "").splitlines()
+    assert [line.partition(". ")[0] for line in lines] == [f"Sources of {n}" for n in PRESETS]
 
 
 def test_the_command_shows_what_a_preset_holds(capsys):

@@ -22,12 +22,14 @@ def presets_table() -> Table:
                 f"{len(found.published)} of {', '.join(lineages)}",
             )
         )
-    every = [entry for name in preset_names() for entry in preset(name).published]
     return Table(
         headers=("Preset", "What", "Model", "Budgets", "Tasks", "Published numbers"),
         rows=rows,
         numbers_from=6,
-        notes="Sources. " + "; ".join(sources(every)) + ".",
+        notes="\n".join(
+            f"Sources of {name}. {'; '.join(sources(preset(name).published))}."
+            for name in preset_names()
+        ),
         wrapping=(1, 3, 4, 5),
         droppable=(4, 2),
     )
