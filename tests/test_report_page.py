@@ -122,3 +122,15 @@ def test_a_command_is_copied_or_selected(browser):
     assert command.startswith("vlmprune sweep") and "fastv@0.5" in command
     if browser.evaluate(button) == "Selected":  # a file has no clipboard everywhere
         assert browser.evaluate("getSelection().toString()").strip() == command
+
+
+def test_long_names_stay_in_their_column_on_a_phone(tmp_path):
+    both = [*method("divprune"), *method("fastv", 0.25, layer=3)]
+    (tmp_path / "runs.jsonl").write_text(json.dumps(record(1)) + "\n" + json.dumps(record(2, both)))
+    out = tmp_path / "a.html"
+    assert cli.main(["report", str(tmp_path), "-o", str(out)]) == 0
+    with chromium.Browser() as phone:
+        phone.open(out, width=390)
+        names = "[...document.querySelectorAll('tbody th')]"
+        assert phone.evaluate(f"{names}.some(th => th.textContent.includes('layer=3'))")
+        assert phone.evaluate(f"{names}.every(th => th.scrollWidth <= th.clientWidth)")
