@@ -243,6 +243,36 @@ def test_a_new_image_in_a_chat_is_pruned_by_what_is_set_now(case, one, two):
     assert torch.equal(out.sequences[:, -STEPS:], tokens)
 
 
+@pytest.mark.parametrize("one", ["before", "decoder"])
+def test_chats_of_a_model_with_rope_deltas_pass_their_positions(one):
+    """Another chat's call has left its own rope_deltas on the model."""
+    case = zoo.CASES["qwen2_5_vl"]
+    model, alone = patched(case, SETTINGS[one]), patched(case, SETTINGS[one])
+    inputs = case.inputs(zoo.SINGLE)
+    first, expected = ask(model, case), ask(alone, case)
+    deltas = model.model.rope_deltas.clone()
+    ask(model, case, ((4, "B", 3),))
+    assert not torch.equal(model.model.rope_deltas, deltas)
+
+    ids = torch.cat([first.sequences, torch.full((1, 2), 5)], 1)
+    mask = torch.ones_like(ids)
+    grid = zoo.encoder_inputs(inputs)["image"]["image_grid_thw"]
+    index, _ = model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=(ids == zoo.IMAGE).int(),
+        image_grid_thw=grid,
+        attention_mask=mask,
+    )
+    second = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=torch.cat([(mask.cumsum(-1) - 1)[None], index]),
+        past_key_values=first.past_key_values,
+        **DETAILS,
+    )
+    assert same(second, go_on(alone, expected, inputs))
+
+
 def test_a_cache_method_takes_no_new_image_of_another_method():
     model = patched(LLAVA, SETTINGS["cache"])
     first = ask(model, LLAVA)
