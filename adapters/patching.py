@@ -400,8 +400,18 @@ def _setup(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Take the patch off a model; a model without one is left alone."""
-    handle = unwrapped(model).__dict__.get(_HANDLE)
+    """Take the patch off a model; a model without one is left alone.
+
+    Raises:
+        UnsupportedModelError: it is no model.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, nn.Module):
+        raise UnsupportedModelError(
+            f"unpatch takes the model that was patched, not {type(model).__name__}: "
+            f"vlmprune.unpatch(model), or handle.remove()."
+        )
+    handle = inner.__dict__.get(_HANDLE)
     if handle is not None:
         handle.remove()
 

@@ -293,7 +293,13 @@ def _check_features(answer: _Answer, tokens: VisualTokens, given: Selection) -> 
             f"features must be floats, one row for each of the {count} rows that "
             f"{'enter' if rows is None else '`rows` names'}",
         )
-    if width is not None and features.shape[1] != width:
+    if width is None:
+        answer.refuse(
+            f"features {_said(features)} for the projector to read",
+            "features of the encoder are made of EncoderFeatures or ClsFeatures, which `needs` "
+            "does not declare (projected=True says that they are the LLM's)",
+        )
+    if features.shape[1] != width:
         answer.refuse(f"features {_said(features)}", f"{what} have width {width}")
 
 

@@ -114,7 +114,12 @@ WRONG = {
         "order [9, 4, 3, 2] of kept [1, 3, 4, 9]",
     ),
     "order of -2": (
-        Selection(kept=rows(1, 3, 4), order=rows(3, -2, 1, 4), features=torch.ones(4, D)),
+        Selection(
+            kept=rows(1, 3, 4),
+            order=rows(3, -2, 1, 4),
+            features=torch.ones(4, D),
+            projected=True,
+        ),
         "order [3, -2, 1, 4]",
     ),
     "features of other rows": (
@@ -131,6 +136,10 @@ WRONG = {
         Selection(kept=GOOD.kept, features=torch.ones(4, D).long(), projected=True),
         "int64 (4, 64)",
         "floats",
+    ),
+    "features for a projector that was not asked about": (
+        Selection(kept=GOOD.kept, features=torch.ones(4, D)),
+        *("float32 (4, 64) for the projector", "EncoderFeatures", "projected=True"),
     ),
     "a vector as features": (Selection(kept=GOOD.kept, features=torch.ones(4)), "float32 (4,)"),
     "rows without features": (Selection(kept=GOOD.kept, rows=rows(0)), "rows without features"),

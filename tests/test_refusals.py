@@ -60,6 +60,12 @@ def test_unsupported_models(model):
     assert isinstance(refused.value, TypeError)
 
 
+@pytest.mark.parametrize("thing", [None, "llava-hf/llava-1.5-7b-hf"], ids=["none", "a-name"])
+def test_unpatch_takes_a_model(thing):
+    with pytest.raises(vlmprune.UnsupportedModelError, match=r"handle\.remove\(\)"):
+        vlmprune.unpatch(thing)
+
+
 @pytest.mark.parametrize("part", ["model", "model.language_model", "model.vision_tower"])
 def test_a_part_of_a_supported_model(part):
     refusal(
