@@ -23,10 +23,10 @@ def import_methods(source: str) -> list[str]:
     """
     before = registered_names()
     is_file = source.endswith(".py")
+    if is_file and not Path(source).is_file():
+        raise PluginError(f"There is no file {source!r} to import methods from.")
     try:
         module = _from_file(Path(source)) if is_file else importlib.import_module(source)
-    except FileNotFoundError as error:
-        raise PluginError(f"There is no file {source!r} to import methods from.") from error
     except (Exception, SystemExit) as error:
         raise PluginError(
             f"{source!r} cannot be imported: it raised {type(error).__name__}: {error}."
@@ -50,13 +50,10 @@ def _from_file(path: Path) -> ModuleType:
     """The module of a file, under the file's name; a second time it is the same one."""
     path = path.resolve(strict=True)
     name = path.stem
-    known = sys.modules.get(name)
-    if known is not None:
+    while (known := sys.modules.get(name)) is not None:
         if getattr(known, "__file__", None) == str(path):
             return known
         name = f"methods_in_{name}"  # that name belongs to another module
-        if (again := sys.modules.get(name)) is not None:
-            return again
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # noqa: S101  (it ends on .py)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)

@@ -210,6 +210,35 @@ def test_what_cannot_be_checked_is_refused(asked, word):
         vlmprune.check_method(*asked)
 
 
+class NotIterable(Norm):
+    def needs(self, shape):
+        return Features()
+
+
+class Misspelt(Norm):
+    def needs(self, shape):
+        return (ClsAttention(layers=3),)
+
+
+class Raises(Norm):
+    def select(self, tokens, keep):
+        return tokens.feature
+
+
+@pytest.mark.parametrize(
+    ("cls", "property", "words"),
+    [
+        (NotIterable, "all", ("needs returned Features()", "return a tuple of signals")),
+        (Misspelt, "all", ("keyword argument 'layers'", "(test_checking.py, line ")),
+        (Raises, "valid answers", ("no attribute 'feature'", "(test_checking.py, line ")),
+    ],
+)
+def test_what_raises_is_found_and_where(cls, property, words):
+    found = {f.property: f for f in vlmprune.check_method(cls(), ONE)}[property]
+    assert found.state == "FAIL"
+    assert all(word in found.reason for word in words), found.reason
+
+
 # --- new-method --------------------------------------------------------------------------------
 
 
@@ -272,6 +301,7 @@ def test_a_sweep_of_a_method_in_a_file(own_registry, tmp_path, monkeypatch, caps
         ("mine.py", None, ("no file 'mine.py'",)),
         ("mine.py", "1 / 0", ("'mine.py' cannot be imported", "ZeroDivisionError")),
         ("mine.py", "x = 1", ("registers no method", "@register")),
+        ("mine.py", "open('w.pt')", ("'mine.py' cannot be imported", "FileNotFound", "w.pt")),
         ("no_such_module", None, ("'no_such_module' cannot be imported", "give a file")),
     ],
 )
@@ -293,6 +323,15 @@ def test_a_file_that_is_named_like_a_module(own_registry, tmp_path, monkeypatch)
     assert import_methods(str(tmp_path / "random.py")) == ["mine"]
     assert import_methods(str(tmp_path / "random.py")) == ["mine"]
     assert sys.modules["random"] is known
+
+
+def test_files_of_one_name_in_several_folders(own_registry, tmp_path):
+    from vlmprune.eval.importing import import_methods
+
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        write_method(name, "decoder", tmp_path / name / "same_name.py")
+        assert import_methods(str(tmp_path / name / "same_name.py")) == [name]
 
 
 def test_properties_are_explained():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -292,16 +294,16 @@ def check(method: Method, layouts: Iterable[str] = LAYOUTS) -> Iterator[Finding]
 
 
 def _on_layout(method: Method, case: Case) -> Iterator[Finding]:
-    subject = _Subject(method, case, case.model(), _options(method, case))
     try:
+        subject = _Subject(method, case, case.model(), _options(method, case))
         subject.patched(RATIOS[0]).remove()
     except (MissingSignalError, UnsupportedModelError, BudgetError) as error:
         lacks = not isinstance(error, MissingSignalError) or _lacks(method, case)
         state: State = "n/a" if lacks else "FAIL"
-        yield Finding(case.name, "all", state, _sentence(error))
+        yield Finding(case.name, "all", state, _sentence(error, method))
         return
     except Exception as error:
-        yield Finding(case.name, "all", "FAIL", _sentence(error))
+        yield Finding(case.name, "all", "FAIL", _sentence(error, method))
         return
     valid = True
     for name, holds in PROPERTIES.items():
@@ -309,26 +311,25 @@ def _on_layout(method: Method, case: Case) -> Iterator[Finding]:
         try:
             holds(subject)
         except MethodAnswerError as error:
-            state, reason = "FAIL", _sentence(error)
+            state, reason = "FAIL", _sentence(error, method)
             if not valid:
                 state, reason = "n/a", "an answer is not valid"
             valid = False
         except _NotApplicable as error:
             state, reason = "n/a", str(error)
         except BudgetError as error:
-            state, reason = "n/a", _sentence(error)
+            state, reason = "n/a", _sentence(error, method)
         except Exception as error:
-            state, reason = "FAIL", _sentence(error)
+            state, reason = "FAIL", _sentence(error, method)
         yield Finding(case.name, name, state, reason)
 
 
 def _options(method: Method, case: Case) -> dict[str, Any]:
     """The text encoder, for methods that read it where there is one."""
     try:
-        needs = method.needs(case.shape)
-    except VlmpruneError:
+        twin = any(getattr(need, "of_text_twin", False) for need in method.needs(case.shape))
+    except Exception:  # `patch` says what is wrong
         return {}
-    twin = any(getattr(need, "of_text_twin", False) for need in needs)
     return {"clip": clip()} if twin and case.shape.tower.text_twin else {}
 
 
@@ -342,8 +343,13 @@ def _lacks(method: Method, case: Case) -> bool:
         return False
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: Exception, method: Method) -> str:
+    """What went wrong, and where in the method's file if it does not say so itself."""
     text = " ".join(str(error).split())
     if isinstance(error, VlmpruneError | _Broken):
         return text
-    return f"{type(error).__name__}: {text}"
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get("__name__") == type(method).__module__:
+            place = f" ({Path(frame.f_code.co_filename).name}, line {line})"
+    return f"{type(error).__name__}: {text}{place}"
