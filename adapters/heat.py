@@ -58,7 +58,13 @@ def heat_map(
         start += block.num_patches
     middle = known.median().item() if by_rank else None
     grey = bool((~shades[tokens].isfinite()).any())
-    sheet = _with_scale(together(panels, across), colors, (low, middle, high), title, grey)
+    key = [
+        *["colours by rank"] * by_rank,
+        *["grey: none"] * grey,
+        *["white lines: kept"] * bool(alive),
+    ]
+    words = [title, "; ".join(key)] if key else [title]
+    sheet = _with_scale(together(panels, across), colors, (low, middle, high), words)
     sheet.info[LEGEND] = [HATCHED] * any(canvas.cropped for canvas in drawn)
     return sheet
 
@@ -110,18 +116,16 @@ def _with_scale(
     picture: Image.Image,
     colors: Sequence[Color],
     ends: tuple[float, float | None, float],
-    title: str,
-    grey: bool,
+    words: Sequence[str],
 ) -> Image.Image:
-    """A bar of the colours below the picture, with the values at its ends and what they are."""
+    """A bar of the colours below the picture, with the values at its ends and lines of words."""
     size = max(_TEXT, picture.width // 30)
     font = ImageFont.load_default(size)
     low, middle, high = ends
-    ranked = "" if middle is None else "; colours by rank"
-    words = f"{title}{ranked}{'; grey: none' if grey else ''}"
-    width = max(picture.width, _LEAST, round(font.getlength(words)))
+    width = max(picture.width, _LEAST, *(round(font.getlength(one)) for one in words))
     line = size + 6
-    sheet = Image.new("RGB", (width, picture.height + GAP + size + 2 * line), "white")
+    height = picture.height + GAP + size + (1 + len(words)) * line
+    sheet = Image.new("RGB", (width, height), "white")
     sheet.paste(picture, (0, 0))
     draw, top = ImageDraw.Draw(sheet), picture.height + GAP
     strip = Image.new("RGB", (len(colors), 1))
@@ -132,5 +136,6 @@ def _with_scale(
     if middle is not None:
         draw.text((width / 2, under), f"{middle:.3g}", "black", font, anchor="ma")
     draw.text((width, under), f"{high:.3g}", "black", font, anchor="ra")
-    draw.text((0, under + line), words, "black", font)
+    for number, one in enumerate(words, 1):
+        draw.text((0, under + number * line), one, "black", font)
     return sheet

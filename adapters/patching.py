@@ -117,7 +117,7 @@ class Handle:
 
     def overlay(
         self,
-        image: Image.Image | Sequence[Image.Image],
+        image: Image.Image | list[Image.Image] | tuple[Image.Image, ...],
         index: int = 0,
         *,
         fit: Fit | None = None,
@@ -146,10 +146,11 @@ class Handle:
         Raises:
             NothingToShowError: there is no such image, cut or layer, or the method has no scores.
             NotRecordedError: scores were not recorded.
+            MethodFieldError: `image` is not a picture, but the name of one, say.
         """
         return show(
             self.last,
-            [image] if isinstance(image, Image.Image) else image,
+            image if isinstance(image, (list, tuple)) else [image],
             index,
             fit=fit or self._engine.family.fit,
             stage=stage,

@@ -25,6 +25,12 @@ def show(
     across: int | None,
 ) -> Image.Image:
     """See `Handle.overlay`."""
+    for one in pictures:
+        if not isinstance(one, Image.Image):
+            raise MethodFieldError(
+                f"image={one!r} is no picture: give a PIL image, e.g. Image.open('cat.jpg') of the "
+                f"file that was asked about; for a video, a list of its frames."
+            )
     if not 0 <= index < len(last.kept):
         raise NothingToShowError(f"index={index}: the last prefill had {len(last.kept)} images.")
     if stage is not None and layer is not None:
@@ -64,7 +70,7 @@ def _stored(
     """How much of each token a method on the cache left."""
     assert last.cache is not None  # noqa: S101  (for the types)
     layers = last.cache.num_layers
-    many = "layers that still store a token, of its key heads the mean"
+    many = "layers that still store a token (mean of key heads)"
     title = many if layer is None else f"share of the key heads of layer {layer} that store a token"
     return heat_map(
         pictures,

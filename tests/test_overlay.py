@@ -190,9 +190,9 @@ def test_regions_of_tiles_do_not_touch_across_blocks():
 HEAT = {"title": "attention"}
 
 
-def strip_of(picture):
-    """The colours of the scale."""
-    return [picture.getpixel((x, picture.height - 50)) for x in range(0, 448, 7)]
+def strip_of(picture, of=448):
+    """The colours of the scale below a picture of that height."""
+    return [picture.getpixel((x, of + 20)) for x in range(0, 448, 7)]
 
 
 def test_a_heat_map_colours_tokens_by_value_and_prints_the_scale():
@@ -232,6 +232,15 @@ def test_a_heat_map_lines_kept_tokens_and_has_a_panel_a_block():
     assert corner(right, (24, 24), 0) == (255, 255, 255) != corner(right, (24, 24), 1)
     stacked = heat_map([stripes(480, 480)], tiling, values, "stretch", across=1, **HEAT)
     assert stacked.width == 480 and stacked.height > 480 + 12 + 480
+
+
+def test_lines_around_kept_tokens_are_explained_under_the_scale():
+    tiling, values = Tiling.single(2, 2), torch.arange(4.0)
+    plain = heat_map([stripes(50, 50)], tiling, values, "stretch", **HEAT)
+    lined = heat_map([stripes(50, 50)], tiling, values, "stretch", kept=torch.tensor([1]), **HEAT)
+    below = lined.crop((0, plain.height, *lined.size))
+    assert lined.height > plain.height and lined.width == plain.width
+    assert min(low for low, _ in below.getextrema()) < 100  # dark letters on white
 
 
 def test_equal_values_have_a_scale_too():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import vlmprune
@@ -262,6 +264,13 @@ def test_what_there_is_not_is_refused_with_what_there_is(name, asked, says):
     handle, _ = run(PLAIN, name)
     with pytest.raises(vlmprune.NothingToShowError, match=says):
         handle.overlay(picture(), **asked)
+
+
+@pytest.mark.parametrize("image", ["cat.jpg", Path("cat.jpg"), ["cat.jpg"]])
+def test_a_file_is_no_picture_and_the_error_says_what_to_write(image):
+    handle, _ = run(PLAIN, "divprune")
+    with pytest.raises(vlmprune.MethodFieldError, match=r"image=.*cat.jpg.* Image\.open\("):
+        handle.overlay(image)
 
 
 def test_stage_and_layer_are_two_questions():
