@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -442,14 +442,15 @@ def _calls(
             f"{', '.join(given)} cannot be given beside a method object or a list: put them "
             f'inside, e.g. vlmprune.method("divprune", keep_ratio=0.5).'
         )
-    listed = [method] if isinstance(method, MethodCall) else list(method)
+    listed = list(method) if isinstance(method, Iterable) else [method]
     if not listed:
         raise MethodFieldError("An empty list of methods: name at least one of vlmprune.methods().")
     calls = [make_call(one) if isinstance(one, str) else one for one in listed]
     for call in calls:
         if not isinstance(call, MethodCall):
             raise MethodFieldError(
-                f"{call!r} is no method: give a name, vlmprune.method(...), or a list of these."
+                f"{call!r} is no method: give a name, vlmprune.method(...), or a list of these; "
+                f"a budget with its word, e.g. keep_ratio=0.25."
             )
     for place in Place:
         same = [call.name for call in calls if place in call.method.places]

@@ -4,7 +4,8 @@
     curl localhost:8000/ask -d '{"image": "cat.jpg", "question": "What is it?", "keep_tokens": 64}'
 
 `image` is a path on the server (which listens to this machine alone) or base64 of a picture's file;
-the budget is any word of `patch`, and without one the patch's own holds. See serving.md.
+the budget is any word of `patch`, and without one the patch's own holds. A body above 32 MB and a
+prompt longer than the model's positions are refused. See serving.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from vlmprune.eval.loading import load
 from vlmprune.eval.task import chat_prompt
 from vlmprune.prune.budget import BUDGET_WORDS
 
+LARGEST_BODY = 32 * 2**20  # bytes
+
 
 class Model:
     """A model, its processor and the patch, for any number of threads."""
@@ -32,11 +35,18 @@ class Model:
     def __init__(self, name: str, method: str, keep_ratio: float) -> None:
         self.model, self.processor = load(name)
         self.handle = vlmprune.patch(self.model, method, keep_ratio=keep_ratio)
+        self.room: int = self.model.config.get_text_config().max_position_embeddings
 
     def ask(self, image: str, question: str, max_new_tokens: int = 32, **budget: float) -> dict:
         """The answer, and what it cost."""
         text = chat_prompt(self.processor, question)
         inputs = self.processor(text=[text], images=[picture(image)], return_tensors="pt")
+        length, room = inputs["input_ids"].shape[1], self.room
+        if length + max_new_tokens > room:
+            raise ValueError(
+                f"{length} tokens of prompt and max_new_tokens={max_new_tokens} are more than the "
+                f"model's {room}: ask a shorter question, or for fewer tokens."
+            )
         started = time.perf_counter()
         with self.handle.budget(**budget) if budget else nullcontext():
             out = self.model.generate(
@@ -45,7 +55,7 @@ class Model:
                 do_sample=False,
                 return_dict_in_generate=True,
             )
-        new = out.sequences[0, inputs["input_ids"].shape[1] :]
+        new = out.sequences[0, length:]
         return {
             "answer": self.processor.decode(new, skip_special_tokens=True).strip(),
             "tokens_in": sum(out.vlmprune_last.tokens_in),
@@ -70,13 +80,19 @@ def serve(model: Model, port: int) -> ThreadingHTTPServer:
             if self.path != "/ask":
                 return self.reply(404, {"error": "POST /ask"})
             try:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                size = int(self.headers.get("Content-Length", 0))
+                if size > LARGEST_BODY:
+                    return self.reply(413, {"error": f"at most {LARGEST_BODY} bytes, not {size}"})
+                asked = json.loads(self.rfile.read(size))
                 known = {"image", "question", "max_new_tokens", *BUDGET_WORDS}
                 if unknown := set(asked) - known:
                     raise ValueError(f"unknown {sorted(unknown)}: give {sorted(known)}")
                 return self.reply(200, model.ask(**asked))
             except (ValueError, TypeError, OSError, vlmprune.VlmpruneError) as error:
                 return self.reply(400, {"error": str(error)})
+            except Exception as error:  # no memory, a bug: said to the client too
+                self.reply(500, {"error": str(error)})
+                raise
 
         def reply(self, code: int, answer: dict) -> None:
             body = json.dumps(answer).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import importlib.util
 import io
 import json
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import vlmprune
 from PIL import Image
 from vlmprune.eval.task import EmbeddedTask
 
@@ -74,3 +76,27 @@ def test_a_path_and_mistakes(port, tmp_path):
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(port, {**body, **wrong})
         assert refused.value.code == 400 and said in json.load(refused.value)["error"]
+
+
+def test_what_would_fill_the_memory_is_refused_and_what_breaks_is_said(port, monkeypatch):
+    (question,) = EmbeddedTask().questions(1)
+    body = {"image": encoded(question.image), "question": question.question}
+    for wrong, said in (({"question": "what " * 600}, "512"), ({"max_new_tokens": 600}, "512")):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(port, {**body, **wrong})
+        assert refused.value.code == 400 and said in json.load(refused.value)["error"]
+    client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    client.putrequest("POST", "/ask")
+    client.putheader("Content-Length", str(10**10))
+    client.endheaders()
+    assert client.getresponse().status == 413
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(vlmprune.Handle, "budget", broken)
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            ask(port, {**body, "keep_tokens": 9})
+    assert failed.value.code == 500 and json.load(failed.value)["error"] == "out of memory"
+    assert ask(port, body)["tokens_kept"] == 49

@@ -129,6 +129,7 @@ def test_what_cannot_be_set_changes_nothing():
         ("layer is no budget.*with the method", (), {"layer": 3}),
         ("Unknown method", ("fastvv",), {}),
         ("needs a budget", ("divprune",), {}),
+        ("0.3 is no method.*keep_ratio=0.25", (0.3,), {}),
         ("name it too", (), {"keep_ratio": 0.5, "positions": "original"}),
     ):
         with pytest.raises(vlmprune.VlmpruneError, match=message):
