@@ -235,10 +235,17 @@ def _statement(code: CodeType) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _read(text: str) -> tuple[ast.Module, frozenset[tuple[object, ...]]]:
-    """A source as statements, and all that it defines, compiled; nothing if it cannot be."""
+    """A source as statements, and all that it defines, compiled; nothing if it cannot be.
+
+    Compiled as a whole and statement by statement, as notebooks do: calls of what an `import` of
+    the same unit brought are other instructions.
+    """
     try:
-        whole = compile(text, "", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, True)
-        return ast.parse(text), frozenset(map(_shape, _codes(whole)))
+        tree = ast.parse(text)
+        units: list[str | ast.Module] = [text, *(ast.Module([node], []) for node in tree.body)]
+        flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        compiled = [compile(unit, "", "exec", flags, True) for unit in units]
+        return tree, frozenset(_shape(code) for whole in compiled for code in _codes(whole))
     except (SyntaxError, ValueError):
         return ast.Module([], []), frozenset()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import linecache
@@ -187,7 +188,8 @@ class Notebook:
         registry._classes.pop("own", None)
         file = f"<cell {len(linecache.cache)}>"
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
-        exec(compile(text, file, "exec", dont_inherit=True), self.names)
+        for statement in ast.parse(text).body:
+            exec(compile(ast.Module([statement], []), file, "exec", dont_inherit=True), self.names)
         return self.names.get("Own")
 
 
@@ -211,6 +213,11 @@ def test_in_a_notebook_all_that_a_method_refers_to_counts(own):
     cell.names["helper"] = object()
     assert Source(cls).gaps == ["it reads helper, and nobody knows what is in a object"]
     cell.names["helper"] = names
+
+
+def test_in_a_notebook_a_cell_may_import_what_its_method_calls(own):
+    cls = Notebook()("import torch\n" + METHOD.format(more="", kept="torch.arange(keep)"))
+    assert Source(cls).gaps == [] and Source(cls).hash != UNKNOWN
 
 
 def test_values_that_a_definition_closes_over_count(own):
