@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from os import PathLike
@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..adapters.devices import input_device
 from ..prune.contract import Positions
+from ..prune.errors import MethodFieldError
 from .compose import Parts, grid, parse, parse_budgets
 from .console import progress
 from .embedded import MODEL_DIR
@@ -71,6 +72,14 @@ def sweep_model(
         the records of this grid: a list, for `table.sweep_table`, `plot.draw` and the reports, with
         `to_frame()` for pandas.
     """
+    for given, named in ((methods, "methods"), (budgets, "budgets")):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise MethodFieldError(f"{named}={given!r} is no list: write {named}=[{given!r}].")
+    for word in methods:
+        if not isinstance(word, str):
+            raise MethodFieldError(
+                f"{word!r} is no word: register the class, and write its name, e.g. 'fastv'."
+            )
     combinations = grid(
         [parse(text, seed) for text in methods if text != "dense"],
         parse_budgets([str(word) for word in budgets]),

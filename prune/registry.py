@@ -174,4 +174,9 @@ def method(name: str, **fields_and_budget: object) -> MethodCall:
             f"{name} needs a budget: pass one of keep_ratio=0.25, keep_tokens=64, "
             f"average_tokens=128 or flops_ratio=0.3."
         )
-    return MethodCall(method=cls(**given), budget=budget)
+    try:
+        made = cls(**given)
+    except TypeError as error:  # a value of another type than the class counts on, or too few
+        shown = ", ".join(f"{key}={value!r}" for key, value in given.items()) or "no fields"
+        raise MethodFieldError(f"{name} with {shown} is not possible: {error}.") from error
+    return MethodCall(method=made, budget=budget)

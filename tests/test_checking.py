@@ -15,6 +15,7 @@ from vlmprune.eval.checking import properties
 from vlmprune.eval.checking.asked import copied, same
 from vlmprune.eval.checking.new_method import write_method
 from vlmprune.eval.cli import main
+from vlmprune.eval.in_process import sweep_model
 from vlmprune.prune import registry
 from vlmprune.prune.contract import (
     BeforeLLM,
@@ -323,6 +324,27 @@ def test_a_file_that_is_named_like_a_module(own_registry, tmp_path, monkeypatch)
     assert import_methods(str(tmp_path / "random.py")) == ["mine"]
     assert import_methods(str(tmp_path / "random.py")) == ["mine"]
     assert sys.modules["random"] is known
+
+
+def test_a_field_of_another_type(own_registry, tmp_path, monkeypatch, capsys):
+    write_method("mine", "before_llm", tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    words = ["--import", "mine.py", "--methods", "mine:order=abc", "--budgets", "0.25"]
+    assert main(["sweep", *words]) == 2
+    assert "mine with :order=abc is not possible: '<=' not supp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("methods", "budgets", "says"),
+    [
+        ("norm", [0.25], r"write methods=\['norm'\]"),
+        (["norm"], 0.25, r"write budgets=\[0.25\]"),
+        ([Norm()], [0.25], "write its name"),
+    ],
+)
+def test_a_sweep_takes_lists_of_words(methods, budgets, says):
+    with pytest.raises(vlmprune.MethodFieldError, match=says):
+        sweep_model(None, None, methods, budgets)
 
 
 def test_files_of_one_name_in_several_folders(own_registry, tmp_path):
