@@ -256,6 +256,7 @@ def test_a_new_method_passes_as_it_is(own_registry, place, tmp_path, monkeypatch
     assert "pass  qwen2_5_vl          no host wait" in out
     text = (tmp_path / f"{name}.py").read_text()
     assert "from vlmprune.prune.contract import" in text and "from ." not in text
+    assert place == "cache" or ", scores=" in text  # there for overlay(scores=True)
     assert f'@register("{name}")' in text and "--import" in text
     assert all(len(line) <= 100 for line in text.splitlines())
 
