@@ -36,6 +36,8 @@ class Budgets:
             Budget.of(**words)  # refuses several
             raise BudgetError(f"No budget is given: pass one of {', '.join(BUDGET_WORDS)}.")
         ((word, value),) = words.items()
+        if getattr(value, "ndim", 0) == 1 and hasattr(value, "tolist"):  # an array, a tensor
+            value = value.tolist()
         if not isinstance(value, Sequence) or isinstance(value, str):
             budget = Budget.of(**{word: value})
             assert budget is not None  # noqa: S101  (for the types)

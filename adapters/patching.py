@@ -238,11 +238,17 @@ class Handle:
         return self._engine.family.fixed_tokens(self._engine.model)
 
     def _require_active(self) -> None:
-        if not self.active:
-            raise UnsupportedModelError(
-                f"This patch is not on the model any more: {self!r}. Patch the model again, with "
-                f"vlmprune.patch(model, ...)."
+        if self.active:
+            return
+        instead = self._engine.model.__dict__.get(_HANDLE)
+        raise UnsupportedModelError(
+            f"This patch is not on the model any more: {self!r}. "
+            + (
+                f"{instead!r} is in its place: use that handle."
+                if instead is not None
+                else "Patch the model again, with vlmprune.patch(model, ...)."
             )
+        )
 
     @property
     def remembered(self) -> Remembered:

@@ -16,7 +16,7 @@ import binascii
 import io
 import json
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -37,8 +37,16 @@ class Model:
         self.handle = vlmprune.patch(self.model, method, keep_ratio=keep_ratio)
         self.room: int = self.model.config.get_text_config().max_position_embeddings
 
-    def ask(self, image: str, question: str, max_new_tokens: int = 32, **budget: float) -> dict:
+    def ask(
+        self, image: object, question: object, max_new_tokens: object = 32, **budget: float
+    ) -> dict:
         """The answer, and what it cost."""
+        if not isinstance(image, str):
+            raise ValueError(f"image={image!r}: give base64 of a picture, or a path.")
+        if not isinstance(question, str):
+            raise ValueError(f"question={question!r}: give a text.")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens!r}: give a whole number, at least 1.")
         text = chat_prompt(self.processor, question)
         inputs = self.processor(text=[text], images=[picture(image)], return_tensors="pt")
         length, room = inputs["input_ids"].shape[1], self.room
@@ -84,9 +92,13 @@ def serve(model: Model, port: int) -> ThreadingHTTPServer:
                 if size > LARGEST_BODY:
                     return self.reply(413, {"error": f"at most {LARGEST_BODY} bytes, not {size}"})
                 asked = json.loads(self.rfile.read(size))
-                known = {"image", "question", "max_new_tokens", *BUDGET_WORDS}
-                if unknown := set(asked) - known:
-                    raise ValueError(f"unknown {sorted(unknown)}: give {sorted(known)}")
+                needed, known = {"image", "question"}, {"max_new_tokens", *BUDGET_WORDS}
+                if not isinstance(asked, dict) or not needed <= set(asked) <= needed | known:
+                    given = sorted(asked) if isinstance(asked, dict) else type(asked).__name__
+                    raise ValueError(
+                        f"{given}: give an object with image and question, and of {sorted(known)} "
+                        f"what you like."
+                    )
                 return self.reply(200, model.ask(**asked))
             except (ValueError, TypeError, OSError, vlmprune.VlmpruneError) as error:
                 return self.reply(400, {"error": str(error)})
@@ -117,8 +129,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     server = serve(Model(args.model, args.method, args.keep_ratio), args.port)
-    print(f"http://127.0.0.1:{server.server_port}/ask")
-    server.serve_forever()
+    print(f"http://127.0.0.1:{server.server_port}/ask", flush=True)
+    with suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -102,9 +102,7 @@ def method_class(name: str) -> type[Method]:
         elif name in _plugins().points:
             _load_plugin(name)
         else:
-            raise UnknownMethodError(
-                f"Unknown method {name!r}. {did_you_mean(name, method_names())}"
-            )
+            raise UnknownMethodError(f"Unknown method {name!r}. {_hint(name)}")
     return _classes[name]
 
 
@@ -146,6 +144,15 @@ def _load_plugin(name: str) -> None:
             f"{point.value} raised {type(error).__name__}: {error}. Repair that package, or take "
             f"it away: pip uninstall {owner}."
         ) from error
+
+
+def _hint(name: str) -> str:
+    if not set(name) & set(":@+"):
+        return did_you_mean(name, method_names())
+    return (
+        "That is a word of the command line. In Python fields and the budget are keywords: "
+        'vlmprune.method("fastv", layer=3, keep_ratio=0.25), and several methods are a list.'
+    )
 
 
 def method(name: str, **fields_and_budget: object) -> MethodCall:

@@ -266,3 +266,9 @@ FOLDERS = {
 def test_a_method_lies_in_the_folder_of_the_place_where_it_first_acts(name):
     cls = method_class(name)
     assert cls().place is cls().places[0] is FOLDERS[cls.__module__.split(".")[-2]]
+
+
+@pytest.mark.parametrize("word", ["fastv:layer=3@0.2", "divprune@64", "divprune+fastv"])
+def test_a_word_of_the_command_line_is_told_apart(word):
+    with pytest.raises(UnknownMethodError, match=r"keywords: .*layer=3, keep_ratio=0\.25.* a list"):
+        method(word, keep_ratio=0.5)

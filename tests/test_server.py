@@ -72,10 +72,17 @@ def test_a_path_and_mistakes(port, tmp_path):
         ({"keep_tokens": 0}, "keep_tokens=0"),
         ({"keep_token": 9}, "keep_tokens"),
         ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"question": 5}, "question=5"),
+        ({"max_new_tokens": "a"}, "max_new_tokens='a'"),
+        ({"image": None}, "image=None"),
     ):
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(port, {**body, **wrong})
         assert refused.value.code == 400 and said in json.load(refused.value)["error"]
+    for no_request in (None, "abc", [body], {"image": body["image"]}):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(port, no_request)
+        assert refused.value.code == 400 and "question" in json.load(refused.value)["error"]
 
 
 def test_what_would_fill_the_memory_is_refused_and_what_breaks_is_said(port, monkeypatch):

@@ -6,6 +6,7 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import vlmprune
@@ -114,6 +115,16 @@ def test_every_method_after_every_other_is_as_if_patched_with_it():
     handle.remove()
     del expected  # whose caches hold what pruned them
     assert differences(before, snapshot(model)) == []
+
+
+def test_a_patch_that_another_one_replaced_names_it():
+    model = LLAVA.model()
+    outer = vlmprune.patch(model, "divprune", keep_ratio=0.4)
+    vlmprune.patch(model, "fastv", keep_tokens=9)
+    with pytest.raises(
+        vlmprune.UnsupportedModelError, match=r"fastv\(.*keep_tokens=9.* in its place"
+    ):
+        outer.set(keep_ratio=0.2)
 
 
 def test_what_cannot_be_set_changes_nothing():
@@ -445,6 +456,15 @@ def test_beams_share_the_budgets_of_their_images(options):
     with handle.budget(keep_ratio=[0.25, 1.0, 0.5]):
         ask(model, LLAVA, zoo.BATCH, **options)
     assert handle.last.tokens_kept == [9, 36, 18]
+
+
+@pytest.mark.parametrize("budgets", [torch.tensor([5, 9]), np.array([5, 9]), (5, 9)])
+def test_budgets_of_images_may_be_an_array(budgets):
+    model = patched(LLAVA, SETTINGS["before"])
+    handle = model._vlmprune_handle
+    with handle.budget(keep_tokens=budgets):
+        ask(model, LLAVA, ((7, "C", 2, "C", 3),))
+    assert handle.last.tokens_kept == [5, 9]
 
 
 @pytest.mark.parametrize("name", ["divprune", "fastv", "elastic_cache"])
