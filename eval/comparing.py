@@ -10,7 +10,7 @@ from ..prune.budget import Budget
 from ..prune.contract import Positions
 from ..prune.errors import BudgetError, MethodFieldError
 from .compare import Comparison, compare_cells
-from .compose import Parts, grid, parse
+from .compose import Parts, grid, parse, refuse_without_budget
 from .flag_words import in_flags
 from .loading import limit_pixels, load, load_clip, resolve_device, short_name, split_model_args
 from .task import Question
@@ -46,14 +46,7 @@ def cells_of(
         own = "has its own budgets" if len(words) == 1 else "have their own budgets"
         listed = ", ".join(map(str, given))
         raise BudgetError(f"{', '.join(map(repr, words))} {own}: leave {listed} out.")
-    for parts in parsed:
-        if len(grid([parts], budgets)) == 1:  # the dense model alone
-            name = next(p.method.name for p in parts if p.open and p.method.needs_budget)
-            raise BudgetError(
-                f"{name} needs a budget: give one of --keep_ratio 0.25, --keep_tokens 64, "
-                f"--average_tokens 128 or --flops_ratio 0.3, or write it behind the method, "
-                f"{name}@0.25."
-            )
+    refuse_without_budget(parsed, budgets)
     cells = grid(parsed, budgets)
     for part in (part for parts in cells for part in parts):
         _ = part.call  # refuses a budget before anything is loaded

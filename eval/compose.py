@@ -78,6 +78,36 @@ def grid(words: Sequence[Parts], budgets: Sequence[Budget | None]) -> list[Parts
     return cells
 
 
+def combined(methods: Sequence[str], budgets: Sequence[str], seed: int) -> list[Parts]:
+    """The grid of what was typed.
+
+    Raises:
+        UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
+    """
+    words = [parse(text, seed) for text in methods if text != "dense"]
+    amounts = parse_budgets(budgets)
+    refuse_without_budget(words, amounts)
+    return grid(words, amounts)
+
+
+def refuse_without_budget(words: Sequence[Parts], budgets: Sequence[Budget | None]) -> None:
+    """Refuse methods that a grid of these budgets would leave out.
+
+    Raises:
+        BudgetError: for the first of them; it says what to give.
+    """
+    for parts in words:
+        if parts and len(grid([parts], budgets)) == 1:  # the dense model alone
+            name = next(
+                part.method.name for part in parts if part.open and part.method.needs_budget
+            )
+            raise BudgetError(
+                f"{name} needs a budget: give one of keep_ratio=0.25, keep_tokens=64, "
+                f"average_tokens=128 or flops_ratio=0.3, or write it behind the method, "
+                f"{name}@0.25."
+            )
+
+
 def _lacks_budget(part: Part) -> bool:
     return part.budget is None and part.method.needs_budget
 

@@ -18,7 +18,7 @@ from PIL import Image
 from ..adapters.devices import input_device
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
-from .compose import Parts, grid, parse, parse_budgets
+from .compose import Parts, combined
 from .console import progress
 from .embedded import MODEL_DIR
 from .environment import hardware, versions
@@ -80,10 +80,7 @@ def sweep_model(
             raise MethodFieldError(
                 f"{word!r} is no word: register the class, and write its name, e.g. 'fastv'."
             )
-    combinations = grid(
-        [parse(text, seed) for text in methods if text != "dense"],
-        parse_budgets([str(word) for word in budgets]),
-    )
+    combinations = combined(methods, [str(word) for word in budgets], seed)
     task = task or EmbeddedTask()
     evaluator = Evaluator(
         model,

@@ -13,7 +13,7 @@ from ..adapters.registry import family_of
 from ..prune.contract import ClipText as ClipTextSignal
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
-from .compose import Part, Parts, grid, parse, parse_budgets
+from .compose import Part, Parts, combined
 from .config import write_config
 from .console import stdout
 from .evaluate import Benchmark, Evaluator
@@ -72,9 +72,7 @@ def run(
         own: tasks that were read from files; with them, none is asked by default.
         settings: all flags, as they are written to `sweep.yaml` beside the results.
     """
-    combinations = grid(
-        [parse(text, seed) for text in methods if text != "dense"], parse_budgets(budgets)
-    )
+    combinations = combined(methods, budgets, seed)
     loading, pixels = split_model_args(model_args or {})
     wanted: list[str | Task] = [*own, *tasks] or [EmbeddedTask().name]
     with Processes.started(cpu=device == "cpu") as processes:

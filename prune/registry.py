@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import logging
 import pkgutil
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
@@ -147,7 +148,8 @@ def _load_plugin(name: str) -> None:
 
 
 def _hint(name: str) -> str:
-    if not set(name) & set(":@+"):
+    head, *more = re.split("[:@+]", name)
+    if head not in method_names() or not "".join(more):
         return did_you_mean(name, method_names())
     return (
         "That is a word of the command line. In Python fields and the budget are keywords: "

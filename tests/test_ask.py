@@ -183,7 +183,7 @@ def test_compare_takes_several_budgets(capsys):
     [
         (["--methods", "grid"], "grid needs a budget: give one of --keep_ratio"),
         (["--methods", "grid", "--budgets", "published"], "grid needs a budget"),
-        (["--methods", "grid@0.5", "--keep_ratio", "0.5"], "leave keep_ratio=0.5 out"),
+        (["--methods", "grid@0.5", "--keep_ratio", "0.5"], "leave --keep_ratio 0.5 out"),
         (["--methods", "fastv:layr=3@0.5"], "Did you mean: layer"),
         (["--methods", "cdpruner@0.5"], "cdpruner"),
     ],

@@ -57,8 +57,9 @@ def test_keyword_arguments_become_flags(said, in_ask, in_sweep):
         ["ask", "embedded:3", "--method", "fastv", "--keep_ratio", "2"],
         ["compare", "embedded:3", "--methods", "cdpruner", "--keep_ratio", "0.2"],
         ["sweep", "--methods", "cls_topk:newlines=compete", "--limit", "7"],
+        ["sweep", "--methods", "grid", "fastv", "--budgets", "published"],
     ],
-    ids=lambda command: f"{command[0]}-{command[-3]}",
+    ids=lambda command: "-".join(command[::2]),
 )
 def test_errors_of_commands_speak_of_flags(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -74,3 +75,9 @@ def test_reasons_of_a_sweep_speak_of_flags(capsys, tmp_path):
     lines = [line for line in capsys.readouterr().err.splitlines() if "not applicable: " in line]
     assert len(lines) == 2
     assert "Give a ratio (0.25)" in lines[0] and "pass --clip openai/" in lines[1]
+
+
+def test_a_sweep_leaves_no_method_out(capsys, tmp_path):
+    options = ["--methods", "pyramiddrop", "grid", "--budgets", "published", "-o", str(tmp_path)]
+    assert main(["sweep", *options]) == 2
+    assert "grid needs a budget: give one of --budgets 0.25" in capsys.readouterr().err
