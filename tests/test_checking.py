@@ -270,6 +270,8 @@ def test_a_new_method_passes_as_it_is(own_registry, place, tmp_path, monkeypatch
         ("Mine", "mine.py", "cannot name a method"),
         ("mine", "there.py", "is there already"),
         ("mine", "mine.txt", "cannot be imported"),
+        ("mine", "numpy.py", "in the way of the module 'numpy'"),
+        ("random_rows", "random.py", "in the way of the module 'random'"),
         ("mine", "my-file.py", "cannot be imported"),
         ("mine", "no/where/mine.py", "cannot be written"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import keyword
+import sys
+from importlib.metadata import packages_distributions
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -37,6 +39,11 @@ def write_method(name: str, place: Where, path: Path) -> Path:
         raise MethodFieldError(f"The name {name!r} is taken: `vlmprune methods` lists all.")
     if path.suffix != ".py" or not path.stem.isidentifier():
         raise MethodFieldError(f"{str(path)!r} cannot be imported: give a file like {name}.py.")
+    if path.stem in {*sys.stdlib_module_names, *packages_distributions()}:
+        raise MethodFieldError(
+            f"{path.name} would stand in the way of the module {path.stem!r} in that folder: "
+            f"take another name, e.g. {name}_pruning."
+        )
     text = method_text(name, place, path)
     try:
         with open(path, "x", encoding="utf-8") as file:
