@@ -117,7 +117,9 @@ def on_cpu(value):
 def truth_for(case: zoo.Case, rows, model, handle) -> Truth:
     """What the model must compute of the prompts that it saw last, on the CPU."""
     told = copy.copy(handle)
-    told._engine = SimpleNamespace(setup=handle._engine.setup, last=on_cpu(handle.last))
+    setup = handle._engine.setup
+    engine = SimpleNamespace(setup=setup, wanted=lambda: setup, last=on_cpu(handle.last))
+    told.__dict__["_engine"] = engine
     method = handle.methods[-1].method
     if isinstance(method, Noted):
         method.notes[:] = on_cpu(method.notes)

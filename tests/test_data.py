@@ -354,7 +354,7 @@ def test_all_of_a_file_is_asked_and_nothing_else_unless_it_is_said(sweep, write)
     assert asked["limit"] is None and asked["tasks"] == []
     assert [task.path for task in asked["own"]] == [Path("my.jsonl")]
     assert sweep("--data", "my.jsonl", "--limit", "500")["limit"] == 500
-    assert sweep("--data", "my.jsonl", "--tasks", "gqa")["tasks"] == ["gqa"]
+    assert sweep("--data", "my.jsonl", "--tasks", "tinyscenes")["tasks"] == ["tinyscenes"]
     assert sweep()["limit"] == 500 and sweep()["own"] == []
     task = sweep("--data", "my.jsonl", "--matching", "contains", "--max_new_tokens", "9")["own"][0]
     assert task.max_new_tokens == 9 and task.questions(1)[0].matching == "contains"

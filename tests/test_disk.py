@@ -20,6 +20,13 @@ from vlmprune.eval.in_process import sweep_grid, sweep_model
 from vlmprune.eval.results import Store, UnwrittenError
 
 
+def heard_once(monkeypatch):
+    """Our log lines go to pytest alone, whatever commands of other tests have set up."""
+    logger = logging.getLogger("vlmprune")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "handlers", [])
+
+
 @contextmanager
 def room(bytes_a_file: int):
     """The system takes no more of any file, as a full disk does, in the middle of a write."""
@@ -44,7 +51,7 @@ def test_a_cell_that_the_disk_does_not_take_leaves_the_file_whole_and_is_in_the_
 
 
 def test_pictures_that_cannot_be_written_undo_no_cell(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vlmprune"), "propagate", True)
+    heard_once(monkeypatch)
     (tmp_path / "pictures").write_text("a file where a folder should be")
     case = zoo.CASES["llava-clip-llama"]
     options = {"limit": 2, "task": FakeTask(), "output_path": tmp_path}
@@ -55,7 +62,7 @@ def test_pictures_that_cannot_be_written_undo_no_cell(tmp_path, caplog, monkeypa
 
 
 def test_samples_that_do_not_fit_leave_no_half_a_file(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vlmprune"), "propagate", True)
+    heard_once(monkeypatch)
     case, task = zoo.CASES["llava-clip-llama"], FakeTask()
     model = case.model()
     evaluator = Evaluator(model, FakeProcessor(case), task, task.questions(2), batch_size=2)
