@@ -323,7 +323,7 @@ def test_a_file_that_is_named_like_a_module(own_registry, tmp_path, monkeypatch)
 
     from vlmprune.eval.importing import import_methods
 
-    write_method("mine", "decoder", tmp_path / "random.py")
+    write_method("mine", "decoder", tmp_path / "mine.py").rename(tmp_path / "random.py")
     assert import_methods(str(tmp_path / "random.py")) == ["mine"]
     assert import_methods(str(tmp_path / "random.py")) == ["mine"]
     assert sys.modules["random"] is known

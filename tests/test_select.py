@@ -236,6 +236,7 @@ def test_a_canvas_by_hand():
                 order=torch.cat([order, order.new_tensor([-1])]),
                 features=mean,
                 rows=torch.tensor([keep - 1]),
+                projected=True,
                 groups=torch.stack([torch.full_like(order, keep - 1), order]),
             )
 
