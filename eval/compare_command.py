@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from PIL import Image
-
+from ..adapters.canvas import together
 from ..prune.budget import Budget
 from ..prune.contract import Positions
 from .asked import save_picture
@@ -56,15 +55,5 @@ def run(
     if save:
         columns = 4 if len(cells) % 4 == 0 else 3
         sheets = [compared.picture(columns) for compared in found]
-        save_picture(_below_each_other(sheets), save)
+        save_picture(together(sheets, across=1), save)
     return 0
-
-
-def _below_each_other(sheets: Sequence[Image.Image]) -> Image.Image:
-    size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
-    whole = Image.new("RGB", size, "white")
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
-    return whole

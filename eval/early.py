@@ -15,6 +15,7 @@ from pathlib import Path
 from ..prune import methods
 from ..prune.amount import PUBLISHED, Budget
 from ..prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
+from ..prune.plugins import ENTRY_POINT_GROUP
 from .embedded import TASK
 from .embedded.vocabulary import KINDS
 from .task import TaskError
@@ -103,6 +104,4 @@ def _known() -> list[str]:
     if registry is not None:
         found: list[str] = registry.method_names()
         return found
-    files = Path(str(methods.__file__)).parent.glob("*/*.py")
-    shipped = {path.stem for path in files if path.stem != "__init__"}
-    return sorted(shipped | entry_points(group="vlmprune.methods").names)
+    return sorted({*methods.shipped(), *entry_points(group=ENTRY_POINT_GROUP).names})

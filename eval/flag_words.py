@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_BUDGET = "keep_ratio|keep_tokens|average_tokens|flops_ratio"
-_PREFIX = {"average_tokens": "avg:", "flops_ratio": "flops:"}
+from ..prune.amount import BUDGET_WORDS, PREFIXES
+
+_BUDGET = "|".join(BUDGET_WORDS)
 _NUMBER = r"\d+(?:\.\d+)?"
 _KIND: dict[str, str] = {
     "keep_ratio": "a ratio (0.25)",
@@ -62,7 +63,7 @@ def _translated(text: str, rules: list[_Rule]) -> str:
 
 def _word(match: re.Match[str], at: int) -> str:
     """A budget as `--budgets` takes it."""
-    return _PREFIX.get(match[at], "") + match[at + 1]
+    return PREFIXES.get(match[at], "") + match[at + 1]
 
 
 def _field(match: re.Match[str]) -> str:

@@ -65,8 +65,8 @@ def _row(name: str, method: Method) -> tuple[str, ...]:
         name,
         what_it_does(cls),
         " and ".join(place.value for place in method.places),
-        _reads(method),
-        _on_tiles(cls),
+        reads(method),
+        on_tiles(cls),
         "needed" if cls.needs_budget else f"or {PUBLISHED}",
         cls.positions,
         fields,
@@ -103,7 +103,7 @@ def needs_of(method: Method) -> tuple[Signal, ...]:
     return tuple(method.needs(_LLAVA_7B))
 
 
-def _reads(method: Method) -> str:
+def reads(method: Method) -> str:
     """Signals, those of decoder layers apart."""
     try:
         needs = needs_of(method)
@@ -132,7 +132,7 @@ _SAID = {
 }
 
 
-def _on_tiles(cls: type[Method]) -> str:
+def on_tiles(cls: type[Method]) -> str:
     """Scope and newline policy; allowed overrides in brackets."""
     if not issubclass(cls, BeforeLLM):
         return "all tokens"

@@ -16,7 +16,7 @@ from ..prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
 from ..prune.contract import BeforeLLM, Method
 from ..prune.errors import BudgetError
 from ..prune.registry import method_class
-from .listing import _on_tiles, _reads, what_it_does
+from .listing import on_tiles, reads, what_it_does
 from .support import support
 
 _SECTIONS = ("Reference", "Upstream", "Differs")
@@ -45,8 +45,8 @@ def method_page(name: str, width: int) -> str:
     places = " and ".join(place.value for place in cls().places)
     facts = [
         ("Acts", places),
-        ("Reads", _reads(cls())),
-        *([("On tiles", _on_tiles(cls))] if issubclass(cls, BeforeLLM) else []),
+        ("Reads", reads(cls())),
+        *([("On tiles", on_tiles(cls))] if issubclass(cls, BeforeLLM) else []),
         ("Budgets", _budgets(cls)),
         ("Positions", f"{cls.positions} by default (models with M-RoPE: always original)"),
         *(fact for word in _SECTIONS for fact in _said(word, sections)),

@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
-from ..prune.budget import PUBLISHED
+from ..prune.amount import PREFIXES, PUBLISHED
 from ..prune.errors import VlmpruneError
 from ..prune.methods import VERSIONS, settled
 from ..prune.registry import method_class
@@ -321,8 +321,7 @@ def budget_text(record: Mapping[str, Any]) -> str:
 
 
 def _budget_word(budget: Mapping[str, Any] | None) -> str:
-    prefix = {"average_tokens": "avg:", "flops_ratio": "flops:"}
-    return f"{prefix.get(budget['word'], '')}{budget['value']:g}" if budget else PUBLISHED
+    return f"{PREFIXES.get(budget['word'], '')}{budget['value']:g}" if budget else PUBLISHED
 
 
 # --- The file --------------------------------------------------------------------------------

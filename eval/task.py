@@ -76,7 +76,7 @@ class EmbeddedTask:
         return self._embedded.questions(limit)
 
     def prompt(self, processor: Any, question: Question) -> str:
-        return chat_prompt(processor, question.question)
+        return self._embedded.prompt(processor, question.question)
 
     def is_correct(self, prediction: str, question: Question) -> bool:
         return self._embedded.is_correct(normalise(prediction), question.answer)

@@ -17,6 +17,8 @@ BUDGET_WORDS: tuple[BudgetWord, ...] = (
     "average_tokens",
     "flops_ratio",
 )
+PREFIXES: dict[str, str] = {"average_tokens": "avg:", "flops_ratio": "flops:"}
+"""What is typed before a number that is neither a share nor a count of kept tokens."""
 PUBLISHED = "published"
 """Among budgets on the command line: none, the method's own schedule or rule."""
 
@@ -75,11 +77,11 @@ class Budget:
         `0.25` is a keep_ratio, `64` a keep_tokens, `avg:64` an average_tokens and `flops:0.3` a
         flops_ratio.
         """
-        prefix, _, number = text.rpartition(":")
-        prefixes: dict[str, BudgetWord] = {"avg": "average_tokens", "flops": "flops_ratio"}
+        head, colon, number = text.rpartition(":")
+        words = {prefix: word for word, prefix in PREFIXES.items()}
         try:
-            if prefix:
-                return cls(prefixes[prefix], float(number))
+            if colon:
+                return cls(words[head + colon], float(number))  # type: ignore[arg-type]
             if number.lstrip("+-").isdigit():
                 return cls("keep_tokens", int(number))
             return cls("keep_ratio", float(number))

@@ -6,6 +6,8 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
+ENTRY_POINT_GROUP = "vlmprune.methods"
+
 
 @dataclass(frozen=True)
 class Plugins:

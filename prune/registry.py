@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
-import pkgutil
 import re
 from collections.abc import Callable
 from functools import cache
@@ -22,9 +21,7 @@ from .errors import (
     UnknownMethodError,
     did_you_mean,
 )
-from .plugins import Plugins, owner_of
-
-ENTRY_POINT_GROUP = "vlmprune.methods"
+from .plugins import ENTRY_POINT_GROUP, Plugins, owner_of
 
 _BASES = (BeforeLLM, InDecoder, Compressing, Attending)
 _M = TypeVar("_M", bound=type[Method])
@@ -45,7 +42,7 @@ def register(name: str) -> Callable[[_M], _M]:
         if known is not None:
             owner = (known.__module__, known.__qualname__)
         else:  # a shipped method owns its name before its file is imported
-            owner = (_shipped().get(name, cls.__module__), cls.__qualname__)
+            owner = (_methods_package.shipped().get(name, cls.__module__), cls.__qualname__)
         other = next((n for n, c in _classes.items() if c is cls and n != name), None)
         if other is not None:
             raise ValueError(
@@ -64,17 +61,9 @@ def register(name: str) -> Callable[[_M], _M]:
 
 
 @cache
-def _shipped() -> dict[str, str]:
-    """Method name -> module of the methods in this package, found without importing them."""
-    prefix = _methods_package.__name__ + "."
-    modules = pkgutil.walk_packages(_methods_package.__path__, prefix)
-    return {m.name.rpartition(".")[2]: m.name for m in modules if not m.ispkg}
-
-
-@cache
 def _plugins() -> Plugins:
     """Methods of other packages; of names that are taken a warning is logged, once."""
-    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _shipped())
+    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _methods_package.shipped())
     for note in found.notes:
         logging.getLogger("vlmprune").warning(note)
     return found
@@ -87,7 +76,7 @@ def is_shipped(cls: type[Method]) -> bool:
 
 def method_names() -> list[str]:
     """Names of all methods: shipped, installed by third parties, registered in this process."""
-    return sorted({*_shipped(), *_plugins().points, *_classes})
+    return sorted({*_methods_package.shipped(), *_plugins().points, *_classes})
 
 
 def method_class(name: str) -> type[Method]:
@@ -98,8 +87,8 @@ def method_class(name: str) -> type[Method]:
         PluginError: it is another package's, which cannot be imported.
     """
     if name not in _classes:
-        if name in _shipped():
-            importlib.import_module(_shipped()[name])
+        if name in _methods_package.shipped():
+            importlib.import_module(_methods_package.shipped()[name])
         elif name in _plugins().points:
             _load_plugin(name)
         else:

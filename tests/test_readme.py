@@ -99,13 +99,13 @@ def test_the_added_method_of_the_readme_works(tmp_path, monkeypatch):
     """The example file, put where the README says, is found, listed and runs."""
     import torch
     import zoo
-    from vlmprune.prune import registry
+    from vlmprune.prune import methods, registry
     from vlmprune.prune.methods import before_llm
 
     (code,) = re.findall(r'```python\n("""Norm: .*?)```', README.read_text(), re.DOTALL)
     (tmp_path / "norm.py").write_text(code)
     monkeypatch.setattr(before_llm, "__path__", [*before_llm.__path__, str(tmp_path)])
-    registry._shipped.cache_clear()
+    methods.shipped.cache_clear()
     try:
         assert "norm" in vlmprune.methods()
         case = zoo.CASES["llava-clip-llama"]
@@ -116,7 +116,7 @@ def test_the_added_method_of_the_readme_works(tmp_path, monkeypatch):
     finally:
         registry._classes.pop("norm", None)
         sys.modules.pop(f"{before_llm.__name__}.norm", None)
-        registry._shipped.cache_clear()
+        methods.shipped.cache_clear()
 
 
 def test_links_and_pictures_exist():

@@ -30,7 +30,7 @@ from vlmprune.eval.sources import UNKNOWN, Source
 from vlmprune.eval.table import sweep_table
 from vlmprune.eval.task import EmbeddedTask, version_of
 from vlmprune.prune import registry
-from vlmprune.prune.methods import VERSIONS
+from vlmprune.prune.methods import VERSIONS, shipped
 
 # --- What is asked ---------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ def test_what_has_no_source_is_never_skipped_and_says_so(tmp_path, own, caplog, 
 
 
 def test_every_shipped_method_has_a_version_and_no_source():
-    assert VERSIONS.keys() == registry._shipped().keys()
+    assert VERSIONS.keys() == shipped().keys()
     for name in VERSIONS:
         source = Source(registry.method_class(name))
         assert source.hash is None and not source.gaps, name

@@ -104,9 +104,9 @@ def load_model(
 
 def prompt(processor: ProcessorMixin, question: str) -> str:
     """The question in the model's chat template, with the image's placeholder."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    message = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(message, add_generation_prompt=True)
+    from ..task import chat_prompt
+
+    return chat_prompt(processor, question)
 
 
 def is_correct(prediction: str, answer: str) -> bool:

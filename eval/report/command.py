@@ -10,7 +10,6 @@ from ..results import ResultsError
 from .cells import Section, read_cells, sections
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "markdown", ".csv": "csv", ".tex": "latex"}
-FORMATS = ("html", "markdown", "csv", "latex", "lm-eval")
 
 
 def run(

@@ -18,12 +18,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..side_by_side import LEGEND
 from .averages import averages_table
 from .cells import Cell, Section
 from .chart import chart
 from .examples import Asked, Given, asked
 from .files import NoFileError
-from .methods import LEGEND, described
+from .methods import described
 from .pictures import data_uri
 from .published import beside_published
 from .repeat import command_of, needs

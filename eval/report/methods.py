@@ -9,11 +9,6 @@ from ...prune.registry import method_class
 from ..listing import what_it_does
 from .cells import Section
 
-LEGEND = (
-    "Grey: dropped. White lines: kept as it is. Coloured outlines: merged, into the token with the "
-    "box of that colour. Colours with a scale: in how many layers the KV cache still has a token. "
-    "Hatched: cut off, the model does not see it."
-)
 UNKNOWN = "not known to the vlmprune that wrote this report"
 
 

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ...prune.amount import PREFIXES, PUBLISHED
 from ...prune.contract import ClipText
 from ...prune.errors import VlmpruneError
 from ...prune.registry import method_class
@@ -17,7 +18,6 @@ from ..loading import EMBEDDED
 from ..results import MethodRecord, Record, method_record
 from ..task import EmbeddedTask
 
-_PREFIXES = {"average_tokens": "avg:", "flops_ratio": "flops:"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -102,7 +102,7 @@ def _method_word(entry: MethodRecord, seed: int) -> str:
 
 def _budget_word(budget: Mapping[str, Any] | None) -> str:
     """In full: a rounded budget is another cell."""
-    return f"{_PREFIXES.get(budget['word'], '')}{budget['value']}" if budget else "published"
+    return f"{PREFIXES.get(budget['word'], '')}{budget['value']}" if budget else PUBLISHED
 
 
 def _pair(key: str, value: object) -> str:

@@ -19,7 +19,6 @@ Further keys are not read. The whole file is checked, pictures included, before 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from typing import Any
 from PIL import Image
 
 from ...prune.errors import did_you_mean
+from ..fingerprint import content_hash
 from ..image_file import InputError, check_picture, read_picture
 from ..task import TaskError, chat_prompt, in_turns
 from .matching import LETTERS, MATCHINGS, Matching, is_right, number, words
@@ -121,11 +121,12 @@ class JsonlTask:
     @cached_property
     def version(self) -> str:
         """12 hex digits over all questions, their answers and pictures."""
-        digest = hashlib.sha256()
-        for question in self._questions:
-            said = asdict(question) | {"path": self._hashes[question.path]}
-            digest.update(json.dumps(said, sort_keys=True).encode())
-        return digest.hexdigest()[:12]
+        return content_hash(
+            [
+                asdict(question) | {"path": self._hashes[question.path]}
+                for question in self._questions
+            ]
+        )
 
     def questions(self, limit: int | None) -> list[FileQuestion]:
         return in_turns(self._questions)[:limit]

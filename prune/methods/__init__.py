@@ -6,6 +6,9 @@ in it (a new file, a copy, a method of another package) counts by its source, wh
 day.
 """
 
+import pkgutil
+from functools import cache
+
 VERSIONS: dict[str, int] = {
     "catp": 1,
     "cdpruner": 1,
@@ -36,6 +39,13 @@ VERSIONS: dict[str, int] = {
     "visual_press": 1,
     "vtc_cls": 1,
 }
+
+
+@cache
+def shipped() -> dict[str, str]:
+    """Method name -> module of the methods in this package, found without importing them."""
+    modules = pkgutil.walk_packages(__path__, f"{__name__}.")
+    return {m.name.rpartition(".")[2]: m.name for m in modules if not m.ispkg}
 
 
 def settled(module: str) -> str | None:
