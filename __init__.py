@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .adapters.clip_text import ClipText
     from .adapters.patching import Handle, patch, unpatch
     from .adapters.registry import model_names as models
-    from .eval.checking.command import check_method
-    from .eval.compare import Comparison, compare
+    from .eval.commands.check_method import check_method
+    from .eval.compare.comparison import Comparison, compare
     from .prune.errors import (
         BudgetError,
         MethodAnswerError,
@@ -43,9 +43,9 @@ _HOME = {
     "unpatch": ("adapters.patching", "unpatch"),
     "Handle": ("adapters.patching", "Handle"),
     "models": ("adapters.registry", "model_names"),
-    "check_method": ("eval.checking.command", "check_method"),
-    "compare": ("eval.compare", "compare"),
-    "Comparison": ("eval.compare", "Comparison"),
+    "check_method": ("eval.commands.check_method", "check_method"),
+    "compare": ("eval.compare.comparison", "compare"),
+    "Comparison": ("eval.compare.comparison", "Comparison"),
     "method": ("prune.registry", "method"),
     "methods": ("prune.registry", "method_names"),
     "VlmpruneError": ("prune.errors", "VlmpruneError"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..prune.budget import BUDGET_WORDS, Budget, MethodCall, plan
 from ..prune.errors import BudgetError, MethodFieldError
-from .setup import Setup
+from .patch_setup import Setup
 
 _EVERYTHING = Budget("keep_ratio", 1.0)
 

@@ -32,23 +32,23 @@ from transformers.utils import ModelOutput
 
 from ..prune.contract import Signal
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
-from . import probes
-from .attend import Attention, attend
 from .budgets import Budgets
-from .cache import is_new, pruned_state
-from .compression import evict
-from .continuation import Continued, first_padding
+from .cache.continuation import Continued, first_padding
+from .cache.pruned import is_new, pruned_state
+from .checks import check_generate
 from .devices import execution_device
-from .encoding import Encoded, encode, encode_merged
 from .family import IMAGE, MODALITIES, Family, Modality, Model
-from .guards import check_generate
 from .hooks import Hooks, Spot, Spots, Undo
-from .prefill import Chosen, Prefill, begin
-from .prompt import Prompt
+from .patch_setup import Setup
+from .places.before_llm import Encoded, encode, encode_merged
+from .places.cache_attend import Attention, attend
+from .places.cache_evict import evict
+from .places.decoder import Chosen, Prefill, begin
 from .remember import ImageMemory
 from .report import DISABLED, NO_IMAGES, Last
-from .setup import Setup
-from .signals import Reader, Recording
+from .sequence.prompt import Prompt
+from .signals import tap as probes
+from .signals.encoder import Reader, Recording
 
 _MARK = "_vlmprune_encoded"
 """Attribute of the encoder's output that carries `Encoded` through generate()."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
 from ..prune.tiling import Tiling
-from .canvas import Fit
+from .pictures.canvas import Fit
 
 Model = Any
 """A loaded `transformers` model; its modules are untyped attributes."""

@@ -13,14 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ..prune.budget import BUDGET_WORDS, MethodCall, idle, plan
-from ..prune.contract import (
-    Attending,
-    LayerSignal,
-    Method,
-    ModelShape,
-    Place,
-    Positions,
-)
+from ..prune.contract import Attending, LayerSignal, Method, ModelShape, Place, Positions
 from ..prune.declared import check_declared
 from ..prune.errors import (
     BudgetError,
@@ -33,16 +26,16 @@ from ..prune.numbers import plain
 from ..prune.registry import default_methods, method_class
 from ..prune.registry import method as make_call
 from .budgets import Budgets
-from .canvas import Fit
 from .clip_text import ClipText
 from .engine import Engine
 from .family import Family
-from .masks import layer_kind
+from .patch_setup import Setup, Ticket
+from .pictures.canvas import Fit
+from .pictures.show import show
 from .registry import family_of
 from .remember import Remembered
 from .report import Last
-from .setup import Setup, Ticket
-from .showing import show
+from .sequence.masks import layer_kind
 from .wrappers import patchable, unwrapped
 
 _HANDLE = "_vlmprune_handle"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..prune.budget import MethodCall
-from .encoding import Encoded, EncodedImage
 from .family import Family, Inputs, Modality, Model
+from .patch_setup import Setup
+from .places.before_llm import Encoded, EncodedImage
 from .report import Stopwatch
-from .setup import Setup
 
 Encode = Callable[[Inputs, Sequence[int] | None], tuple[Any, Encoded | None]]
 """Runs the encoder on the arguments of `get_image_features` for some images of a call, by their

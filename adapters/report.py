@@ -13,7 +13,7 @@ from ..prune.budget import Stage, tokens_per_layer
 from ..prune.contract import Positions
 from ..prune.errors import NotRecordedError
 from ..prune.tiling import Tiling
-from .cache_report import CacheReport
+from .cache.report import CacheReport
 
 NO_IMAGES = "the last prefill had no images"
 """The note of a prefill without visual tokens."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 from .. import __version__
 
 if TYPE_CHECKING:
-    from .comparing import ModelFlags
+    from .commands.comparing import ModelFlags
 
 DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
 _PAGE_WIDTH = 100
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(args.verbosity)
     try:
         if args.command == "sweep" and (args.config or args.preset or args.data):
-            from .config import layered
+            from .commands.config import layered
 
             given = layered(
                 sweep_parser(), config=args.config, preset_name=args.preset, data=args.data
@@ -815,20 +815,20 @@ def _check(args: argparse.Namespace) -> None:
 
         args.own = read_all(args.data, matching=args.matching, max_new_tokens=args.max_new_tokens)
     elif args.command == "ask":
-        from .asked import check_save, read_asked
+        from .compare.asked import check_save, read_asked
 
         check_save(args.save)
         args.asked = read_asked(args.image, args.question)
     elif args.command == "compare":
-        from .asked import check_save, read_all_asked
+        from .compare.asked import check_save, read_all_asked
 
         check_save(args.save)
         args.asked = read_all_asked(args.images, args.answer)
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from .config import resolved
-    from .sweep_command import run
+    from .commands.config import resolved
+    from .commands.sweep import run
 
     return run(
         own=args.own,
@@ -855,13 +855,13 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from .report.command import run
+    from .commands.report import run
 
     return run(runs=args.runs, output=args.output_path, format=args.format, examples=args.examples)
 
 
 def _ask(args: argparse.Namespace) -> int:
-    from .ask import run
+    from .commands.ask import run
 
     return run(
         asked=args.asked,
@@ -876,7 +876,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from .compare_command import run
+    from .commands.compare import run
 
     return run(
         asked=args.asked,
@@ -897,7 +897,7 @@ def _budget(args: argparse.Namespace) -> dict[str, float]:
 
 
 def _model(args: argparse.Namespace) -> ModelFlags:
-    from .comparing import ModelFlags
+    from .commands.comparing import ModelFlags
 
     return ModelFlags(
         name=args.model,
@@ -910,7 +910,7 @@ def _model(args: argparse.Namespace) -> ModelFlags:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench.command import run
+    from .commands.bench import run
 
     return run(
         methods=split_list(args.methods),
@@ -962,24 +962,24 @@ def _bench_scale(args: argparse.Namespace) -> int:
 
 
 def _check_method(args: argparse.Namespace) -> int:
-    from .checking.command import run
+    from .commands.check_method import run
 
     return run(method=args.name, layouts=split_list(args.layouts))
 
 
 def _new_method(args: argparse.Namespace) -> int:
-    from .checking.new_method import run
+    from .commands.new_method import run
 
     return run(name=args.name, place=args.place, output_path=args.output_path)
 
 
 def _methods(args: argparse.Namespace) -> int:
+    from .commands.listing import methods_table
     from .console import stdout
-    from .listing import methods_table
 
     console = stdout()
     if args.name:
-        from .method_page import method_page
+        from .commands.method_page import method_page
 
         width = min(console.width, _PAGE_WIDTH) if console.is_terminal else _PAGE_WIDTH
         console.print(method_page(args.name, width), markup=False)
@@ -989,16 +989,16 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _presets(args: argparse.Namespace) -> int:
+    from .commands.presets import presets_table, published_table
     from .console import stdout
-    from .presets.listing import presets_table, published_table
 
     (published_table(args.name) if args.name else presets_table()).print(stdout())
     return 0
 
 
 def _models(args: argparse.Namespace) -> int:
+    from .commands.listing import models_table
     from .console import stdout
-    from .listing import models_table
 
     models_table().print(stdout())
     return 0

@@ -18,7 +18,7 @@ from ..prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
 from ..prune.plugins import ENTRY_POINT_GROUP
 from .embedded import TASK
 from .embedded.vocabulary import KINDS
-from .task import TaskError
+from .tasks.task import TaskError
 
 DENSE = "dense"
 AND = re.compile(r"\+(?=[A-Za-z_])")  # the plus of 1e+3 is none

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 if TYPE_CHECKING:
-    from .task import Question
+    from .tasks.task import Question
 
 _DIGITS = 12
 _ASKED = ("id", "kind", "question", "answer", "image")

@@ -18,17 +18,17 @@ from PIL import Image
 from ..adapters.devices import input_device
 from ..prune.contract import Positions
 from ..prune.errors import MethodFieldError
-from .compose import Parts, combined
 from .console import progress
 from .embedded import MODEL_DIR
 from .environment import hardware, versions
-from .evaluate import Benchmark, Evaluator, Sample
 from .extras import Extras
-from .loading import EMBEDDED, fingerprint, short_name
+from .measure.evaluate import Benchmark, Evaluator, Sample
+from .models.loading import EMBEDDED, fingerprint, short_name
 from .processes import Processes
-from .results import Config, Measured, Results, Store, method_record
-from .sweep import Cell, Summary, sweep
-from .task import EmbeddedTask, Task, asked
+from .results.records import Config, Measured, Results, Store, method_record
+from .sweep.grid import Cell, Summary, sweep
+from .tasks.task import EmbeddedTask, Task, asked
+from .words import Parts, combined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,13 +14,7 @@ from typing import TypeVar
 from . import methods as _methods_package
 from .budget import BUDGET_WORDS, Budget, MethodCall
 from .contract import Attending, BeforeLLM, Compressing, InDecoder, Method
-from .errors import (
-    BudgetError,
-    MethodFieldError,
-    PluginError,
-    UnknownMethodError,
-    did_you_mean,
-)
+from .errors import BudgetError, MethodFieldError, PluginError, UnknownMethodError, did_you_mean
 from .plugins import ENTRY_POINT_GROUP, Plugins, owner_of
 
 _BASES = (BeforeLLM, InDecoder, Compressing, Attending)

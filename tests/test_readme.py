@@ -14,9 +14,9 @@ from test_support import method_support
 from vlmprune.eval.bench.scale import scale_table
 from vlmprune.eval.bench.select import summary_table
 from vlmprune.eval.bench.table import before_after_table, bench_table, shapes_table
-from vlmprune.eval.listing import methods_table, models_table
-from vlmprune.eval.results import read_records
-from vlmprune.eval.table import accuracy_table, sweep_table
+from vlmprune.eval.commands.listing import methods_table, models_table
+from vlmprune.eval.results.records import read_records
+from vlmprune.eval.results.tables import accuracy_table, sweep_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -98,7 +98,7 @@ def test_the_table_is_up_to_date(name):
 def test_the_added_method_of_the_readme_works(tmp_path, monkeypatch):
     """The example file, put where the README says, is found, listed and runs."""
     import torch
-    import zoo
+    from kit import zoo
     from vlmprune.prune import methods, registry
     from vlmprune.prune.methods import before_llm
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...prune.contract import Tower
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
-from ..canvas import Fit
 from ..family import Family, Inputs, Modality, Model
+from ..pictures.canvas import Fit
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 

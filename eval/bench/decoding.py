@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.report import Stopwatch
-from ..shapes import words
+from ..models.shapes import words
 
 
 @dataclass

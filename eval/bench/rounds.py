@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...adapters.cache import pruned_state
+from ...adapters.cache.pruned import pruned_state
 from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE
 from ...adapters.patching import Handle
 from ...adapters.registry import family_of
-from ..compose import Parts
-from ..energy import energy_meter
-from ..measure import kv_bytes
-from ..memory import added_at_peak
+from ..measure.energy import energy_meter
+from ..measure.memory import added_at_peak
+from ..measure.times import kv_bytes
+from ..words import Parts
 from .decoding import Decoding, in_turn
 from .oracle import oracle_prefill, shorten
 from .subject import Subject, visual_tokens_of

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from ...adapters.signals import READERS, pixel_seed
+from ...adapters.signals.encoder import READERS, pixel_seed
 from ...prune.contract import (
     BeforeLLM,
     ClipImage,
@@ -43,13 +43,13 @@ from ...prune.errors import MethodFieldError, MissingSignalError
 from ...prune.registry import default_methods, method_class
 from ...prune.select import select
 from ...prune.tiling import Block, Tiling
-from ..compose import parse
 from ..console import progress, stdout
 from ..environment import describe, hardware, load_average, versions
-from ..memory import MemoryMeasureError, added_at_peak, in_fresh_process
-from ..results import ResultsError
-from ..stats import Spread, spread
-from ..table import Table
+from ..measure.memory import MemoryMeasureError, added_at_peak, in_fresh_process
+from ..results.records import ResultsError
+from ..results.statistics import Spread, spread
+from ..results.tables import Table
+from ..words import parse
 from .rounds import peak_memory, prefill
 from .subject import Subject
 from .variant import Variant

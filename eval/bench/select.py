@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.signals import READERS, pixel_seed
+from ...adapters.signals.encoder import READERS, pixel_seed
 from ...prune.contract import (
     BeforeLLM,
     ClipImage,
@@ -43,9 +43,9 @@ from ...prune.select import select_all
 from ...prune.tiling import Block, Tiling
 from ..console import progress, stdout
 from ..environment import describe, hardware, load_average, versions
-from ..results import ResultsError
-from ..stats import Spread, spread
-from ..table import Table
+from ..results.records import ResultsError
+from ..results.statistics import Spread, spread
+from ..results.tables import Table
 from ..transcriptions import Transcription, find
 from ..transcriptions.picture import SIDE, Picture, canvas
 

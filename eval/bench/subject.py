@@ -15,8 +15,8 @@ from ...adapters.clip_text import ClipText
 from ...adapters.registry import family_of
 from ...prune.errors import MethodFieldError
 from ..image_file import read_picture
-from ..loading import ModelLoadError, load, path_of, short_name
-from ..shapes import mid_size, prompt, shape, usual_picture
+from ..models.loading import ModelLoadError, load, path_of, short_name
+from ..models.shapes import mid_size, prompt, shape, usual_picture
 from .text_twin import random_text_twin
 
 

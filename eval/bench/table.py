@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..environment import describe
-from ..shapes import TEXT_TOKENS
-from ..stats import Spread
-from ..table import Table
+from ..models.shapes import TEXT_TOKENS
+from ..results.statistics import Spread
+from ..results.tables import Table
 from .targets import Target, verdicts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...prune.contract import Place
-from ..stats import Spread
+from ..results.statistics import Spread
 
 Verdict = Literal["met", "open", "missed"]
 

@@ -16,10 +16,10 @@ from ...adapters.patching import Handle, patch
 from ...adapters.registry import family_of
 from ...prune.budget import plan, tokens_per_layer
 from ...prune.contract import Compressing, Place
-from ..compose import Parts
-from ..flops import ModelCost, after_cuts, cache_entries, visual_share
-from ..results import method_record, parts_text
-from ..stats import spread
+from ..measure.flops import ModelCost, after_cuts, cache_entries, visual_share
+from ..results.records import method_record, parts_text
+from ..results.statistics import spread
+from ..words import Parts
 from .subject import Subject, visual_tokens_of
 
 

@@ -104,7 +104,7 @@ def load_model(
 
 def prompt(processor: ProcessorMixin, question: str) -> str:
     """The question in the model's chat template, with the image's placeholder."""
-    from ..task import chat_prompt
+    from ..tasks.task import chat_prompt
 
     return chat_prompt(processor, question)
 

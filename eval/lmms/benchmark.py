@@ -10,14 +10,14 @@ from ...adapters.clip_text import ClipText
 from ...prune.budget import MethodCall
 from ...prune.contract import Positions
 from ...prune.errors import VlmpruneError, did_you_mean
-from ..answering import flops_of, tokens_of
-from ..evaluate import EXAMPLES, TIMED_QUESTIONS, Sample, SavePicture, example
-from ..flops import model_cost
-from ..measure import Measurement, measure
+from ..measure.answering import flops_of, tokens_of
+from ..measure.evaluate import EXAMPLES, TIMED_QUESTIONS, Sample, SavePicture, example
+from ..measure.flops import model_cost
+from ..measure.times import Measurement, measure
 from ..processes import Processes
-from ..results import Measured
-from ..task import TaskError
+from ..results.records import Measured
 from ..tasks import TASKS_DIR
+from ..tasks.task import TaskError
 from .manners import cause_of, data_bars, to_stderr
 from .running import Shared
 

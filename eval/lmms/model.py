@@ -24,9 +24,9 @@ from ...adapters.patching import Handle, patch
 from ...prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError, UnsupportedFeatureError
-from ..answering import Answer, answer, tokens_of
-from ..loading import EMBEDDED, limit_pixels, load, load_clip, resolve_device
-from ..measure import PatchOptions
+from ..measure.answering import Answer, answer, tokens_of
+from ..measure.times import PatchOptions
+from ..models.loading import EMBEDDED, limit_pixels, load, load_clip, resolve_device
 from ..processes import Processes
 from .arguments import calls_of
 from .prompts import MAX_PIXELS, MIN_PIXELS, NUM_FRAMES, Encoded, Video, encoder_for

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ...adapters.canvas import Fit
 from ...adapters.patching import Handle
-from ..answering import Answer
-from ..evaluate import EXAMPLES
-from ..picture_fit import picture_fit
+from ...adapters.pictures.canvas import Fit
+from ..measure.answering import Answer
+from ..measure.evaluate import EXAMPLES
+from ..models.picture_fit import picture_fit
 from .manners import alone, cause_of, quiet_bars, seeds_kept
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..stats import Score, Unit, aggregate_score, mean_score, resampled
+from ..results.statistics import Score, Unit, aggregate_score, mean_score, resampled
 from .stock import takes_one_argument
 
 _SLOW = 0.1  # seconds; an aggregation that takes longer is not repeated for an interval

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..averages import percent_of_dense
+from ..results.averages import percent_of_dense
 from .cells import Cell, Section
 from .tables import Entry, Grid, Row
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...prune.errors import VlmpruneError
 from ..environment import describe
-from ..results import (
+from ..results.records import (
     Record,
     ResultsError,
     budget_text,
@@ -22,8 +22,8 @@ from ..results import (
     setting_of,
     variant,
 )
-from ..stats import Score, difference
-from ..table import in_order, scale
+from ..results.statistics import Score, difference
+from ..results.tables import in_order, scale
 
 STATUSES = ("ok", "failed", "not_applicable")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..stats import Score
-from ..table import metric_label, scale
+from ..results.statistics import Score
+from ..results.tables import metric_label, scale
 from .cells import COSTS, Cell, Section, finite, pareto
 from .tables import score_of
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .. import flat
+from ..results import flat
 from . import escape
 from .cells import Cell, Section
 from .repeat import command_of

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..side_by_side import LEGEND
+from ..compare.side_by_side import LEGEND
 from .averages import averages_table
 from .cells import Cell, Section
 from .chart import chart
@@ -28,14 +28,7 @@ from .methods import described
 from .pictures import data_uri
 from .published import beside_published
 from .repeat import command_of, needs
-from .tables import (
-    Grid,
-    dense_text,
-    facts,
-    kinds_table,
-    main_table,
-    metrics_table,
-)
+from .tables import Grid, dense_text, facts, kinds_table, main_table, metrics_table
 
 _RECORDED = ("id", "status", "finished", "seconds", "batch_size", "load_average", "notes")
 

@@ -9,8 +9,8 @@ import statistics
 import unicodedata
 from collections.abc import Sequence
 
-from ..averages import percent_of_dense
-from ..table import in_unit, metric_label, scale
+from ..results.averages import percent_of_dense
+from ..results.tables import in_unit, metric_label, scale
 from .cells import Cell, Section, finite
 from .escape import one_line
 from .tables import several

@@ -17,8 +17,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..results import ResultsError, main_score
-from ..stats import Score
+from ..results.records import ResultsError, main_score
+from ..results.statistics import Score
 from .cells import Cell, Section
 from .files import NoFileError, file_below
 from .repeat import command_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..table import Table
+from ..results.tables import Table
 from .averages import averages_table
 from .cells import Cell, Section
 from .escape import fenced, markdown, one_line

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...prune.errors import VlmpruneError
 from ...prune.registry import method_class
-from ..listing import what_it_does
+from ..commands.listing import what_it_does
 from .cells import Section
 
 UNKNOWN = "not known to the vlmprune that wrote this report"

@@ -12,11 +12,11 @@ from ...prune.contract import ClipText
 from ...prune.errors import VlmpruneError
 from ...prune.registry import method_class
 from ..cli import parse_fields
-from ..compose import parse
-from ..listing import needs_of
-from ..loading import EMBEDDED
-from ..results import MethodRecord, Record, method_record
-from ..task import EmbeddedTask
+from ..commands.listing import needs_of
+from ..models.loading import EMBEDDED
+from ..results.records import MethodRecord, Record, method_record
+from ..tasks.task import EmbeddedTask
+from ..words import parse
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from ..contract import ClsAttention, ReceivedAttention
-from .checks import check_choice
+from ..fields import check_choice
 
 Scores = Literal["cls", "received"]
 """Field of methods whose papers read the CLS token: `cls`, or on encoders without one (or by the

@@ -44,8 +44,8 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError, UnsupportedModelError
+from ...fields import check_flag, check_layer
 from ...layers import scale_layer, user_layer
-from ...ops.checks import check_flag, check_layer
 from ...ops.facility import greedy_cover
 from ...ops.topk import ascending, top_k
 from ...registry import register

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...batches import of_each_kind
 from ...contract import (
     BeforeLLM,
     ClipImage,
@@ -35,7 +36,6 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
-from ...ops.batches import of_each_kind
 from ...ops.dpp import weighted_greedy_map
 from ...ops.topk import ascending
 from ...registry import register

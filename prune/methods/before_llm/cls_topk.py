@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ...batches import InOnePass, ranked, stacked
 from ...contract import ModelShape, Scope, Selection, Signal, VisualTokens
+from ...fields import check_layer
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass, ranked, stacked
-from ...ops.checks import check_layer
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register

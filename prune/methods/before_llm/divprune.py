@@ -16,16 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...contract import (
-    Features,
-    ModelShape,
-    Newlines,
-    Scope,
-    Selection,
-    Signal,
-    VisualTokens,
-)
-from ...ops.batches import InOnePass
+from ...batches import InOnePass
+from ...contract import Features, ModelShape, Newlines, Scope, Selection, Signal, VisualTokens
 from ...ops.maxmin import greedy_max_min
 from ...ops.topk import ascending
 from ...registry import register

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from ...batches import InOnePass, ranked
 from ...contract import (
     AttentionToCls,
     ClsAttention,
@@ -31,9 +32,8 @@ from ...contract import (
     Tower,
     VisualTokens,
 )
+from ...fields import check_choice, check_layer
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass, ranked
-from ...ops.checks import check_choice, check_layer
 from ...ops.parts import by_tile
 from ...ops.topk import ascending, top_k
 from ...registry import register

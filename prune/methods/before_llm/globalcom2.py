@@ -43,8 +43,8 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError
+from ...fields import check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
-from ...ops.checks import check_flag, check_fraction, check_layer
 from ...ops.parts import (
     apportion,
     by_tile,

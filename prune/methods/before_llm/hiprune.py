@@ -23,17 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...contract import (
-    ModelShape,
-    ReceivedAttention,
-    Selection,
-    Signal,
-    Tower,
-    VisualTokens,
-)
+from ...batches import InOnePass, ranked, stacked
+from ...contract import ModelShape, ReceivedAttention, Selection, Signal, Tower, VisualTokens
+from ...fields import check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass, ranked, stacked
-from ...ops.checks import check_flag, check_fraction, check_layer
 from ...ops.parts import on_device
 from ...ops.topk import ascending, top_k
 from ...registry import register

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ...contract import BeforeLLM, ModelShape, Scope, Selection, Signal, VisualTokens
+from ...fields import check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
-from ...ops.checks import check_flag, check_fraction, check_layer
 from ...ops.parts import apportion, canvas_of, on_device, sums_of_crops, tile_numbers, top_of_each
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k

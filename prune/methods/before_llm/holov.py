@@ -30,18 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...contract import (
-    BeforeLLM,
-    Features,
-    ModelShape,
-    Scope,
-    Selection,
-    Signal,
-    VisualTokens,
-)
+from ...contract import BeforeLLM, Features, ModelShape, Scope, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
+from ...fields import check_flag, check_int, check_layer
 from ...layers import encoder_layer
-from ...ops.checks import check_flag, check_int, check_layer
 from ...ops.parts import apportion, on_device, top_of_each
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.spread import even_shares, lattice_rows

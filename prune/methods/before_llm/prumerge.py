@@ -35,8 +35,8 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
+from ...fields import check_int, check_layer
 from ...layers import encoder_layer
-from ...ops.checks import check_int, check_layer
 from ...ops.merge import bags, complement, top_set
 from ...ops.salience import Scores, check_scores
 from ...ops.topk import ascending, top_k

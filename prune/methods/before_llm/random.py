@@ -24,7 +24,7 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
-from ...ops.checks import check_int
+from ...fields import check_int
 from ...ops.topk import ascending
 from ...registry import register
 

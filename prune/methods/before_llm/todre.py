@@ -27,6 +27,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from ...batches import InOnePass
 from ...budget import round_tokens
 from ...contract import (
     Cut,
@@ -40,9 +41,8 @@ from ...contract import (
     TextAttention,
     VisualTokens,
 )
+from ...fields import check_choice, check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass
-from ...ops.checks import check_choice, check_flag, check_fraction, check_layer
 from ...ops.dispersion import Rule, greedy_dispersion
 from ...ops.parts import canvas_of
 from ...ops.salience import salience

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ...batches import of_each_kind
 from ...contract import (
     BeforeLLM,
     ClsFeatures,
@@ -38,9 +39,8 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
+from ...fields import check_fraction, check_layer
 from ...layers import encoder_layer
-from ...ops.batches import of_each_kind
-from ...ops.checks import check_fraction, check_layer
 from ...ops.merge import bags, complement
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k

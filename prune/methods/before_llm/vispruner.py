@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...contract import BeforeLLM, EncoderFeatures, ModelShape, Selection, Signal, VisualTokens
+from ...fields import check_fraction, check_layer
 from ...layers import encoder_layer
-from ...ops.checks import check_fraction, check_layer
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register

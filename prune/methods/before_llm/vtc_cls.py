@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...batches import InOnePass, ranked
 from ...contract import ModelShape, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
+from ...fields import check_layer
 from ...layers import encoder_layer
-from ...ops.batches import InOnePass, ranked
-from ...ops.checks import check_layer
 from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register

@@ -22,15 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...contract import (
-    CacheEntries,
-    Compressed,
-    Compressing,
-    ModelShape,
-    ReceivedInLayer,
-    Signal,
-)
-from ...ops.checks import check_flag, check_int
+from ...contract import CacheEntries, Compressed, Compressing, ModelShape, ReceivedInLayer, Signal
+from ...fields import check_flag, check_int
 from ...ops.merge import bags, complement
 from ...ops.topk import ascending, top_k
 from ...registry import register

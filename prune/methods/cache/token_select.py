@@ -23,7 +23,7 @@ from torch.nn.functional import max_pool1d
 
 from ...contract import Attending
 from ...errors import MethodFieldError
-from ...ops.checks import check_flag, check_int
+from ...fields import check_flag, check_int
 from ...ops.parts import on_device
 from ...ops.topk import top_k
 from ...registry import register

@@ -36,7 +36,7 @@ from ...contract import (
     Signal,
 )
 from ...errors import BudgetError, MethodFieldError, did_you_mean
-from ...ops.checks import check_choice, check_int
+from ...fields import check_choice, check_int
 from ...ops.presses import Pooling, Press, observed, received, scores_of, small_keys
 from ...ops.topk import ascending, top_k
 from ...registry import register

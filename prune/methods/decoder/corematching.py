@@ -39,8 +39,8 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError
+from ...fields import check_choice, check_flag, check_fraction, check_layer
 from ...layers import scale_layer, user_layer
-from ...ops.checks import check_choice, check_flag, check_fraction, check_layer
 from ...ops.elbow import elbow
 from ...ops.topk import ascending, top_k
 from ...registry import register

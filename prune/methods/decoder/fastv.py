@@ -24,8 +24,8 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError
+from ...fields import check_int
 from ...layers import user_layer
-from ...ops.checks import check_int
 from ...ops.topk import ascending, top_k
 from ...registry import register
 

@@ -17,19 +17,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...budget import round_tokens
-from ...contract import (
-    Cut,
-    InDecoder,
-    ModelShape,
-    Selection,
-    Signal,
-    TextAttention,
-    VisualTokens,
-)
+from ...contract import Cut, InDecoder, ModelShape, Selection, Signal, TextAttention, VisualTokens
 from ...errors import MethodFieldError
-from ...ops.schedule import check_layers, check_ratios, cut_layers, cuts_at
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...schedule import check_layers, check_ratios, cut_layers, cuts_at
 
 _LAYERS, _DEPTHS = (8, 16, 24), (32, 40)
 

@@ -42,12 +42,12 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError
+from ...fields import check_int
 from ...layers import scale_layers
-from ...ops.checks import check_int
 from ...ops.clusters import merged_clusters
-from ...ops.schedule import cuts_at
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...schedule import cuts_at
 
 Retain = Literal[192, 128, 96, 64]
 """Average tokens per layer of 576, as the paper counts them."""

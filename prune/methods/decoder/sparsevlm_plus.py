@@ -17,16 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...contract import (
-    Positions,
-    RotaryAffinity,
-    Selection,
-    Signal,
-    TextAttention,
-    VisualTokens,
-)
+from ...contract import Positions, RotaryAffinity, Selection, Signal, TextAttention, VisualTokens
 from ...errors import MethodFieldError
-from ...ops.checks import check_int
+from ...fields import check_int
 from ...ops.topk import ascending, top_k
 from ...registry import register
 from .sparsevlm import Retain, SparseVLM, raters

@@ -38,10 +38,10 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError
-from ...ops.checks import check_choice
-from ...ops.schedule import check_layers, check_ratios, cut_layers, cuts_at
+from ...fields import check_choice
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...schedule import check_layers, check_ratios, cut_layers, cuts_at
 
 Schedule = Literal["high", "low"]
 Scores = Literal["both", "ttv"]

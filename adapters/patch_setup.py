@@ -1,0 +1,209 @@
+"""What `patch` or `handle.set` fixed for the calls that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ..prune.budget import Budget, MethodCall
+from ..prune.contract import (
+    Attending,
+    BeforeLLM,
+    CacheMethod,
+    Compressing,
+    Hidden,
+    LayerSignal,
+    MeanHidden,
+    ModelShape,
+    ModuleStep,
+    Neurons,
+    Place,
+    Positions,
+    Pruning,
+    ReceivedInLayer,
+    RotaryAffinity,
+    Signal,
+    TextAttention,
+)
+from ..prune.errors import BudgetError
+from .clip_text import ClipText
+from .hooks import Spot, Spots
+from .signals.encoder import READERS
+
+
+class Ticket:
+    """Says whether the patch that pruned a cache or encoded an image is on the model."""
+
+    def __init__(self) -> None:
+        self.active = True
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The methods in order of depth, and what follows from them and the model.
+
+    A call runs with one from beginning to end, and a cache that it pruned goes on with it.
+    """
+
+    calls: tuple[MethodCall, ...]
+    shape: ModelShape
+    positions: Mapping[Place, Positions]
+    """The mode at every place where a method acts."""
+    text: Any
+    """The text model, a `transformers` object."""
+    ticket: Ticket
+    record: bool = False
+    """Whether the scores of all choices are kept for `handle.last`."""
+    debug: bool = False
+    """Whether the numbers that shipped methods return are looked at too."""
+    clip: ClipText | None = None
+    per_image: tuple[Budget, ...] | None = None
+    """Budgets of the only method for the images of a call; None: that of `calls` for all."""
+    inherited: tuple[int, ...] = ()
+    """Where segments begin besides, in a cache that another setup began."""
+
+    def __deepcopy__(self, memo: object) -> Setup:
+        return self  # a copied cache still belongs to the same patch
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the text model."""
+        return self.text.config
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First layers of the segments that store different tokens: 0, then every cut."""
+        cuts = {cut.layer for call in self.calls for cut in call.method.cuts(self.shape)}
+        return [0, *sorted({*cuts, *self.inherited} - {0})]
+
+    def on_cache_of(self, earlier: Setup) -> Setup:
+        """The same, with segments that fit a cache that `earlier` has pruned."""
+        if set(earlier.starts) <= set(self.starts):
+            return self
+        return replace(self, inherited=tuple(earlier.starts))
+
+    @cached_property
+    def heard(self) -> list[LayerSignal]:
+        """Signals of decoder layers for cuts; a method on the cache is shown its own entries."""
+        return [
+            need
+            for call in self.calls
+            if isinstance(call.method, Pruning)
+            for need in call.method.needs(self.shape)
+            if isinstance(need, LayerSignal)
+        ]
+
+    @cached_property
+    def first(self) -> BeforeLLM | None:
+        """The method before the LLM."""
+        return next((c.method for c in self.calls if isinstance(c.method, BeforeLLM)), None)
+
+    @cached_property
+    def read(self) -> list[Signal]:
+        """Signals of images for the method before the LLM."""
+        needs = self.first.needs(self.shape) if self.first is not None else ()
+        return [need for need in needs if not isinstance(need, LayerSignal)]
+
+    @cached_property
+    def tapped(self) -> dict[int, list[Any]]:
+        """Signals that are read inside attention layers of the encoder, by layer."""
+        found: dict[int, list[Any]] = {}
+        for need in self.read:
+            if type(need) in READERS:
+                layer = need.layer  # type: ignore[attr-defined]
+                layer += self.shape.tower.num_layers if layer < 0 else 0
+                found.setdefault(layer, []).append(need)
+        return found
+
+    @cached_property
+    def on_cache(self) -> MethodCall | None:
+        """The method on the KV cache."""
+        return next((c for c in self.calls if isinstance(c.method, CacheMethod)), None)
+
+    @property
+    def inside_the_llm(self) -> bool:
+        """Whether a method acts in the decoder or on its cache."""
+        return any(set(call.method.places) - {Place.BEFORE_LLM} for call in self.calls)
+
+    @property
+    def reported_positions(self) -> Positions:
+        """The mode of the first method."""
+        return self.positions[self.calls[0].method.place]
+
+    def start_of(self, layer: int) -> int:
+        """First layer of the segment that `layer` belongs to."""
+        return max(start for start in self.starts if start <= layer)
+
+    def calls_of(self, images: Sequence[int]) -> list[tuple[MethodCall, ...]]:
+        """The methods for some images of a call, by their numbers.
+
+        Raises:
+            BudgetError: budgets are given per image, and there are more images.
+        """
+        if self.per_image is None:
+            return [self.calls] * len(images)
+        if images and max(images) >= len(self.per_image):
+            self.check_images(max(images) + 1)
+        method = self.calls[0].method
+        return [(MethodCall(method, self.per_image[number]),) for number in images]
+
+    def check_images(self, count: int) -> None:
+        """Refuse budgets per image for another number of images."""
+        if self.per_image is not None and count != len(self.per_image):
+            given = len(self.per_image)
+            raise BudgetError(
+                f"The budget is a list for {given} image{'s' * (given != 1)}, and this call has "
+                f"{count}: give one for each image of the batch in order (images first, then "
+                f"videos), None to keep one whole."
+            )
+
+    def rotary(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions (B, K) or (axes, B, K): (B, K, D_head) each, in the dtype
+        and on the device of `like`."""
+        if position_ids.dim() == 3:
+            position_ids = position_ids[-3:]  # without the row that only tells packed sequences
+        cos, sin = self.text.rotary_emb(like, position_ids.to(like.device))
+        return cos.to(like.device), sin.to(like.device)  # on a sharded model it is elsewhere
+
+    # --- hooks that its calls need ------------------------------------------------------------
+
+    @cached_property
+    def standing(self) -> Spots:
+        """Those of all calls, decoding included."""
+        layers = range(len(self.text.layers))
+        spots: set[Spot] = {("encoder", layer) for layer in self.tapped}
+        spots |= {("enter", layer) for layer in layers[min([*self.starts[1:], len(layers)]) :]}
+        if self.on_cache is not None and isinstance(self.on_cache.method, Attending):
+            spots |= {(what, layer) for layer in layers for what in ("tables", "tap")}
+        return frozenset(spots)
+
+    @cached_property
+    def passing(self) -> Spots:
+        """Those of prefills alone."""
+        layers = range(len(self.text.layers))
+        spots: set[Spot] = set()
+        for need in self.heard:
+            match need:
+                case Hidden() | MeanHidden() | RotaryAffinity():
+                    spots.add(("enter", need.layer))
+                case ModuleStep(module="attention"):
+                    spots.add(("attention", need.layer))
+                case ModuleStep():
+                    spots.add(("mlp", need.layer))
+                case Neurons():
+                    spots.add(("neurons", need.layer))
+                case TextAttention(ahead=True):
+                    spots.add(("keys", need.layer))
+                case TextAttention() | ReceivedInLayer():
+                    spots.add(("tap", need.layer))
+        if self.on_cache is not None and isinstance(self.on_cache.method, Compressing):
+            spots |= {(what, layer) for layer in layers for what in ("attention", "tap")}
+        # Flash attention reads gapped position ids as packed sequences: hook every layer there.
+        flash = "flash" in (self.config._attn_implementation or "")
+        if flash and "original" in self.positions.values():
+            spots |= {("enter", layer) for layer in layers}
+        return frozenset(spot for spot in spots if spot[1] in layers)

@@ -1,0 +1,219 @@
+"""An image in its prompt: which placeholders its rows take while the decoder runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ...prune.budget import Stage, plan
+from ...prune.contract import Images, Selection, Signal
+from ...prune.errors import UnsupportedFeatureError
+from ..cache.report import by_token
+from ..family import Modality
+from ..patch_setup import Setup
+from ..places.before_llm import Encoded, EncodedImage, slots_of
+from ..report import Stopwatch
+
+
+@dataclass
+class PlacedImage:
+    """An image or video in the batch.
+
+    It has K rows in the current layer, each in a slot: the number of one of its N placeholders.
+    """
+
+    encoded: EncodedImage
+    sample: int
+    row: int
+    """The row of the batch that stands for the sample."""
+    rows: Tensor
+    """Rows of the batch that hold its sample (several under beam search)."""
+    columns: Tensor
+    """Columns of its placeholders in the caller's sequence, (N,)."""
+    stopwatch: Stopwatch
+    plan: tuple[Stage, ...]
+    """Its cuts; those that were made have the count that was found."""
+    slots: Tensor
+    """(K,) ascending."""
+    order: Tensor | None
+    """(K,) the token that each row is, -1 for rows that stand for none; None: that of its slot."""
+    members: Tensor | None
+    """(2, G) pairs of a row and a token merged into it, sorted by row; None: nothing merged."""
+    signals: dict[Signal, Tensor] = field(default_factory=dict)
+    """What was read for the method's next choice: per row, or for the whole image."""
+
+    @property
+    def row_tokens(self) -> Tensor:
+        """(K,) the token that each row is, -1 for none."""
+        return self.slots if self.order is None else self.order
+
+    @property
+    def tokens(self) -> Tensor:
+        """Numbers of the tokens alive, ascending."""
+        if self.order is None:
+            return self.slots
+        return self.order[self.order >= 0].sort().values
+
+    def scored(self, scores: Tensor | None) -> Tensor | None:
+        """Scores of the rows (K,) as those of the tokens (N,), NaN for those that are gone."""
+        if scores is None:
+            return None
+        return by_token(scores, self.row_tokens, self.encoded.num_tokens)
+
+    def entries(self, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """For each row, its number among the prompt's columns that are in `keep` (B, L), and its
+        token, -1 for none: (K,) int64 each."""
+        number = keep[self.row].cumsum(0) - 1
+        return number[self.columns[self.slots]], self.row_tokens
+
+    def hear(self, need: Signal, value: Tensor) -> None:
+        """Note a signal; choices are made where the batch is, whatever device a layer is on."""
+        self.signals[need] = value.to(self.slots.device)
+
+    def mark(self, keep: Tensor) -> None:
+        """Make exactly this image's slots survive in `keep` (B, L), in place."""
+        rows = self.rows[:, None]
+        keep[rows, self.columns] = False
+        keep[rows, self.columns[self.slots]] = True
+
+    def apply(self, chosen: Selection) -> tuple[Tensor, Tensor] | None:
+        """Keep what was chosen of the K rows.
+
+        Returns:
+            the columns of the caller's sequence that rows leave and that they enter, (K',) each;
+            None where every row stays in its place.
+        """
+        before = self.slots
+        tokens = self.row_tokens
+        if chosen.order is None:
+            self.slots = before[chosen.kept]
+            self.order = None if self.order is None else self.order[chosen.kept]
+        else:
+            taken = chosen.order >= 0
+            source = chosen.order.clamp_min(0)
+            self.slots = before[slots_of(chosen, len(before))]
+            self.order = torch.where(taken, tokens[source], -1)
+        self.members = _composed(chosen, tokens, self.members)
+        rows = chosen.arranged
+        merged = chosen.count > len(chosen.kept)  # rows that no earlier signal describes
+        self.signals = {} if merged else _taken(self.signals, rows)
+        if chosen.order is None:
+            return None
+        left = torch.where(taken, before[source], self.slots)
+        return self.columns[left], self.columns[self.slots]
+
+    def done(self, stage: Stage) -> None:
+        """Note the count that was found at a cut."""
+        found = replace(stage, keep=len(self.slots), adaptive=False)
+        self.plan = tuple(found if one is stage else one for one in self.plan)
+
+
+def _taken(signals: Mapping[Signal, Tensor], rows: Tensor) -> dict[Signal, Tensor]:
+    return {s: v[rows] if s.per == "token" else v for s, v in signals.items()}
+
+
+def _composed(chosen: Selection, tokens: Tensor, members: Tensor | None) -> Tensor | None:
+    """Pairs of a new row and a token in it, from those of the rows before (K,)."""
+    if chosen.groups is None and members is None:
+        return None
+    rows = chosen.arranged
+    none = rows.new_zeros(2, 0)
+    groups = none if chosen.groups is None else chosen.groups
+    members = none if members is None else members
+    merged = members[0].bincount(minlength=len(tokens)) > 0
+    # Rows that stay what they were, and were merged earlier.
+    carried = (rows >= 0) & merged[rows.clamp_min(0)]
+    carried[groups[0]] = False
+    new = carried.nonzero()[:, 0]
+    pairs = torch.cat([groups, torch.stack([new, rows[new]])], 1)
+    plain = (~merged & (tokens >= 0)).nonzero()[:, 0]
+    before = torch.cat([members, torch.stack([plain, tokens[plain]])], 1)
+    before = before[:, before[0].argsort(stable=True)]
+    counts = before[0].bincount(minlength=len(tokens))
+    starts = counts.cumsum(0) - counts
+    repeats = counts[pairs[1]]
+    within = torch.arange(int(repeats.sum()), device=rows.device)
+    within = within - (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+    token = before[1][starts[pairs[1]].repeat_interleave(repeats) + within]
+    composed = torch.stack([pairs[0].repeat_interleave(repeats), token])
+    return composed[:, composed[0].argsort(stable=True)]
+
+
+def place(
+    setup: Setup, encoded: Mapping[Modality, Encoded], visual: Mapping[Modality, Tensor]
+) -> tuple[list[PlacedImage], int]:
+    """All images in the order of the prompts, and the number of samples.
+
+    Args:
+        visual: (B, L) bool, the columns of the placeholders of each modality.
+    """
+    placed: list[PlacedImage] = []
+    samples = 1
+    for modality, of_call in encoded.items():
+        images, samples = _place_one(modality, of_call, visual[modality])
+        placed += images
+    if len(encoded) > 1:  # each modality is in order
+        firsts = torch.stack([image.columns[0] for image in placed]).tolist()
+        keys = {
+            id(image): (image.sample, first) for image, first in zip(placed, firsts, strict=True)
+        }
+        placed.sort(key=lambda image: keys[id(image)])
+    for image, following in zip(placed, [*placed[1:], None], strict=True):
+        if following is not None and following.sample == image.sample:
+            image.plan = _plan(setup, image.encoded, "context")
+    return placed, samples
+
+
+def _plan(setup: Setup, image: EncodedImage, role: Images) -> tuple[Stage, ...]:
+    return plan(image.num_tokens, image.calls, setup.shape, role)
+
+
+def _place_one(
+    modality: Modality, encoded: Encoded, visual: Tensor
+) -> tuple[list[PlacedImage], int]:
+    """Find each image's columns, and the number of samples.
+
+    Beams repeat a sample's rows, which share its images.
+    """
+    what = modality.name
+    counts = visual.sum(1).tolist()
+    tokens = sum(image.num_tokens for image in encoded.images)
+    repeats, rest = divmod(sum(counts), tokens) if tokens else (1, sum(counts))
+    repeats = max(1, repeats)
+    if rest or len(counts) % repeats:
+        raise UnsupportedFeatureError(
+            f"The batch has {sum(counts)} {what} placeholders for {tokens} visual tokens: "
+            f"input_ids and {what}s do not belong together."
+        )
+    columns = visual.nonzero()[:, 1].split(counts)
+    placed: list[PlacedImage] = []
+    todo = iter(encoded.images)
+    for sample, row in enumerate(range(0, len(counts), repeats)):
+        rows = torch.arange(row, row + repeats, device=visual.device)
+        used = 0
+        while used < counts[row]:
+            image = next(todo).to(visual.device)
+            placed.append(
+                PlacedImage(
+                    encoded=image,
+                    sample=sample,
+                    row=row,
+                    rows=rows,
+                    columns=columns[row][used : used + image.num_tokens],
+                    stopwatch=encoded.stopwatch,
+                    plan=image.plan,
+                    slots=image.slots,
+                    order=image.selection.order,
+                    members=image.selection.groups,
+                )
+            )
+            used += image.num_tokens
+        if used != counts[row]:
+            raise UnsupportedFeatureError(
+                f"Row {row} has {counts[row]} {what} placeholders, which is no whole number of "
+                f"its {what}s' tokens: input_ids and {what}s do not belong together."
+            )
+    return placed, len(counts) // repeats

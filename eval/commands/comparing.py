@@ -1,0 +1,121 @@
+"""What `ask` and `compare` share: methods and budgets as typed, one loaded model, what is said."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ...prune.budget import Budget
+from ...prune.contract import Positions
+from ...prune.errors import BudgetError, MethodFieldError
+from ..compare.comparison import Comparison, compare_cells
+from ..flag_words import in_flags
+from ..models.loading import (
+    limit_pixels,
+    load,
+    load_clip,
+    resolve_device,
+    short_name,
+    split_model_args,
+)
+from ..tasks.task import Question
+from ..words import Parts, grid, parse, refuse_without_budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """The flags of a command that say which model is loaded, and how."""
+
+    name: str
+    device: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    model_args: Mapping[str, object] = field(default_factory=dict)
+    clip: str | None = None
+
+    @property
+    def short_name(self) -> str:
+        return short_name(self.name)
+
+
+def cells_of(
+    words: Sequence[str], budgets: Sequence[Budget | None], method_args: Sequence[str] = ()
+) -> list[Parts]:
+    """The dense model, then what was typed, with every budget for what has none of its own.
+
+    Raises:
+        UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
+    """
+    parsed = [_parts(word, method_args) for word in words]
+    given = [budget for budget in budgets if budget is not None]
+    if given and not any(part.open for parts in parsed for part in parts):
+        own = "has its own budgets" if len(words) == 1 else "have their own budgets"
+        listed = ", ".join(map(str, given))
+        raise BudgetError(f"{', '.join(map(repr, words))} {own}: leave {listed} out.")
+    refuse_without_budget(parsed, budgets)
+    cells = grid(parsed, budgets)
+    for part in (part for parts in cells for part in parts):
+        _ = part.call  # refuses a budget before anything is loaded
+    return cells
+
+
+def _parts(word: str, method_args: Sequence[str]) -> Parts:
+    if method_args and "+" in word:
+        raise MethodFieldError(
+            f"--method_args says not which part of {word!r} it is for: write the fields into the "
+            f"word, e.g. divprune@0.5+fastv:layer=3."
+        )
+    return parse(":".join([word, *method_args]))
+
+
+def comparisons(
+    asked: Iterable[Question],
+    cells: Sequence[Parts],
+    flags: ModelFlags,
+    *,
+    max_new_tokens: int,
+    positions: Positions | None,
+    repeats: int,
+) -> Iterator[Comparison]:
+    """One question after the other, on a model that is loaded once.
+
+    Raises:
+        VlmpruneError: no method can run on this model; the reason of the first.
+    """
+    device = resolve_device(flags.device, may_shard=True)
+    loading, pixels = split_model_args(flags.model_args)
+    model, processor = load(
+        flags.name,
+        dtype=flags.dtype,
+        attn_implementation=flags.attn_implementation,
+        device=device,
+        **loading,
+    )
+    if pixels:
+        processor = limit_pixels(model, processor, pixels)
+    clip = load_clip(flags.clip, processor, device=device)
+    for question in asked:
+        compared = compare_cells(
+            model,
+            processor,
+            question,
+            cells,
+            max_new_tokens=max_new_tokens,
+            positions=positions,
+            clip=clip,
+            repeats=repeats,
+        )
+        refusals = [row.refusal for row in compared.rows if row.refusal is not None]
+        if len(refusals) == len(compared.rows) - 1:
+            raise refusals[0]
+        yield compared
+
+
+def say_what_to_know(compared: Sequence[Comparison]) -> None:
+    """Refusals and notes, each once, on stderr."""
+    rows = [row for each in compared for row in each.rows]
+    refusals = [str(row.refusal) for row in rows if row.refusal is not None]
+    lines = [f"not applicable: {in_flags(refusal, budget_flags=True)}" for refusal in refusals]
+    lines += [f"note: {note}" for each in compared for note in each.notes]
+    sys.stderr.writelines(f"{line}\n" for line in dict.fromkeys(lines))

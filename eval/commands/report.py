@@ -1,0 +1,105 @@
+"""`vlmprune report`: result files as a page, as Markdown, CSV, LaTeX, or as lm-eval writes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..report.cells import Section, read_cells, sections
+from ..results.records import ResultsError
+
+SUFFIXES = {".html": "html", ".htm": "html", ".md": "markdown", ".csv": "csv", ".tex": "latex"}
+
+
+def run(
+    *,
+    runs: Sequence[str],
+    output: str | None = None,
+    format: str | None = None,
+    examples: int | None = None,
+) -> int:
+    """The command; arguments are those of `vlmprune report`. Returns the exit code.
+
+    Args:
+        runs: files, or folders that hold a `runs.jsonl`.
+        output: a file, or a folder for lm-eval's; None for stdout.
+        format: in place of the one that `output` ends on.
+        examples: questions with pictures of every task; None for all.
+    """
+    chosen = format or _format_of(output)
+    if output is None and chosen == "lm-eval":
+        raise ResultsError("--format lm-eval writes several files: give a folder with -o DIR.")
+    found = sections(read_cells([Path(path) for path in runs]))
+    if chosen == "lm-eval" and output is not None:
+        _write_lm_eval(found, Path(output))
+        return 0
+    text = _render(found, chosen, examples)
+    if output is None:
+        sys.stdout.write(text)
+        return 0
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    sys.stderr.write(f"report of {_counted(found)}: {output}\n")
+    return 0
+
+
+def _render(found: Sequence[Section], chosen: str, examples: int | None) -> str:
+    if chosen == "html":
+        from ..report import html
+
+        return html.render(found, examples)
+    if chosen == "csv":
+        from ..report import csv_file
+
+        return csv_file.render(found)
+    if chosen == "latex":
+        from ..report import latex
+
+        return latex.render(found)
+    from ..report import markdown
+
+    return markdown.render(found, examples)
+
+
+def _format_of(output: str | None) -> str:
+    """By the end of the name: what has none is a folder."""
+    if output is None:
+        return "markdown"
+    path = Path(output)
+    if path.is_dir() or not path.suffix:
+        return "lm-eval"
+    if path.suffix.lower() not in SUFFIXES:
+        raise ResultsError(
+            f"-o {output!r}: {path.suffix!r} is no format of a report: end it on .html, .md, "
+            f".csv or .tex, give a folder for lm-eval's files, or choose with --format."
+        )
+    return SUFFIXES[path.suffix.lower()]
+
+
+def _write_lm_eval(found: Sequence[Section], folder: Path) -> None:
+    from ..report.lm_eval import write
+
+    try:
+        written = write(found, folder)
+    except OSError as error:
+        raise _unwritable(str(folder), error) from error
+    for cell, reason in written.without_samples:
+        sys.stderr.write(f"no samples of {cell.name}: {reason}\n")
+    for cell in written.left_out:
+        sys.stderr.write(f"left out, {cell.record['status']}: {cell.name}\n")
+    sys.stderr.write(f"lm-eval files of {_counted(found)}: {len(written.files)} in {folder}\n")
+
+
+def _unwritable(output: str, error: OSError) -> ResultsError:
+    return ResultsError(
+        f"-o {output!r} cannot be written ({error.strerror}): choose another place."
+    )
+
+
+def _counted(found: Sequence[Section]) -> str:
+    cells = sum(len(section.cells) for section in found)
+    return f"{cells} cell{'s' * (cells != 1)}"

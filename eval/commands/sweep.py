@@ -1,0 +1,288 @@
+"""`vlmprune sweep`: load once, run the grid on every task, then the tables and the frontiers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...adapters.registry import family_of
+from ...prune.contract import ClipText as ClipTextSignal
+from ...prune.contract import Positions
+from ...prune.errors import MethodFieldError
+from ..console import stdout
+from ..extras import Extras
+from ..flag_words import in_flags
+from ..in_process import sweep_grid
+from ..measure.evaluate import Benchmark, Evaluator
+from ..models.loading import (
+    limit_pixels,
+    load,
+    load_clip,
+    resolve_device,
+    short_name,
+    split_model_args,
+)
+from ..processes import Processes
+from ..results.plot import frontier
+from ..results.records import Config, Record, Store, UnwrittenError, latest, setting_of
+from ..results.tables import averages_table, sweep_table
+from ..sweep.grid import REFUSALS, Summary
+from ..tasks.jsonl import JsonlTask
+from ..tasks.task import EmbeddedTask, Task, asked
+from ..vocabulary_note import vocabulary_note
+from ..words import Part, Parts, combined
+from .config import write_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...adapters.clip_text import ClipText
+
+
+def run(
+    *,
+    methods: Sequence[str],
+    budgets: Sequence[str],
+    positions: Positions | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+    output_path: str,
+    log_samples: bool,
+    model_name: str,
+    device: str | None,
+    dtype: str,
+    attn_implementation: str | None,
+    kinds: Sequence[str] | None = None,
+    clip: str | None = None,
+    tasks: Sequence[str] = (),
+    include_path: str | None = None,
+    model_args: Mapping[str, object] | None = None,
+    own: Sequence[JsonlTask] = (),
+    settings: Mapping[str, object] | None = None,
+    rerun: bool = False,
+) -> int:
+    """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code.
+
+    Args:
+        own: tasks that were read from files; with them, none is asked by default.
+        settings: all flags, as they are written to `sweep.yaml` beside the results.
+    """
+    combinations = combined(methods, budgets, seed)
+    loading, pixels = split_model_args(model_args or {})
+    wanted: list[str | Task] = [*own, *tasks] or [EmbeddedTask().name]
+    with Processes.started(cpu=device == "cpu") as processes:
+        folder = Path(output_path)
+        store = Store(folder) if processes.first else None
+        if store is not None and settings is not None:
+            named = [name for name in wanted if isinstance(name, str)]
+            write_config(folder, {**settings, **({"tasks": named} if named else {})})
+        device = resolve_device(device or processes.device, may_shard=processes.world == 1)
+        model, processor = load(
+            model_name,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device=device,
+            **loading,
+        )
+        if processes.first:
+            _say_what_is_lost(own, processor)
+        found = _benchmarks(
+            wanted,
+            model,
+            processor,
+            kinds=kinds,
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            clip=load_clip(clip, processor, device=device)
+            if clip and _reads_clip(combinations, model)
+            else None,
+            processes=processes,
+            pixels=pixels,
+        )
+        try:
+            cells, summary = sweep_grid(
+                model,
+                found,
+                combinations,
+                name=short_name(model_name),
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+                positions=positions,
+                store=store,
+                kinds=kinds,
+                model_args=model_args,
+                pictures=folder,
+                samples=folder / "samples" if log_samples else None,
+                processes=processes,
+                rerun=rerun,
+                given=partial(
+                    _given,
+                    model=model_name,
+                    clip=clip,
+                    include_path=include_path,
+                    own=own,
+                    imports=(settings or {}).get("imports", ()),
+                ),
+            )
+        except KeyboardInterrupt:
+            same = "the same command without --rerun" if rerun else "the same command"
+            sys.stderr.write(f"interrupted: finished cells are in {folder}, {same} goes on there\n")
+            return 130
+        except UnwrittenError as error:
+            if store is not None:  # what is on no disk is at least on the screen
+                report(folder, [*store.read(), error.record], {setting_of(error.record)})
+            raise
+        if store is not None:
+            report(folder, store.read(), {cell.config.setting for cell in cells})
+            _say_what_happened(summary, folder)
+        return 1 if summary.failed else 0
+
+
+def _given(
+    config: Config,
+    *,
+    model: str,
+    clip: str | None,
+    include_path: str | None,
+    own: Sequence[JsonlTask],
+    imports: object,
+) -> dict[str, object]:
+    """The flags that a cell hangs on and that its configuration does not tell, if typed."""
+    flags: dict[str, object] = {}
+    if model != config.model:
+        flags["model"] = model
+    if clip:
+        flags["clip"] = clip
+    if include_path:
+        flags["include_path"] = include_path
+    if imports and any("source" in method for method in config.methods):
+        flags["imports"] = imports
+    for task in own:
+        if task.name == config.task:
+            flags |= {"data": str(task.path), "matching": task.matching}
+    return flags
+
+
+def report(folder: Path, records: Sequence[Record], settings: Collection[object]) -> None:
+    """Tables to stdout and `table.md`, frontiers to PNG: all that the records have of these
+    settings."""
+    console, extras = stdout(), Extras()
+    shown = [r for r in latest(records) if setting_of(r) in settings]
+    task_of = {setting_of(record): record["config"]["task"] for record in shown}
+    texts = []
+    for setting, task in task_of.items():
+        of_task = [r for r in shown if setting_of(r) == setting]
+        table = sweep_table(of_task)
+        table.print(console)
+        texts.append(table.markdown())
+        name = "frontier.png" if len(task_of) == 1 else f"frontier_{task}.png"
+        frontier(of_task, png := BytesIO())
+        extras.write("pictures", folder / name, png.getvalue())
+    if len(task_of) > 1:
+        table = averages_table(shown)
+        table.print(console)
+        texts.append(table.markdown())
+    extras.write("tables", folder / "table.md", ("\n\n".join(texts) + "\n").encode())
+
+
+def _benchmarks(
+    tasks: Sequence[str | Task],
+    model: PreTrainedModel,
+    processor: Any,
+    *,
+    kinds: Sequence[str] | None,
+    include_path: str | None,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+    clip: ClipText | None,
+    processes: Processes,
+    pixels: Mapping[str, int],
+) -> list[Benchmark]:
+    """Each task once: the embedded benchmark as it is, all others through lmms-eval."""
+    embedded = EmbeddedTask()
+    found: list[Benchmark] = []
+    for name in dict.fromkeys(tasks):
+        if not isinstance(name, str) or name == embedded.name:
+            task = embedded if isinstance(name, str) else name
+            questions = asked(task, limit, kinds)
+            found.append(
+                Evaluator(
+                    model,
+                    limit_pixels(model, processor, pixels) if pixels else processor,
+                    task,
+                    questions,
+                    batch_size=batch_size,
+                    seed=seed,
+                    clip=clip,
+                    processes=processes,
+                )
+            )
+            continue
+        if kinds:
+            raise MethodFieldError(
+                f"--kinds {' '.join(kinds)}: only {embedded.name} and files of --data have kinds "
+                f"of questions, not {name}: leave one of them out."
+            )
+        from ..lmms.benchmark import benchmarks
+
+        found += benchmarks(
+            [name],
+            model,
+            processor,
+            include_path=include_path,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            clip=clip,
+            processes=processes,
+            pixels=pixels,
+        )
+    return found
+
+
+def _reads_clip(combinations: Sequence[Parts], model: PreTrainedModel) -> bool:
+    """Whether a method compares the image with the question in CLIP's space."""
+    shape = family_of(model).shape(model)
+
+    def reads(part: Part) -> bool:
+        try:
+            return any(isinstance(need, ClipTextSignal) for need in part.method.needs(shape))
+        except REFUSALS:  # the cell will say so
+            return False
+
+    return any(reads(part) for parts in combinations for part in parts)
+
+
+def _say_what_is_lost(own: Sequence[JsonlTask], processor: Any) -> None:
+    """What of files of questions is not read, by us or by the model."""
+    for task in own:
+        if task.unread:
+            unread = ", ".join(task.unread)
+            sys.stderr.write(f"note: {task.path}: keys that are not read: {unread}\n")
+        if note := vocabulary_note(processor, [q.question for q in task.questions(None)]):
+            sys.stderr.write(f"note: {task.path}: {note}\n")
+
+
+def _say_what_happened(summary: Summary, folder: Path) -> None:
+    counts = {
+        "run": len(summary.ok),
+        "already there": len(summary.skipped),
+        "not applicable": len(summary.not_applicable),
+        "failed": len(summary.failed),
+    }
+    for what, cells in (("not applicable", summary.not_applicable), ("failed", summary.failed)):
+        for cell, reason in cells:
+            sys.stderr.write(f"{what}: {cell}: {in_flags(' '.join(reason.split()))}\n")
+    for line in summary.skipped_lines():
+        sys.stderr.write(f"{line} (again: --rerun)\n")
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    sys.stderr.write(f"cells: {said or 'none'}; results in {folder}\n")

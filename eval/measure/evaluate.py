@@ -1,0 +1,307 @@
+"""Run one cell of a sweep: answers on a benchmark, tokens, FLOPs, times and cache of one method."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+
+from ...adapters.clip_text import ClipText
+from ...adapters.devices import input_device
+from ...adapters.patching import Handle, patch, unpatched
+from ...prune.budget import MethodCall
+from ...prune.contract import Positions
+from ..models.picture_fit import picture_fit
+from ..processes import Processes
+from ..results.records import Example, Measured
+from ..results.statistics import Score, mean_score
+from ..tasks.task import Question, Task, version_of
+from .answering import Answer, answer, flops_of, tokens_of
+from .flops import model_cost
+from .times import Measurement, PatchOptions, measure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TIMED_QUESTIONS = 8
+EXAMPLES = 4
+_CACHED_BYTES = 2**30  # encoded questions are kept between cells up to this size
+
+SavePicture = Callable[[Image.Image, int], str | None]
+"""Stores the picture of an example by its number and says where, None if the disk does not take it;
+only the first process does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answered question, as the samples' file holds it."""
+
+    id: str | int
+    kind: str
+    question: str
+    answer: str
+    prediction: str
+    score: float | None
+    kept: int
+    """Rows alive after the last cut."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Benchmark(Protocol):
+    """A task with a loaded model that is asked its questions, cell after cell."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def count(self) -> int:
+        """Questions."""
+        ...
+
+    def run(
+        self,
+        calls: Sequence[MethodCall] = (),
+        *,
+        positions: Positions | None = None,
+        progress: Callable[[int], None] = ...,
+        save_picture: SavePicture | None = None,
+    ) -> tuple[Measured, list[Sample]]:
+        """Evaluate the dense model, or what `calls` make of it.
+
+        Args:
+            progress: told how many more questions are answered.
+            save_picture: for pictures of what was kept of the first few questions' images.
+        """
+        ...
+
+
+class Evaluator:
+    """The benchmark of a `Task`: every process answers its share of the questions."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        task: Task,
+        questions: Sequence[Question],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        timed_questions: int = TIMED_QUESTIONS,
+        repeats: int = 1,
+        clip: ClipText | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.task = task
+        self.questions = questions
+        self.batch_size = batch_size
+        self.seed = seed
+        self.timed_questions = timed_questions
+        self.repeats = repeats
+        self.clip = clip
+        self.processes = processes or Processes()
+        self.cost = model_cost(model)
+        self.device = input_device(model)
+        self._encoded: dict[tuple[str | int, ...], Any] = {}
+        self._encoded_bytes = 0
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @cached_property
+    def version(self) -> str:
+        return version_of(self.task, self.questions)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.task.max_new_tokens
+
+    @property
+    def count(self) -> int:
+        return len(self.questions)
+
+    def run(
+        self,
+        calls: Sequence[MethodCall] = (),
+        *,
+        positions: Positions | None = None,
+        progress: Callable[[int], None] = lambda questions: None,
+        save_picture: SavePicture | None = None,
+        inspect: Callable[[Handle], None] = lambda handle: None,
+    ) -> tuple[Measured, list[Sample]]:
+        """Evaluate the dense model, or what `calls` make of it; see `Benchmark`.
+
+        Args:
+            inspect: given the handle after the last batch of this process.
+        """
+        import torch
+
+        torch.manual_seed(self.seed)
+        options: PatchOptions = {"positions": positions, "clip": self.clip}
+        drawn = EXAMPLES if save_picture else 0
+        with unpatched(self.model):  # a patch of the caller's comes back afterwards
+            done = self.processes.gather(
+                partial(self._share, calls, options, drawn, progress, inspect)
+            )
+            measured = self.processes.from_first(partial(self._measure, calls, options))
+        answers = self.processes.dealt([share.answers for share in done])
+        samples = [
+            self._sample(question, found)
+            for question, found in zip(self.questions, answers, strict=True)
+        ]
+        return Measured(
+            scores={"accuracy": self._score(samples)},
+            tokens=tokens_of(answers),
+            flops=flops_of(answers, self.cost),
+            times=measured.timings.summary(),
+            kv_bytes=measured.kv_bytes,
+            peak_memory_bytes=measured.peak_memory_bytes,
+            positions=" ".join(sorted(set().union(*(share.modes for share in done)))) or None,
+            notes=sorted(set().union(*(share.notes for share in done))),
+            examples=self._examples(samples, done, save_picture),
+        ), samples
+
+    def _share(
+        self,
+        calls: Sequence[MethodCall],
+        options: PatchOptions,
+        drawn: int,
+        progress: Callable[[int], None],
+        inspect: Callable[[Handle], None],
+    ) -> _Share:
+        """Answer what this process is dealt, and draw what was kept for the first questions."""
+        share = _Share([], set(), set(), {})
+        questions = self.processes.share(self.questions)
+        numbers = self.processes.share(range(len(self.questions)))
+        fit = picture_fit(self.processor)
+        with patch(self.model, calls, **options) if calls else nullcontext() as handle:
+            for start in range(0, len(questions), self.batch_size):
+                asked = questions[start : start + self.batch_size]
+                share.answers += answer(
+                    self.model,
+                    self.processor,
+                    self._encode(asked),
+                    handle,
+                    images=[1] * len(asked),
+                    do_sample=False,
+                    max_new_tokens=self.task.max_new_tokens,
+                )
+                if handle is not None:
+                    share.notes |= {handle.last.note} if handle.last.note else set()
+                    share.modes |= {handle.last.positions}
+                for index, question in enumerate(asked):
+                    if (number := numbers[start + index]) < drawn:
+                        share.pictures[number] = (
+                            handle.overlay(question.image, index, fit=fit)
+                            if handle
+                            else question.image
+                        )
+                progress(len(asked) * self.processes.world)
+            if handle is not None:
+                inspect(handle)
+        return share
+
+    def _measure(self, calls: Sequence[MethodCall], options: PatchOptions) -> Measurement:
+        few = self.questions[: self.timed_questions]
+        return measure(
+            self.model,
+            [self._encode([question]) for question in few] * self.repeats,
+            calls=calls,
+            options=options,
+        )
+
+    def _encode(self, asked: Sequence[Question]) -> dict[str, Any]:
+        """The model's inputs, left-padded."""
+        key = tuple(question.id for question in asked)
+        if key not in self._encoded:
+            encoded = self.processor(
+                text=[self.task.prompt(self.processor, q) for q in asked],
+                images=[q.image for q in asked],
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+            inputs = dict(encoded)
+            size = sum(t.numel() * t.element_size() for t in inputs.values())
+            if self._encoded_bytes + size > _CACHED_BYTES:
+                return self._on_device(inputs)
+            self._encoded[key] = inputs
+            self._encoded_bytes += size
+        return self._on_device(self._encoded[key])
+
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: tensor.to(self.device, self.model.dtype)
+            if tensor.is_floating_point()
+            else tensor.to(self.device)
+            for name, tensor in inputs.items()
+        }
+
+    def _sample(self, question: Question, found: Answer) -> Sample:
+        return Sample(
+            id=question.id,
+            kind=question.kind,
+            question=question.question,
+            answer=question.answer,
+            prediction=found.text.strip(),
+            score=float(self.task.is_correct(found.text, question)),
+            kept=found.kept,
+        )
+
+    def _score(self, samples: Sequence[Sample]) -> Score:
+        outcomes = [sample.score or 0.0 for sample in samples]
+        kinds: dict[str, list[float]] = defaultdict(list)
+        for sample, outcome in zip(samples, outcomes, strict=True):
+            kinds[sample.kind].append(outcome)
+        return mean_score(
+            outcomes,
+            by_kind={
+                kind: {"value": fmean(values), "n": len(values)}
+                for kind, values in sorted(kinds.items())
+            },
+        )
+
+    def _examples(
+        self, samples: Sequence[Sample], done: Sequence[_Share], save_picture: SavePicture | None
+    ) -> list[Example]:
+        paths: dict[int, str | None] = {}
+        if save_picture is not None and self.processes.first:
+            for share in done:
+                paths |= {n: save_picture(picture, n) for n, picture in share.pictures.items()}
+        return [example(sample, paths.get(n)) for n, sample in enumerate(samples[:EXAMPLES])]
+
+
+def example(sample: Sample, picture: str | None) -> Example:
+    """A sample with the picture of what was kept for it."""
+    return Example(
+        id=sample.id,
+        question=sample.question,
+        answer=sample.answer,
+        prediction=sample.prediction,
+        score=sample.score,
+        picture=picture,
+    )
+
+
+@dataclass
+class _Share:
+    """What one process did."""
+
+    answers: list[Answer]
+    notes: set[str]
+    modes: set[str]
+    pictures: dict[int, Image.Image]

@@ -1,0 +1,260 @@
+"""What a forward pass costs, computed from sizes alone.
+
+Counted: matrix products of linear and convolution layers and of attention (`q k^T` and `p v`, the
+full rectangle of queries and keys, as fused kernels are usually reported), a multiply-add being 2
+operations. Not counted: norms, activations, softmax, rotary embeddings, embedding look-ups, and the
+choice of tokens (its time is measured instead).
+
+`visual_flops` is the other convention, the literature's: multiply-adds, decoder only, visual tokens
+only. It is what published TFLOPs and our frontiers are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ...adapters.registry import family_of
+from ...prune.budget import MethodCall, entries_kept, layer_flops
+from ...prune.contract import CacheMethod, Decoder, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A transformer block: FLOPs per token, and per pair of a query and a key."""
+
+    per_token: int
+    per_pair: int
+
+    def flops(self, queries: int, keys: int) -> int:
+        return self.per_token * queries + self.per_pair * queries * keys
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionCost:
+    """The vision encoder and everything between it and the decoder.
+
+    `window` is the side of an attention window in visual tokens, for the blocks that are not in
+    `full_attention`; 0 where every block sees the whole image.
+    """
+
+    blocks: tuple[Block, ...]
+    per_patch: int
+    per_token: int
+    has_cls: bool
+    merge_unit: int
+    window: int = 0
+    full_attention: tuple[int, ...] | None = None
+    head_per_token: int = 0
+    head_fixed: int = 0
+
+    def encoder(self, grid: tuple[int, int], unread_layers: int = 0) -> int:
+        """FLOPs of the encoder for a picture of `grid` rows by columns of future tokens, without
+        its last `unread_layers`, which a patched model does not run."""
+        patches = grid[0] * grid[1] * self.merge_unit
+        sequence = patches + self.has_cls
+        total = self.per_patch * patches + self.head_per_token * sequence + self.head_fixed
+        windows = [n * self.merge_unit for n in _windows(grid, self.window)]
+        for index, block in enumerate(self.blocks[: len(self.blocks) - unread_layers]):
+            full = self.full_attention is None or index in self.full_attention
+            spans = [sequence] if full else windows
+            total += sum(block.flops(n, n) for n in spans)
+        return total
+
+    def projector(self, grid: tuple[int, int]) -> int:
+        """FLOPs of the projector or merger for one picture."""
+        return self.per_token * grid[0] * grid[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flops:
+    """FLOPs of one sample, by part. `decode` covers all new tokens after the first."""
+
+    vision: int
+    projector: int
+    prefill: int
+    lm_head: int
+    decode: int = 0
+
+    @property
+    def first_token(self) -> int:
+        """Everything up to the first new token."""
+        return self.vision + self.projector + self.prefill + self.lm_head
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCost:
+    """A model as its FLOPs see it; made by `model_cost`."""
+
+    vision: VisionCost
+    layers: tuple[Block, ...]
+    lm_head: int
+    decoder: Decoder
+
+    def prefill(self, tokens_per_layer: Sequence[int]) -> int:
+        """The decoder's layers, from the tokens (visual and text) that enter each of them."""
+        return sum(
+            layer.flops(n, n) for layer, n in zip(self.layers, tokens_per_layer, strict=True)
+        )
+
+    def decode(self, tokens_per_layer: Sequence[int], new_tokens: int) -> int:
+        """The steps after the first new token: layers over a growing cache, and the head.
+
+        Args:
+            tokens_per_layer: entries of the cache that each layer attends to at first.
+        """
+        total = 0
+        for step in range(1, new_tokens):
+            total += self.lm_head + sum(
+                layer.flops(1, n + step)
+                for layer, n in zip(self.layers, tokens_per_layer, strict=True)
+            )
+        return total
+
+    def sample(
+        self,
+        *,
+        pictures: Sequence[tuple[int, int]],
+        visual_per_layer: Sequence[int],
+        text_tokens: int,
+        new_tokens: int = 1,
+        logits: int = 1,
+        cache_entries: int | None = None,
+        unread_layers: int = 0,
+    ) -> Flops:
+        """FLOPs of one sample.
+
+        Args:
+            pictures: rows and columns of every picture that the encoder saw (`Family.pictures`).
+            visual_per_layer: visual tokens that entered each decoder layer.
+            text_tokens: real text tokens of the prompt, pads not counted.
+            new_tokens: tokens generated.
+            logits: positions whose logits are computed in prefill (`generate` computes one).
+            cache_entries: the most entries of the prompt that a new token attends to in a layer,
+                where a method on the cache limits them.
+            unread_layers: last encoder layers that a patched model does not run, because neither
+                the projector nor its methods read them.
+        """
+        entering = [n + text_tokens for n in visual_per_layer]
+        attended = [n if cache_entries is None else min(n, cache_entries) for n in entering]
+        return Flops(
+            vision=sum(self.vision.encoder(grid, unread_layers) for grid in pictures),
+            projector=sum(map(self.vision.projector, pictures)),
+            prefill=self.prefill(entering),
+            lm_head=self.lm_head * logits,
+            decode=self.decode(attended, new_tokens),
+        )
+
+
+def after_cuts(per_layer: Sequence[float]) -> list[float]:
+    """Visual tokens left behind each layer, after a cut between it and the next: what SparseVLM's
+    averages are taken over.
+
+    Args:
+        per_layer: visual tokens that entered each layer.
+    """
+    return [*per_layer[1:], per_layer[-1]]
+
+
+def cache_entries(calls: Sequence[MethodCall], visual: Sequence[int], text: int) -> int | None:
+    """Entries of a prompt that methods on the cache leave in reach of a new token (None: all, also
+    for those without a budget). What they remove or add later, while decoding, is not counted.
+
+    Args:
+        visual: tokens of each of the prompt's images.
+        text: the prompt's other tokens.
+    """
+    limits = [
+        entries_kept(call, visual, text) for call in calls if isinstance(call.method, CacheMethod)
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def visual_flops(visual_per_layer: Sequence[int], decoder: Decoder) -> int:
+    """The literature's figure: multiply-adds of the decoder over visual tokens only."""
+    return sum(layer_flops(n, decoder) for n in visual_per_layer)
+
+
+def visual_share(visual_per_layer: Sequence[int], dense: int, decoder: Decoder) -> float:
+    """`visual_flops` relative to the model that sees all `dense` tokens in every layer."""
+    if not dense:
+        return 1.0
+    return visual_flops(visual_per_layer, decoder) / (
+        len(visual_per_layer) * layer_flops(dense, decoder)
+    )
+
+
+def model_cost(model: PreTrainedModel) -> ModelCost:
+    """Read a loaded model's sizes off its modules; any family that vlmprune knows."""
+    family = family_of(model)
+    text_model: Any = family.text_model(model)
+    config = text_model.config
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    shape = family.shape(model)
+    return ModelCost(
+        vision=_vision_cost(family.core(model), family.vision_tower(model), text_model, shape),
+        layers=tuple(
+            Block(_matmuls(layer), 4 * config.num_attention_heads * head_size)
+            for layer in text_model.layers
+        ),
+        lm_head=_matmuls(model.get_output_embeddings()),
+        decoder=shape.decoder,
+    )
+
+
+def _vision_cost(
+    core: nn.Module, tower: Any, text_model: nn.Module, shape: ModelShape
+) -> VisionCost:
+    config = tower.config
+    width = getattr(config, "embed_dim", None) or config.hidden_size
+    stack = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
+    head = getattr(tower, "head", None)  # SigLIP's attention pooling, run although nobody reads it
+    elsewhere = [m for m in (stack, head, text_model) if m is not None]
+    between = list(_outside(core, elsewhere))
+    side = getattr(config, "window_size", None)
+    return VisionCost(
+        blocks=tuple(Block(_matmuls(block), 4 * width) for block in stack),
+        per_patch=sum(_weights(m) for m in between if isinstance(m, nn.Conv2d | nn.Conv3d)),
+        per_token=sum(_weights(m) for m in between if isinstance(m, nn.Linear)),
+        has_cls=shape.tower.has_cls,
+        merge_unit=shape.tower.merge_unit,
+        window=side // config.spatial_merge_size // config.patch_size if side else 0,
+        full_attention=shape.tower.full_attention,
+        # keys and values of every patch, and one query: projections, scores, then the MLP
+        head_per_token=2 * 2 * width * width + 4 * width if head is not None else 0,
+        head_fixed=2 * 2 * width * width + _matmuls(head.mlp) if head is not None else 0,
+    )
+
+
+def _windows(grid: tuple[int, int], side: int) -> list[int]:
+    """Sizes of the windows that tile `grid`, smaller at the right and lower edges."""
+    if not side:
+        return [grid[0] * grid[1]]
+    rows, columns = ([min(side, n - start) for start in range(0, n, side)] for n in grid)
+    return [height * width for height in rows for width in columns]
+
+
+def _outside(root: nn.Module, excluded: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """All modules below `root`, without the excluded ones and what is in them."""
+    if any(root is module for module in excluded):
+        return
+    yield root
+    for child in root.children():
+        yield from _outside(child, excluded)
+
+
+def _weights(module: nn.Linear | nn.Conv2d | nn.Conv3d) -> int:
+    return 2 * module.weight.numel()
+
+
+def _matmuls(module: nn.Module) -> int:
+    """FLOPs per token of all linear layers below `module`."""
+    return sum(_weights(m) for m in module.modules() if isinstance(m, nn.Linear))

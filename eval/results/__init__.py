@@ -1,0 +1,5 @@
+"""Records of measurements, and what is made of them: statistics, tables, plots, data frames."""
+
+from .records import budget_text, main_score, read_records, variant
+
+__all__ = ["budget_text", "main_score", "read_records", "variant"]

@@ -1,0 +1,163 @@
+"""Decoding behind a pruned prompt is decoding on a smaller cache: the host waits for the device no
+more than without a patch, and what is not padded gets no mask. The device is one of `devices`, of
+whose values the host reads none unseen.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import Counter
+from contextlib import contextmanager
+from unittest.mock import patch as replaced
+
+import pytest
+import torch
+import vlmprune
+from kit import zoo
+from kit.devices import VALUES, Devices, Elsewhere, _Values, dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
+
+DEVICE = torch.device("xla:0")
+aten = torch.ops.aten
+SIZED_BY_VALUES = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+}
+EXCEPTIONS = {
+    ("elastic_cache", "padded"): "evicts while decoding, and counts what is left of each row"
+}
+"""Steps that wait once, and why."""
+ROWS = {"single": (zoo.ONE,), "padded": (zoo.TWO, zoo.ONE)}
+STEPS = 3
+
+
+@contextmanager
+def counted():
+    """Within it, what makes the host wait is counted by its name, and `operations` are."""
+    waits: Counter[str] = Counter()
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = dispatch(function, args, kwargs or {})
+            there = any(isinstance(x, Elsewhere) for x in args)
+            waits["operations"] += there
+            masks = function is aten.index.Tensor and any(
+                index is not None and index.dtype == torch.bool for index in args[1]
+            )
+            comes_back = isinstance(found, torch.Tensor) and not isinstance(found, Elsewhere)
+            if there and (function in SIZED_BY_VALUES or masks or comes_back):
+                waits[str(function)] += 1
+            return found
+
+    read, to_list = _Values.__torch_function__, Elsewhere.tolist
+
+    def seen(mode, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        waits[name] += name in VALUES and isinstance(args[0], Elsewhere)
+        return read(mode, function, types, args, kwargs)
+
+    def listed(tensor):
+        waits["tolist"] += 1
+        return to_list(tensor)
+
+    with (
+        replaced.object(_Values, "__torch_function__", seen),
+        replaced.object(Elsewhere, "tolist", listed),
+        _Values(),
+        Operations(),
+    ):
+        yield waits
+
+
+@torch.no_grad()
+def decode(case: zoo.Case, model, inputs, ask=counted) -> list:
+    """What `ask` sees of each decoding step."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    out = model(**inputs, past_key_values=cache)
+    token, mask = out.logits[:, -1:].argmax(-1), inputs["attention_mask"]
+    found = []
+    for _ in range(STEPS):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        places = mask.sum(1, keepdim=True) - 1
+        if case.fixed_positions:
+            places = (places + model.model.rope_deltas).expand(3, -1, -1)
+        step = functools.partial(model, input_ids=token, attention_mask=mask, position_ids=places)
+        with ask() as seen:
+            step(past_key_values=cache)
+        found.append(+seen)
+    return found
+
+
+def patched(model, name: str, options: dict):
+    return vlmprune.patch(model, name, keep_ratio=0.4, **options | zoo.SMALL.get(name, {}))
+
+
+def test_what_waits_is_counted():
+    with Devices():
+        there = torch.ones(2, device=DEVICE)
+        with counted() as waits:
+            there + there
+            (
+                there.tolist(),
+                bool(there.sum() > 0),
+                there.nonzero(),
+                there.to("cpu"),
+                there[there > 0],
+            )
+    assert set(+waits) > {"operations", "tolist", "__bool__", "aten._to_copy.default"}
+    assert waits["aten.nonzero.default"] == waits["aten.index.Tensor"] == 1
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", vlmprune.methods())
+@zoo.FAMILIES
+def test_decoding_waits_no_more_than_without_a_patch(case, name, rows):
+    options = zoo.options_for(case, name)
+    if options is None:
+        pytest.skip(f"{name} reads what this model does not have")
+    model = case.model()
+    # Fused attention makes masks of its own that know no other device.
+    model.set_attn_implementation("eager")
+    with Devices():
+        model.to(DEVICE)
+        if "clip" in options:
+            options["clip"] = copy.deepcopy(options["clip"])  # that of other tests stays here
+            options["clip"]._clip.set_attn_implementation("eager")
+            options["clip"].to(DEVICE)
+        inputs = {key: value.to(DEVICE) for key, value in case.inputs(ROWS[rows]).items()}
+        dense = decode(case, model, inputs)
+        with patched(model, name, options):
+            ours = decode(case, model, inputs)
+    for step, unpatched in zip(ours, dense, strict=True):
+        more = step - unpatched
+        more.pop("operations", None)
+        assert more.total() <= ((name, rows) in EXCEPTIONS), more
+
+
+@zoo.METHODS
+@zoo.FAMILIES
+@torch.no_grad()
+def test_without_padding_there_is_no_mask(case, name):
+    """Neither in the prefill, where attention is causal by itself, nor in a step."""
+    options = zoo.options_for(case, name)
+    if options is None:
+        pytest.skip(f"{name} reads what this model does not have")
+    model, masks = case.model(), []
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")),
+            with_kwargs=True,
+        )
+
+    @contextmanager
+    def nothing():
+        yield Counter()
+
+    with patched(model, name, options):
+        decode(case, model, case.inputs((zoo.ONE,)), nothing)
+    assert len(masks) == (1 + STEPS) * len(model.model.language_model.layers)
+    assert all(mask is None for mask in masks)

@@ -1,0 +1,96 @@
+"""A full budget changes nothing: the same bits as the unpatched model."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import vlmprune
+from kit import zoo
+
+ROWS = {"single": zoo.SINGLE, "padded-batch": zoo.BATCH, "videos": zoo.MIXED}
+
+
+def layouts(case: zoo.Case) -> list[str]:
+    return [name for name in ROWS if name != "videos" or case.layout.takes_videos]
+
+
+@functools.cache
+def dense(case: zoo.Case, attention: str, layout: str):
+    """Logits, tokens and logits of every step of the unpatched model."""
+    return run(case.reference(attention), case.inputs(ROWS[layout]))
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    out = model.generate(
+        **inputs,
+        max_new_tokens=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    return logits, out.sequences, torch.stack(out.logits), lengths
+
+
+@zoo.ALL
+@pytest.mark.parametrize(
+    ("attention", "budget"), [("sdpa", {"keep_ratio": 1.0}), ("eager", {"keep_tokens": 10**6})]
+)
+@zoo.METHODS
+def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, budget, name):
+    model = case.model(attention)
+    handle = zoo.patch_or_refusal(model, case, name, **budget)
+    if handle is None:
+        return
+    for layout in layouts(case) if attention == "sdpa" else ["padded-batch"]:
+        rows = ROWS[layout]
+        found, expected = run(model, case.inputs(rows)), dense(case, attention, layout)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[2], expected[2])
+        assert found[3] == expected[3]
+        for indices, count in zip(handle.last.kept, case.counts(rows), strict=True):
+            assert torch.equal(indices, torch.arange(count))
+        assert handle.last.tokens_kept == case.counts(rows)
+        assert handle.last.pruned is False
+
+
+@pytest.mark.parametrize(
+    ("case", "keep"),
+    [(zoo.CASES["qwen2_5_vl"], 16), (zoo.CASES["llava_next"], 100)],
+    ids=["qwen2_5_vl", "llava_next"],
+)
+@zoo.METHODS
+def test_an_image_within_its_budget_is_left_alone_beside_one_that_is_not(case, keep, name):
+    model, rows = case.model(), ((4, "D", 3), (7, "B", 3))
+    large, small = case.counts(rows)
+    assert large > keep > small
+    if (handle := zoo.patch_or_refusal(model, case, name, keep_tokens=keep)) is None:
+        return
+    together = model(**case.inputs(rows)).logits[1, -1]
+    late = any(cut.adaptive for cut in handle.methods[0].method.cuts(case.shape))
+    assert handle.last.tokens_kept in ([keep, small], *([[0, small]] if late else []))
+    assert torch.equal(handle.last.kept[1], torch.arange(small))
+    assert handle.last.order[1] is None and handle.last.groups[1] is None
+    alone = case.reference()(**case.inputs(rows[1:])).logits[0, -1]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@zoo.ALL
+def test_text_alone_is_the_unpatched_model_bit_for_bit(case):
+    model = case.model()
+    vlmprune.patch(
+        model,
+        [
+            vlmprune.method("divprune", keep_ratio=0.5),
+            vlmprune.method("fastv", keep_ratio=0.25),
+        ],
+    )
+    rows = (zoo.NONE, (4,))
+    found, expected = run(model, case.inputs(rows)), run(case.reference(), case.inputs(rows))
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+    assert found[3] == expected[3]

@@ -1,0 +1,157 @@
+"""Models that accelerate has spread over memory and disk: the same answers, and the same model
+once the patch is off. Weights of such a model are on the meta device but for the moment of use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import vlmprune
+from accelerate import cpu_offload, dispatch_model
+from kit import zoo
+from test_undo import differences, snapshot
+from transformers import AutoModelForImageTextToText
+from vlmprune.eval.measure.evaluate import Evaluator
+from vlmprune.eval.models.loading import ModelLoadError, fingerprint, load, resolve_device
+from vlmprune.eval.tasks.task import EmbeddedTask
+
+STEPS = 4
+ROWS = (zoo.TWO, zoo.ONE)
+METHODS = {
+    "features": [vlmprune.method("divprune", keep_ratio=0.4)],
+    "tower": [vlmprune.method("hiprune", keep_ratio=0.4)],
+    "merging": [vlmprune.method("pool", keep_ratio=0.4)],
+    "aggregates": [vlmprune.method("visionzip", keep_ratio=0.4, scores="received")],
+    "words": [vlmprune.method("todre", keep_ratio=0.4, pivot="received")],
+    "text rows": [vlmprune.method("fastv", keep_ratio=0.4, layer=2)],
+    "next layer": [vlmprune.method("pyramiddrop", keep_ratio=0.4)],
+    "neurons": [vlmprune.method("corematching", keep_ratio=0.4)],
+    "recycling": [vlmprune.method("sparsevlm", keep_ratio=0.2)],
+    "ranking": [vlmprune.method("sparsevlm_plus", keep_ratio=0.4)],
+    "steps": [vlmprune.method("transprune", keep_ratio=0.4)],
+    "evicting": [vlmprune.method("elastic_cache", keep_ratio=0.4)],
+    "attending": [vlmprune.method("token_select", keep_ratio=0.4, n_init=1, n_local=2)],
+    "everywhere": [
+        vlmprune.method("divprune", keep_ratio=0.6),
+        vlmprune.method("pyramiddrop", keep_ratio=0.4),
+        vlmprune.method("visual_press", keep_ratio=0.3, press="received"),
+    ],
+}
+
+
+def to_disk(model, folder):
+    """Encoder, head and the middle of the decoder on disk; the rest in memory."""
+    text = "model.language_model"
+    device_map = {name: "cpu" for name, _ in model.named_children() if name != "model"}
+    device_map |= {f"model.{name}": "disk" for name, _ in model.model.named_children()}
+    device_map.pop(text)
+    device_map |= {f"{text}.{n}": "cpu" for n, _ in model.model.language_model.named_children()}
+    device_map.pop(f"{text}.layers")
+    layers = len(model.model.language_model.layers)
+    device_map |= {f"{text}.layers.{i}": "disk" if i % 2 else "cpu" for i in range(layers)}
+    device_map |= {f"model.{n}": "cpu" for n, _ in model.model.named_parameters(recurse=False)}
+    device_map["lm_head"] = "disk"
+    return dispatch_model(model, device_map, offload_dir=str(folder), force_hooks=True)
+
+
+def to_memory(model, folder):
+    """Everything waits in memory, one module at a time is put together.
+
+    But for parameters of the core itself, which generate() uses outside of any `forward`.
+    """
+    for part in (*model.model.children(), model.lm_head):
+        cpu_offload(part, execution_device=torch.device("cpu"))
+    return model
+
+
+OFFLOADS = pytest.mark.parametrize(
+    ("case", "offload"),
+    [pytest.param(zoo.CASES[name], to_disk, id=f"{name}-disk") for name in zoo.FAMILY_NAMES]
+    + [
+        pytest.param(zoo.CASES[name], to_memory, id=f"{name}-memory")
+        for name in ("llava_next", "qwen2_5_vl")
+    ],
+)
+
+
+def works_on(case: zoo.Case, calls) -> bool:
+    return not any(zoo.lacks_signal(case, call) for call in calls)
+
+
+def generate(model, case: zoo.Case):
+    with torch.no_grad():
+        return model.generate(**case.inputs(ROWS), max_new_tokens=STEPS, do_sample=False)
+
+
+def changed(before: dict, after: dict) -> list[str]:
+    """Differences, but for parameters: accelerate exchanges them in every forward."""
+    return [one for one in differences(before, after) if not one.endswith("._parameters")]
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # a parameter is no module
+@OFFLOADS
+def test_patched_models_answer_as_they_do_in_memory(case, offload, tmp_path):
+    model = case.model()
+    expected = {"dense": generate(model, case)}
+    for name, calls in METHODS.items():
+        if works_on(case, calls):
+            with vlmprune.patch(model, calls) as handle:
+                expected[name] = generate(model, case), handle.last.kept
+    offloaded = offload(case.model(), tmp_path)
+    assert any(weight.is_meta for weight in offloaded.parameters())
+    assert fingerprint(offloaded) == fingerprint(model)
+    assert torch.equal(generate(offloaded, case), expected.pop("dense"))
+    before = snapshot(offloaded)
+    for name, (tokens, kept) in expected.items():
+        with vlmprune.patch(offloaded, METHODS[name]) as handle:
+            assert torch.equal(generate(offloaded, case), tokens), name
+            for one, other in zip(handle.last.kept, kept, strict=True):
+                assert torch.equal(one, other), name
+        assert not changed(before, snapshot(offloaded)), name
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_disk():
+    return load("embedded", device_map={"": "disk"})
+
+
+def test_models_are_loaded_as_a_device_map_says(on_disk):
+    model, processor = on_disk
+    assert all(weight.is_meta for weight in model.parameters())
+    assert fingerprint(model) == fingerprint(load("embedded")[0])
+    questions = EmbeddedTask().questions(2)
+    evaluator = Evaluator(
+        model, processor, EmbeddedTask(), questions, batch_size=2, timed_questions=1
+    )
+    assert evaluator.device == torch.device("cpu")
+    measured, _ = evaluator.run([vlmprune.method("fastv", keep_ratio=0.3)])
+    assert measured["flops"]["visual_share"] < 0.6
+    assert measured["times"]["first_token"]["median"] > 0
+
+
+def test_device_auto_is_a_device_map(monkeypatch):
+    assert resolve_device("auto", may_shard=True) == "auto"
+    with pytest.raises(ModelLoadError, match="write cpu"):
+        resolve_device("auto")
+    asked = {}
+
+    def from_pretrained(*args, **kwargs):
+        asked.update(kwargs)
+        return original(*args, **kwargs)
+
+    original = AutoModelForImageTextToText.from_pretrained
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    load("embedded", device="auto", revision="main")
+    assert asked["device_map"] == "auto" and asked["revision"] == "main"
+
+
+def test_processors_take_arguments_of_their_own():
+    _, processor = load("embedded", processor_args={"padding_side": "left"})
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_a_model_without_weights_has_no_fingerprint():
+    with pytest.raises(ModelLoadError, match="nothing says where"):
+        fingerprint(zoo.CASES["llava-clip-llama"].model().to("meta"))

@@ -1,0 +1,79 @@
+"""Models whose layers are on two devices by turns: methods answer as they do on one. The devices
+are those of `devices`, which refuse tensors of one another as accelerators do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import vlmprune
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from kit import zoo
+from kit.devices import CPU, Devices, Elsewhere
+from test_offload import METHODS, ROWS, STEPS, works_on
+from torch import nn
+from vlmprune.adapters.devices import execution_device, input_device
+
+ONE, TWO = torch.device("xla:0"), torch.device("xla:1")
+
+
+def spread(model, away: int) -> None:
+    """Every second layer of encoder and decoder (the `away`th first), and the head, on another
+    device."""
+    for name, module in model.named_modules():
+        layer = re.search(r"\.(\d+)(\.|$)", name)
+        other = layer is not None and int(layer[1]) % 2 == away
+        hook = AlignDevicesHook(TWO if other or name == "lm_head" else ONE, io_same_device=not name)
+        above_layers = any(isinstance(part, nn.ModuleList) for part in module.modules())
+        if name and above_layers:  # as accelerate does it: parameters are placed, inputs are not
+            hook.init_hook(module)
+        else:
+            add_hook_to_module(module, hook)
+
+
+def generate(model, inputs):
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+    return out.to(CPU)[:, -STEPS:]
+
+
+def test_tensors_of_two_devices_do_not_meet():
+    with Devices():
+        one, two = torch.ones(2, device=ONE), torch.ones(2, device=TWO)
+        with pytest.raises(RuntimeError, match="same device"):
+            one + two
+        with pytest.raises(RuntimeError, match="same device"):
+            one[torch.zeros(1, dtype=torch.long, device=TWO)]
+        assert isinstance(one, Elsewhere) and (one + two.to(ONE)).device == ONE
+
+
+@pytest.mark.parametrize(
+    ("case", "away"),
+    [
+        pytest.param(zoo.CASES[name], away, id=f"{name}-{away}")
+        for name in zoo.FAMILY_NAMES
+        for away in ((0, 1) if name == "llava-clip-llama" else (1,))
+    ],
+)
+def test_methods_follow_the_layers(case, away):
+    model = case.model()
+    inputs = case.inputs(ROWS)
+    expected = {"dense": (generate(model, inputs), None)}
+    for name, calls in METHODS.items():
+        if works_on(case, calls):
+            with vlmprune.patch(model, calls) as handle:
+                expected[name] = generate(model, inputs), handle.last.kept
+    with Devices():
+        spread(model, away)
+        layers = model.model.language_model.layers
+        there = [execution_device(layer) for layer in layers]
+        assert there == [TWO if i % 2 == away else ONE for i in range(len(layers))]
+        assert input_device(model) == ONE
+        inputs = {key: value.to(ONE) for key, value in inputs.items()}
+        assert torch.equal(generate(model, inputs), expected.pop("dense")[0])
+        for name, (tokens, kept) in expected.items():
+            with vlmprune.patch(model, METHODS[name]) as handle:
+                assert torch.equal(generate(model, inputs), tokens), name
+                for one, other in zip(handle.last.kept, kept, strict=True):
+                    assert torch.equal(one.to(CPU), other), name

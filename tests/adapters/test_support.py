@@ -1,0 +1,114 @@
+"""Which method runs on which model, found by running it, beside what support.json expects.
+
+The expectation is data, so that a method that begins to refuse a model is a red test. After a
+deliberate change `python tests/adapters/test_support.py --write` stores what was found.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+
+import pytest
+import torch
+import vlmprune
+from kit import zoo
+from kit.paths import TESTS
+from vlmprune.eval.checking.tiny_clip import clip
+from vlmprune.prune.contract import Place
+from vlmprune.prune.registry import method_class
+
+COLUMNS: dict[str, tuple[str, zoo.Row]] = {
+    "llava (CLIP)": ("llava-clip-llama", (7, "C", 3)),
+    "llava (SigLIP)": ("llava-siglip-qwen2", (7, "C", 3)),
+    "llava_next": ("llava_next", (7, "A", 3)),
+    "llava_onevision": ("llava_onevision", (7, "A", 3)),
+    "llava_onevision, video": ("llava_onevision", (7, "V", 3)),
+    "qwen2_vl": ("qwen2_vl", (7, "C", 3)),
+    "qwen2_5_vl": ("qwen2_5_vl", (7, "C", 3)),
+    "qwen3_vl": ("qwen3_vl", (7, "C", 3)),
+    "qwen videos": ("qwen3_vl", (7, "V", 3)),
+}
+WAYS: dict[str, dict[str, object]] = {
+    "works": {},
+    "`scores='received'`": {"scores": "received"},
+    "`pivot='received'`": {"pivot": "received"},
+    "`clip=`": {"clip": True},
+}
+METHODS = vlmprune.methods()
+EXPECTED_FILE = TESTS / "data" / "support.json"
+EXPECTED: dict[str, dict[str, str]] = json.loads(EXPECTED_FILE.read_text())
+"""Method -> column -> how it works there, one of `WAYS`, or "no"."""
+
+
+@functools.cache
+def way(name: str, column: str) -> str:
+    """The first of `WAYS` in which a method keeps 40 % of an image's tokens, or of their entries in
+    the cache; "no" if none does.
+
+    Anything but a typed refusal is a failure of the caller's test.
+    """
+    case_name, row = COLUMNS[column]
+    case = zoo.CASES[case_name]
+    model, inputs = case.model(), case.inputs((row,))
+    for words, options in WAYS.items():
+        given = options | zoo.SMALL.get(name, {})
+        if given.pop("clip", None):
+            given["clip"] = clip()
+        try:
+            handle = vlmprune.patch(model, name, keep_ratio=0.4, **given)
+        except (vlmprune.MissingSignalError, vlmprune.MethodFieldError):
+            continue
+        with torch.no_grad(), handle:
+            model(**inputs)
+        (count,) = case.counts((row,))
+        kept = round(0.4 * count)
+        assert handle.last.tokens_kept == [count if name in zoo.ON_CACHE else kept], (name, column)
+        for (entries,) in handle.last.entries:
+            assert entries.shape[-1] == handle.last.text_tokens[0] + kept
+        return words
+    return "no"
+
+
+def method_support() -> str:
+    """Method x family as Markdown, as the tests below hold it."""
+    lines = [f"| Method | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}"]
+    lines += [
+        f"| {name} | {' | '.join(row[column] for column in COLUMNS)} |"
+        for name, row in EXPECTED.items()
+    ]
+    return "\n".join(lines)
+
+
+def found() -> dict[str, dict[str, str]]:
+    return {name: {c: way(name, c) for c in COLUMNS} for name in METHODS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_the_method_runs_or_refuses_as_expected(name, column):
+    assert way(name, column) == EXPECTED[name][column]
+
+
+def test_every_method_and_no_other_is_expected():
+    assert list(EXPECTED) == METHODS
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_what_acts_inside_the_llm_runs_on_every_model(column):
+    """It reads nothing that only some encoders have."""
+    for name in METHODS:
+        if method_class(name).place is not Place.BEFORE_LLM:
+            assert way(name, column) == "works", name
+
+
+def test_every_family_has_a_column():
+    families = {zoo.CASES[case].reference().config.model_type for case, _ in COLUMNS.values()}
+    assert families == set(vlmprune.models())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit("usage: python tests/adapters/test_support.py --write")
+    EXPECTED_FILE.write_text(json.dumps(found(), indent=1) + "\n")

@@ -1,0 +1,162 @@
+"""Analytic FLOPs equal torch's counter; averages and shares (published ones: test_published.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import vlmprune
+from kit.zoo import ALL, ATTENTION, BOTH_FAMILIES, CASES, Case
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+from vlmprune.adapters.family import IMAGE
+from vlmprune.adapters.registry import family_of
+from vlmprune.eval.measure.flops import (
+    _windows,
+    after_cuts,
+    cache_entries,
+    model_cost,
+    visual_share,
+)
+from vlmprune.prune.budget import Budget, MethodCall
+from vlmprune.prune.contract import CacheMethod, Decoder
+
+ROW = (4, "B", 6)  # Qwen: 3 x 5 tokens in windows of 2 x 2, so some are smaller
+TEXT = 10
+
+# Releases of torch before 2.15 count 0 for the fused attention that a CPU runs.
+FUSED_ON_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def fused_attention(query, key, value, *args, **kwargs) -> int:
+    """FLOPs of `q k^T` and `p v`, from shapes (B, H, L, D); key and value may have fewer heads."""
+    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+
+
+def counting() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={FUSED_ON_A_CPU: fused_attention})
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
+    query, key = torch.randn(2, 4, 7, 16), torch.randn(2, kv_heads, 9, 16)
+    value = torch.randn(2, kv_heads, 9, 16)
+    with counting() as fused, torch.inference_mode():
+        scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    key, value = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (key, value))
+    with counting() as products, torch.inference_mode():
+        (query @ key.mT).softmax(-1) @ value
+    assert fused.get_total_flops() == products.get_total_flops() > 0
+
+
+def analytic(case: Case, model, visual_per_layer, **options):
+    extra = 2 if case.qwen else 0  # start and end of vision
+    return model_cost(model).sample(
+        pictures=family_of(model).pictures(model, IMAGE, case.inputs([ROW]))[0],
+        visual_per_layer=visual_per_layer,
+        text_tokens=TEXT + extra,
+        **options,
+    )
+
+
+@ALL
+@ATTENTION
+def test_dense_prefill_equals_torch(case: Case, attention: str):
+    model = case.model(attention)
+    with counting() as counter, torch.inference_mode():
+        model(**case.inputs([ROW]), logits_to_keep=1)
+    flops = analytic(case, model, [case.num_tokens("B")] * 4)
+    assert flops.first_token == counter.get_total_flops()
+    parts = counter.get_flop_counts()
+    name = type(model).__name__
+    assert flops.prefill == sum(parts[f"{name}.model.language_model"].values())
+    tower = "visual" if case.qwen else "vision_tower"
+    vision = flops.vision + (flops.projector if case.qwen else 0)  # Qwen's merger is in its tower
+    assert vision == sum(parts[f"{name}.model.{tower}"].values())
+
+
+@BOTH_FAMILIES
+@pytest.mark.parametrize("name", ["grid", "fastv"])
+def test_patched_prefill_equals_torch_but_for_the_probes(case: Case, name: str):
+    model = case.model()
+    with vlmprune.patch(model, name, keep_tokens=7) as handle:
+        with counting() as counter, torch.inference_mode():
+            model(**case.inputs([ROW]), logits_to_keep=1)
+        (entering,) = handle.last.tokens_per_layer
+    unread = len(family_of(model).unread_layers(model, {}))
+    expected = analytic(case, model, entering, unread_layers=unread).first_token
+    # FastV reads one attention row: a q of one token, and its products with all keys.
+    probe = counter.get_total_flops() - expected
+    assert entering[-1] == 7
+    assert probe == 0 if name == "grid" else 0 <= probe < 0.02 * expected
+
+
+def test_decoding_equals_torch():
+    case = CASES["llava-clip-mistral"]
+    model = case.model()
+    with counting() as counter, torch.inference_mode():
+        model.generate(**case.inputs([ROW]), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    flops = analytic(case, model, [case.num_tokens("B")] * 4, new_tokens=5)
+    assert flops.decode > 0
+    assert flops.first_token + flops.decode == counter.get_total_flops()
+
+
+def test_several_images_and_none_add_up():
+    case = CASES["llava-clip-llama"]
+    model = case.model()
+    cost = model_cost(model)
+    n = case.num_tokens("B")
+    with counting() as counter, torch.inference_mode():
+        model(**case.inputs([(3, "A", 2, "B", 5)]), logits_to_keep=1)
+    two = cost.sample(pictures=[case.grid("A")] * 2, visual_per_layer=[2 * n] * 4, text_tokens=10)
+    assert two.first_token == counter.get_total_flops()
+    none = cost.sample(pictures=[], visual_per_layer=[0] * 4, text_tokens=10)
+    assert none.vision == none.projector == 0
+    assert none.prefill == cost.prefill([10] * 4)
+
+
+def test_windows_tile_the_grid():
+    assert _windows((4, 6), 2) == [4] * 6
+    assert sorted(_windows((5, 3), 2)) == [1, 2, 2, 2, 4, 4]
+    assert _windows((3, 5), 0) == [15]
+
+
+LLAMA_7B = Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008)
+
+
+def test_visual_share():
+    assert visual_share([576] * 32, 576, LLAMA_7B) == 1
+    assert visual_share([0] * 32, 0, LLAMA_7B) == 1
+    quarter = visual_share([144] * 32, 576, LLAMA_7B)
+    assert 0.23 < quarter < 0.25  # attention is quadratic
+
+
+def test_a_cut_counts_for_the_layer_before_it_too():
+    assert after_cuts([576, 576, 309, 309, 113]) == [576, 309, 309, 113, 113]
+    assert after_cuts([20, 20]) == [20, 20]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evicting(CacheMethod):
+    name = "evicting"
+
+    def needs(self, shape):
+        return ()
+
+
+def test_decoding_with_fewer_entries_costs_less():
+    case = CASES["llava-clip-llama"]
+    model, n = case.model(), case.num_tokens("B")
+    dense = analytic(case, model, [n] * 4, new_tokens=3)
+    call = MethodCall(Evicting(), Budget("keep_tokens", 6))
+    entries = cache_entries([vlmprune.method("grid", keep_tokens=4), call], [n], TEXT)
+    assert entries == 6 + TEXT
+    short = analytic(case, model, [n] * 4, new_tokens=3, cache_entries=entries)
+    assert short.first_token == dense.first_token
+    assert short.decode == analytic(case, model, [6] * 4, new_tokens=3).decode < dense.decode
+    # What never entered a layer is not in its cache either.
+    both = analytic(case, model, [n, n, 2, 2], new_tokens=3, cache_entries=entries)
+    assert both.decode == analytic(case, model, [6, 6, 2, 2], new_tokens=3).decode
+    assert cache_entries([MethodCall(Evicting(), None)], [n], TEXT) is None
+    assert cache_entries([], [n], TEXT) is None

@@ -1,0 +1,111 @@
+"""Sweeps that are killed at any moment lose at most the cell that was running."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_sweep import BASE, HARDWARE, VERSIONS, Cell, cells, measured
+from vlmprune.eval.results.records import FILE_NAME, Store, read_records
+from vlmprune.eval.sweep.grid import sweep
+
+KILLS = 20  # at least
+fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+def many_cells() -> list[Cell]:
+    return cells("grid", "random", budgets=tuple(str(n) for n in range(1, 101)))
+
+
+def run_in_child(folder: Path, log: Path) -> int:
+    """Fork a process that sweeps with a cell runner that only waits; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with open(log, "a") as started:
+
+            def run(cell: Cell) -> dict:
+                started.write(f"{cell.config.id}\n")
+                started.flush()
+                time.sleep(0.0005)
+                return measured("10" * 250)  # a long line
+
+            sweep(
+                many_cells(), run, Store(folder), batch_size=1, versions=VERSIONS, hardware=HARDWARE
+            )
+    finally:
+        os._exit(0)
+
+
+@fork
+def test_kills_lose_at_most_the_running_cell(tmp_path):
+    draw = random.Random(0)
+    log, finished, kills = tmp_path / "log", [], 0
+    todo = {cell.config.id for cell in many_cells()}
+    while set(finished) != todo:
+        log.write_text("")
+        child = run_in_child(tmp_path / "runs", log)
+        deadline = time.monotonic() + 60
+        while not log.read_text() and time.monotonic() < deadline:  # it has to get somewhere
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.008))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        records = Store(tmp_path / "runs").read()
+        ids = [record["id"] for record in records]
+        assert ids[: len(finished)] == finished  # nothing that was there is lost
+        started = log.read_text().split()
+        assert not set(started) & set(finished)  # nor run again
+        assert set(started[:-1]) <= set(ids)  # only the last one may be missing
+        assert all(len(r["scores"]["accuracy"]["outcomes"]) == 500 for r in records)
+        finished = ids
+    assert kills >= KILLS, kills
+    lines = (tmp_path / "runs" / FILE_NAME).read_bytes().splitlines()
+    whole = [json.loads(line) for line in lines if line.endswith(b"}")]
+    assert len({record["id"] for record in whole}) == len(todo)
+
+
+COMMAND = [
+    *(sys.executable, "-m", "vlmprune", "sweep", "--limit", "7", "--methods", "grid"),
+    *("--budgets", "0.9", "0.7", "0.5", "0.3", "0.1", "--log_samples", "-o"),
+]
+
+
+def outcomes(folder: Path) -> dict[str, list[float]]:
+    return {r["id"]: r["scores"]["accuracy"]["outcomes"] for r in read_records(folder)}
+
+
+@pytest.mark.slow
+def test_a_real_sweep_goes_on_after_kills(tmp_path):
+    draw = random.Random(1)
+    torn, whole = tmp_path / "torn", tmp_path / "whole"
+    file = torn / FILE_NAME
+    before = 0
+    for at_least in (1, 3):
+        process = subprocess.Popen([*COMMAND, torn], stdout=subprocess.DEVNULL, cwd=tmp_path)
+        deadline = time.monotonic() + 300
+        while not file.exists() or file.read_bytes().count(b"\n") < at_least:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        found = outcomes(torn)
+        assert before <= len(found) < 6
+        before = len(found)
+    for folder in (torn, whole):
+        subprocess.run([*COMMAND, folder], check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    assert outcomes(torn) == outcomes(whole)
+    assert len(outcomes(whole)) == 6 and BASE.task
+    for record in read_records(torn):
+        assert (torn / "samples" / f"{record['id']}.jsonl").read_text().count("\n") == 7
+        assert all((torn / example["picture"]).is_file() for example in record["examples"])

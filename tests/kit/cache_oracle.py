@@ -1,0 +1,397 @@
+"""What a method on the KV cache must compute, the slow and obvious way: one row, no padding, and
+plain tensors instead of a cache.
+
+Written against the unpatched model and `transformers` alone; nothing of `vlmprune` is used. Prefill
+is the one of `oracle.Truth`, cuts included; every layer's keys and values are kept as they come.
+Then new tokens are fed one by one, through attention written by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from kit.oracle import Cuts, Truth, projected, turned
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What a layer stored of a prompt: S entries. Named as `CacheEntries` of the contract, so that
+    a method may be asked what it keeps of them."""
+
+    layer: int
+    keys: Tensor  # (H_kv, S, D_head) rotated, like the queries
+    values: Tensor  # (H_kv, S, D_head)
+    queries: Tensor  # (H, S, D_head)
+    visual: Tensor  # (S,) bool
+    attention: Any  # the module
+    hidden: Tensor  # (S, D) its input
+    rotary: tuple[Tensor, Tensor]  # (S, D_head) each
+    unturned: Tensor  # (H_kv, S, D_head) keys before their rotation
+    mask: Tensor  # (S, S)
+    signals: Mapping[Any, Tensor] = field(default_factory=dict)
+
+    def received(self) -> Tensor:
+        """Attention that each entry receives from all rows: head mean, summed over rows: (S,)."""
+        keys = shared(self.keys, len(self.queries))
+        scores = self.queries @ keys.transpose(1, 2) * self.attention.scaling + self.mask
+        return scores.softmax(-1).mean(0).sum(0)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of `Entries`. `kept` is (K,), or (H_kv, K) where key heads have their own entries;
+    `keys` and `values` (H_kv, K, D_head) replace those of the kept entries. Named as `Compressed`
+    of the contract, which does as well."""
+
+    kept: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass
+class Layer:
+    """What a layer stores of a row by now."""
+
+    keys: Tensor  # (H_kv, S, D_head) rotated; entries of their own places where steps attend
+    values: Tensor
+    unturned: Tensor | None  # keys before their rotation; None once entries were removed
+    prompt: int  # entries of the prompt
+    kept: int  # those that were left of them
+    following: int  # position of the token behind the prompt
+    acts: bool  # whether the method did anything here
+    seen: int = 0  # new tokens so far
+
+    @property
+    def stored(self) -> int:
+        return self.keys.shape[1]
+
+
+Compress = Callable[[int, Entries], Any]
+"""(row, entries of a layer) -> `Kept`, its `kept` alone, or None: nothing is done to the layer, and
+new tokens have the positions in it that they would have without the method. Where a method acts on
+a row, a layer that stores no more than it may keep is one that keeps all, and not None."""
+Evict = Callable[..., int | None]
+"""`evict(prompt=, kept=, stored=, seen=)` -> the entry to remove after a step, as in the contract:
+entries of the prompt in this layer, those left of them, those stored now, and fed so far."""
+Attend = Callable[[int, int, Tensor, Tensor], Tensor | None]
+"""(row, layer, query (H, D_head), keys (H_kv, S, D_head)) -> ascending numbers of the entries that
+a new token attends to, its own (the last) among them; None: all. With original positions both are
+rotated, with re-packed ones neither is."""
+
+
+class CacheTruth:
+    """The computation of a batch on an unpatched model whose cache is compressed after prefill, or
+    whose new tokens attend to parts of it.
+
+    Args:
+        cuts: what leaves the sequence in prefill, and `cut_positions`, as for `Truth`.
+        positions: of new tokens. "original": they follow those of the prompt in the layer.
+            "repacked": the number of entries stored before it in the layer; with `attend`, the
+            entries attended to have 0..k-1 and the new token, the last of them, k-1.
+        compress: or what stays, as [row][layer] with entries like those that a `Compress` returns.
+        attend: or what is attended to at every step, as [row][layer].
+    """
+
+    def __init__(
+        self,
+        model,
+        inputs: dict,
+        cuts: Cuts = (),
+        positions: str = "original",
+        *,
+        cut_positions: str | Sequence[str] = "original",
+        compress: Compress | Sequence[Sequence[Any]] | None = None,
+        evict: Evict | None = None,
+        attend: Attend | Sequence[Sequence[Tensor | None]] | None = None,
+    ) -> None:
+        assert positions in ("original", "repacked")
+        assert compress is None or attend is None, "one method on the cache"
+        self.model, self.decoder = model, model.base_model.language_model
+        self.truth = Truth(model, inputs, cuts, cut_positions, by_layer=True)
+        self.repacked = positions == "repacked"
+        axes = len(self.truth.rows[0].positions)
+        assert axes == 1 or not self.repacked, "M-RoPE has no packed positions"
+        self.compress = compress
+        self.evict = evict
+        self.attend = attend
+        self._prefilled: dict[int, tuple[Tensor, list[Entries], list[int]]] = {}
+        self._compressed: dict[int, list[Layer]] = {}
+
+    # --- prefill ---------------------------------------------------------------------------
+
+    def prefill(self, row: int) -> tuple[Tensor, list[Entries]]:
+        """Logits behind the prompt (V,), and the entries of each layer before any compression."""
+        logits, entries, _ = self._prefill(row)
+        return logits, entries
+
+    @torch.no_grad()
+    def _prefill(self, row: int) -> tuple[Tensor, list[Entries], list[int]]:
+        if row not in self._prefilled:
+            truth, found, following = self.truth, [], []
+            visual = torch.cat([*truth.rows[row].images, torch.zeros(0, dtype=torch.long)])
+            for number, layer, state, tables, mask in truth.layer_inputs(row, truth.start(row)):
+                attention, x = layer.self_attn, layer.input_layernorm(state.hidden)
+                cos, sin = (table[0] for table in tables)
+                query, key, value = (projected(attention, name, x) for name in "qkv")
+                entries = Entries(
+                    layer=number,
+                    keys=turned(key, cos, sin),
+                    values=value,
+                    queries=turned(query, cos, sin),
+                    visual=torch.isin(state.places, visual),
+                    attention=attention,
+                    hidden=x,
+                    rotary=(cos, sin),
+                    unturned=key,
+                    mask=mask,
+                )
+                found.append(entries)
+                following.append(state.following)
+                state.hidden = _finish(
+                    layer, state.hidden, entries.queries, entries.keys, value, mask
+                )
+            logits = self.model.lm_head(self.decoder.norm(state.hidden[-1]))
+            self._prefilled[row] = logits, found, following
+        return self._prefilled[row]
+
+    def _layers(self, row: int) -> list[Layer]:
+        """What each layer stores after prefill."""
+        if row not in self._compressed:
+            _, entries, following = self._prefill(row)
+            pairs = zip(entries, following, strict=True)
+            self._compressed[row] = [self._layer(row, *pair) for pair in pairs]
+        return [replace(layer) for layer in self._compressed[row]]
+
+    def _layer(self, row: int, entries: Entries, following: int) -> Layer:
+        size = entries.keys.shape[1]
+        layer = Layer(
+            keys=entries.keys,
+            values=entries.values,
+            unturned=entries.unturned,
+            prompt=size,
+            kept=size,
+            following=following,
+            acts=True,
+        )
+        if self.compress is None:
+            return layer
+        given = self.compress
+        found = given(row, entries) if callable(given) else given[row][entries.layer]
+        if found is None:
+            return replace(layer, acts=False)
+        if isinstance(found, Tensor):
+            found = Kept(found)
+        return replace(
+            layer,
+            keys=taken(entries.keys, found.kept) if found.keys is None else found.keys,
+            values=taken(entries.values, found.kept) if found.values is None else found.values,
+            unturned=None,
+            kept=found.kept.shape[-1],
+        )
+
+    # --- decoding --------------------------------------------------------------------------
+
+    def decode(self, row: int, tokens: Sequence[int] = (), pieces: Sequence[int] = ()) -> Tensor:
+        """Logits behind the prompt and behind each of `tokens`: (1 + T, V).
+
+        Args:
+            pieces: how many tokens are fed at once, one after all of these. Those of a piece see
+                each other and all that is stored, and as many entries may be evicted after it.
+        """
+        return self.run(row, tokens, pieces)[0]
+
+    @torch.no_grad()
+    def run(
+        self, row: int, tokens: Sequence[int] = (), pieces: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Layer]]:
+        """Logits as `decode`, and what each layer stores in the end."""
+        layers = self._layers(row)
+        logits = [self.prefill(row)[0][None]]
+        left = list(tokens)
+        for size in (*pieces, *(1 for _ in left)):
+            piece, left = left[:size], left[size:]
+            if not piece:
+                break
+            hidden = self.model.get_input_embeddings()(torch.tensor(piece))
+            for number, block in enumerate(self.decoder.layers):
+                hidden = self._step(row, number, block, layers[number], hidden)
+            logits.append(self.model.lm_head(self.decoder.norm(hidden)))
+            for layer in layers:
+                for _ in piece:
+                    self._evict(layer)
+        return torch.cat(logits), layers
+
+    def greedy(self, row: int, steps: int) -> tuple[Tensor, Tensor]:
+        """The most likely continuation (steps,), and the logits it was chosen from (steps, V)."""
+        tokens: list[int] = []
+        for _ in range(steps):
+            logits = self.decode(row, tokens)
+            tokens.append(int(logits[-1].argmax()))
+        return torch.tensor(tokens), logits
+
+    def lengths(self, row: int, tokens: Sequence[int] = ()) -> list[int]:
+        """Entries that each layer stores after prefill and `tokens`."""
+        return [layer.stored for layer in self.run(row, tokens)[1]]
+
+    def _step(self, row: int, number: int, block, layer: Layer, hidden: Tensor) -> Tensor:
+        """One layer on new tokens: hidden (n, D)."""
+        attention, x = block.self_attn, block.input_layernorm(hidden)
+        query, key, value = (projected(attention, name, x) for name in "qkv")
+        at, new = layer.following + layer.seen, len(hidden)
+        if self.repacked and layer.acts:
+            at = layer.stored
+        tables = self._tables(hidden, range(at, at + new))
+        layer.keys = torch.cat([layer.keys, turned(key, *tables)], 1)
+        layer.values = torch.cat([layer.values, value], 1)
+        if layer.unturned is not None:
+            layer.unturned = torch.cat([layer.unturned, key], 1)
+        layer.seen += new
+        mask = torch.full((new, layer.stored), -torch.inf).triu(layer.stored - new + 1)
+        if self.attend is None:
+            window = getattr(self.decoder.config, "sliding_window", None) or layer.stored
+            assert new == 1 or window == layer.stored, "pieces are not cut to windows here"
+            seen = layer.keys[:, -window:], layer.values[:, -window:]
+            return _finish(block, hidden, turned(query, *tables), *seen, mask[:, -window:])
+        keys = layer.unturned if self.repacked else layer.keys
+        if not self.repacked:
+            query = turned(query, *tables)
+        given, chosen = self.attend, None
+        if new == 1:
+            chosen = (
+                given(row, number, query[:, 0], keys) if callable(given) else given[row][number]
+            )
+        if chosen is None:
+            chosen = torch.arange(layer.stored)
+        assert chosen[-1] == layer.stored - 1, "the new token does not see itself"
+        keys, values = taken(keys, chosen), taken(layer.values, chosen)
+        if self.repacked:
+            cos, sin = self._tables(hidden, range(len(chosen)))
+            keys, query = turned(keys, cos, sin), turned(query, cos[-new:], sin[-new:])
+        return _finish(block, hidden, query, keys, values, mask[:, -len(chosen) :])
+
+    def _tables(self, hidden: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of text at these positions, (n, D_head) each."""
+        axes = len(self.truth.rows[0].positions)
+        ids = torch.tensor(list(positions)).expand(axes, 1, -1)
+        cos, sin = self.decoder.rotary_emb(hidden[None], ids if axes > 1 else ids[0])
+        return cos[0], sin[0]
+
+    def _evict(self, layer: Layer) -> None:
+        if self.evict is None or not layer.acts:
+            return
+        slot = self.evict(
+            prompt=layer.prompt,
+            kept=layer.kept,
+            stored=layer.stored,
+            seen=layer.prompt + layer.seen,
+        )
+        if slot is not None:
+            assert 0 <= slot < layer.stored
+            left = torch.tensor([i for i in range(layer.stored) if i != slot])
+            layer.keys, layer.values = layer.keys[:, left], layer.values[:, left]
+            layer.unturned = None
+
+
+def taken(heads: Tensor, kept: Tensor) -> Tensor:
+    """Entries (K,), or (H_kv, K) of every head, out of (H_kv, S, D_head)."""
+    if kept.dim() == 1:
+        return heads[:, kept]
+    return torch.stack([head[own] for head, own in zip(heads, kept, strict=True)])
+
+
+def shared(heads: Tensor, count: int) -> Tensor:
+    """Keys or values (H_kv, S, D_head) for each of `count` query heads, neighbours sharing one."""
+    return heads.repeat_interleave(count // len(heads), 0)
+
+
+def _finish(
+    block, hidden: Tensor, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | float = 0.0
+) -> Tensor:
+    """A decoder layer behind its projections: attention, output, MLP; hidden (Q, D)."""
+    attention = block.self_attn
+    keys, values = shared(keys, len(query)), shared(values, len(query))
+    weights = (query @ keys.transpose(1, 2) * attention.scaling + mask).softmax(-1)
+    hidden = hidden + attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
+    return hidden + block.mlp(block.post_attention_layernorm(hidden))
+
+
+# --- what the papers say, by hand --------------------------------------------------------------
+
+
+def merged_into_nearest(entries: Entries, kept: Tensor, start: int) -> Kept:
+    """Elastic Cache: each dropped entry joins the nearest anchor, the first of two; an anchor's key
+    and value are the mean of its own and of those that joined it.
+
+    Args:
+        kept: (K,) ascending: `start` first entries, the anchors, and the last entry.
+    """
+    anchors = kept[start:-1].tolist()
+    joined: dict[int, list[int]] = {number: [number] for number in kept.tolist()}
+    for number in range(entries.keys.shape[1]):
+        if number not in joined and anchors:
+            nearest = min(anchors, key=lambda anchor: abs(anchor - number))
+            joined[nearest].append(number)
+    keys, values = (
+        torch.stack([heads[:, joined[number]].mean(1) for number in kept.tolist()], 1)
+        for heads in (entries.keys, entries.values)
+    )
+    return Kept(kept, keys, values)
+
+
+def votes(query: Tensor, keys: Tensor, *, n_init: int, n_local: int) -> Tensor:
+    """TokenSelect: of the entries between the first `n_init` and the last `n_local`, all heads'
+    softmaxed products with the query, not scaled, added up."""
+    between = range(n_init, keys.shape[1] - n_local)
+    group = len(query) // len(keys)
+    found = [(keys[n // group, between] @ head).softmax(-1) for n, head in enumerate(query)]
+    return torch.stack(found).sum(0)
+
+
+def soft_vote(
+    query: Tensor, keys: Tensor, *, n_init: int, n_local: int, top_k: int
+) -> Tensor | None:
+    """TokenSelect: the first `n_init` and last `n_local` entries, and the `top_k` between them that
+    have most votes; None where that is everything.
+
+    Keys that were never rotated are equal wherever the same word or newline enters the first layer:
+    who reads them with other rounding errors finds another one of equals. See `is_soft_vote`.
+
+    Args:
+        query: (H, D_head) of the new token. keys: (H_kv, S, D_head), its own last.
+    """
+    stored = keys.shape[1]
+    if n_init + top_k + n_local >= stored:
+        return None
+    of_each = votes(query, keys, n_init=n_init, n_local=n_local).tolist()
+    best = sorted(range(len(of_each)), key=lambda i: (-of_each[i], i))[:top_k]
+    chosen = [*range(n_init), *sorted(n_init + i for i in best), *range(stored - n_local, stored)]
+    return torch.tensor(chosen)
+
+
+def is_soft_vote(
+    chosen: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    *,
+    n_init: int,
+    n_local: int,
+    top_k: int,
+    error: float = 1e-4,
+) -> bool:
+    """Whether `chosen` (K,) is what `soft_vote` gives, but for votes that differ by `error`."""
+    expected = soft_vote(query, keys, n_init=n_init, n_local=n_local, top_k=top_k)
+    if expected is None:
+        return torch.equal(chosen, torch.arange(keys.shape[1]))
+    numbers, wanted = set(chosen.tolist()), set(expected.tolist())
+    if chosen.tolist() != sorted(numbers) or len(numbers) != len(wanted):
+        return False
+    differ = [number - n_init for number in numbers ^ wanted]
+    of_each = votes(query, keys, n_init=n_init, n_local=n_local)
+    if any(not 0 <= number < len(of_each) for number in differ):
+        return False
+    threshold = of_each[expected[n_init : len(expected) - n_local] - n_init].min()
+    return bool((of_each[differ] - threshold).abs().le(error).all())

@@ -1,0 +1,42 @@
+"""Greedy selections as Triton's kernels pick what torch picks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kit.paths import TESTS
+from vlmprune.prune.ops.fusing import fusable
+
+CASES = TESTS / "kit" / "fused_cases.py"
+
+
+def test_kernels_pick_what_torch_picks_in_the_interpreter():
+    pytest.importorskip("triton", reason="needs Triton: pip install triton, on Linux")
+    result = subprocess.run(
+        [sys.executable, CASES],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[0]) > 50
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
+)
+def test_kernels_pick_what_torch_picks_on_a_gpu():
+    from kit import fused_cases
+
+    assert fusable(torch.zeros(3, 3, device="cuda"))
+    assert fused_cases.compare("cuda") > 50
+
+
+def test_torch_picks_elsewhere():
+    assert not fusable(torch.zeros(3, 3))
+    code = "import sys, torch; from vlmprune.prune.ops.maxmin import greedy_max_min as pick; "
+    code += "pick(torch.eye(4), 2); sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,159 @@
+"""Methods of other installed packages: broken ones are listed, names that are taken said."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vlmprune
+from vlmprune.eval.commands.listing import methods_table
+from vlmprune.prune import registry
+from vlmprune.prune.errors import PluginError
+from vlmprune.prune.registry import default_methods, method_class, method_names
+
+WORKING = """
+from dataclasses import dataclass
+from vlmprune.prune.registry import method_class
+
+@dataclass(frozen=True, kw_only=True)
+class Theirs(method_class('fastv')):
+    '''A FastV of another depth.'''
+    layer: int = 3
+"""
+
+
+def install(folder: Path, package: str, points: dict[str, str], source: str | None) -> None:
+    """A distribution as pip leaves it in site-packages: its module, and its metadata."""
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = "".join(f"{name} = {value}\n" for name, value in points.items())
+    (info / "entry_points.txt").write_text(f"[vlmprune.methods]\n{lines}")
+    if source is not None:
+        (folder / f"{package}.py").write_text(source)
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """A folder of installed packages, which this process sees, and a registry of its own."""
+    default_methods()  # shipped ones register when they are imported, once
+    monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._plugins.cache_clear()
+    yield tmp_path
+    registry._plugins.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("plugin_")]:
+        del sys.modules[name]
+
+
+BROKEN = {
+    "missing": ("plugin_gone:Theirs", None, "ModuleNotFoundError", "plugin_gone"),
+    "raising": (
+        "plugin_one:Theirs",
+        "raise RuntimeError('no licence')",
+        "RuntimeError: no licence",
+    ),
+    "leaving": ("plugin_one:Theirs", "raise SystemExit(3)", "SystemExit: 3"),
+    "without": ("plugin_one:Theirs", "x = 1", "AttributeError"),
+    "no method": ("plugin_one:Theirs", "Theirs = dict", "TypeError", "frozen dataclass"),
+    "half": ("plugin_one:Theirs", WORKING + "Theirs = register\n", "NameError"),
+    "after others": (
+        "plugin_one:Theirs",
+        WORKING + "from vlmprune.prune.registry import register\nregister('mine')(Theirs)\nx",
+        "NameError",
+    ),
+    "a shipped class": (
+        "plugin_one:Theirs",
+        "from vlmprune.prune.registry import method_class\nTheirs = method_class('fastv')",
+        "is 'fastv' already",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_plugin_is_listed_with_its_error_and_kills_nothing(site, how):
+    value, source, *words = BROKEN[how]
+    install(site, "plugin_one", {"theirs": value}, source)
+    assert "theirs" in method_names()
+    (row,) = [row for row in methods_table().rows if row[0] == "theirs"]
+    assert all(word in row[1] for word in (*words, "plugin_one", value)), row[1]
+    assert len(methods_table().rows) == len(method_names())
+    with pytest.raises(PluginError) as caught:
+        vlmprune.method("theirs", keep_ratio=0.5)
+    assert isinstance(caught.value, ImportError) and isinstance(
+        caught.value, vlmprune.VlmpruneError
+    )
+    assert "pip uninstall plugin_one" in str(caught.value)
+    assert not {"theirs", "mine"} & set(registry._classes)
+    assert method_class("fastv").name == "fastv"
+    with pytest.raises(vlmprune.UnknownMethodError):
+        method_class("their")
+
+
+def test_a_refusal_that_names_what_works_survives_a_broken_plugin(site):
+    from kit import zoo
+
+    install(site, "plugin_one", {"theirs": "plugin_gone:Theirs"}, None)
+    with pytest.raises(vlmprune.MissingSignalError) as caught:
+        vlmprune.patch(zoo.CASES["llava-siglip-qwen2"].model(), "vtc_cls", keep_ratio=0.5)
+    assert "divprune" in str(caught.value) and "theirs" not in str(caught.value)
+
+
+def test_a_class_with_fields_that_must_be_given_is_listed(site):
+    source = WORKING.replace("layer: int = 3", "depth: int")
+    install(site, "plugin_one", {"theirs": "plugin_one:Theirs"}, source)
+    made, wrong = default_methods()
+    assert "theirs" not in made
+    assert "depth" in wrong["theirs"]
+    assert vlmprune.method("theirs", depth=1, keep_ratio=0.5).method.fields()["depth"] == 1
+
+
+def test_a_shipped_name_stays_ours_and_is_said(site, caplog):
+    install(site, "plugin_one", {"divprune": "plugin_one:Theirs"}, WORKING)
+    with caplog.at_level(logging.WARNING, "vlmprune"):
+        assert method_class("divprune").__module__.startswith("vlmprune.")
+        method_names()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "'divprune' of the package plugin_one (plugin_one:Theirs) is not used" in said
+    assert "vlmprune has a method of this name" in said
+    assert methods_table().notes == said
+    assert "plugin_one" not in sys.modules
+
+
+def test_two_packages_with_one_name(site, caplog):
+    install(site, "plugin_two", {"theirs": "plugin_two:Theirs"}, WORKING)
+    install(site, "plugin_one", {"theirs": "plugin_one:Theirs"}, WORKING)
+    with caplog.at_level(logging.WARNING, "vlmprune"):
+        assert method_class("theirs").__module__ == "plugin_one"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "'theirs' of the package plugin_two" in said and "plugin_one has one" in said
+    assert methods_table().notes == said
+
+
+def test_one_package_that_is_found_twice_is_no_conflict(site, caplog, monkeypatch):
+    install(site, "plugin_one", {"theirs": "plugin_one:Theirs"}, WORKING)
+    (again := site / "again").mkdir()
+    install(again, "plugin_one2", {"theirs": "plugin_one:Theirs"}, None)
+    monkeypatch.syspath_prepend(again)
+    with caplog.at_level(logging.WARNING, "vlmprune"):
+        assert method_class("theirs")().fields() == {"layer": 3}
+    assert not caplog.records
+
+
+def test_the_command_line_lists_them(tmp_path):
+    install(
+        tmp_path, "plugin_one", {"theirs": "plugin_gone:T", "grid": "plugin_one:Theirs"}, WORKING
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "300"}
+    command = [sys.executable, "-m", "vlmprune", "methods"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    assert "| theirs | The method 'theirs' comes from another package, plugin_one" in done.stdout
+    assert "No module named 'plugin_gone'" in done.stdout
+    assert "'grid' of the package plugin_one" in done.stdout
+    assert "'grid' of the package plugin_one" in done.stderr
