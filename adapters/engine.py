@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from ..prune.contract import Signal
+from ..prune.contract import Place, Signal
 from ..prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from .budgets import Budgets
 from .cache.continuation import Continued, first_padding
@@ -607,7 +607,7 @@ class Engine:
 
     def _refuse_checkpointing(self, encoded: Mapping[Modality, Encoded]) -> None:
         images = [image for of_call in encoded.values() for image in of_call.images]
-        in_decoder = any(stage.layer for image in images for stage in image.plan)
+        in_decoder = any(stage.place is Place.DECODER for image in images for stage in image.plan)
         if in_decoder and self.text.training and self.text.gradient_checkpointing:
             raise UnsupportedFeatureError(
                 "Pruning inside the decoder cannot be combined with gradient checkpointing, which "

@@ -15,6 +15,7 @@ from ..prune.contract import (
     BeforeLLM,
     CacheMethod,
     Compressing,
+    Cut,
     Hidden,
     LayerSignal,
     MeanHidden,
@@ -77,8 +78,12 @@ class Setup:
     @cached_property
     def starts(self) -> list[int]:
         """First layers of the segments that store different tokens: 0, then every cut."""
-        cuts = {cut.layer for call in self.calls for cut in call.method.cuts(self.shape)}
-        return [0, *sorted({*cuts, *self.inherited} - {0})]
+        return sorted({0, *(cut.layer for cut in self.cuts), *self.inherited})
+
+    @cached_property
+    def cuts(self) -> list[Cut]:
+        """All cuts of the methods."""
+        return [cut for call in self.calls for cut in call.method.cuts(self.shape)]
 
     def on_cache_of(self, earlier: Setup) -> Setup:
         """The same, with segments that fit a cache that `earlier` has pruned."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..prune.budget import Stage, tokens_per_layer
-from ..prune.contract import Positions
+from ..prune.contract import Place, Positions
 from ..prune.errors import NotRecordedError
 from ..prune.tiling import Tiling
 from .cache.report import CacheReport
@@ -62,8 +62,8 @@ class Stopwatch:
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """One cut: decoder layer `layer` is the first that sees only `kept` (per image, numbers of
-    tokens, ascending).
+    """One cut: decoder layer `layer` (0: all of them) is the first that sees only `kept` (per
+    image, numbers of tokens, ascending).
 
     Where rows were merged or moved, `order` says per image which of the rows alive before the cut
     each row is (-1: none of them), and `groups` holds (2, G) pairs of a row and a row before that
@@ -71,6 +71,7 @@ class StageReport:
     """
 
     method: str
+    place: Place
     layer: int
     kept: list[Tensor]
     positions: Positions = "original"
@@ -89,7 +90,7 @@ class StageReport:
     @property
     def where(self) -> str:
         """The place of the cut in words."""
-        return f"at layer {self.layer}" if self.layer else "before the LLM"
+        return f"at layer {self.layer}" if self.place is Place.DECODER else self.place.value
 
 
 @dataclass(kw_only=True)

@@ -23,6 +23,7 @@ from .contract import (
     Features,
     Hidden,
     Method,
+    Place,
     Pruning,
     Selection,
     Signal,
@@ -306,7 +307,8 @@ def _check_features(answer: _Answer, tokens: VisualTokens, given: Selection) -> 
 def _width(tokens: VisualTokens, projected: bool) -> tuple[int | None, str]:
     """How wide features are that stand for these tokens; None: the method has not seen any."""
     seen: tuple[type[Signal], ...]
-    if tokens.layer:
+    inside = tokens.place is Place.DECODER
+    if inside:
         seen, what = (Hidden,), "hidden states"
     elif projected:
         seen, what = (Features,), "LLM features (projected=True)"
@@ -314,7 +316,7 @@ def _width(tokens: VisualTokens, projected: bool) -> tuple[int | None, str]:
         seen, what = (EncoderFeatures, ClsFeatures), "encoder features (projected=False)"
     found = (tensor.shape[-1] for signal, tensor in tokens.signals.items() if type(signal) in seen)
     width = next(found, None)
-    if width is None and (tokens.layer or projected):
+    if width is None and (inside or projected):
         width = tokens.shape.decoder.hidden_size
     return width, what
 
@@ -356,7 +358,7 @@ def _bounds(method: Pruning, tokens: VisualTokens) -> tuple[int, int]:
     """The fewest and the most that may stay where the method decides: at a cut that is adaptive
     under a budget as well none may, and all."""
     cuts = method.cuts(tokens.shape)
-    if any(cut.adaptive and cut.layer == tokens.layer for cut in cuts):
+    if any(cut.adaptive and cut.depth == tokens.depth for cut in cuts):
         return 0, tokens.num_tokens
     return 1, min(tokens.num_tokens, method.most(tokens.num_tokens))
 

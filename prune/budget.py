@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .amount import BUDGET_WORDS, PUBLISHED, Budget, BudgetWord
-from .contract import CacheMethod, Decoder, Images, Method, ModelShape, Pruning
+from .contract import CacheMethod, Cut, Decoder, Images, Method, ModelShape, Place, Pruning
 from .errors import BudgetError, MethodAnswerError
 
 __all__ = [
@@ -59,7 +59,7 @@ class MethodCall:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One cut of one method, with its count for an image: layer `layer` sees `keep` tokens.
+    """One cut of one method, with its count for an image: what follows sees `keep` tokens.
 
     Where the method finds its own count in the tensors (`adaptive`), `keep` is the most it may
     keep; the stage of a finished choice has the count that was found. Of a cut that pools images
@@ -67,10 +67,26 @@ class Stage:
     """
 
     call: MethodCall
-    layer: int
+    cut: Cut
     keep: int
     adaptive: bool = False
-    images: Images = "each"
+
+    @property
+    def place(self) -> Place:
+        return self.cut.place
+
+    @property
+    def layer(self) -> int:
+        """The first decoder layer that sees fewer tokens; 0, all layers, before the LLM."""
+        return self.cut.layer
+
+    @property
+    def images(self) -> Images:
+        return self.cut.images
+
+    def at(self, place: Place, layer: int = 0) -> bool:
+        """Whether the cut is there."""
+        return self.cut.depth == (place.depth, layer)
 
 
 def round_tokens(ratio: float, num_tokens: int) -> int:
@@ -192,7 +208,7 @@ def _stages(
         adaptive = call.adaptive or cut.adaptive
         count = alive if cut.adaptive else min(alive, max(1, count))
         if count < alive or adaptive:
-            stages.append(Stage(call, cut.layer, count, adaptive, cut.images))
+            stages.append(Stage(call, cut, count, adaptive))
             alive = count
     return tuple(stages)
 

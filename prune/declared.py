@@ -75,16 +75,18 @@ def check_declared(method: Method, shape: ModelShape) -> None:
         _check_signal(method, need, cuts, shape)
 
 
-def readable(signal: Signal, layer: int) -> bool:
-    """Whether a method sees a signal at a cut of `layer` (0: before the LLM): there the layer's
-    input is known, and what it would be asked ahead, but no more of it."""
+def readable(signal: Signal, cut: Cut) -> bool:
+    """Whether a method sees a signal at a cut: in the decoder the input of its layer is known,
+    and what it would be asked ahead, but no more of it."""
     if not isinstance(signal, LayerSignal):
-        return not layer
+        return cut.place is Place.BEFORE_LLM
+    if cut.place is Place.BEFORE_LLM:
+        return False
     if getattr(signal, "ahead", False):
-        return signal.layer == layer > 0
-    if signal.layer == layer > 0:
+        return signal.layer == cut.layer
+    if signal.layer == cut.layer:
         return isinstance(signal, Hidden | MeanHidden)
-    return signal.layer < layer
+    return signal.layer < cut.layer
 
 
 # --- Cuts --------------------------------------------------------------------------------------
@@ -95,38 +97,47 @@ def _check_cuts(method: Method, cuts: object, shape: ModelShape) -> None:
         raise MethodFieldError(f"{method.name}.cuts {what}: {instead}.")
 
     if not isinstance(cuts, tuple) or not all(isinstance(cut, Cut) for cut in cuts):
-        refuse(f"returned {cuts!r}", "return a tuple of Cut, e.g. (Cut(2),)")
+        refuse(f"returned {cuts!r}", "return a tuple of Cut, e.g. (Cut(Place.DECODER, 2),)")
     if not isinstance(method, Pruning):
         if cuts:
             refuse(f"returned {cuts!r}", "a method on the cache removes nothing from the sequence")
         return
     if not cuts:
-        refuse("returned no cut", "return at least one, e.g. (Cut(2),)")
-    depth, first = shape.decoder.num_layers, isinstance(method, BeforeLLM)
-    where = f"the decoder's layers are 0 to {depth - 1}, and Cut(0) is before the LLM"
+        refuse("returned no cut", "return at least one, e.g. (Cut(Place.DECODER, 2),)")
     for cut in cuts:
-        if not _whole(cut.layer) or not 0 <= cut.layer < depth:
-            refuse(f"has {cut}", where)
+        _check_layer_of(cut, shape.decoder.num_layers, refuse)
         if not isfinite(cut.share) or cut.share <= 0:
             refuse(f"has {cut}", "a share is a positive number, 1.0 for the last cut")
         if cut.images not in get_args(Images):
             refuse(f"has {cut}", f"images is one of {', '.join(map(repr, get_args(Images)))}")
-        if not cut.layer and cut.images != "each":
+        if cut.place is not Place.DECODER and cut.images != "each":
             refuse(f"has {cut}", "before the LLM every image is chosen from on its own")
-    layers = [cut.layer for cut in cuts]
-    if layers != sorted(set(layers)):
-        refuse(f"has layers {', '.join(map(str, layers))}", "they must ascend, each once")
-    if first != (layers[0] == 0):
+    depths = [cut.depth for cut in cuts]
+    if depths != sorted(set(depths)):
+        layers = ", ".join(str(cut.layer) for cut in cuts)
+        refuse(f"has cuts at layers {layers}", "they must ascend, each once")
+    if cuts[0].place is not method.place:
         refuse(
-            f"begins at layer {layers[0]}",
-            "a BeforeLLM method cuts at 0 first; derive from InDecoder for later cuts alone"
-            if first
-            else "an InDecoder method cuts at layer 1 or later; derive from BeforeLLM to cut at 0",
+            f"begins {cuts[0].place.value}",
+            f"it derives from a class of methods {method.place.value}, and its first cut must be "
+            f"there: Cut(Place.{method.place.name}, ...); or derive from another class",
         )
     alone = method.finds_count or any(cut.adaptive for cut in cuts)
     if alone and type(method).select_adaptive is Pruning.select_adaptive:
         why = "finds_count" if method.finds_count else "an adaptive cut"
         refuse(f"has {why} and no rule for it", "write select_adaptive(tokens)")
+
+
+def _check_layer_of(cut: Cut, depth: int, refuse: Callable[[str, str], NoReturn]) -> None:
+    if cut.place is Place.CACHE:
+        refuse(f"has {cut}", "a method on the cache removes nothing from the sequence")
+    least, most = (1, depth - 1) if cut.place is Place.DECODER else (0, 0)
+    if not _whole(cut.layer) or not least <= cut.layer <= most:
+        refuse(
+            f"has {cut}",
+            f"the first decoder layer that sees fewer tokens is one of 1 to {depth - 1}; before "
+            f"the LLM a cut has no layer: Cut(Place.BEFORE_LLM)",
+        )
 
 
 # --- Signals -----------------------------------------------------------------------------------
@@ -158,7 +169,7 @@ def _check_signal(method: Method, need: object, cuts: Sequence[Cut], shape: Mode
             "which is read before the LLM, and all its cuts are in the decoder: derive from "
             "BeforeLLM, or declare signals of decoder layers (TextAttention, Hidden, ...)"
         )
-    elif not any(readable(need, cut.layer) for cut in cuts):
+    elif not any(readable(need, cut) for cut in cuts):
         refuse(_too_late(need, cuts))
 
 
@@ -193,18 +204,19 @@ def _check_words(need: Signal, refuse: Refuse) -> None:
 
 
 def _too_late(need: Signal, cuts: Sequence[Cut]) -> str:
-    last = max(cut.layer for cut in cuts)
-    if not last:
+    layers = [cut.layer for cut in cuts if cut.place is Place.DECODER]
+    if not layers:
         return (
             "which is read in the decoder, and it cuts before the LLM: derive from InDecoder, or "
             "declare signals of the encoder (Features, ClsAttention, ...)"
         )
     if isinstance(need, TextAttention) and need.ahead:
-        layers = ", ".join(str(cut.layer) for cut in cuts if cut.layer)
-        return f"and only a layer that is cut can be read ahead: {layers}"
+        listed = ", ".join(map(str, layers))
+        return f"and only a layer that is cut can be read ahead: {listed}"
+    last = max(layers)
     return (
-        f"which lies behind its last cut: at Cut({last}) layers 0 to {last - 1} have run, and of "
-        f"layer {last} Hidden, MeanHidden and TextAttention(ahead=True) are known"
+        f"which lies behind its last cut: at Cut(Place.DECODER, {last}) layers 0 to {last - 1} "
+        f"have run, and of layer {last} Hidden, MeanHidden and TextAttention(ahead=True) are known"
     )
 
 

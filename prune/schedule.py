@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from .contract import Cut
+from .contract import Cut, Place
 from .errors import MethodFieldError
 from .layers import scale_layers, user_layer
 
@@ -65,4 +65,5 @@ def cut_layers(
 def cuts_at(layers: Sequence[int], ratios: Sequence[float]) -> tuple[Cut, ...]:
     """A cut at each of the layers. Of the ratios only their proportions matter: how many tokens
     stay in the end is the budget's to say."""
-    return tuple(Cut(layer, r / ratios[-1]) for layer, r in zip(layers, ratios, strict=True))
+    shares = [ratio / ratios[-1] for ratio in ratios]
+    return tuple(Cut(Place.DECODER, *at) for at in zip(layers, shares, strict=True))

@@ -63,7 +63,7 @@ def select_all(
 
 
 def _question(method: Pruning, tokens: VisualTokens, keep: int | None) -> _Question:
-    if isinstance(method, BeforeLLM) and not tokens.layer:
+    if isinstance(method, BeforeLLM) and tokens.place is method.place:
         return _with_newlines(method, tokens, keep)
     return _Question([(tokens, keep)], _only)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...prune.budget import Budget, MethodCall, Stage, plan
-from ...prune.contract import Features, Pruning, Selection, Signal, VisualTokens
+from ...prune.contract import Features, Place, Pruning, Selection, Signal, VisualTokens
 from ...prune.errors import MissingSignalError, VlmpruneError
 from ...prune.select import select_all
 from ...prune.tiling import Tiling
@@ -106,7 +106,7 @@ def encode(
         plan(tiling.num_tokens, calls, setup.shape)
         for tiling, calls in zip(tilings, given, strict=True)
     ]
-    first = [stages[0] if stages and stages[0].layer == 0 else None for stages in plans]
+    first = [next((s for s in stages if s.place is Place.BEFORE_LLM), None) for stages in plans]
     tokens = [
         VisualTokens(num_tokens=tiling.num_tokens, tiling=tiling, shape=setup.shape, signals=seen)
         for tiling, seen, stage in zip(tilings, signals, first, strict=True)

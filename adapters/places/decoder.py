@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...prune.budget import Stage, remark
-from ...prune.contract import LayerSignal, Place, Selection, TextAttention, VisualTokens
+from ...prune.contract import Cut, LayerSignal, Place, Selection, TextAttention, VisualTokens
 from ...prune.errors import MethodAnswerError, UnsupportedFeatureError
 from ...prune.tiling import Tiling
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
@@ -105,8 +105,9 @@ class Prefill:
     def _wanted(self, layer: int, cutting: bool = False) -> list[LayerSignal]:
         """Signals of a layer that a later cut may ask for; or one of this layer, to be made now."""
         first = layer if cutting else layer + 1
+        depth = Cut(Place.DECODER, first).depth
         if self._replayed or not any(
-            stage.layer >= first for image in self.images for stage in image.plan
+            stage.cut.depth >= depth for image in self.images for stage in image.plan
         ):
             return []
         return [need for need in self.setup.heard if need.layer == layer]
@@ -161,7 +162,7 @@ class Prefill:
         The model goes on passing rotary tables, mask and positions for its first layer.
         """
         setup, start = self.setup, self.setup.start_of(layer)
-        cut = layer > 0 and any(s.layer == layer for image in self.images for s in image.plan)
+        cut = bool(self._stages(layer))
         if layer == start and layer:
             if cut:
                 hidden = self._cut(layer, module, hidden, kwargs["position_embeddings"])
@@ -280,7 +281,8 @@ class Prefill:
                 image = self.images[number]
                 scores[number] = image.scored(chosen.scores)
                 moved = image.apply(chosen)
-                image.done(next(s for s in image.plan if s.layer == layer))
+                for stage in image.stages(layer):
+                    image.done(stage)
                 plain = chosen.order is None and image.order is None
                 orders[number] = None if plain else chosen.arranged
                 groups[number] = chosen.groups
@@ -300,6 +302,7 @@ class Prefill:
         self.last.stages.append(
             StageReport(
                 method=name,
+                place=Place.DECODER,
                 layer=layer,
                 kept=[image.tokens for image in self.images],
                 positions="repacked" if repacks else "original",
@@ -340,15 +343,18 @@ class Prefill:
         keys: Tensor = self.cache.layers[layer].keys[:, :, :past]
         return keys, Here(self.layout, past, valid, window).holding(keys.shape[2])
 
+    def _stages(self, layer: int) -> list[Stage]:
+        """Cuts of a layer."""
+        return [stage for image in self.images for stage in image.stages(layer)]
+
     def _groups(self, layer: int) -> list[tuple[list[int], Stage]]:
         """Images that are chosen from together at this layer: one, or those before the last."""
         groups: dict[tuple[int, int], tuple[list[int], Stage]] = {}
         for number, image in enumerate(self.images):
-            for stage in image.plan:
-                if stage.layer == layer:
-                    pooled = stage.images == "context"
-                    key = (image.sample, -1 if pooled else number)
-                    groups.setdefault(key, ([], stage))[0].append(number)
+            for stage in image.stages(layer):
+                pooled = stage.images == "context"
+                key = (image.sample, -1 if pooled else number)
+                groups.setdefault(key, ([], stage))[0].append(number)
         return list(groups.values())
 
     def _choices(self, layer: int, numbers: list[int], stage: Stage) -> list[tuple[int, Selection]]:
@@ -362,8 +368,8 @@ class Prefill:
             nothing = images[0].slots
             found = [(number, Selection(kept=nothing)) for number in numbers]
         else:
-            planned = [next(s.keep for s in image.plan if s.layer == layer) for image in images]
-            keep = min(sum(planned), sum(sizes))  # an earlier cut may have left fewer than planned
+            planned = sum(one.keep for image in images for one in image.stages(layer))
+            keep = min(planned, sum(sizes))  # an earlier cut may have left fewer than planned
             signals = {
                 need: torch.cat([image.signals[need] for image in images])
                 if need.per == "token"
@@ -376,6 +382,7 @@ class Prefill:
                 shape=self.setup.shape,
                 signals=signals,
                 alive=torch.cat([image.row_tokens for image in images]),
+                place=Place.DECODER,
                 layer=layer,
             )
             stopwatch, device = images[0].stopwatch, images[0].slots.device
@@ -489,7 +496,7 @@ def begin(
     if keeps is not None and state is not None:
         note_prefix(setup, state, cache, ids, real)
     repacks = setup.positions.get(Place.BEFORE_LLM) == "repacked"
-    before = [stage for image in images for stage in image.plan if stage.layer == 0]
+    before = [s for image in images for s in image.plan if s.place is Place.BEFORE_LLM]
     gone = (real & ~first.keep).cumsum(1) if repacks and before else None
     earlier = None if state is None else state.segments[0].shift
     prefill = Prefill(
@@ -552,12 +559,13 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
         note=_remarks([image.encoded for image in images]),
     )
-    before = [stage for image in images for stage in image.plan if stage.layer == 0]
+    before = [s for image in images for s in image.plan if s.place is Place.BEFORE_LLM]
     if before:
         mode = setup.positions[Place.BEFORE_LLM]
         report = StageReport(
             before[0].call.name,
-            0,
+            Place.BEFORE_LLM,
+            before[0].layer,
             last.kept,
             mode,
             order=last.order,

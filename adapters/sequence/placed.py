@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...prune.budget import Stage, plan
-from ...prune.contract import Images, Selection, Signal
+from ...prune.contract import Images, Place, Selection, Signal
 from ...prune.errors import UnsupportedFeatureError
 from ..cache.report import by_token
 from ..family import Modality
@@ -104,6 +104,10 @@ class PlacedImage:
             return None
         left = torch.where(taken, before[source], self.slots)
         return self.columns[left], self.columns[self.slots]
+
+    def stages(self, layer: int) -> list[Stage]:
+        """Its cuts at a layer of the decoder: one at most."""
+        return [stage for stage in self.plan if stage.at(Place.DECODER, layer)]
 
     def done(self, stage: Stage) -> None:
         """Note the count that was found at a cut."""

@@ -33,6 +33,7 @@ from vlmprune.prune.contract import (
     MeanHidden,
     ModuleStep,
     Neurons,
+    Place,
     ReceivedInLayer,
     RotaryAffinity,
     Rows,
@@ -48,7 +49,7 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 DEPTH = 4
 LAYERS = range(DEPTH)
 FIRST = 0.8
-TWICE = (Cut(1, 2.0), Cut(3))
+TWICE = (Cut(Place.DECODER, 1, 2.0), Cut(Place.DECODER, 3))
 THREE: zoo.Row = (2, "A", 3, "B", 1, "C", 4)
 NO_TEXT_BEHIND: zoo.Row = (3, "C", "A")
 ROWS = (THREE, zoo.ONE, NO_TEXT_BEHIND, zoo.NONE)
@@ -141,9 +142,7 @@ class Recorder(InDecoder):
     seen: list[Seen] = field(default_factory=list)
 
     def needs(self, shape):
-        return tuple(
-            want for want in self.wants if any(readable(want, cut.layer) for cut in self.at)
-        )
+        return tuple(want for want in self.wants if any(readable(want, cut) for cut in self.at))
 
     def cuts(self, shape):
         return self.at
@@ -438,7 +437,10 @@ def test_videos(case):
 
 @zoo.ALL
 def test_cuts_at_every_layer_behind_a_first_stage_before_the_llm(case):
-    positions, cuts = modes(case)[-1], (Cut(1, 2.0), Cut(2, 1.5), Cut(3))
+    positions, cuts = (
+        modes(case)[-1],
+        (Cut(Place.DECODER, 1, 2.0), Cut(Place.DECODER, 2, 1.5), Cut(Place.DECODER, 3)),
+    )
     recorder, first = Recorder(wants=declared(), at=cuts), First()
     run(case, "sdpa", ROWS, first, recorder, positions=positions)
     truth = expected(case, ROWS, positions, True, cuts)
@@ -550,7 +552,7 @@ def test_prompts_without_images_are_not_read(case, heard):
 @zoo.BOTH_FAMILIES
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_nothing_is_read_behind_the_last_cut_nor_while_decoding(case, layer, heard):
-    recorder, model = Recorder(wants=declared(), at=(Cut(layer),)), case.model()
+    recorder, model = Recorder(wants=declared(), at=(Cut(Place.DECODER, layer),)), case.model()
     patch(model, call(recorder))
     model.generate(**case.inputs(ROWS), max_new_tokens=3, do_sample=False)
     ran_before = {
@@ -567,7 +569,7 @@ def test_nothing_is_read_behind_the_last_cut_nor_while_decoding(case, layer, hea
 @zoo.ALL
 def test_a_layer_is_read_only_for_what_is_declared(case, heard):
     wants = (TextAttention(1), ModuleStep(0, "mlp", step), Hidden(2), Neurons(2, likeness))
-    model, recorder = case.model(), Recorder(wants=wants, at=(Cut(3),))
+    model, recorder = case.model(), Recorder(wants=wants, at=(Cut(Place.DECODER, 3),))
     patch(model, call(recorder))
     layers, heard_in_prefill = model.base_model.language_model.layers, []
 
@@ -728,7 +730,11 @@ def test_keys_made_ahead_while_decoding_and_training(case, monkeypatch):
 
 # --- Cuts that pool images ---------------------------------------------------------------------
 
-POOLED = (Cut(1, 2.0, "context"), Cut(2, 1.0, "context"), Cut(3, 1.0, "query"))
+POOLED = (
+    Cut(Place.DECODER, 1, 2.0, "context"),
+    Cut(Place.DECODER, 2, 1.0, "context"),
+    Cut(Place.DECODER, 3, 1.0, "query"),
+)
 POOLING: tuple[zoo.Row, ...] = (THREE, (4, "B", 2), NO_TEXT_BEHIND, zoo.NONE)
 
 
@@ -817,7 +823,10 @@ class Greedy(Recorder):
 def test_what_an_earlier_cut_left_bounds_later_ones(case):
     """A pool may be taken from one image, an adaptive cut may leave nothing."""
     counts = case.counts(POOLING)
-    for at in ((Cut(1, 2.0, "context"), Cut(3)), (Cut(1, adaptive=True), Cut(2, 1.5), Cut(3))):
+    for at in (
+        (Cut(Place.DECODER, 1, 2.0, "context"), Cut(Place.DECODER, 3)),
+        (Cut(Place.DECODER, 1, adaptive=True), Cut(Place.DECODER, 2, 1.5), Cut(Place.DECODER, 3)),
+    ):
         recorder = Greedy(wants=poolable(), at=at)
         last = run(case, "sdpa", POOLING, recorder).last
         keeps = [round(0.3 * n) for n in counts]

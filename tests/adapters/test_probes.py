@@ -28,6 +28,7 @@ from vlmprune.prune.contract import (
     InDecoder,
     Keys,
     PixelSeed,
+    Place,
     ReceivedAttention,
     Selection,
     Signal,
@@ -82,7 +83,7 @@ class DecoderRecorder(InDecoder):
     needs, select = Recorder.needs, Recorder.select
 
     def cuts(self, shape):
-        return (Cut(self.layer),)
+        return (Cut(Place.DECODER, self.layer),)
 
 
 def call(recorder: Recorder | DecoderRecorder, keep: float = 0.5) -> MethodCall:

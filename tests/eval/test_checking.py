@@ -24,6 +24,7 @@ from vlmprune.prune.contract import (
     Features,
     InDecoder,
     Neurons,
+    Place,
     Selection,
 )
 from vlmprune.prune.ops.topk import ascending, top_k
@@ -98,7 +99,7 @@ class Anew(InDecoder):
         return (Neurons(1, read=lambda visual, text: visual[:, 0]),)
 
     def cuts(self, shape):
-        return (Cut(2),)
+        return (Cut(Place.DECODER, 2),)
 
     def select(self, tokens, keep):
         return Selection(kept=torch.arange(keep))

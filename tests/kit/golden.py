@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmprune.prune.contract import (
     Decoder,
     ModelShape,
+    Place,
     Pruning,
     Selection,
     Signal,
@@ -77,6 +78,7 @@ def choose(
         tiling=tiling,
         shape=shape,
         signals={signal: signals[signal] for signal in wanted},
+        place=Place.DECODER if layer else Place.BEFORE_LLM,
         layer=layer,
         alive=alive,
     )

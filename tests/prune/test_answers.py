@@ -21,6 +21,7 @@ from vlmprune.prune.contract import (
     Features,
     InDecoder,
     Neurons,
+    Place,
     Selection,
     TextAttention,
 )
@@ -70,6 +71,7 @@ def tokens(layer: int = 0):
         tiling=Tiling.single(3, 4),
         shape=zoo.CLIP,
         signals={Features(): torch.randn(N, D)},
+        place=Place.DECODER if layer else Place.BEFORE_LLM,
         layer=layer,
     )
 
@@ -275,7 +277,7 @@ class Deep(InDecoder):
         return (TextAttention(1, rows=self.rows),)
 
     def cuts(self, shape):
-        return (Cut(2),)
+        return (Cut(Place.DECODER, 2),)
 
     def select(self, tokens, keep):
         return self.answer(tokens, keep)

@@ -17,7 +17,7 @@ from vlmprune.prune.budget import (
     round_tokens,
     tokens_per_layer,
 )
-from vlmprune.prune.contract import Cut, Decoder, InDecoder, ModelShape, Tower
+from vlmprune.prune.contract import Cut, Decoder, InDecoder, ModelShape, Place, Tower
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.registry import method, method_class, method_names
 
@@ -251,7 +251,7 @@ class Staircase(InDecoder):
         return ()
 
     def cuts(self, shape):
-        return (Cut(8, 4.0), Cut(16, 2.0), Cut(24))
+        return (Cut(Place.DECODER, 8, 4.0), Cut(Place.DECODER, 16, 2.0), Cut(Place.DECODER, 24))
 
     def select(self, tokens, keep):
         raise NotImplementedError

@@ -24,6 +24,7 @@ from vlmprune.prune.contract import (
     MeanHidden,
     ModuleStep,
     Neurons,
+    Place,
     ReceivedInLayer,
     Selection,
     Signal,
@@ -42,7 +43,7 @@ class Before(BeforeLLM):
 
     name: ClassVar[str] = "before"
     declared: Any = ()
-    at: Any = (Cut(0),)
+    at: Any = (Cut(Place.BEFORE_LLM),)
     read: Any = None
 
     def needs(self, shape):
@@ -63,7 +64,7 @@ class Inside(InDecoder):
 
     name: ClassVar[str] = "inside"
     declared: Any = ()
-    at: Any = (Cut(2),)
+    at: Any = (Cut(Place.DECODER, 2),)
     read: Any = None
 
     def needs(self, shape):
@@ -126,10 +127,10 @@ MISSING = {
     "a decoder layer from the end": (Inside(declared=(Hidden(-1),)), "Hidden", "layers 0 to 3"),
     "behind the cut": (
         Inside(declared=(TextAttention(3),)),
-        *("lies behind its last cut", "at Cut(2) layers 0 to 1 have run"),
+        *("lies behind its last cut", "at Cut(Place.DECODER, 2) layers 0 to 1 have run"),
     ),
     "of the cut layer, not ahead": (Inside(declared=(TextAttention(2),)), "ahead=True"),
-    "a step of the cut layer": (Inside(declared=(step(2),)), "ModuleStep", "Cut(2)"),
+    "a step of the cut layer": (Inside(declared=(step(2),)), "ModuleStep", "Cut(Place.DECODER, 2)"),
     "ahead of no cut": (
         Inside(declared=(TextAttention(1, ahead=True),)),
         *("only a layer that is cut can be read ahead: 2",),
@@ -161,20 +162,50 @@ MISSING = {
     "no function": (Inside(declared=(Neurons(1, read=None),)), "read is a function"),
 }
 CUTS = {
-    "beyond the last layer": (Inside(at=(Cut(4),)), "inside.cuts", "Cut(layer=4", "0 to 3"),
-    "negative": (Inside(at=(Cut(-1),)), "Cut(layer=-1", "0 to 3"),
-    "half a layer": (Inside(at=(Cut(1.5),)), "Cut(layer=1.5"),
-    "descending": (Inside(at=(Cut(3), Cut(2))), "layers 3, 2", "ascend"),
-    "twice": (Inside(at=(Cut(2), Cut(2))), "layers 2, 2", "each once"),
+    "beyond the last layer": (
+        Inside(at=(Cut(Place.DECODER, 4),)),
+        "inside.cuts",
+        "Cut(place=Place.DECODER, layer=4",
+        "1 to 3",
+    ),
+    "negative": (Inside(at=(Cut(Place.DECODER, -1),)), "layer=-1", "1 to 3"),
+    "half a layer": (Inside(at=(Cut(Place.DECODER, 1.5),)), "Cut(place=Place.DECODER, layer=1.5"),
+    "descending": (
+        Inside(at=(Cut(Place.DECODER, 3), Cut(Place.DECODER, 2))),
+        "layers 3, 2",
+        "ascend",
+    ),
+    "twice": (
+        Inside(at=(Cut(Place.DECODER, 2), Cut(Place.DECODER, 2))),
+        "layers 2, 2",
+        "each once",
+    ),
     "none": (Inside(at=()), "no cut"),
     "a number": (Inside(at=(2,)), "returned (2,)", "a tuple of Cut"),
-    "a list": (Inside(at=[Cut(2)]), "a tuple of Cut"),
-    "before the LLM, of a decoder method": (Inside(at=(Cut(0),)), "derive from BeforeLLM"),
-    "in the decoder alone": (Before(at=(Cut(2),)), "cuts at 0 first", "InDecoder"),
-    "a share of nothing": (Inside(at=(Cut(2, share=0.0),)), "share is a positive number"),
-    "unknown images": (Inside(at=(Cut(2, images="all"),)), "'each', 'context', 'query'"),
-    "pooled before the LLM": (Before(at=(Cut(0, images="query"),)), "on its own"),
-    "adaptive without a rule": (Inside(at=(Cut(2, adaptive=True),)), "select_adaptive"),
+    "a list": (Inside(at=[Cut(Place.DECODER, 2)]), "a tuple of Cut"),
+    "before the LLM, of a decoder method": (
+        Inside(at=(Cut(Place.BEFORE_LLM),)),
+        "Cut(Place.DECODER",
+        "another class",
+    ),
+    "in the decoder alone": (
+        Before(at=(Cut(Place.DECODER, 2),)),
+        "Cut(Place.BEFORE_LLM",
+        "another class",
+    ),
+    "a share of nothing": (
+        Inside(at=(Cut(Place.DECODER, 2, share=0.0),)),
+        "share is a positive number",
+    ),
+    "unknown images": (
+        Inside(at=(Cut(Place.DECODER, 2, images="all"),)),
+        "'each', 'context', 'query'",
+    ),
+    "pooled before the LLM": (Before(at=(Cut(Place.BEFORE_LLM, 0, images="query"),)), "on its own"),
+    "adaptive without a rule": (
+        Inside(at=(Cut(Place.DECODER, 2, adaptive=True),)),
+        "select_adaptive",
+    ),
 }
 
 
@@ -201,7 +232,9 @@ def test_cuts_that_cannot_be_made_are_refused_by_patch(what):
 
 GOOD = [
     Before(declared=(ClsAttention(-1), ClsAttention(-5), Keys(4), Features())),
-    Before(declared=(Features(), TextAttention(1)), at=(Cut(0), Cut(2))),
+    Before(
+        declared=(Features(), TextAttention(1)), at=(Cut(Place.BEFORE_LLM), Cut(Place.DECODER, 2))
+    ),
     Inside(declared=(TextAttention(1), TextAttention(2, ahead=True), Hidden(2), MeanHidden(2))),
     Inside(declared=(TextAttention(0, rows=lambda v, t: t[:, 0] > 0), step(1, "attention"))),
     OnCache(declared=tuple(ReceivedInLayer(layer) for layer in range(4))),
@@ -239,7 +272,7 @@ def test_shipped_methods_declare_what_is_there(case, name):
         (
             Inside(
                 declared=(TextAttention(1), TextAttention(2)),
-                at=(Cut(2, share=1.5), Cut(3)),
+                at=(Cut(Place.DECODER, 2, share=1.5), Cut(Place.DECODER, 3)),
                 read=TextAttention(2),
             ),
             "TextAttention(layer=1",

@@ -229,7 +229,7 @@ class Deep(InDecoder):
         return ()
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
-        return (Cut(shape.decoder.num_layers // 2),)
+        return (Cut(Place.DECODER, shape.decoder.num_layers // 2),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         return Selection(kept=torch.arange(keep))

@@ -17,6 +17,7 @@ from vlmprune.prune.contract import (
     InDecoder,
     ModelShape,
     PixelSeed,
+    Place,
     Selection,
     Signal,
     Tower,
@@ -295,7 +296,7 @@ def test_a_wrong_count_is_refused():
             return ()
 
         def cuts(self, shape):
-            return (Cut(1),)
+            return (Cut(Place.DECODER, 1),)
 
         def select(self, tokens, keep):
             return Selection(kept=torch.arange(keep - 1))

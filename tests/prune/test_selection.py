@@ -203,6 +203,7 @@ def make_tokens(
         shape=shape,
         signals=signals,
         alive=alive,
+        place=Place.DECODER if layer else Place.BEFORE_LLM,
         layer=layer,
     )
 

@@ -95,16 +95,18 @@ class CATP(BeforeLLM):
         return (*before, *_of_context(layer + 1), *_of_query(layer + 2))
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        first = Cut(Place.BEFORE_LLM)
         if not self.late:
-            return (Cut(0),)
+            return (first,)
         layer = self._layer(shape)
-        return (Cut(0), Cut(layer + 1, images="context"), Cut(layer + 2, images="query"))
+        context = Cut(Place.DECODER, layer + 1, images="context")
+        return (first, context, Cut(Place.DECODER, layer + 2, images="query"))
 
     def counts(self, shape: ModelShape, num_tokens: int, keep: int) -> tuple[int, ...]:
         return ((num_tokens + keep) // 2, keep, keep) if self.late else (keep,)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        if not tokens.layer:
+        if tokens.place is Place.BEFORE_LLM:
             return self._stage_1(tokens, keep)
         layer = self._layer(tokens.shape)
         score = self._in_context if tokens.layer == layer + 1 else self._in_query

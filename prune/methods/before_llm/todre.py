@@ -100,8 +100,9 @@ class ToDRE(InOnePass):
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         depth = shape.decoder.num_layers
-        late = Cut(min(round(7 * depth / 8), depth - 1), adaptive=True)
-        return (Cut(0), late) if self.late else (Cut(0),)
+        late = Cut(Place.DECODER, min(round(7 * depth / 8), depth - 1), adaptive=True)
+        first = Cut(Place.BEFORE_LLM)
+        return (first, late) if self.late else (first,)
 
     def most(self, num_tokens: int) -> int:
         return round_tokens(0.25, num_tokens)

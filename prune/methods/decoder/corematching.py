@@ -33,6 +33,7 @@ from ...contract import (
     InDecoder,
     ModelShape,
     Neurons,
+    Place,
     Positions,
     Selection,
     Signal,
@@ -87,7 +88,7 @@ class CoreMatching(InDecoder):
         return (Neurons(self._layer(shape), overlap),)
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
-        return (Cut(self._layer(shape) + 1),)
+        return (Cut(Place.DECODER, self._layer(shape) + 1),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         overlaps = self._overlaps(tokens)

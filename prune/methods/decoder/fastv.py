@@ -17,6 +17,7 @@ from ...contract import (
     Cut,
     InDecoder,
     ModelShape,
+    Place,
     Positions,
     Selection,
     Signal,
@@ -53,7 +54,7 @@ class FastV(InDecoder):
         layer = user_layer(self.layer, depth=shape.decoder.num_layers, field="layer")
         if layer == 0:
             raise MethodFieldError(f"layer={self.layer} is the first layer: {_HINT}.")
-        return (Cut(layer),)
+        return (Cut(Place.DECODER, layer),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         (row,) = self.needs(tokens.shape)

@@ -26,6 +26,7 @@ from ...contract import (
     Cut,
     InDecoder,
     ModelShape,
+    Place,
     Positions,
     ReceivedInLayer,
     Selection,
@@ -49,7 +50,7 @@ class SpAtten(InDecoder):
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         depth = shape.decoder.num_layers
         first = min(max(3, round(0.15 * depth)), depth - 1)
-        return tuple(Cut(layer) for layer in range(first, depth))
+        return tuple(Cut(Place.DECODER, layer) for layer in range(first, depth))
 
     def counts(self, shape: ModelShape, num_tokens: int, keep: int) -> tuple[int, ...]:
         cuts = len(self.cuts(shape))

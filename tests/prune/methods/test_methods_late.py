@@ -71,6 +71,7 @@ def at_cut(
         shape=model(depth),
         signals=signals,
         alive=torch.arange(num_tokens),
+        place=Place.DECODER if layer else Place.BEFORE_LLM,
         layer=layer,
     )
 

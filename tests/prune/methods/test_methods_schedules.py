@@ -14,6 +14,7 @@ from vlmprune.prune.contract import (
     Decoder,
     ModelShape,
     ModuleStep,
+    Place,
     TextAttention,
     Tower,
     VisualTokens,
@@ -67,6 +68,7 @@ def at_cut(method, signals, *, layer: int, depth: int = 32, tiling=None) -> Visu
         shape=model(depth),
         signals=signals,
         alive=torch.arange(num_tokens),
+        place=Place.DECODER if layer else Place.BEFORE_LLM,
         layer=layer,
     )
 

@@ -12,6 +12,7 @@ from vlmprune.prune.contract import (
     Decoder,
     Hidden,
     ModelShape,
+    Place,
     RotaryAffinity,
     TextAttention,
     Tower,
@@ -53,6 +54,7 @@ def at_cut(signals, *, layer=3, alive=None, tiling=None) -> VisualTokens:
         shape=model(),
         signals=signals,
         alive=torch.arange(num_tokens) if alive is None else alive,
+        place=Place.DECODER if layer else Place.BEFORE_LLM,
         layer=layer,
     )
 

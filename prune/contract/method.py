@@ -1,0 +1,227 @@
+"""What a method declares, and the classes that methods derive from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ..errors import MethodFieldError
+from ..numbers import plain
+from .place import Cut, Place, Positions
+from .shape import ModelShape
+from .signals import Signal
+from .tokens import CacheEntries, Compressed, Selection, VisualTokens
+
+Newlines = Literal["drop", "keep", "compete"]
+"""What becomes of newline tokens: all dropped (unless the budget has room for them after all
+patches), all kept and counted, or candidates like any other token."""
+Scope = Literal["tile", "image"]
+"""Whether a method chooses within each tile, whose shares of the budget follow its size, or among
+all tokens of the image at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """What all methods have. Subclasses are frozen dataclasses, one file each, derived from the
+    class of the place where they act.
+
+    Fields are the paper's hyper-parameters. Choices are pure: the same tensors give the same
+    selection on every device, in every batch arrangement, and ties go to the lower index.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[Place]
+    positions: ClassVar[Positions] = "repacked"
+    """Default of the paper for the positions of the tokens that follow a cut."""
+    needs_budget: ClassVar[bool] = True
+    """Whether `patch` must be given a budget. False: without one the paper's own schedule holds,
+    or its adaptive rule, which is `select_adaptive`."""
+    unranked: ClassVar[str | None] = None
+    """Why the method gives no `Selection.scores`, or none at one of its cuts: the end of a sentence
+    that begins with its name."""
+
+    waits: ClassVar[str | None] = None
+    """Why a choice waits for the device, where the algorithm forces it; None: it does not."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible fields. Overrides call `super().__post_init__()` first, which makes
+        numbers of NumPy and of tensors Python's own."""
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Everywhere the method acts, with these fields; first where it acts first."""
+        return (self.place,)
+
+    @abstractmethod
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        """The signals that the method reads, with layers resolved for this model."""
+
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        """Where tokens leave the sequence, in order of depth."""
+        return ()
+
+    def fields(self) -> dict[str, object]:
+        """The method's own fields and their values, for result files."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Method):
+    """A method that removes tokens from the sequence."""
+
+    finds_count: ClassVar[bool] = False
+    """Whether `select_adaptive` decides every count where no budget is given."""
+
+    @abstractmethod
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        """Where tokens leave the sequence, in order of depth."""
+
+    @abstractmethod
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose exactly `keep` of `tokens.num_tokens` tokens, 1 <= keep < num_tokens."""
+
+    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
+        """`select` for several images or tiles; methods that have one pass for all override it,
+        with the same answers."""
+        return [self.select(tokens, keep) for tokens, keep in asked]
+
+    def select_adaptive(self, tokens: VisualTokens) -> Selection:
+        """Choose as many of the tokens as the paper's rule finds: where no budget is given, or at
+        a cut that is adaptive."""
+        raise NotImplementedError(f"{self.name} has no rule for its own number of tokens.")
+
+    def most(self, num_tokens: int) -> int:
+        """Without a budget: the count after the last cut of the paper's schedule, or the largest
+        that `select_adaptive` may keep of `num_tokens`."""
+        return num_tokens
+
+    def counts(self, shape: ModelShape, num_tokens: int, keep: int) -> tuple[int, ...]:
+        """Tokens alive after each of `cuts` if `keep` of `num_tokens` are to stay in the end."""
+        return tuple(round(keep * cut.share) for cut in self.cuts(shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InDecoder(Pruning):
+    """A method that removes tokens between layers of the LLM decoder, in prefill."""
+
+    place: ClassVar[Place] = Place.DECODER
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeforeLLM(Pruning):
+    """A method that chooses once per image, between the vision encoder and the LLM; a second stage
+    may follow in the decoder (cuts at layers above 0).
+
+    `newlines` and `scope` override the first of the values that the method allows, which is its
+    paper's.
+    """
+
+    place: ClassVar[Place] = Place.BEFORE_LLM
+    newline_policies: ClassVar[tuple[Newlines, ...]] = ("drop", "keep")
+    scopes: ClassVar[tuple[Scope, ...]] = ("tile",)
+
+    newlines: Newlines | None = None
+    scope: Scope | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, value, allowed in (
+            ("newlines", self.newlines, self.newline_policies),
+            ("scope", self.scope, self.scopes),
+        ):
+            if value is not None and value not in allowed:
+                choice = " or ".join(map(repr, allowed))
+                raise MethodFieldError(f"{field}={value!r} is not possible: use {choice}.")
+        if self.newlines == "compete" and self.scope_used == "tile":
+            raise MethodFieldError(
+                "newlines='compete' is not possible with scope='tile', as newlines belong to no "
+                "tile: use scope='image', or newlines='drop'."
+            )
+
+    @property
+    def newline_policy(self) -> Newlines:
+        """The user's, or the first allowed one; in the scope of a tile newlines cannot compete."""
+        in_tile = self.scope_used == "tile"
+        fitting = [p for p in self.newline_policies if not (in_tile and p == "compete")]
+        return self.newlines or fitting[0]
+
+    @property
+    def scope_used(self) -> Scope:
+        return self.scope or self.scopes[0]
+
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        return (Cut(Place.BEFORE_LLM),)
+
+
+# --- Methods on the KV cache -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMethod(Method):
+    """A method that acts on stored keys and values and leaves the sequence as it is.
+
+    A budget counts visual tokens, as everywhere: as many entries stay as if that share of them had
+    been removed, whichever entries the method chooses among.
+    """
+
+    place: ClassVar[Place] = Place.CACHE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressing(CacheMethod):
+    """A method that removes entries after prefill.
+
+    Of signals it may declare `ReceivedInLayer`; `CacheEntries` holds everything else.
+    """
+
+    @abstractmethod
+    def compress(self, entries: CacheEntries, keep: int) -> Compressed:
+        """Keep exactly `keep` entries of one layer, text included, 1 <= keep < S."""
+
+    def evict(self, *, prompt: int, kept: int, stored: int, seen: int) -> int | None:
+        """The entry to remove after a decoding step, None for none.
+
+        Args:
+            prompt: entries of the prompt before `compress`, of which it kept `kept`.
+            stored: entries now, the new token's included.
+            seen: tokens fed so far, the prompt's and all new ones.
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attending(CacheMethod):
+    """A method that keeps everything, and lets a decoding step attend to a few entries only."""
+
+    needs_budget: ClassVar[bool] = False
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return ()
+
+    @property
+    def always(self) -> int:
+        """Entries that are attended to whatever the budget: it must be larger."""
+        return 0
+
+    @abstractmethod
+    def attended(
+        self, query: Tensor, keys: Tensor, valid: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The entries that one new token of each row attends to in one layer.
+
+        Args:
+            query: (B, H, D_head); with re-packed positions neither it nor the keys are rotated.
+            keys: (B, H_kv, S, D_head), the new token's last.
+            valid: (B, S) bool, entries that are no padding; None: all of them.
+            keep: (B,) the budget, entries of each row, on the CPU; None: as published.
+
+        Returns:
+            columns (B, K), ascending, and which of them count (B, K) bool (None: each one, known
+            without looking at the device); None for all entries.
+        """
