@@ -467,11 +467,11 @@ def _check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) -
     needs = call.method.needs(shape)
     missing = [need for need in needs if shape.lacks(need)]
     if any(need.of_cls for need in missing):
-        field = next((f for f in ("scores", "pivot") if f in call.method.fields()), None)
+        settings = ", ".join(f"{k}={v!r}" for k, v in call.method.without_cls.items())
         instead = (
-            f"Set {field}='received' to use the mean attention that each token receives instead, "
+            f"Set {settings} to use the mean attention that each token receives instead, "
             f"or use a method that works on it: "
-            if field
+            if settings
             else "Methods that work on it: "
         )
         raise MissingSignalError(

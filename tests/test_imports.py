@@ -100,6 +100,12 @@ def foreign_to_prune(path: str, text: str) -> list[str]:
     return [name for name in names if name.split(".")[0] not in PRUNE_MAY_IMPORT]
 
 
+def foreign_to_operations(path: str, text: str) -> list[str]:
+    """Operations are on tensors: of the package they know each other, and how an image lies."""
+    inside = [name for is_inside, name in imports(path, text) if is_inside]
+    return [name for name in inside if not name.startswith(("prune.ops.", "prune.tiling."))]
+
+
 def model_names_in(path: str, text: str) -> list[str]:
     return [w for w in [path, *words(text)] if any(family in w.lower() for family in FAMILIES)]
 
@@ -131,6 +137,13 @@ def test_imports_inside_the_package_are_relative(layer):
 @every("prune")
 def test_prune_stands_on_torch_alone(path, text):
     assert foreign_to_prune(path, text) == []
+
+
+def test_operations_know_tensors_alone():
+    files = {path: text for path, text in MODULES["prune"].items() if "/ops/" in path}
+    assert files and [name for one in files.items() for name in foreign_to_operations(*one)] == []
+    assert foreign_to_operations("prune/ops/x.py", "from ..contract import Keys")
+    assert not foreign_to_operations("prune/ops/x.py", "from .topk import top_k")
 
 
 @every("prune")

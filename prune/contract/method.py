@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -44,6 +44,9 @@ class Method(ABC):
     """Why the method gives no `Selection.scores`, or none at one of its cuts: the end of a sentence
     that begins with its name."""
 
+    without_cls: ClassVar[Mapping[str, object]] = {}
+    """Fields to set so that the mean attention that each token receives stands in for CLS, on
+    encoders that have none."""
     waits: ClassVar[str | None] = None
     """Why a choice waits for the device, where the algorithm forces it; None: it does not."""
 

@@ -74,8 +74,7 @@ def options_for(case: Case, name: str) -> dict | None:
     replaces the CLS token by attention that every encoder has; the text encoder of the model's
     CLIP. None where the method cannot run."""
     cls = method_class(name)
-    choices = [{}, *({f: "received"} for f in ("scores", "pivot") if f in cls().fields())]
-    works = (f for f in choices if not lacks_signal(case, MethodCall(cls(**f), None)))
+    works = (f for f in ({}, cls.without_cls) if not lacks_signal(case, MethodCall(cls(**f), None)))
     found = next(works, None)
     if found is None and not any(map(case.shape.lacks, cls().needs(case.shape))):
         return {"clip": clip()}

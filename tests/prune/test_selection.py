@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import suppress
 from dataclasses import fields, replace
 
 import pytest
@@ -460,6 +461,22 @@ def test_every_method_that_compresses_is_tested_for_exact_counts():
     assert {name for name, _ in COMPRESSING} == {
         name for name in ON_CACHE if issubclass(method_class(name), Compressing)
     }
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_the_fields_that_replace_cls_are_declared(name):
+    """Of all fields, those with which a method that reads CLS works on an encoder without it."""
+    cls, shape = method_class(name), shape_of("no cls")
+
+    def reads_cls(**given: str) -> bool:
+        return any(need.of_cls for need in cls(**given).needs(shape))
+
+    found = {}
+    for field in cls().fields() if reads_cls() else ():
+        with suppress(MethodFieldError):
+            if not reads_cls(**{field: "received"}):
+                found[field] = "received"
+    assert cls.without_cls == found
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -9,7 +9,7 @@ Differs: `scores="received"`, for encoders without CLS, ranks by the mean attent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,9 +17,9 @@ from ...batches import InOnePass, ranked, stacked
 from ...contract import ModelShape, Scope, Selection, Signal, VisualTokens
 from ...fields import check_layer
 from ...layers import encoder_layer
-from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 
 
 @register("cls_topk")
@@ -28,6 +28,7 @@ class ClsTopK(InOnePass):
     """The top tokens by one ViT layer, `layer` (None: the last but one)."""
 
     scopes: ClassVar[tuple[Scope, ...]] = ("tile", "image")
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     layer: int | None = None
     scores: Scores = "cls"

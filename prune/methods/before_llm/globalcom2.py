@@ -24,6 +24,7 @@ Differs: tokens of a crop enter in raster order of the canvas. The official code
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,9 +55,9 @@ from ...ops.parts import (
     tile_numbers,
     top_of_each,
 )
-from ...ops.salience import Scores, check_scores
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores
 from ...select import share
 from ...tiling import Block, Tiling
 
@@ -71,6 +72,7 @@ class GlobalCom2(BeforeLLM):
 
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("keep", "drop")
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     temperature: float = 10.0
     layer: int | None = None

@@ -18,6 +18,7 @@ Differs: the share of a crop follows the part of the thumbnail that shows it. Th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,9 +29,9 @@ from ...contract import BeforeLLM, ModelShape, Scope, Selection, Signal, VisualT
 from ...fields import check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.parts import apportion, canvas_of, on_device, sums_of_crops, tile_numbers, top_of_each
-from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 from ...select import share
 from ...tiling import Block
 
@@ -45,6 +46,7 @@ class HiRED(BeforeLLM):
     """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     alpha: float = 0.5
     budget_layer: int | None = None

@@ -22,6 +22,7 @@ Differs: the crops are rectangles of the image, as the paper draws them (officia
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -35,10 +36,10 @@ from ...errors import MethodFieldError
 from ...fields import check_flag, check_int, check_layer
 from ...layers import encoder_layer
 from ...ops.parts import apportion, on_device, top_of_each
-from ...ops.salience import Scores, check_scores, salience
 from ...ops.spread import even_shares, lattice_rows
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 from ...select import share
 from ...tiling import Tiling
 
@@ -56,6 +57,7 @@ class HoloV(BeforeLLM):
     """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     num_chunks: int | None = None
     alpha: float = 0.09

@@ -17,6 +17,7 @@ Differs: a budget is possible and exact: its rows are the most attended tokens a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,9 +39,9 @@ from ...contract import (
 from ...fields import check_int, check_layer
 from ...layers import encoder_layer
 from ...ops.merge import bags, complement, top_set
-from ...ops.salience import Scores, check_scores
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores
 
 _BLOCK = 256  # kept tokens whose similarities to all others are held at once
 
@@ -56,6 +57,7 @@ class PruMerge(BeforeLLM):
 
     needs_budget: ClassVar[bool] = False
     finds_count: ClassVar[bool] = True
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     neighbours: int = 32
     layer: int | None = None

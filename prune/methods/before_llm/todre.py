@@ -20,7 +20,7 @@ Differs: the default rule is max-sum diversification, of the paper's second vers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -45,9 +45,9 @@ from ...fields import check_choice, check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.dispersion import Rule, greedy_dispersion
 from ...ops.parts import canvas_of
-from ...ops.salience import salience
 from ...ops.topk import ascending
 from ...registry import register
+from ...salience import salience
 
 Pivot = Literal["cls", "received", "random"]
 
@@ -72,6 +72,7 @@ class ToDRE(InOnePass):
         "alone"
     )
     needs_budget: ClassVar[bool] = False
+    without_cls: ClassVar[Mapping[str, object]] = {"pivot": "received"}
 
     rule: Rule = "max_sum"
     pivot: Pivot = "cls"

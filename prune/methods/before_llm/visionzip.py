@@ -18,7 +18,7 @@ Differs: the budget is one number, CLS included; `contextual` is its share for m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import ClassVar, NamedTuple
@@ -42,9 +42,9 @@ from ...contract import (
 from ...fields import check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.merge import bags, complement
-from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 from ...select import share
 from ...tiling import Tiling
 
@@ -58,6 +58,7 @@ class VisionZip(BeforeLLM):
     """
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     contextual: float = 10 / 64
     layer: int | None = None

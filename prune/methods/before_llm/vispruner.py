@@ -16,7 +16,9 @@ Differs: where an odd number of tokens is left, the first half is longer by one,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,9 +27,9 @@ from torch.nn.functional import normalize
 from ...contract import BeforeLLM, EncoderFeatures, ModelShape, Selection, Signal, VisualTokens
 from ...fields import check_fraction, check_layer
 from ...layers import encoder_layer
-from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 
 _DROPPED_A_ROUND = 8
 
@@ -39,6 +41,8 @@ class VisPruner(BeforeLLM):
 
     `layer` is the ViT layer whose attention is read; None takes the penultimate one.
     """
+
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     important: float = 0.5
     layer: int | None = None

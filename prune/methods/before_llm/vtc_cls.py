@@ -11,8 +11,9 @@ Differs: the start layer, 16 of 24, scales with the depth of other encoders; of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,15 +23,17 @@ from ...contract import ModelShape, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
 from ...fields import check_layer
 from ...layers import encoder_layer
-from ...ops.salience import Scores, check_scores, salience
 from ...ops.topk import ascending, top_k
 from ...registry import register
+from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 
 
 @register("vtc_cls")
 @dataclass(frozen=True, kw_only=True)
 class VtcCls(InOnePass):
     """CLS attention of layers `layer` to the last but one (None: the published 16 of 24)."""
+
+    without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     layer: int | None = None
     scores: Scores = "cls"

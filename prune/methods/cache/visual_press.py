@@ -37,8 +37,8 @@ from ...contract import (
 )
 from ...errors import BudgetError, MethodFieldError, did_you_mean
 from ...fields import check_choice, check_int
-from ...ops.presses import Pooling, Press, observed, received, scores_of, small_keys
 from ...ops.topk import ascending, top_k
+from ...presses import Pooling, Press, observed, received, scores_of, small_keys
 from ...registry import register
 
 _NAMES = ("snapkv", "knorm", "received")

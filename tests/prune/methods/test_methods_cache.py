@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vlmprune.prune.contract import CacheEntries, ReceivedInLayer
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.methods.cache.token_select import _products
-from vlmprune.prune.ops.presses import observed
+from vlmprune.prune.presses import observed
 from vlmprune.prune.registry import method, method_class
 
 ElasticCache = method_class("elastic_cache")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
-from ..contract import ClsAttention, ReceivedAttention
-from ..fields import check_choice
+from .contract import ClsAttention, ReceivedAttention
+from .fields import check_choice
 
 Scores = Literal["cls", "received"]
 """Field of methods whose papers read the CLS token: `cls`, or on encoders without one (or by the
 user's wish) `received`, the mean attention that a token receives from all others."""
+WITHOUT_CLS: Mapping[str, object] = {"scores": "received"}
 
 
 def check_scores(value: object) -> None:

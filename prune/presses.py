@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from ..contract import CacheEntries, ReceivedInLayer
-from ..errors import MethodFieldError
+from .contract import CacheEntries, ReceivedInLayer
+from .errors import MethodFieldError
 
 Pooling = Literal["avg", "max"]
 
