@@ -1,132 +1,204 @@
-"""The README's tables are generated; `python tests/test_readme.py --write` renews them."""
+"""The Markdown files: tables up to date, links that lead somewhere, commands and code that work.
+
+`python tests/test_readme.py --write` renews all generated tables. Code under `<!-- tried -->` is
+run here as it stands: commands from an empty folder, Python beside the embedded model.
+"""
 
 from __future__ import annotations
 
-import json
-import re
+import ast
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import vlmprune
-from test_generate_features import support_table
-from test_support import method_support
-from vlmprune.eval.bench.scale import scale_table
-from vlmprune.eval.bench.select import summary_table
-from vlmprune.eval.bench.table import before_after_table, bench_table, shapes_table
-from vlmprune.eval.commands.listing import methods_table, models_table
-from vlmprune.eval.results.records import read_records
-from vlmprune.eval.results.tables import accuracy_table, sweep_table
+from kit.markdown import Fence, Page, pages
+from kit.paths import ROOT
+from kit.tables import GENERATED
+from vlmprune.eval import cli, embedded
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-
-RESULTS = ROOT / "eval" / "embedded" / "results"
+PAGES = pages()
+EACH = pytest.mark.parametrize("page", PAGES, ids=str)
+MOST_BYTES = 8192  # of the front page: what one reads in a minute
+WIDTH = 100
 
 
-def sweep_results() -> str:
-    """The table of the stored run of `vlmprune sweep`."""
-    return sweep_table(read_records(RESULTS / "sweep.jsonl")).markdown()
+# --- What they say ---------------------------------------------------------------------------
 
 
-def accuracies(name: str) -> str:
-    """A stored sweep of many methods, one line a method."""
-    return accuracy_table(read_records(RESULTS / name)).markdown()
+def test_every_room_has_a_page_at_its_door():
+    rooms = ("prune", "adapters", "eval", "eval/embedded/results", "tests", "notebooks")
+    missing = [room for room in rooms if not (ROOT / room / "README.md").exists()]
+    assert not missing
 
 
-def stored(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text())
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= MOST_BYTES
 
 
-def promises() -> str:
-    """Stored runs of `vlmprune bench model`, before and after."""
-    runs = ("bench_576", "bench_ragged", "bench_tiles")
-    tables = [
-        before_after_table(stored(f"{run}_before.json"), stored(f"{run}.json")) for run in runs
+@EACH
+def test_lines_of_prose_are_short(page):
+    """But for a picture or a link alone on its line, which cannot be broken."""
+    long = [
+        f"{page}:{number}: {len(line)}"
+        for number, line in page.prose()
+        if len(line) > WIDTH and not (line.startswith(("![", "[")) and line.endswith(")"))
     ]
-    return "\n\n".join(table.markdown() for table in tables)
-
-
-def accelerators() -> str:
-    """Whatever runs on a GPU are stored."""
-    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
-    tables = [before_after_table(None, report).markdown() for report in reports]
-    return "\n\n".join(tables) or "No run on an accelerator is stored yet: nothing is claimed."
-
-
-def select_results() -> str:
-    """The short table of the stored run of `vlmprune bench select`."""
-    return summary_table(stored("bench_select.json")).markdown()
-
-
-GENERATED = {
-    "results": sweep_results,
-    "accuracy": lambda: accuracies("sweep_before_llm.jsonl"),
-    "decoder": lambda: accuracies("sweep_decoder.jsonl"),
-    "cache": lambda: accuracies("sweep_cache.jsonl"),
-    "speed": lambda: bench_table(stored("bench_576.json")).markdown(),
-    "promises": promises,
-    "accelerators": accelerators,
-    "scale": lambda: scale_table(stored("bench_scale.json")).markdown(),
-    "shapes": lambda: shapes_table(stored("bench_shapes.json"), "divprune").markdown(),
-    "select": select_results,
-    "methods": lambda: methods_table().markdown(),
-    "models": lambda: models_table().markdown(),
-    "support": method_support,
-    "features": support_table,
-}
-
-
-def section(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- generated: {name} -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-def with_tables(text: str) -> str:
-    for name, table in GENERATED.items():
-        text = section(name).sub(lambda m, t=table: f"{m[1]}{t().strip()}\n{m[3]}", text)
-    return text
+    assert not long
 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_table_is_up_to_date(name):
-    (found,) = section(name).findall(README.read_text())
-    assert found[1].strip() == GENERATED[name]().strip(), (
-        "stale: run python tests/test_readme.py --write"
-    )
+    (found,) = [page.tables[name] for page in PAGES if name in page.tables]
+    assert found == GENERATED[name]().strip(), "stale: run python tests/test_readme.py --write"
 
 
-def test_the_added_method_of_the_readme_works(tmp_path, monkeypatch):
-    """The example file, put where the README says, is found, listed and runs."""
+@EACH
+def test_its_links_lead_somewhere(page):
+    dead = []
+    for target in page.links:
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.path.parent / path).resolve() if path else page.path
+        if not there.exists() or (anchor and anchor not in Page(there).anchors):
+            dead.append(target)
+    assert not dead
+
+
+@EACH
+def test_the_files_that_it_names_exist(page):
+    """From the root of the repository, or from the page's own folder."""
+    missing = [
+        path
+        for path in page.paths
+        if not any(list(base.glob(path)) for base in (ROOT, page.path.parent))
+    ]
+    assert not missing
+
+
+# --- What they tell to type ------------------------------------------------------------------
+
+
+def code(kind: str) -> list[object]:
+    """All code of one language, for parametrize."""
+    return [
+        pytest.param(page, fence, id=f"{page}:{fence.line}")
+        for page in PAGES
+        for fence in page.fences
+        if fence.kind == kind
+    ]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command in a block."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize(("page", "fence"), code("bash"))
+def test_the_options_of_its_commands_are_known(page: Page, fence: Fence):
+    """Of ours; nothing is run."""
+    for words in commands(fence.code):
+        for argv in _ours(words):
+            cli.build_parser().parse_args(argv)
+
+
+def _ours(words: list[str]) -> list[list[str]]:
+    """The arguments of each `vlmprune` between `&&`."""
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == "&&":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return [p[1:] for p in parts if p and Path(p[0]).name == "vlmprune"]
+
+
+@pytest.mark.parametrize(("page", "fence"), code("python"))
+def test_what_it_imports_is_there(page: Page, fence: Fence):
+    for node in ast.walk(ast.parse(fence.code)):
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+            exec(compile(ast.Module([node], []), str(page), "exec"), {})
+
+
+def tried(kind: str) -> list[object]:
+    return [p for p in code(kind) if p.values[1].mark == "tried"]
+
+
+@pytest.mark.parametrize(("page", "fence"), tried("bash"))
+def test_its_commands_work(page: Page, fence: Fence, tmp_path, monkeypatch, forget_methods):
+    monkeypatch.chdir(tmp_path)
+    for words in commands(fence.code):
+        assert words[0] == "vlmprune", words
+        assert cli.main(words[1:]) == 0, words
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return embedded.load_model()
+
+
+@pytest.mark.parametrize(("page", "fence"), tried("python"))
+def test_its_code_works(page: Page, fence: Fence, tmp_path, monkeypatch, loaded):
+    """Beside a model, its processor, a question's inputs and picture."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = loaded
+    question = embedded.questions(1)[0]
+    question.image.save("cat.jpg")
+    text = embedded.prompt(processor, question.question)
+    names = {
+        "vlmprune": vlmprune,
+        "model": model,
+        "processor": processor,
+        "image": question.image,
+        "inputs": processor(images=question.image, text=text, return_tensors="pt"),
+    }
+    try:
+        exec(compile(fence.code, str(page), "exec"), names)
+    finally:
+        vlmprune.unpatch(model)
+
+
+@pytest.fixture
+def forget_methods():
+    """Methods that the test registered are gone afterwards."""
+    from vlmprune.prune import methods, registry
+
+    modules = set(sys.modules)
+    methods.shipped.cache_clear()
+    yield
+    for name in ("mine", "norm"):
+        registry._classes.pop(name, None)
+    for name in set(sys.modules) - modules:
+        if name.rpartition(".")[2] in ("mine", "norm"):
+            del sys.modules[name]
+    methods.shipped.cache_clear()
+
+
+def test_the_added_method_works(tmp_path, monkeypatch, forget_methods):
+    """The example file, put where the page says, is found, listed and runs."""
     import torch
     from kit import zoo
-    from vlmprune.prune import methods, registry
+    from vlmprune.prune import methods
     from vlmprune.prune.methods import before_llm
 
-    (code,) = re.findall(r'```python\n("""Norm: .*?)```', README.read_text(), re.DOTALL)
-    (tmp_path / "norm.py").write_text(code)
+    (source,) = [f.code for p in PAGES for f in p.fences if f.mark == "tried: norm.py"]
+    (tmp_path / "norm.py").write_text(source)
     monkeypatch.setattr(before_llm, "__path__", [*before_llm.__path__, str(tmp_path)])
     methods.shipped.cache_clear()
-    try:
-        assert "norm" in vlmprune.methods()
-        case = zoo.CASES["llava-clip-llama"]
-        model = case.model()
-        with torch.no_grad(), vlmprune.patch(model, "norm", keep_ratio=0.25, order=1.0) as handle:
-            model(**case.inputs())
-        assert handle.last.tokens_kept == [case.num_tokens("C") // 4]
-    finally:
-        registry._classes.pop("norm", None)
-        sys.modules.pop(f"{before_llm.__name__}.norm", None)
-        methods.shipped.cache_clear()
-
-
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    assert targets
-    missing = [t for t in targets if "://" not in t and not (ROOT / t).exists()]
-    assert not missing
+    assert "norm" in vlmprune.methods()
+    case = zoo.CASES["llava-clip-llama"]
+    model = case.model()
+    with torch.no_grad(), vlmprune.patch(model, "norm", keep_ratio=0.25, order=1.0) as handle:
+        model(**case.inputs())
+    assert handle.last.tokens_kept == [case.num_tokens("C") // 4]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         raise SystemExit("usage: python tests/test_readme.py --write")
-    README.write_text(with_tables(README.read_text()))
+    made = {name: table() for name, table in GENERATED.items()}
+    for page in PAGES:
+        page.path.write_text(page.with_tables(made), encoding="utf-8")

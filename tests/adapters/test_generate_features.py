@@ -1,8 +1,8 @@
 """Every feature of `forward` and `generate`, once per place where methods act.
 
 A feature either gives what the slow oracle gives, or is refused at the call with
-`UnsupportedFeatureError`; `REFUSED` says which. `support_table()` is the README's table: what it
-claims is what the test below holds.
+`UnsupportedFeatureError`; `REFUSED` says which, and features.json, of which the table in
+adapters/README.md is made. After a deliberate change renew it with `--write`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 import vlmprune
 from kit import zoo
 from kit.oracle import Rows, Truth
+from kit.paths import TESTS
 from kit.reported import Noted, cached_truth, features_of, truth_of
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
@@ -919,16 +922,21 @@ def test_training_with_gradient_checkpointing_is_right_or_refused(case, place):
         assert weight.grad.abs().max() > 1e-3
 
 
-def support_table() -> str:
-    """The README's table of features (Markdown), in the order of this file."""
-    lines = [f"| | {' | '.join(PLACES)} |", "| --- |" + " --- |" * len(PLACES)]
-    for name in FEATURES:
-        words = ["refused" if is_refused(name, place) else "works" for place in PLACES]
-        lines.append(f"| {name} | {' | '.join(words)} |")
-    return "\n".join(lines)
+EXPECTED_FILE = TESTS / "data" / "features.json"
+"""Feature -> place -> "works" or "refused", in the order of this file: the table of the page."""
+
+
+def found() -> dict[str, dict[str, str]]:
+    words = {True: "refused", False: "works"}
+    return {name: {p: words[is_refused(name, p)] for p in PLACES} for name in FEATURES}
 
 
 def test_the_table_lists_every_feature():
-    table = support_table()
-    assert all(f"| {name} |" in table for name in FEATURES)
+    assert list(found().items()) == list(json.loads(EXPECTED_FILE.read_text()).items())
     assert set(REFUSED) <= set(FEATURES)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        raise SystemExit("usage: python tests/adapters/test_generate_features.py --write")
+    EXPECTED_FILE.write_text(json.dumps(found(), indent=1) + "\n")

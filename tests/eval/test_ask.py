@@ -101,8 +101,8 @@ def test_shares_of_time_have_their_spread():
 
 
 def examples() -> list[list[str]]:
-    """All commands of README and help that ask the embedded model."""
-    pages = [(ROOT / "README.md").read_text(), cli._ASK_EXAMPLES, cli._COMPARE_EXAMPLES]
+    """All commands of the page and of help that ask the embedded model."""
+    pages = [(ROOT / "eval" / "README.md").read_text(), cli._ASK_EXAMPLES, cli._COMPARE_EXAMPLES]
     lines = [line.partition("#")[0] for page in pages for line in page.splitlines()]
     return [re.split(" +", line.strip())[1:] for line in lines if " embedded:" in line]
 
@@ -119,7 +119,7 @@ def test_the_examples_are_answered_right_by_the_dense_model(loaded):
     assert len(asked) >= 3 and dict(zip(asked, right, strict=True)) == dict.fromkeys(asked, True)
 
 
-def test_the_readmes_command_runs(tmp_path, monkeypatch, capsys):
+def test_the_command_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = next(argv for argv in examples() if argv[0] == "ask" and "--save" in argv)
     assert cli.main(argv) == 0

@@ -1,0 +1,108 @@
+"""The generated tables of the Markdown files, each made of what the code or the stored runs say."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kit.paths import ROOT, STORED, TESTS
+from vlmprune.eval.bench.scale import scale_table
+from vlmprune.eval.bench.select import summary_table
+from vlmprune.eval.bench.table import before_after_table, bench_table, shapes_table
+from vlmprune.eval.commands.listing import methods_table, models_table
+from vlmprune.eval.results.records import read_records
+from vlmprune.eval.results.tables import accuracy_table, sweep_table
+
+_ONE_FILE_EACH = ("methods", "families", "transcriptions", "training", "golden")
+"""Folders whose files are listed elsewhere, or are all alike."""
+
+
+def _stored(name: str) -> dict[str, Any]:
+    return json.loads((STORED / name).read_text())
+
+
+def _accuracies(name: str) -> str:
+    """A stored sweep of many methods, one line a method."""
+    return accuracy_table(read_records(STORED / name)).markdown()
+
+
+def _promises() -> str:
+    """Stored runs of `vlmprune bench model`, before and after."""
+    runs = ("bench_576", "bench_ragged", "bench_tiles")
+    tables = [
+        before_after_table(_stored(f"{run}_before.json"), _stored(f"{run}.json")) for run in runs
+    ]
+    return "\n\n".join(table.markdown() for table in tables)
+
+
+def _accelerators() -> str:
+    """Whatever runs on a GPU are stored."""
+    reports = [json.loads(path.read_text()) for path in sorted(STORED.glob("gpu_*.json"))]
+    tables = [before_after_table(None, report).markdown() for report in reports]
+    return "\n\n".join(tables) or "No run on an accelerator is stored yet: nothing is claimed."
+
+
+def _expected(name: str, corner: str) -> str:
+    """What tests hold of every row and column, stored as data."""
+    rows: dict[str, dict[str, str]] = json.loads((TESTS / "data" / name).read_text())
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {corner} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    return "\n".join(lines + [_row(name, *row.values()) for name, row in rows.items()])
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def first_sentence(path: Path) -> str:
+    """What a file of Python says of itself: the first sentence of its docstring."""
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    sentence = " ".join(said.partition("\n\n")[0].split())
+    return sentence.partition(". ")[0].rstrip(".").replace("|", "\\|")
+
+
+def _files(room: Path, skipped: tuple[str, ...] = _ONE_FILE_EACH) -> str:
+    """Every file of a room and what it says of itself; folders behind the room's own files."""
+    lines = [_row("File", "What it says"), _row("---", "---")]
+    folders = [room, *(p for p in sorted(room.rglob("*")) if p.is_dir())]
+    for folder in folders:
+        within = folder.relative_to(room)
+        if any(part.startswith((".", "_")) for part in within.parts):
+            continue
+        if any(part in skipped for part in within.parts[:-1]) or not list(folder.glob("*.py")):
+            continue
+        files = sorted(folder.glob("*.py"))
+        if within.name in skipped:
+            files = [file for file in files if file.name == "__init__.py"]
+        for file in files:
+            name = within if file.name == "__init__.py" else within / file.name
+            said = first_sentence(file)
+            if said and name != Path("."):
+                lines.append(_row(f"`{name.as_posix()}`", said))
+    return "\n".join(lines)
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "results": lambda: sweep_table(read_records(STORED / "sweep.jsonl")).markdown(),
+    "accuracy": lambda: _accuracies("sweep_before_llm.jsonl"),
+    "decoder": lambda: _accuracies("sweep_decoder.jsonl"),
+    "cache": lambda: _accuracies("sweep_cache.jsonl"),
+    "speed": lambda: bench_table(_stored("bench_576.json")).markdown(),
+    "promises": _promises,
+    "accelerators": _accelerators,
+    "scale": lambda: scale_table(_stored("bench_scale.json")).markdown(),
+    "shapes": lambda: shapes_table(_stored("bench_shapes.json"), "divprune").markdown(),
+    "select": lambda: summary_table(_stored("bench_select.json")).markdown(),
+    "methods": lambda: methods_table().markdown(),
+    "models": lambda: models_table().markdown(),
+    "support": lambda: _expected("support.json", "Method"),
+    "features": lambda: _expected("features.json", "Feature"),
+    "files_prune": lambda: _files(ROOT / "prune"),
+    "files_adapters": lambda: _files(ROOT / "adapters"),
+    "files_eval": lambda: _files(ROOT / "eval"),
+    "files_tests": lambda: _files(TESTS, ()),
+}
+"""Name of a marker -> what stands behind it."""
