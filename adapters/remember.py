@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..prune.budget import MethodCall
+from ..prune.choose import ChosenImage
 from .family import Family, Inputs, Modality, Model
 from .patch_setup import Setup
-from .places.before_llm import Encoded, EncodedImage
-from .report import Stopwatch
+from .places.before_llm import Encoded
+from .stopwatch import Stopwatch
 
 Encode = Callable[[Inputs, Sequence[int] | None], tuple[Any, Encoded | None]]
 """Runs the encoder on the arguments of `get_image_features` for some images of a call, by their
@@ -47,7 +48,7 @@ class Remembered:
 class _Known:
     """One image as it enters the LLM."""
 
-    image: EncodedImage
+    image: ChosenImage
     rows: Tensor
     """(K, D)"""
     deeper: tuple[Tensor, ...]

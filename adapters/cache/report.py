@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..sequence.layout import by_token
+
 Entries = Sequence[Sequence[Tensor | None]]
 """[layer][sample]."""
 Places = Mapping[int, Sequence[tuple[Tensor, Tensor]]]
@@ -76,13 +78,6 @@ class CacheReport:
 
     def _places(self, layer: int) -> Sequence[tuple[Tensor, Tensor]]:
         return self.places[max(start for start in self.places if start <= layer)]
-
-
-def by_token(values: Tensor, tokens: Tensor, count: int) -> Tensor:
-    """Values of rows (K,) as those of `count` tokens: NaN where no row is that token; rows that are
-    no token (-1) have no place."""
-    number = tokens.where(tokens >= 0, count)
-    return values.new_full((count + 1,), torch.nan).index_copy(0, number, values)[:count]
 
 
 def _over_layers(layers: Sequence[Tensor], how: str) -> Tensor:

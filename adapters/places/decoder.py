@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...prune.budget import Stage, remark
+from ...prune.choose import ChosenImage, choose
 from ...prune.contract import Cut, LayerSignal, Place, Selection, TextAttention, VisualTokens
 from ...prune.errors import MethodAnswerError, UnsupportedFeatureError
 from ...prune.tiling import Tiling
@@ -26,7 +27,7 @@ from ..patch_setup import Setup
 from ..report import Last, StageReport
 from ..sequence.layout import Layout, gather_columns
 from ..sequence.masks import layer_kind, layer_mask, tells_length
-from ..sequence.placed import PlacedImage, place
+from ..sequence.placed import PlacedImage
 from ..signals.decoder import (
     Here,
     Prompts,
@@ -38,9 +39,10 @@ from ..signals.decoder import (
     hear_positions,
     hear_step,
 )
-from .before_llm import Encoded, EncodedImage, choose
+from .before_llm import Encoded
 from .cache_attend import note_prefix
 from .cache_evict import Compression, attend_budget, entries_to_keep, refuse_cache
+from .placing import place
 
 Chosen = dict[tuple[int, int], Selection]
 """What each cut (layer, number of the image) chose, within one generate()."""
@@ -385,15 +387,10 @@ class Prefill:
                 place=Place.DECODER,
                 layer=layer,
             )
-            stopwatch, device = images[0].stopwatch, images[0].slots.device
-            chosen = choose(
-                replace(stage, keep=keep),
-                tokens,
-                stopwatch,
-                device,
-                record=self.setup.record,
-                debug=self.setup.debug,
-            )
+            stages, device = [replace(stage, keep=keep)], images[0].slots.device
+            record, debug = self.setup.record, self.setup.debug
+            with images[0].stopwatch:
+                (chosen,) = choose(stages, [tokens], device, record=record, debug=debug)
             parts = [chosen] if len(images) == 1 else _split(stage, chosen, sizes)
             found = list(zip(numbers, parts, strict=True))
         if self.chosen is not None:
@@ -579,7 +576,7 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
     return last
 
 
-def _remarks(images: Sequence[EncodedImage]) -> str | None:
+def _remarks(images: Sequence[ChosenImage]) -> str | None:
     """What the report says of the budgets, each thing once."""
     said = (remark(call, image.num_tokens) for image in images for call in image.calls)
     return " ".join(dict.fromkeys(filter(None, said))) or None

@@ -93,3 +93,10 @@ def stored_columns(stored: Tensor, columns: Tensor) -> Tensor:
     # Whole entries are taken several times faster from a flat list than by three indices.
     index = (first * length + columns[:, None]).flatten()
     return stored.reshape(-1, width).index_select(0, index).view(batch_size, heads, -1, width)
+
+
+def by_token(values: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """Values of rows (K,) as those of `count` tokens: NaN where no row is that token; rows that are
+    no token (-1) have no place."""
+    number = tokens.where(tokens >= 0, count)
+    return values.new_full((count + 1,), torch.nan).index_copy(0, number, values)[:count]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...prune import scores
 from ...prune.answers import asked_rows, check_read
 from ...prune.contract import (
     Hidden,
@@ -23,7 +24,6 @@ from ...prune.contract import (
 )
 from ..sequence.layout import Layout
 from ..sequence.placed import PlacedImage
-from . import tap as probes
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -155,7 +155,7 @@ def received_in(here: Here, row: int, query: Tensor, key: Tensor, scale: float) 
         earlier = earlier[:, here.valid[row, :past].to(key.device)]
         past = earlier.shape[1]
     key = torch.cat([earlier, key[row, :, -count:]], 1) if past else key[row, :, -count:]
-    return probes.received_of(query[row, :, -count:], key, past, scale, here.window)[past:]
+    return scores.received_of(query[row, :, -count:], key, past, scale, here.window)[past:]
 
 
 def _attention(
@@ -170,7 +170,7 @@ def _attention(
 ) -> Tensor:
     everything = here.valid is None and here.window is None and need.rows == "last"
     seen = None if everything else here.seen(image.row, asked)
-    maps = probes.attention_of(rows, key[image.row], seen, scale)[..., here.past + columns]
+    maps = scores.attention_of(rows, key[image.row], seen, scale)[..., here.past + columns]
     return maps.permute(2, 0, 1) if need.each else maps.mean((0, 1))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...prune import scores
 from ...prune.contract import (
     AttentionToCls,
     BeforeLLM,
@@ -31,15 +32,14 @@ from ...prune.tiling import Tiling
 from ..clip_text import ClipText as ClipTextEncoder
 from ..family import Family, Inputs, Modality, Model
 from ..sequence.prompt import Prompt
-from . import tap as probes
 
 READERS: Mapping[type[Signal], Callable[[Tensor, Tensor, float], Tensor]] = {
-    ClsAttention: probes.cls_row,
-    ClsLogits: probes.cls_logits,
-    ClsAttentionOneHead: probes.cls_row_one_head,
-    AttentionToCls: probes.to_cls,
-    ReceivedAttention: probes.received,
-    Keys: probes.keys,
+    ClsAttention: scores.cls_row,
+    ClsLogits: scores.cls_logits,
+    ClsAttentionOneHead: scores.cls_row_one_head,
+    AttentionToCls: scores.to_cls,
+    ReceivedAttention: scores.received,
+    Keys: scores.keys,
 }
 """Signals of an encoder layer's attention: query and key (B, H, S, D_head) -> (B, S, ...)."""
 

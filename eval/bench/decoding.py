@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...adapters.report import Stopwatch
+from ...adapters.stopwatch import Stopwatch
 from ..models.shapes import words
 
 

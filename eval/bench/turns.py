@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...adapters.registry import family_of
-from ...adapters.report import Stopwatch
+from ...adapters.stopwatch import Stopwatch
 
 
 @dataclass

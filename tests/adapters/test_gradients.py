@@ -13,7 +13,7 @@ import torch
 import vlmprune
 from kit import zoo
 from torch import Tensor
-from vlmprune.adapters.places import before_llm as encoding
+from vlmprune.prune import choose
 from vlmprune.prune.registry import method_class
 
 ROWS: tuple[zoo.Row, ...] = ((3, "A", 2, "B", 5), (7, "C", 3))
@@ -53,7 +53,7 @@ def downhill(case) -> Tensor:
 @pytest.fixture
 def same_choices(monkeypatch):
     """What a method once chose of so many tokens it chooses again; rows are merged anew."""
-    select_all, made = encoding.select_all, {}
+    select_all, made = choose.select_all, {}
 
     def chosen_before(method, images, keeps, **options):
         found = select_all(method, images, keeps, **options)
@@ -62,7 +62,7 @@ def same_choices(monkeypatch):
         sizes = tuple(tokens.num_tokens for tokens in images)
         return made.setdefault((images[0].layer, images[0].tile, sizes, tuple(keeps)), found)
 
-    monkeypatch.setattr(encoding, "select_all", chosen_before)
+    monkeypatch.setattr(choose, "select_all", chosen_before)
 
 
 @zoo.BOTH_FAMILIES

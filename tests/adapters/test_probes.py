@@ -13,7 +13,7 @@ from kit import zoo
 from kit.oracle import Truth
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from vlmprune.adapters.patching import patch
-from vlmprune.adapters.signals import tap as probes
+from vlmprune.prune import scores as probes
 from vlmprune.prune.budget import Budget, MethodCall
 from vlmprune.prune.contract import (
     AttentionToCls,

@@ -1,0 +1,200 @@
+"""Images, budgets and signals -> what is kept: asked by a patched model and by serving engines.
+
+Nothing here knows a model: tensors and sizes in, numbers of tokens out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .budget import Budget, MethodCall, Stage, plan
+from .contract import ModelShape, Place, Pruning, Selection, Signal, VisualTokens
+from .errors import VlmpruneError
+from .select import select_all
+from .tiling import Tiling
+
+
+@dataclass(frozen=True)
+class ChosenImage:
+    """One image (or video) with its cuts, and the rows that enter the LLM."""
+
+    tiling: Tiling
+    calls: tuple[MethodCall, ...]
+    """The methods, the first with the count that it found, where it finds its own."""
+    plan: tuple[Stage, ...]
+    """The cuts, as those of the last image of a prompt: others may have some of them alone."""
+    slots: Tensor
+    """(K,) ascending: places among the image's N tokens that the rows take, one each."""
+    selection: Selection
+
+    @property
+    def num_tokens(self) -> int:
+        """N"""
+        return self.tiling.num_tokens
+
+    @property
+    def as_is(self) -> bool:
+        """Whether the rows are tokens of the image, unchanged and in its order."""
+        return self.selection.order is None and self.selection.features is None
+
+    @property
+    def sources(self) -> Tensor:
+        """(K,) the token whose position each row has: its own, else that of its slot."""
+        order = self.selection.order
+        return self.slots if order is None else order.where(order >= 0, self.slots)
+
+    def to(self, device: torch.device) -> ChosenImage:
+        """The same on another device."""
+        if self.slots.device == device:
+            return self
+        chosen = self.selection
+        order, groups, scores = chosen.order, chosen.groups, chosen.scores
+        chosen = replace(
+            chosen,
+            kept=chosen.kept.to(device),
+            order=None if order is None else order.to(device),
+            groups=None if groups is None else groups.to(device),
+            scores=None if scores is None else scores.to(device),
+        )
+        return replace(self, slots=self.slots.to(device), selection=chosen)
+
+    def emit(self, features: Tensor, projected: Tensor | None) -> Tensor:
+        """The image's features (N, D) with the rows that enter the LLM in their slots.
+
+        Args:
+            projected: (R, D), the selection's own features as the LLM sees them.
+        """
+        if self.as_is:
+            return features
+        rows = features[self.sources]
+        if projected is not None:
+            everywhere = torch.arange(len(rows), device=rows.device)
+            at = everywhere if self.selection.rows is None else self.selection.rows
+            rows = rows.index_copy(0, at, projected.to(rows))
+        return features.index_copy(0, self.slots, rows)
+
+
+def choose_images(
+    shape: ModelShape,
+    tilings: Sequence[Tiling],
+    signals: Sequence[Mapping[Signal, Tensor]],
+    calls: Sequence[tuple[MethodCall, ...]],
+    device: torch.device,
+    *,
+    record: bool = False,
+    debug: bool = False,
+    timed: AbstractContextManager[object] | None = None,
+) -> list[ChosenImage]:
+    """Plan every image's cuts, and make the choice before the LLM, once per image.
+
+    Args:
+        shape: sizes of the model.
+        tilings: how the tokens of each image lie.
+        signals: per image, what the method before the LLM declared.
+        calls: per image, the methods in order of depth with their budgets.
+        device: where the choice is to be.
+        record: keep the scores of the choice.
+        debug: look at the numbers that shipped methods return, too.
+        timed: what the method runs within.
+
+    Raises:
+        BudgetError: a budget cannot be reached.
+        MethodAnswerError: a method returned something else than it was asked for.
+    """
+    plans = [
+        plan(tiling.num_tokens, given, shape) for tiling, given in zip(tilings, calls, strict=True)
+    ]
+    firsts = [next((s for s in stages if s.place is Place.BEFORE_LLM), None) for stages in plans]
+    tokens = [
+        VisualTokens(num_tokens=tiling.num_tokens, tiling=tiling, shape=shape, signals=seen)
+        for tiling, seen, first in zip(tilings, signals, firsts, strict=True)
+        if first is not None
+    ]
+    asked = [first for first in firsts if first is not None]
+    with timed or nullcontext():
+        made = iter(choose(asked, tokens, device, record=record, debug=debug))
+    images = []
+    for tiling, given, stages, first in zip(tilings, calls, plans, firsts, strict=True):
+        everything = torch.arange(tiling.num_tokens, device=device)
+        slots, selection = everything, Selection(kept=everything)
+        if first is not None:
+            chosen = next(made)
+            if first.adaptive:
+                found = Budget("keep_tokens", max(1, chosen.count))
+                given = (replace(given[0], budget=found), *given[1:])
+                stages = plan(tiling.num_tokens, given, shape)
+            if chosen.count < tiling.num_tokens:
+                slots, selection = slots_of(chosen, tiling.num_tokens), chosen
+        images.append(ChosenImage(tiling, given, stages, slots, selection))
+    return images
+
+
+def choose(
+    stages: Sequence[Stage],
+    images: Sequence[VisualTokens],
+    device: torch.device,
+    *,
+    record: bool = False,
+    debug: bool = False,
+) -> list[Selection]:
+    """What stages of one method keep of an image each, in one pass, on `device`; with their scores
+    (N,) float32 where these are recorded.
+
+    Nothing learns through scores. Rows that are merged do carry gradients: where one is wanted,
+    the method is asked again for them, as choices are pure.
+    """
+    if not stages:
+        return []
+    method = stages[0].call.method
+    if not isinstance(method, Pruning):
+        raise VlmpruneError(f"{method.name} removes nothing from the sequence.")
+    keeps = [None if stage.adaptive else stage.keep for stage in stages]
+    given = [replace(one, signals=_detached(one.signals)) for one in images]
+    # Scores are float32 whatever autocast the caller is in.
+    with torch.autocast(device.type, enabled=False):
+        with torch.no_grad():
+            found = select_all(method, given, keeps, record=record, debug=debug)
+        if any(chosen.features is not None for chosen in found) and _learns(images):
+            found = select_all(method, images, keeps, record=record, debug=debug)
+    # A method that reads nothing chooses on the CPU.
+    return [
+        replace(
+            chosen,
+            kept=chosen.kept.to(device),
+            order=None if chosen.order is None else chosen.order.to(device),
+            scores=None if chosen.scores is None else _noted(chosen.scores, device),
+        )
+        for chosen in found
+    ]
+
+
+def slots_of(chosen: Selection, num_tokens: int) -> Tensor:
+    """Places for the rows (K,) among `num_tokens`, ascending: those of the kept tokens and, for
+    rows that stand for no token, the first ones that are free."""
+    extra = chosen.count - len(chosen.kept)
+    if not extra:
+        return chosen.kept
+    taken = torch.zeros(num_tokens, dtype=torch.uint8, device=chosen.kept.device)
+    free = taken.index_fill(0, chosen.kept, 1).argsort(stable=True)[:extra]
+    return torch.cat([chosen.kept, free]).sort().values
+
+
+def _noted(scores: Tensor, device: torch.device) -> Tensor:
+    """A copy: a view would hold the whole batch in memory."""
+    return scores.detach().to(device, torch.float32, copy=True)
+
+
+def _detached(signals: Mapping[Signal, Tensor]) -> dict[Signal, Tensor]:
+    return {signal: value.detach() for signal, value in signals.items()}
+
+
+def _learns(images: Sequence[VisualTokens]) -> bool:
+    """Whether rows that are merged of these need gradients."""
+    return torch.is_grad_enabled() and any(
+        value.requires_grad for tokens in images for value in tokens.signals.values()
+    )

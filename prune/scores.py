@@ -1,0 +1,121 @@
+"""Queries and keys -> numbers: rows of attention and running sums of it, without any model.
+
+Softmaxes are float32. No map of all rows and columns is ever stored: sums are streamed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_QUERY_CHUNK = 64  # whose logits stay in the caches of a CPU
+_HIDDEN = torch.finfo(torch.float32).min
+_CHUNK_BYTES = 2**26  # of logits at once on an accelerator, where few launches count instead
+
+
+def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Softmaxed attention of the first query, averaged over heads: (B, S)."""
+    return _rows(query[:, :, :1], key, None, scaling).mean(1).squeeze(1)
+
+
+def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention received by each key: head mean, summed over all queries, (B, S).
+
+    Queries go through in chunks, picture by picture: memory is O(H x chunk x S) and stays in the
+    caches of a CPU, and a picture's scores do not depend on its batch.
+    """
+    size = _chunk(query, key)
+    total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=torch.float32)
+    for sums, q, k in zip(total, query.split(1), key.split(1), strict=True):
+        for chunk in q.split(size, dim=2):
+            sums += _rows(chunk, k, None, scaling).sum((0, 1, 2))
+    return total.div_(query.shape[1])
+
+
+def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Scaled q k^T of the first query before the softmax, averaged over heads: (B, S)."""
+    return _logits(query[:, :, :1], key, scaling).mean(1).squeeze(1)
+
+
+def cls_row_one_head(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Softmaxed attention of the first query with all heads taken as one of full width: (B, S).
+
+    `scaling` belongs to the split heads and is not used.
+    """
+    q = query[:, :, :1].transpose(1, 2).flatten(2).float()
+    k = key.transpose(1, 2).flatten(2).float()
+    return (q @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1).squeeze(1)
+
+
+def to_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention that each query gives to the first key, averaged over heads: (B, S)."""
+    chunks = query.split(_chunk(query, key, len(query)), dim=2)
+    return torch.cat([_rows(q, key, None, scaling)[..., 0].mean(1) for q in chunks], dim=1)
+
+
+def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """The keys themselves, heads behind the sequence: (B, S, H, D_head)."""
+    return key.transpose(1, 2)
+
+
+def attention_of(query: Tensor, key: Tensor, seen: Tensor | None, scaling: float) -> Tensor:
+    """Attention of some rows of one prompt: softmax over the keys that each sees, (H, Q, S).
+
+    Args:
+        query: (H, Q, D_head).
+        key: (H_kv, S, D_head).
+        seen: (Q, S) bool, None where every row sees all keys.
+    """
+    return _rows(query[None], key[None], seen, scaling)[0]
+
+
+def received_of(
+    query: Tensor, key: Tensor, past: int, scaling: float, window: int | None
+) -> Tensor:
+    """Attention that the entries of one prompt receive: head mean, summed over rows, (S,).
+
+    Args:
+        query: (H, L, D_head), the new rows; row i sees the first `past + i + 1` keys, of which
+            the last `window`.
+        key: (H_kv, S, D_head), S = past + L.
+    """
+    total = torch.zeros(key.shape[1], device=key.device, dtype=torch.float32)
+    size = _chunk(query, key)
+    for start in range(0, query.shape[1], size):
+        chunk = query[:, start : start + size]
+        rows, last = chunk.shape[1], past + start + chunk.shape[1]
+        column = torch.arange(last, device=key.device)
+        row = column[last - rows :, None]
+        logits = _logits(chunk[None], key[None, :, :last], scaling)[0]
+        # All rows of a chunk see what lies before them: only their own columns need a mask.
+        logits[..., last - rows :].masked_fill_(column[last - rows :] > row, _HIDDEN)
+        if window is not None:
+            logits.masked_fill_(column <= row - window, _HIDDEN)
+        total[:last] += logits.softmax(-1).sum((0, 1))
+    return total.div_(query.shape[0])
+
+
+def _chunk(query: Tensor, key: Tensor, pictures: int = 1) -> int:
+    """How many queries (..., H, Q, D_head) meet the keys (..., S, D_head) at once."""
+    if query.is_cpu:
+        return _QUERY_CHUNK
+    of_one = 4 * pictures * query.shape[-3] * key.shape[-2]
+    return max(_QUERY_CHUNK, _CHUNK_BYTES // max(1, of_one))
+
+
+def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """softmax(q k^T) in float32 for grouped-query attention: (B, H, Q, S)."""
+    logits = _logits(query, key, scaling)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, _HIDDEN)
+    return logits.softmax(-1)
+
+
+def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Scaled q k^T in float32 for grouped-query attention: (B, H, Q, S)."""
+    batch, heads, queries, width = query.shape
+    groups = key.shape[1]
+    q = query.reshape(batch * groups, heads // groups * queries, width)
+    # Three dimensions: with four, matmul copies the transposed keys at every call.
+    logits = (q @ key.flatten(0, 1).mT).float().view(batch, heads, queries, -1)
+    return logits.mul_(scaling) if not logits.requires_grad else logits * scaling
