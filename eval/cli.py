@@ -8,15 +8,14 @@ usage (or an error that says what to type instead), 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import ast
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
+from .words.typed import parse_fields, split_list
 
 if TYPE_CHECKING:
     from .commands.comparing import ModelFlags
@@ -171,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlmpruneError as error:
         if args.verbosity == "DEBUG":
             logging.getLogger("vlmprune").exception("traceback of the error below")
-        from .flag_words import in_flags
+        from .words.flags import in_flags
 
         budget_flags = hasattr(args, "keep_ratio")
         lines = getattr(error, "lines", (str(error),))
@@ -768,38 +767,12 @@ def _limit(text: str) -> int | None:
         ) from None
 
 
-_COMMA = re.compile(r",(?![^(\[]*[)\]])")
-
-
-def split_list(words: Sequence[str]) -> list[str]:
-    """Words given with commas, spaces or both; commas inside brackets belong to a word."""
-    parts = (part.strip() for word in words for part in _COMMA.split(word))
-    return [part for part in parts if part]
-
-
-def parse_fields(parts: Sequence[str]) -> dict[str, object]:
-    """`["layer=3", "mode=max"]` -> `{"layer": 3, "mode": "max"}`."""
-    from ..prune.errors import MethodFieldError
-
-    fields: dict[str, object] = {}
-    for part in parts:
-        key, equals, text = part.partition("=")
-        if not equals or not key.isidentifier():
-            raise MethodFieldError(f"{part!r} is not a field of a method: write field=value.")
-        try:
-            value = ast.literal_eval(text)
-            fields[key] = tuple(value) if isinstance(value, list) else value
-        except (ValueError, SyntaxError):
-            fields[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    return fields
-
-
 # --- Commands --------------------------------------------------------------------------------
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what is wrong at first sight, with nothing heavy imported; read what is asked."""
-    from . import early
+    from .commands import early
 
     words = split_list([*getattr(args, "methods", []), *getattr(args, "method", [])])
     if args.command == "methods" and args.name:

@@ -23,7 +23,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ..prune import methods
-from .fingerprint import content_hash
+from .content_hash import content_hash
 
 UNKNOWN = "unknown"
 """In place of a hash, for code whose source cannot be had."""

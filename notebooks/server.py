@@ -23,7 +23,7 @@ import torch
 import vlmprune
 from PIL import Image
 from vlmprune.eval.models.loading import load
-from vlmprune.eval.tasks.task import chat_prompt
+from vlmprune.eval.tasks.questions import chat_prompt
 from vlmprune.prune.budget import BUDGET_WORDS
 
 LARGEST_BODY = 32 * 2**20  # bytes

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,18 @@ NOT_PACKAGED = {"tests", "notebooks", "build", "dist"}
 LAYERS = ("prune", "adapters", "eval")
 MAY_IMPORT = {"prune": {"prune"}, "adapters": {"prune", "adapters"}, "eval": set(LAYERS)}
 PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "einops"}
+ROOMS = {
+    "eval": (
+        "__init__",
+        *("console", "processes", "environment", "extras", "table"),
+        *("importing", "image_file", "vocabulary_note", "content_hash", "sources"),
+        *("words", "method_facts", "transcriptions"),
+        *("tasks", "embedded", "models", "presets", "results", "measure"),
+        *("sweep", "compare", "bench", "report", "lmms", "checking"),
+        *("in_process", "commands", "cli"),
+    ),
+}
+"""The files and folders of a layer, lowest first: none imports one that stands behind it."""
 
 
 def sources(layer: str) -> dict[str, str]:
@@ -29,6 +41,8 @@ def sources(layer: str) -> dict[str, str]:
 
 
 MODULES = {layer: sources(layer) for layer in LAYERS}
+FILES = {path: text for layer in LAYERS for path, text in MODULES[layer].items()}
+FILES |= {path.name: path.read_text() for path in ROOT.glob("*.py")}
 METHOD_FILES = {
     path: text
     for path, text in MODULES["prune"].items()
@@ -95,6 +109,43 @@ def wrong_direction(path: str, text: str) -> list[str]:
     return [name for name in inside if (top := name.split(".")[0]) in LAYERS and top not in allowed]
 
 
+def targets(path: str, text: str, files: Collection[str]) -> set[str]:
+    """The files of the package that one imports, wherever in it: in a function, for types alone."""
+    found = set()
+    for inside, name in imports(path, text):
+        if inside:
+            module, owner = name.split("."), name.split(".")[:-1]  # or a name in the owner
+            named = ("/".join([*parts, "__init__.py"]) for parts in (module, owner))
+            plain = ("/".join(parts) + ".py" for parts in (module, owner))
+            candidates = (file for pair in zip(plain, named, strict=True) for file in pair)
+            found |= {next((file for file in candidates if file in files), path)}
+    return found - {path}
+
+
+def room(path: str) -> str:
+    return path.split("/")[1].removesuffix(".py")
+
+
+def arrows_up(path: str, text: str, files: Collection[str], order: Sequence[str]) -> list[str]:
+    layer = path.split("/")[0]
+    inside = [file for file in targets(path, text, files) if file.split("/")[0] == layer]
+    return sorted(file for file in inside if order.index(room(file)) > order.index(room(path)))
+
+
+def circles(texts: Mapping[str, str]) -> set[str]:
+    """The files that can be come back to along imports."""
+    arrows = {path: targets(path, text, texts) for path, text in texts.items()}
+    found = set()
+    for start in texts:
+        seen, ahead = set(), [start]
+        while ahead:
+            fresh = arrows[ahead.pop()] - seen
+            seen |= fresh
+            ahead += fresh
+        found |= {start} & seen
+    return found
+
+
 def foreign_to_prune(path: str, text: str) -> list[str]:
     names = [name for inside, name in imports(path, text) if not inside]
     return [name for name in names if name.split(".")[0] not in PRUNE_MAY_IMPORT]
@@ -132,6 +183,17 @@ def test_imports_point_one_way(layer):
 def test_imports_inside_the_package_are_relative(layer):
     for path, text in MODULES[layer].items():
         assert absolute_self_imports(path, text) == [], path
+
+
+@pytest.mark.parametrize("layer", ROOMS)
+def test_no_room_imports_a_higher_one(layer):
+    assert {room(path) for path in MODULES[layer]} == set(ROOMS[layer])
+    for path, text in MODULES[layer].items():
+        assert arrows_up(path, text, FILES, ROOMS[layer]) == [], path
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circles(FILES) == set()
 
 
 @every("prune")
@@ -202,6 +264,41 @@ def test_right_directions_are_not():
     assert not wrong_direction("adapters/families/x.py", "from ...prune.contract import Tower")
     assert not wrong_direction("prune/ops/x.py", "from ..eval_words import y")
     assert not foreign_to_prune("prune/x.py", "import math, torch\nfrom einops import rearrange")
+
+
+HOUSE = ("eval/words.py", "eval/sweep/__init__.py", "eval/sweep/grid.py", "eval/cli.py")
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "file"),
+    [
+        ("eval/words.py", "from .cli import main", "eval/cli.py"),
+        ("eval/words.py", "from . import cli", "eval/cli.py"),
+        ("eval/words.py", "def f():\n    from .cli import main", "eval/cli.py"),
+        ("eval/words.py", "if TYPE_CHECKING:\n    from .cli import x", "eval/cli.py"),
+        ("eval/words.py", "from .sweep import Cell", "eval/sweep/__init__.py"),
+        ("eval/sweep/grid.py", "from .. import cli", "eval/cli.py"),
+        ("eval/sweep/grid.py", "from ..cli import main", "eval/cli.py"),
+    ],
+)
+def test_arrows_up_are_seen(path, line, file):
+    assert arrows_up(path, line, HOUSE, ("words", "sweep", "cli")) == [file]
+
+
+def test_arrows_down_are_none():
+    order = ("words", "sweep", "cli")
+    assert not arrows_up("eval/cli.py", "from .sweep.grid import run\nimport cli", HOUSE, order)
+    assert not arrows_up(
+        "eval/sweep/grid.py", "from . import x\nfrom ..words import y", HOUSE, order
+    )
+    assert not arrows_up("eval/words.py", "from ..prune import cli", HOUSE, order)
+
+
+def test_circles_are_seen():
+    house = {"eval/a.py": "from .b import f", "eval/b.py": "def g():\n    from . import c"}
+    assert circles(house | {"eval/c.py": "from ..prune import x"}) == set()
+    house["eval/c.py"] = "if TYPE_CHECKING:\n    from .a import h"
+    assert circles(house | {"eval/d.py": "from . import a"}) == set(house)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import vlmprune
 from PIL import Image
-from vlmprune.eval.tasks.task import EmbeddedTask
+from vlmprune.eval.embedded.task import EmbeddedTask
 
 FILE = Path(__file__).parent.parent / "notebooks" / "server.py"
 

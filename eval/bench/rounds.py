@@ -21,7 +21,7 @@ from ...adapters.registry import family_of
 from ..measure.energy import energy_meter
 from ..measure.memory import added_at_peak
 from ..measure.times import kv_bytes
-from ..words import Parts
+from ..words.parts import Parts
 from .decoding import Decoding, in_turn
 from .oracle import oracle_prefill, shorten
 from .subject import Subject, visual_tokens_of

@@ -48,8 +48,8 @@ from ..environment import describe, hardware, load_average, versions
 from ..measure.memory import MemoryMeasureError, added_at_peak, in_fresh_process
 from ..results.records import ResultsError
 from ..results.statistics import Spread, spread
-from ..results.tables import Table
-from ..words import parse
+from ..table import Table
+from ..words.parts import parse
 from .rounds import peak_memory, prefill
 from .subject import Subject
 from .variant import Variant

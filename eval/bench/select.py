@@ -45,7 +45,7 @@ from ..console import progress, stdout
 from ..environment import describe, hardware, load_average, versions
 from ..results.records import ResultsError
 from ..results.statistics import Spread, spread
-from ..results.tables import Table
+from ..table import Table
 from ..transcriptions import Transcription, find
 from ..transcriptions.picture import SIDE, Picture, canvas
 

@@ -17,9 +17,10 @@ from ...adapters.registry import family_of
 from ...prune.budget import plan, tokens_per_layer
 from ...prune.contract import Compressing, Place
 from ..measure.flops import ModelCost, after_cuts, cache_entries, visual_share
-from ..results.records import method_record, parts_text
+from ..results.records import method_record
 from ..results.statistics import spread
-from ..words import Parts
+from ..words.parts import Parts
+from ..words.said import parts_text
 from .subject import Subject, visual_tokens_of
 
 

@@ -15,8 +15,9 @@ from ..compare.comparison import Row
 from ..console import stdout
 from ..image_file import InputError
 from ..results.statistics import Spread
-from ..results.tables import Table, milliseconds
-from ..tasks.task import Question
+from ..results.texts import milliseconds
+from ..table import Table
+from ..tasks.protocols import Question
 from .comparing import ModelFlags, cells_of, comparisons, say_what_to_know
 
 _REPEATS = 5

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from ...prune.errors import MethodFieldError
+from ..bench.bench_table import bench_table
 from ..bench.rounds import compare, peak_memory
 from ..bench.subject import Subject
-from ..bench.table import bench_table
 from ..bench.variant import Variant
 from ..console import progress, stdout
 from ..environment import hardware, load_average, versions
@@ -30,7 +30,7 @@ from ..measure.flops import model_cost
 from ..measure.memory import MemoryMeasureError, free_memory, in_fresh_process
 from ..models.loading import resolve_device
 from ..results.records import ResultsError
-from ..words import grid, parse, parse_budgets
+from ..words.parts import grid, parse, parse_budgets
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from ...prune.registry import method_class
 from ..checking.properties import LAYOUTS, PROPERTIES, Finding, check
 from ..console import stdout
 from ..importing import import_methods
-from ..words import parse
+from ..words.parts import parse
 
 
 def check_method(

@@ -11,8 +11,8 @@ from ...prune.contract import Positions
 from ..compare.asked import save_picture
 from ..compare.comparison import Comparison
 from ..console import stdout
-from ..tasks.task import Question
-from ..words import parse_budgets
+from ..tasks.protocols import Question
+from ..words.parts import parse_budgets
 from .comparing import ModelFlags, cells_of, comparisons, say_what_to_know
 
 

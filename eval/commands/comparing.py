@@ -10,7 +10,6 @@ from ...prune.budget import Budget
 from ...prune.contract import Positions
 from ...prune.errors import BudgetError, MethodFieldError
 from ..compare.comparison import Comparison, compare_cells
-from ..flag_words import in_flags
 from ..models.loading import (
     limit_pixels,
     load,
@@ -19,8 +18,9 @@ from ..models.loading import (
     short_name,
     split_model_args,
 )
-from ..tasks.task import Question
-from ..words import Parts, grid, parse, refuse_without_budget
+from ..tasks.protocols import Question
+from ..words.flags import in_flags
+from ..words.parts import Parts, grid, parse, refuse_without_budget
 
 
 @dataclass(frozen=True, kw_only=True)

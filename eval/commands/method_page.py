@@ -16,8 +16,8 @@ from ...prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
 from ...prune.contract import BeforeLLM, Method
 from ...prune.errors import BudgetError
 from ...prune.registry import method_class
+from ..method_facts import on_tiles, reads, what_it_does
 from ..models.support import support
-from .listing import on_tiles, reads, what_it_does
 
 _SECTIONS = ("Reference", "Upstream", "Differs")
 _COMMON = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..presets import Benchmark, Published, preset, preset_names, sources
-from ..results.tables import Table
+from ..table import Table
 
 
 def presets_table() -> Table:

@@ -14,9 +14,8 @@ from ...prune.contract import ClipText as ClipTextSignal
 from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError
 from ..console import stdout
+from ..embedded.task import EmbeddedTask
 from ..extras import Extras
-from ..flag_words import in_flags
-from ..in_process import sweep_grid
 from ..measure.evaluate import Benchmark, Evaluator
 from ..models.loading import (
     limit_pixels,
@@ -28,13 +27,17 @@ from ..models.loading import (
 )
 from ..processes import Processes
 from ..results.plot import frontier
-from ..results.records import Config, Record, Store, UnwrittenError, latest, setting_of
-from ..results.tables import averages_table, sweep_table
+from ..results.records import Config, Record, latest, setting_of
+from ..results.store import Store, UnwrittenError
+from ..results.sweep_table import averages_table, sweep_table
 from ..sweep.grid import REFUSALS, Summary
+from ..sweep.running import sweep_grid
 from ..tasks.jsonl import JsonlTask
-from ..tasks.task import EmbeddedTask, Task, asked
+from ..tasks.protocols import Task
+from ..tasks.questions import asked
 from ..vocabulary_note import vocabulary_note
-from ..words import Part, Parts, combined
+from ..words.flags import in_flags
+from ..words.parts import Part, Parts, combined
 from .config import write_config
 
 if TYPE_CHECKING:

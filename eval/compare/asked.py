@@ -12,8 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..embedded.task import EmbeddedTask
 from ..image_file import InputError, read_picture
-from ..tasks.task import EmbeddedTask, Question
+from ..tasks.protocols import Question
 
 EMBEDDED_PREFIX = "embedded:"
 

@@ -16,12 +16,15 @@ from ...prune.errors import BudgetError, MethodFieldError, VlmpruneError
 from ..image_file import InputError, read_picture
 from ..measure.evaluate import Evaluator
 from ..models.picture_fit import picture_fit
-from ..results.records import Measured, budget_text, cache_text, changed_fields, method_record
-from ..results.tables import Table, milliseconds
+from ..results.records import Measured, budget_text, cache_text, method_record
+from ..results.texts import milliseconds
 from ..sweep.grid import REFUSALS
-from ..tasks.task import Question, chat_prompt, normalise
+from ..table import Table
+from ..tasks.protocols import Question
+from ..tasks.questions import chat_prompt, normalise
 from ..vocabulary_note import vocabulary_note
-from ..words import Part, Parts, grid, parse, parse_budgets
+from ..words.parts import Part, Parts, grid, parse, parse_budgets
+from ..words.said import changed_fields
 from .asked import Asked
 from .side_by_side import Panel, data_url, side_by_side
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..tasks.questions import chat_prompt
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import LlavaForConditionalGeneration, ProcessorMixin
@@ -104,8 +106,6 @@ def load_model(
 
 def prompt(processor: ProcessorMixin, question: str) -> str:
     """The question in the model's chat template, with the image's placeholder."""
-    from ..tasks.task import chat_prompt
-
     return chat_prompt(processor, question)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from ...prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ...prune.errors import BudgetError, MethodFieldError, did_you_mean
 from ...prune.registry import method_class
-from ..words import Part, Parts, parse
+from ..words.parts import Part, Parts, parse
 
 DENSE = ("none", "dense")
 

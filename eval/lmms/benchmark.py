@@ -17,9 +17,9 @@ from ..measure.times import Measurement, measure
 from ..processes import Processes
 from ..results.records import Measured
 from ..tasks import TASKS_DIR
-from ..tasks.task import TaskError
+from ..tasks.protocols import TaskError
 from .manners import cause_of, data_bars, to_stderr
-from .running import Shared
+from .running import Evaluation, Shared
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -188,7 +188,15 @@ class LmmsBenchmark:
         lm, processes = self.lm, self.lm.processes
         lm.use(calls, positions)
         lm.task_dict[self.name] = self.task.dataset
-        runner = Shared(self, progress, draw=save_picture is not None)
+        asked = Evaluation(
+            lm=lm,
+            task=self.task,
+            count=self.count,
+            seed=self.seed,
+            timed=self.timed_questions,
+            draw=save_picture is not None,
+        )
+        runner = Shared(asked, progress)
         results = runner.evaluate()
         answers = runner.answers
         measured = processes.from_first(lambda: self._measure(runner.timed))

@@ -19,7 +19,7 @@ from .manners import alone, cause_of, quiet_bars, seeds_kept
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
 
-    from .benchmark import LmmsBenchmark
+    from .model import VlmPrune
     from .prompts import Encoded
 
 
@@ -38,16 +38,32 @@ class _Answered(Exception):
     """Ends the evaluation in a process whose answers the first one has: it alone scores."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is evaluated.
+
+    Attributes:
+        task: as lmms-eval has loaded it.
+        count: so many questions, the first ones.
+        timed: of them so many are measured afterwards.
+        draw: whether pictures of what was kept are drawn.
+    """
+
+    lm: VlmPrune
+    task: Any
+    count: int
+    seed: int
+    timed: int
+    draw: bool
+
+
 class Shared:
     """One evaluation. lmms-eval sees a single process; the requests are dealt to all."""
 
-    def __init__(
-        self, benchmark: LmmsBenchmark, progress: Callable[[int], None], *, draw: bool
-    ) -> None:
-        self.benchmark = benchmark
-        self.lm = benchmark.lm
+    def __init__(self, asked: Evaluation, progress: Callable[[int], None]) -> None:
+        self.asked = asked
+        self.lm = asked.lm
         self.progress = progress
-        self.draw = draw
         self.answers: list[Answer] = []
         self.questions: dict[Any, str] = {}
         self.kept: dict[Any, int] = {}
@@ -61,7 +77,7 @@ class Shared:
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
 
-        benchmark, found = self.benchmark, {}
+        asked, found = self.asked, {}
         failure: Exception | None = None
         with quiet_bars(), alone(), seeds_kept():
             self.lm.generate_until = self._generate  # type: ignore[method-assign]
@@ -69,15 +85,15 @@ class Shared:
                 found = simple_evaluate(
                     model=self.lm,
                     model_args=" ".join(map(str, self.lm.calls)) or "dense",
-                    tasks=[benchmark.task],
+                    tasks=[asked.task],
                     task_manager=TaskManager(include_defaults=False),  # it is loaded already
                     batch_size=self.lm.batch_size,
-                    limit=benchmark.count,
+                    limit=asked.count,
                     bootstrap_iters=0,
                     log_samples=True,
-                    random_seed=benchmark.seed,
-                    numpy_random_seed=benchmark.seed,
-                    torch_random_seed=benchmark.seed,
+                    random_seed=asked.seed,
+                    numpy_random_seed=asked.seed,
+                    torch_random_seed=asked.seed,
                     process_docs_parallel=1,
                     distributed_executor_backend="torchrun",
                 )
@@ -110,7 +126,7 @@ class Shared:
             self.pictures |= share.pictures
             self.notes |= share.notes
             self.modes |= share.modes
-        self.timed = requests[: self.benchmark.timed_questions]
+        self.timed = requests[: self.asked.timed]
         if not self.lm.processes.first:
             raise _Answered
         return [result(answer) for answer in self.answers]
@@ -130,7 +146,7 @@ class Shared:
                 given.notes |= {handle.last.note} if handle.last.note else set()
                 given.modes |= {handle.last.positions}
             number = numbers[id(request)]
-            if self.draw and number < EXAMPLES and encoded.media[row]:
+            if self.asked.draw and number < EXAMPLES and encoded.media[row]:
                 given.pictures[number] = _picture(handle, encoded, row, fit)
             self.progress(processes.world)
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..embedded import questions
-from ..tasks.task import EmbeddedTask
+from ..embedded.task import EmbeddedTask
 
 if TYPE_CHECKING:
     from datasets import Dataset

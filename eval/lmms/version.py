@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..fingerprint import content_hash
+from ..content_hash import content_hash
 
 _ELSEWHERE = ("dataset_kwargs", "metadata", "task_alias", "description_file")
 

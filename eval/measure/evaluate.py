@@ -21,7 +21,8 @@ from ..models.picture_fit import picture_fit
 from ..processes import Processes
 from ..results.records import Example, Measured
 from ..results.statistics import Score, mean_score
-from ..tasks.task import Question, Task, version_of
+from ..tasks.protocols import Question, Task
+from ..tasks.version import version_of
 from .answering import Answer, answer, flops_of, tokens_of
 from .flops import model_cost
 from .times import Measurement, PatchOptions, measure

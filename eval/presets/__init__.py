@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ...prune.errors import VlmpruneError, did_you_mean
+from ..words.typed import parse_fields
 
 __all__ = [
     "Benchmark",
@@ -180,8 +181,6 @@ def _entries(table: Mapping[str, Any]) -> list[Published]:
 
 
 def _method(word: str) -> tuple[str, dict[str, object]]:
-    from ..cli import parse_fields
-
     name, *fields = word.split(":")
     return name, parse_fields(fields)
 

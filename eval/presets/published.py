@@ -10,7 +10,7 @@ from ...prune.budget import PUBLISHED, Budget
 from ...prune.contract import Place
 from ...prune.errors import VlmpruneError
 from ...prune.registry import method_class
-from ..results.records import changed_fields
+from ..words.said import changed_fields
 from . import Preset, Published, preset, preset_names
 
 _SAME = 5e-3  # 0.333 of 576 tokens are meant to be 192

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..results.averages import percent_of_dense
 from .cells import Cell, Section
-from .tables import Entry, Grid, Row
+from .grids import Entry, Grid, Row
 
 
 def averages_table(sections: Sequence[Section]) -> list[tuple[str, Grid]]:

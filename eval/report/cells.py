@@ -18,12 +18,13 @@ from ..results.records import (
     latest,
     main_score,
     method_name,
-    read_records,
     setting_of,
     variant,
 )
 from ..results.statistics import Score, difference
-from ..results.tables import in_order, scale
+from ..results.store import read_records
+from ..results.sweep_table import in_order
+from ..results.texts import scale
 
 STATUSES = ("ok", "failed", "not_applicable")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..results.statistics import Score
-from ..results.tables import metric_label, scale
+from ..results.texts import metric_label, scale
 from .cells import COSTS, Cell, Section, finite, pareto
-from .tables import score_of
+from .grids import score_of
 
 
 def chart(section: Section, anchors: dict[str, str]) -> dict[str, Any] | None:

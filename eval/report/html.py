@@ -24,11 +24,11 @@ from .cells import Cell, Section
 from .chart import chart
 from .examples import Asked, Given, asked
 from .files import NoFileError
+from .grids import Grid, dense_text, facts, kinds_table, main_table, metrics_table
 from .methods import described
 from .pictures import data_uri
 from .published import beside_published
 from .repeat import command_of, needs
-from .tables import Grid, dense_text, facts, kinds_table, main_table, metrics_table
 
 _RECORDED = ("id", "status", "finished", "seconds", "batch_size", "load_average", "notes")
 

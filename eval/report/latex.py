@@ -10,10 +10,10 @@ import unicodedata
 from collections.abc import Sequence
 
 from ..results.averages import percent_of_dense
-from ..results.tables import in_unit, metric_label, scale
+from ..results.texts import in_unit, metric_label, scale
 from .cells import Cell, Section, finite
 from .escape import one_line
-from .tables import several
+from .grids import several
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..results.tables import Table
+from ..table import Table
 from .averages import averages_table
 from .cells import Cell, Section
 from .escape import fenced, markdown, one_line
 from .examples import Asked, asked
+from .grids import Grid, facts, kinds_table, main_table, metrics_table
 from .methods import described
 from .published import beside_published
 from .repeat import command_of, needs
-from .tables import Grid, facts, kinds_table, main_table, metrics_table
 
 BEST = "★"
 NOTES = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...prune.errors import VlmpruneError
 from ...prune.registry import method_class
-from ..commands.listing import what_it_does
+from ..method_facts import what_it_does
 from .cells import Section
 
 UNKNOWN = "not known to the vlmprune that wrote this report"

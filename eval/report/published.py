@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..presets.published import on_scale, published_for
 from .cells import Section
-from .tables import Entry, Grid, Row
+from .grids import Entry, Grid, Row
 
 
 def beside_published(section: Section) -> Grid | None:

@@ -11,12 +11,12 @@ from ...prune.amount import PREFIXES, PUBLISHED
 from ...prune.contract import ClipText
 from ...prune.errors import VlmpruneError
 from ...prune.registry import method_class
-from ..cli import parse_fields
-from ..commands.listing import needs_of
+from ..embedded.task import EmbeddedTask
+from ..method_facts import needs_of
 from ..models.loading import EMBEDDED
 from ..results.records import MethodRecord, Record, method_record
-from ..tasks.task import EmbeddedTask
-from ..words import parse
+from ..words.parts import parse
+from ..words.typed import pair
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,7 +30,7 @@ def command_of(record: Record) -> str:
     if processes != 1:
         words[:1] = ["torchrun", "--nproc_per_node", processes, "-m", "vlmprune"]
     if config.get("model_args"):
-        words += ["--model_args", ",".join(_pair(*arg) for arg in config["model_args"].items())]
+        words += ["--model_args", ",".join(pair(*arg) for arg in config["model_args"].items())]
     words += _task_words(config, given)
     words += ["--methods", _methods_word(config["methods"], seed) or "dense"]
     if config["positions"]:
@@ -93,7 +93,7 @@ def _method_word(entry: MethodRecord, seed: int) -> str:
     except (VlmpruneError, TypeError):  # of another version, a plug-in, or without defaults
         usual = {}
     fields = [
-        _pair(key, value)
+        pair(key, value)
         for key, value in entry["fields"].items()
         if key not in usual or _as_json(value) != _as_json(usual[key])
     ]
@@ -103,13 +103,6 @@ def _method_word(entry: MethodRecord, seed: int) -> str:
 def _budget_word(budget: Mapping[str, Any] | None) -> str:
     """In full: a rounded budget is another cell."""
     return f"{PREFIXES.get(budget['word'], '')}{budget['value']}" if budget else PUBLISHED
-
-
-def _pair(key: str, value: object) -> str:
-    """`key=value` so that it is read as it was: a text that looks like something else is quoted."""
-    word = f"{key}={value}"
-    same = isinstance(value, str) and parse_fields([word])[key] != value
-    return f"{key}={value!r}" if same else word
 
 
 def _need(entry: MethodRecord, seed: int) -> str | None:

@@ -17,6 +17,18 @@ class MissingPackageError(VlmpruneError, ImportError):
     """A package that is needed for this alone, and is not installed."""
 
 
+class Results(list[Record]):
+    """The records of a sweep, one a cell: a list, and `to_frame()` as a table to calculate with."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a cell; see the function of this name.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        return to_frame(self)
+
+
 def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row a cell, with the names of `vlmprune report -o numbers.csv`.
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from .records import Record, main_score, method_name, variant
-from .tables import in_order, metric_text, scale, setting_line
+from .sweep_table import in_order
+from .texts import metric_text, scale, setting_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,57 +1,29 @@
-"""The result file: `runs.jsonl`, one finished cell a line, appended at once and never rewritten.
+"""One finished cell of a sweep, as the result file holds it, and what is read from it.
 
 A cell's id hashes its whole configuration, so that a later run knows what is already there.
 Versions and hardware are recorded, not hashed.
-
-The schema counts what older readers would misread or trip over; fields that they may ignore do not
-change it. Older schemas are brought up to date when they are read. 2: `config` may hold `kinds`.
-3: `scores` by metric in place of `accuracy`, `examples`, and `config` may hold `model_args`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import FileIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
-from ...prune.amount import PREFIXES, PUBLISHED
 from ...prune.errors import VlmpruneError
 from ...prune.methods import VERSIONS, settled
-from ...prune.registry import method_class
 from ..sources import UNKNOWN, Source
-from ..words import Part
+from ..words.parts import Part
+from ..words.said import budget_word, changed_fields
 from .statistics import Score, Spread
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-SCHEMA = 3
-FILE_NAME = "runs.jsonl"
 
 Status = Literal["ok", "failed", "not_applicable"]
 
 
 class ResultsError(VlmpruneError, ValueError):
     """A result file that cannot be read or written."""
-
-
-class UnwrittenError(ResultsError):
-    """A finished cell that the disk does not take; `record` is what was measured."""
-
-    def __init__(self, message: str, record: Record) -> None:
-        super().__init__(message, record)
-        self.record = record
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-# --- One cell --------------------------------------------------------------------------------
 
 
 class MethodRecord(TypedDict):
@@ -245,18 +217,7 @@ class Record(TypedDict, total=False):
     """Flags of the command that its configuration does not tell; missing if run from Python."""
 
 
-class Results(list[Record]):
-    """The records of a sweep, one a cell: a list, and `to_frame()` as a table to calculate with."""
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row a cell; see `frame.to_frame`.
-
-        Raises:
-            MissingPackageError: pandas is not installed.
-        """
-        from .frame import to_frame
-
-        return to_frame(self)
+# --- Read from a record ----------------------------------------------------------------------
 
 
 def setting_of(record: Mapping[str, Any]) -> tuple[object, ...]:
@@ -285,117 +246,9 @@ def variant(record: Mapping[str, Any]) -> str:
     return ("+".join(names) or "dense") + positions
 
 
-def parts_text(parts: Sequence[Part], seed: int = 0) -> str:
-    """Methods with changed fields and budgets, e.g. `fastv(layer=3, keep_ratio=0.25)`, or dense."""
-    return "+".join(_part_text(part, seed) for part in parts) or "dense"
-
-
-def _part_text(part: Part, seed: int) -> str:
-    name = part.method.name
-    said = changed_fields(name, part.method.fields(), seed)
-    said.append(str(part.budget) if part.budget else PUBLISHED)
-    return f"{name}({', '.join(said)})"
-
-
-def changed_fields(name: str, fields: Mapping[str, object], seed: int) -> list[str]:
-    """`field=value` of every field that is not at its default (a `seed`: not the sweep's)."""
-    try:
-        usual = method_class(name)().fields() | {"seed": seed}
-    except (VlmpruneError, TypeError):  # recorded by a version that knew this method
-        return []
-    return [
-        f"{k}={_as_read(v)}"
-        for k, v in fields.items()
-        if k in usual and _as_read(v) != _as_read(usual[k])
-    ]
-
-
-def _as_read(value: object) -> object:
-    """A field's value as it comes back from the file."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def budget_text(record: Mapping[str, Any]) -> str:
     """The budgets as the command line writes them, one a method."""
-    return "+".join(_budget_word(m["budget"]) for m in record["config"]["methods"])
-
-
-def _budget_word(budget: Mapping[str, Any] | None) -> str:
-    return f"{PREFIXES.get(budget['word'], '')}{budget['value']:g}" if budget else PUBLISHED
-
-
-# --- The file --------------------------------------------------------------------------------
-
-
-class Store:
-    """Appends records to `runs.jsonl` in a folder and reads them back."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._end_torn_line()
-        except OSError as error:
-            raise ResultsError(
-                f"Results cannot be written to {folder} ({error.strerror}): choose another folder "
-                f"with --output_path."
-            ) from error
-
-    def append(self, record: Record) -> None:
-        """Write one line, on the disk when this returns; or nothing of it.
-
-        Raises:
-            UnwrittenError: the disk is full, or the file cannot be written any more.
-        """
-        line = json.dumps(record, default=str, allow_nan=False) + "\n"
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                start = file.tell()
-                try:
-                    _write_all(file, line.encode())
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(start)
-                    raise
-        except OSError as error:
-            raise UnwrittenError(
-                f"{self.path} cannot be written ({error.strerror}), so that the sweep ends here: "
-                f"make room, then the same command goes on.",
-                record,
-            ) from error
-
-    def read(self) -> list[Record]:
-        """The last record of every id, of any code; see `read_records`."""
-        return list(_read(self.path).values()) if self.path.exists() else []
-
-    def _end_torn_line(self) -> None:
-        """Give a line that an interrupt cut short its end, so that the next one starts afresh."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            return
-        with open(self.path, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-
-
-def _write_all(file: FileIO, content: bytes) -> None:
-    while content:
-        content = content[file.write(content) :]
-
-
-def read_records(path: str | os.PathLike[str]) -> Results:
-    """The last record of every id, in the order in which ids first appeared; of a method that was
-    edited in between only the cells of the code that a sweep used last (see `latest`).
-
-    A line that an interrupt tore is left out: that cell counts as not run.
-
-    Args:
-        path: a `runs.jsonl`, or the folder that it is in.
-
-    Raises:
-        ResultsError: there is no such file, or a newer vlmprune wrote it.
-    """
-    return Results(latest(list(_read(Path(path)).values())))
+    return "+".join(budget_word(m["budget"]) for m in record["config"]["methods"])
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
@@ -435,50 +288,3 @@ def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _used(record: Record) -> tuple[str, bool]:
     return record.get("asked") or record.get("finished", ""), "asked" in record
-
-
-def _read(path: Path) -> dict[str, Record]:
-    """The last record of every id; one with numbers goes before a later one without."""
-    file = path / FILE_NAME if path.is_dir() else path
-    try:
-        lines = file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ResultsError(
-            f"{str(file)!r} cannot be read ({error.strerror}): give a {FILE_NAME} of `vlmprune "
-            f"sweep`, or its folder."
-        ) from error
-    records: dict[str, Record] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            known = record["schema"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if known > SCHEMA:
-            raise ResultsError(
-                f"{file}, line {number} was written by a newer vlmprune (schema {known}, this one "
-                f"reads {SCHEMA}): upgrade, or choose another --output_path."
-            )
-        before = records.get(record["id"])
-        if before is None or before["status"] != "ok" or record["status"] == "ok":
-            records[record["id"]] = _up_to_date(record)
-    return records
-
-
-def _up_to_date(record: dict[str, Any]) -> Record:
-    """A record of any older schema in the present one."""
-    if "accuracy" in record:
-        old = record.pop("accuracy")
-        score = Score(
-            value=old["value"],
-            unit="share",
-            n=old["n"],
-            low=old["low"],
-            high=old["high"],
-            higher_is_better=True,
-            by_kind=old["by_kind"],
-            outcomes=[float(c) for c in old["outcomes"]],
-            replicates=[],
-        )
-        record |= {"scores": {"accuracy": score}, "examples": []}
-    return record  # type: ignore[return-value]

@@ -21,9 +21,11 @@ from ...prune.errors import (
 )
 from ..environment import load_average
 from ..processes import Processes
-from ..results.records import SCHEMA, Config, Measured, Record, Store, latest, parts_text
+from ..results.records import Config, Measured, Record, latest
+from ..results.store import SCHEMA, Store
 from ..sources import UNKNOWN, Source
-from ..words import Parts
+from ..words.parts import Parts
+from ..words.said import parts_text
 
 logger = logging.getLogger(__name__)
 

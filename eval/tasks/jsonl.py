@@ -32,10 +32,11 @@ from typing import Any
 from PIL import Image
 
 from ...prune.errors import did_you_mean
-from ..fingerprint import content_hash
+from ..content_hash import content_hash
 from ..image_file import InputError, check_picture, read_picture
 from .matching import LETTERS, MATCHINGS, Matching, is_right, number, words
-from .task import TaskError, chat_prompt, in_turns
+from .protocols import TaskError
+from .questions import chat_prompt, in_turns
 
 KEYS = ("image", "question", "answer", "answers", "choices", "kind", "matching", "id")
 OTHER = "other"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import Literal, get_args
 
-from .task import normalise
+from .questions import normalise
 
 Matching = Literal["exact", "contains", "number", "choice"]
 MATCHINGS: tuple[Matching, ...] = get_args(Matching)

@@ -10,9 +10,9 @@ from accelerate import cpu_offload, dispatch_model
 from kit import zoo
 from test_undo import differences, snapshot
 from transformers import AutoModelForImageTextToText
+from vlmprune.eval.embedded.task import EmbeddedTask
 from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.models.loading import ModelLoadError, fingerprint, load, resolve_device
-from vlmprune.eval.tasks.task import EmbeddedTask
 
 STEPS = 4
 ROWS = (zoo.TWO, zoo.ONE)

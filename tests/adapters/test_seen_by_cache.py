@@ -11,7 +11,7 @@ from vlmprune.eval import embedded
 from vlmprune.eval.commands.ask import _table
 from vlmprune.eval.compare.side_by_side import LEGEND, Panel, side_by_side
 from vlmprune.eval.models.picture_fit import picture_fit
-from vlmprune.eval.report.tables import cache_text as in_reports
+from vlmprune.eval.report.grids import cache_text as in_reports
 from vlmprune.eval.results.records import cache_text
 
 

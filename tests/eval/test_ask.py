@@ -79,7 +79,7 @@ def test_what_is_wrong_at_first_sight_is_refused_before_torch_is_imported(tmp_pa
 
 def test_the_names_that_are_known_early_are_those_of_the_registry():
     program = (
-        "import sys; from vlmprune.eval.early import _known; print(*_known());"
+        "import sys; from vlmprune.eval.commands.early import _known; print(*_known());"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

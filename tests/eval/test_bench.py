@@ -13,11 +13,11 @@ import pytest
 import torch
 from kit.zoo import CASES
 from vlmprune.eval import cli
+from vlmprune.eval.bench.bench_table import before_after_table
 from vlmprune.eval.bench.decoding import Decoding, in_turn
 from vlmprune.eval.bench.oracle import oracle_prefill
 from vlmprune.eval.bench.rounds import cuts_of, longest, prefill, twin
 from vlmprune.eval.bench.subject import Subject
-from vlmprune.eval.bench.table import before_after_table
 from vlmprune.eval.bench.targets import targets, verdicts
 from vlmprune.eval.bench.turns import Timed, take_turns
 from vlmprune.eval.bench.variant import Variant
@@ -26,7 +26,7 @@ from vlmprune.eval.measure import energy
 from vlmprune.eval.measure.flops import model_cost, visual_share
 from vlmprune.eval.measure.memory import MemoryMeasureError, added_at_peak, in_fresh_process
 from vlmprune.eval.models.shapes import SHAPES, prompt, shape, usual_picture
-from vlmprune.eval.words import parse
+from vlmprune.eval.words.parts import parse
 
 TINY = ["--layers", "4", "--width", "128", "--tokens", "16", "--repeats", "2", "--new_tokens", "2"]
 

@@ -12,6 +12,7 @@ from kit.zoo import CASES
 from PIL import Image
 from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import cli
+from vlmprune.eval.words.typed import parse_fields, split_list
 from vlmprune.prune.registry import method_class
 
 COMMANDS = ("sweep", "report", "presets", "ask", "compare", "bench", "methods", "models", "where")
@@ -133,15 +134,15 @@ def test_no_command_prints_the_help(capsys):
 
 
 def test_lists_take_commas_and_spaces():
-    assert cli.split_list(["a,b", "c", "d,"]) == ["a", "b", "c", "d"]
-    assert cli.split_list(["a:x=(1,2),b", "c:y=[3,4]@0.5+d,e"]) == [
+    assert split_list(["a,b", "c", "d,"]) == ["a", "b", "c", "d"]
+    assert split_list(["a:x=(1,2),b", "c:y=[3,4]@0.5+d,e"]) == [
         "a:x=(1,2)",
         "b",
         "c:y=[3,4]@0.5+d",
         "e",
     ]
-    assert cli.parse_fields(["layers=[3,4]"]) == {"layers": (3, 4)}
-    assert cli.parse_fields(["layer=3", "alpha=0.1", "mode=max", "official=true", "x=None"]) == {
+    assert parse_fields(["layers=[3,4]"]) == {"layers": (3, 4)}
+    assert parse_fields(["layer=3", "alpha=0.1", "mode=max", "official=true", "x=None"]) == {
         "layer": 3,
         "alpha": 0.1,
         "mode": "max",
@@ -190,7 +191,7 @@ def test_where_prints_folders_of_the_package(capsys):
 @pytest.fixture
 def tiny(monkeypatch):
     """The embedded model and benchmark replaced by the zoo's."""
-    from vlmprune.eval import early
+    from vlmprune.eval.commands import early
     from vlmprune.eval.commands import sweep as sweep_command
 
     monkeypatch.setattr(early, "KINDS", {"short", "long"})

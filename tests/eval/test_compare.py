@@ -22,7 +22,7 @@ from vlmprune.eval.image_file import InputError
 from vlmprune.eval.in_process import sweep_model
 from vlmprune.eval.measure.flops import visual_share
 from vlmprune.eval.results.records import main_score, method_name
-from vlmprune.eval.tasks.task import TaskError
+from vlmprune.eval.tasks.protocols import TaskError
 
 METHODS = [
     "random",

@@ -6,7 +6,8 @@ import re
 
 import pytest
 import yaml
-from vlmprune.eval import cli, early
+from vlmprune.eval import cli
+from vlmprune.eval.commands import early
 from vlmprune.eval.commands import sweep as sweep_command
 from vlmprune.eval.commands.config import FILE_NAME, resolved, write_config
 from vlmprune.eval.presets import preset

@@ -19,10 +19,11 @@ from vlmprune.eval.commands import config
 from vlmprune.eval.commands import sweep as sweep_command
 from vlmprune.eval.image_file import read_picture
 from vlmprune.eval.in_process import sweep_model
-from vlmprune.eval.results.records import main_score, read_records
+from vlmprune.eval.results.records import main_score
+from vlmprune.eval.results.store import read_records
 from vlmprune.eval.tasks.jsonl import CHOICE_INSTRUCTION, DataError, JsonlTask, read_all
 from vlmprune.eval.tasks.matching import MATCHINGS, chosen, is_right
-from vlmprune.eval.tasks.task import TaskError
+from vlmprune.eval.tasks.protocols import TaskError
 
 
 @pytest.fixture

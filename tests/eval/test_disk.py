@@ -15,10 +15,11 @@ from kit import zoo
 from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import cli
 from vlmprune.eval.commands import sweep as sweep_command
-from vlmprune.eval.in_process import sweep_grid, sweep_model
+from vlmprune.eval.in_process import sweep_model
 from vlmprune.eval.measure.evaluate import Evaluator
-from vlmprune.eval.results.records import Store, UnwrittenError
-from vlmprune.eval.words import grid, parse, parse_budgets
+from vlmprune.eval.results.store import Store, UnwrittenError
+from vlmprune.eval.sweep.running import sweep_grid
+from vlmprune.eval.words.parts import grid, parse, parse_budgets
 
 
 def heard_once(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 from vlmprune.eval.cli import main
-from vlmprune.eval.flag_words import in_flags
+from vlmprune.eval.words.flags import in_flags
 
 PYTHON_WORDS = ("clip=", "ClipText", "keep_ratio=", "flops_ratio=", "='", '="', "vlmprune.")
 

@@ -11,9 +11,9 @@ from kit.reports import fastv, record
 from vlmprune.eval.compare.comparison import Comparison, Row
 from vlmprune.eval.in_process import sweep_model
 from vlmprune.eval.models.loading import load
-from vlmprune.eval.results.frame import MissingPackageError
-from vlmprune.eval.results.records import Results, read_records
+from vlmprune.eval.results.frame import MissingPackageError, Results
 from vlmprune.eval.results.statistics import mean_score
+from vlmprune.eval.results.store import read_records
 from vlmprune.prune.errors import VlmpruneError
 
 BOTH = [

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_sweep import BASE, HARDWARE, VERSIONS, Cell, cells, measured
-from vlmprune.eval.results.records import FILE_NAME, Store, read_records
+from vlmprune.eval.results.store import FILE_NAME, Store, read_records
 from vlmprune.eval.sweep.grid import sweep
 
 KILLS = 20  # at least

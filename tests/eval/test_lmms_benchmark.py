@@ -20,12 +20,13 @@ from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
 from test_processes import torchrun
 from vlmprune.eval import embedded
+from vlmprune.eval.embedded.task import EmbeddedTask
 from vlmprune.eval.lmms.benchmark import LmmsBenchmark, MissingLmmsError, benchmarks
 from vlmprune.eval.lmms.version import version_of
 from vlmprune.eval.measure.evaluate import Benchmark, Evaluator
-from vlmprune.eval.results.records import read_records
 from vlmprune.eval.results.statistics import RESAMPLES, difference
-from vlmprune.eval.tasks.task import EmbeddedTask, TaskError
+from vlmprune.eval.results.store import read_records
+from vlmprune.eval.tasks.protocols import TaskError
 
 DIVPRUNE = (vlmprune.method("divprune", keep_ratio=0.1),)
 LIMIT = 24

@@ -7,7 +7,7 @@ import vlmprune
 from PIL import Image
 from test_sweep import Runner, cells, go
 from vlmprune.eval.results.plot import draw, frontier
-from vlmprune.eval.results.records import Store
+from vlmprune.eval.results.store import Store
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from vlmprune.eval.commands.presets import presets_table
 from vlmprune.eval.presets import UnknownPresetError, benchmarks, preset, preset_names
 from vlmprune.eval.presets.published import on_scale, published_for
 from vlmprune.eval.results.averages import percent_of_dense
-from vlmprune.eval.words import grid, parse, parse_budgets
+from vlmprune.eval.words.parts import grid, parse, parse_budgets
 from vlmprune.prune.budget import PUBLISHED, Budget, MethodCall, plan, tokens_per_layer
 from vlmprune.prune.contract import Decoder, ModelShape, Place, Tower
 from vlmprune.prune.errors import BudgetError

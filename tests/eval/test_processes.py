@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from vlmprune.eval.processes import Processes
-from vlmprune.eval.results.records import read_records
+from vlmprune.eval.results.store import read_records
 
 WORLD = 2
 

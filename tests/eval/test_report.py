@@ -12,7 +12,7 @@ from kit import chromium
 from kit.reports import fastv, record
 from PIL import Image
 from vlmprune.eval import cli
-from vlmprune.eval.commands.listing import what_it_does
+from vlmprune.eval.method_facts import what_it_does
 from vlmprune.eval.report.cells import Cell, pareto, read_cells, sections
 from vlmprune.eval.report.lm_eval import file_word
 from vlmprune.eval.report.methods import described

@@ -12,8 +12,10 @@ from kit.reports import record
 from PIL import Image
 from vlmprune.eval import cli
 from vlmprune.eval.report.repeat import command_of, needs
-from vlmprune.eval.results.records import Config, method_record, read_records
-from vlmprune.eval.words import grid, parse, parse_budgets
+from vlmprune.eval.results.records import Config, method_record
+from vlmprune.eval.results.store import read_records
+from vlmprune.eval.words.parts import grid, parse, parse_budgets
+from vlmprune.eval.words.typed import parse_fields, split_list
 from vlmprune.prune import registry
 from vlmprune.prune.registry import method_class
 
@@ -24,8 +26,8 @@ def read_back(command: str, config: dict) -> list[Config]:
     args = cli.build_parser().parse_args(words[words.index("sweep") :])
     seed = args.seed
     cells = grid(
-        [parse(word, seed) for word in cli.split_list(args.methods) if word != "dense"],
-        parse_budgets(cli.split_list(args.budgets)),
+        [parse(word, seed) for word in split_list(args.methods) if word != "dense"],
+        parse_budgets(split_list(args.budgets)),
     )
     base = Config(**config)
     return [
@@ -33,14 +35,14 @@ def read_back(command: str, config: dict) -> list[Config]:
             base,
             methods=tuple(map(method_record, parts)),
             model=args.model,
-            task=cli.split_list(args.tasks)[0],
+            task=split_list(args.tasks)[0],
             limit=args.limit,
             seed=seed,
             dtype=args.dtype,
             attn_implementation=args.attn_implementation,
             positions=args.positions,
-            kinds=tuple(sorted(cli.split_list(args.kinds))) if args.kinds else None,
-            model_args=cli.parse_fields(cli.split_list([args.model_args or ""])) or None,
+            kinds=tuple(sorted(split_list(args.kinds))) if args.kinds else None,
+            model_args=parse_fields(split_list([args.model_args or ""])) or None,
         )
         for parts in cells
     ]

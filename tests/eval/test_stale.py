@@ -20,15 +20,17 @@ from kit import zoo
 from PIL import Image
 from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import embedded
-from vlmprune.eval.fingerprint import content_hash, questions_hash
+from vlmprune.eval.content_hash import content_hash
+from vlmprune.eval.embedded.task import EmbeddedTask
 from vlmprune.eval.in_process import sweep_model
 from vlmprune.eval.report import markdown
 from vlmprune.eval.report.cells import read_cells, sections
-from vlmprune.eval.results.records import Record, Store, main_score, method_record, read_records
-from vlmprune.eval.results.tables import sweep_table
+from vlmprune.eval.results.records import Record, main_score, method_record
+from vlmprune.eval.results.store import Store, read_records
+from vlmprune.eval.results.sweep_table import sweep_table
 from vlmprune.eval.sources import UNKNOWN, Source
-from vlmprune.eval.tasks.task import EmbeddedTask, version_of
-from vlmprune.eval.words import parse
+from vlmprune.eval.tasks.version import questions_hash, version_of
+from vlmprune.eval.words.parts import parse
 from vlmprune.prune import registry
 from vlmprune.prune.methods import VERSIONS, shipped
 

@@ -12,13 +12,18 @@ import pytest
 import vlmprune
 from kit.paths import STORED
 from rich.console import Console
+from vlmprune.eval.embedded.task import EmbeddedTask
 from vlmprune.eval.results import records as results
 from vlmprune.eval.results import statistics as stats
-from vlmprune.eval.results.records import Config, ResultsError, Store, method_record
-from vlmprune.eval.results.tables import accuracy_table, setting_line, sweep_table
+from vlmprune.eval.results.records import Config, ResultsError, method_record
+from vlmprune.eval.results.store import FILE_NAME, SCHEMA, Store, read_records
+from vlmprune.eval.results.sweep_table import accuracy_table, sweep_table
+from vlmprune.eval.results.texts import setting_line
 from vlmprune.eval.sweep.grid import Cell, sweep
-from vlmprune.eval.tasks.task import EmbeddedTask, TaskError, asked
-from vlmprune.eval.words import Part, grid, parse, parse_budgets
+from vlmprune.eval.tasks.protocols import TaskError
+from vlmprune.eval.tasks.questions import asked
+from vlmprune.eval.words.parts import Part, grid, parse, parse_budgets
+from vlmprune.eval.words.said import parts_text
 from vlmprune.prune.budget import Budget
 from vlmprune.prune.contract import CacheMethod
 from vlmprune.prune.registry import method_class
@@ -154,7 +159,7 @@ def _word(method: dict) -> str:
 def test_stored_runs_are_recognised_by_a_new_sweep(tmp_path):
     """The same command on the file of a stored run has nothing left to do."""
     source = STORED / "sweep.jsonl"
-    (tmp_path / results.FILE_NAME).write_bytes(source.read_bytes())
+    (tmp_path / FILE_NAME).write_bytes(source.read_bytes())
     stored = Store(tmp_path).read()
     base = Config(**stored[0]["config"])
     assert base.methods == [] and base.kinds is None
@@ -416,7 +421,7 @@ def test_other_versions_or_hardware_warn_on_resume(tmp_path, caplog):
 def test_records_carry_the_schema_and_everything_about_the_run(tmp_path):
     go(cells("fastv"), Runner(), tmp_path)
     record = Store(tmp_path).read()[1]
-    assert record["schema"] == results.SCHEMA
+    assert record["schema"] == SCHEMA
     assert record["versions"] == VERSIONS and record["hardware"] == HARDWARE
     assert record["batch_size"] == 2 and record["seconds"] >= 0 and record["finished"]
     (method,) = record["config"]["methods"]
@@ -427,7 +432,7 @@ def test_records_carry_the_schema_and_everything_about_the_run(tmp_path):
 
 def test_a_newer_schema_is_an_error_not_a_guess(tmp_path):
     store = Store(tmp_path)
-    store.append({"schema": results.SCHEMA + 1, "id": "x", "status": "ok"})
+    store.append({"schema": SCHEMA + 1, "id": "x", "status": "ok"})
     with pytest.raises(ResultsError, match="newer vlmprune"):
         store.read()
 
@@ -484,7 +489,7 @@ def test_records_of_older_schemas_are_brought_up_to_date():
         raw = [json.loads(line) for line in file.read_text().splitlines()]
         assert {record["schema"] for record in raw} <= {1, 2}
         known = {record["id"]: record for record in raw}
-        for record in results.read_records(file):
+        for record in read_records(file):
             if record["status"] != "ok":
                 continue
             name, score = results.main_score(record)
@@ -552,7 +557,7 @@ def test_fields_and_positions_show_in_the_table():
 
 def test_a_field_of_several_values_is_the_same_in_memory_and_in_the_file():
     parts = parse("pyramiddrop:layers=[1,2,3]@0.5")
-    text = results.parts_text(parts)
+    text = parts_text(parts)
     assert text == "pyramiddrop(layers=[1, 2, 3], keep_ratio=0.5)"
     record = {"config": config("pyramiddrop:layers=(1,2,3)@0.5").as_json()}
     assert results.variant(record) == "pyramiddrop(layers=[1, 2, 3])"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kit.paths import ROOT, STORED, TESTS
+from vlmprune.eval.bench.bench_table import before_after_table, bench_table, shapes_table
 from vlmprune.eval.bench.scale import scale_table
 from vlmprune.eval.bench.select import summary_table
-from vlmprune.eval.bench.table import before_after_table, bench_table, shapes_table
 from vlmprune.eval.commands.listing import methods_table, models_table
-from vlmprune.eval.results.records import read_records
-from vlmprune.eval.results.tables import accuracy_table, sweep_table
+from vlmprune.eval.results.store import read_records
+from vlmprune.eval.results.sweep_table import accuracy_table, sweep_table
 
 _ONE_FILE_EACH = ("methods", "families", "transcriptions", "training", "golden")
 """Folders whose files are listed elsewhere, or are all alike."""

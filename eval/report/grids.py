@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..results.records import cache_text
-from ..results.tables import in_unit, metric_label, milliseconds, scale, with_interval
+from ..results.texts import in_unit, metric_label, milliseconds, scale, with_interval
 from .cells import COSTS, Cell, Section, finite, pareto
 
 MISSING = {"failed": "failed", "not_applicable": "not applicable"}

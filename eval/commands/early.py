@@ -4,7 +4,6 @@ and a folder that takes nothing."""
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -12,16 +11,14 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..prune import methods
-from ..prune.amount import PUBLISHED, Budget
-from ..prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
-from ..prune.plugins import ENTRY_POINT_GROUP
-from .embedded import TASK
-from .embedded.vocabulary import KINDS
-from .tasks.task import TaskError
-
-DENSE = "dense"
-AND = re.compile(r"\+(?=[A-Za-z_])")  # the plus of 1e+3 is none
+from ...prune import methods
+from ...prune.amount import PUBLISHED, Budget
+from ...prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
+from ...prune.plugins import ENTRY_POINT_GROUP
+from ..embedded import TASK
+from ..embedded.vocabulary import KINDS
+from ..tasks.protocols import TaskError
+from ..words.typed import DENSE, method_names_in
 
 
 class OutputError(VlmpruneError, OSError):
@@ -34,7 +31,7 @@ def refuse_unknown_methods(words: Iterable[str]) -> None:
     Raises:
         UnknownMethodError: it says what is near, and what there is.
     """
-    names = [re.split("[:@]", part)[0] for word in words for part in AND.split(word)]
+    names = [name for word in words for name in method_names_in(word)]
     if not names:
         return
     known = _known()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ..prune.amount import BUDGET_WORDS, PREFIXES
+from ...prune.amount import BUDGET_WORDS, PREFIXES
 
 _BUDGET = "|".join(BUDGET_WORDS)
 _NUMBER = r"\d+(?:\.\d+)?"

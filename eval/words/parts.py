@@ -11,12 +11,11 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
-from ..prune.contract import Method, Place
-from ..prune.errors import BudgetError, MethodFieldError
-from ..prune.registry import method, method_class
-from .cli import parse_fields
-from .early import AND
+from ...prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
+from ...prune.contract import Method, Place
+from ...prune.errors import BudgetError, MethodFieldError
+from ...prune.registry import method, method_class
+from .typed import DENSE, parse_fields, split_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def parse(text: str, seed: int = 0) -> Parts:
     Raises:
         UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
     """
-    parts = [_part(word, seed) for word in AND.split(text)]
+    parts = [_part(word, seed) for word in split_parts(text)]
     places = list(Place)
     return tuple(sorted(parts, key=lambda part: places.index(part.method.place)))
 
@@ -84,7 +83,7 @@ def combined(methods: Sequence[str], budgets: Sequence[str], seed: int) -> list[
     Raises:
         UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
     """
-    words = [parse(text, seed) for text in methods if text != "dense"]
+    words = [parse(text, seed) for text in methods if text != DENSE]
     amounts = parse_budgets(budgets)
     refuse_without_budget(words, amounts)
     return grid(words, amounts)

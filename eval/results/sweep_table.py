@@ -1,20 +1,12 @@
-"""Result records as a table: coloured in a terminal, Markdown where it is pasted or piped."""
+"""Records of a sweep as tables: a line a cell, accuracies by budget, percent of dense by task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as RichTable
-from rich.text import Text
+from collections.abc import Sequence
 
 from ...prune.budget import PUBLISHED
 from ..environment import describe
+from ..table import Table
 from .averages import percent_of_dense
 from .records import (
     Record,
@@ -28,7 +20,8 @@ from .records import (
     method_name,
     variant,
 )
-from .statistics import Score, Spread, difference
+from .statistics import difference
+from .texts import in_unit, metric_text, milliseconds, scale, setting_line, with_interval
 
 NOTES = (
     "{} with its 95 % interval; difference to dense paired question by question. Tokens: "
@@ -39,73 +32,6 @@ NOTES = (
 )
 
 _MIXED = "several"  # the column of methods that are combined under different budgets
-_WRAPPED_WIDTH = 14  # the least that a column of running text gets
-
-
-@dataclass(frozen=True)
-class Table:
-    """Headers and rows of text, numbers to the right from column `numbers_from` on.
-
-    In a terminal, only the columns in `wrapping` are broken into lines, and where there is no room
-    the columns in `droppable` are left out, first to last; Markdown always has all.
-    """
-
-    headers: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    numbers_from: int = 2
-    title: str | None = None
-    notes: str | None = None
-    wrapping: tuple[int, ...] = ()
-    droppable: tuple[int, ...] = ()
-
-    def markdown(self) -> str:
-        """GitHub Markdown."""
-        marks = ["---" if i < self.numbers_from else "---:" for i in range(len(self.headers))]
-        lines = [list(self.headers), marks, *(list(row) for row in self.rows)]
-        body = "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
-        parts = [self.title, body, self.notes]
-        return "\n\n".join(part for part in parts if part)
-
-    def print(self, console: Console) -> None:
-        if not console.is_terminal:
-            console.print(self.markdown(), markup=False)
-            return
-        if self.title:
-            console.print(self.title, markup=False, style="bold", soft_wrap=False)
-        dropped = 0
-        table = self._rich(dropped)
-        while self._too_wide(table, console) and dropped < len(self.droppable):
-            dropped += 1
-            table = self._rich(dropped)
-        console.print(table, soft_wrap=False)
-        if dropped:
-            names = ", ".join(self.headers[i] for i in self.droppable[:dropped])
-            console.print(f"No room for: {names}.", markup=False, style="dim", soft_wrap=False)
-        if self.notes:
-            console.print(self.notes, markup=False, style="dim", soft_wrap=False)
-
-    def _rich(self, dropped: int) -> RichTable:
-        shown = [i for i in range(len(self.headers)) if i not in self.droppable[:dropped]]
-        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for index in shown:
-            wraps = index in self.wrapping
-            header = self.headers[index] if wraps else self.headers[index].replace(" ", "\n")
-            texts = [*header.split("\n"), *(row[index] for row in self.rows)]
-            table.add_column(
-                header,
-                justify="left" if index < self.numbers_from else "right",
-                no_wrap=not wraps,
-                overflow="fold",
-                min_width=_WRAPPED_WIDTH if wraps else max(map(cell_len, texts)),
-            )
-        for row in self.rows:
-            table.add_row(*(Text(row[index]) for index in shown))
-        return table
-
-    @staticmethod
-    def _too_wide(table: RichTable, console: Console) -> bool:
-        unlimited = console.options.update(width=10_000)
-        return Measurement.get(console, unlimited, table).minimum > console.width
 
 
 def sweep_table(records: Sequence[Record]) -> Table:
@@ -255,53 +181,8 @@ def _difference(record: Record, dense: Record | None) -> str:
     return f"{value:+.1f}" + ("" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]")
 
 
-def scale(score: Score) -> int:
-    """What a value is multiplied with to be shown: shares are in percent."""
-    return 100 if score["unit"] == "share" else 1
-
-
-def in_unit(score: Score) -> str:
-    """The value, in percent or points."""
-    return f"{scale(score) * score['value']:.1f}"
-
-
-def with_interval(score: Score) -> str:
-    """The value and its 95 % interval, in percent or points."""
-    if score["low"] is None or score["high"] is None:
-        return in_unit(score)
-    by = scale(score)
-    return f"{in_unit(score)} [{by * score['low']:.1f}, {by * score['high']:.1f}]"
-
-
-def metric_text(record: Mapping[str, Any]) -> str:
-    """The name of the main metric as a heading."""
-    return metric_label(*main_score(record))
-
-
-def metric_label(name: str, score: Score) -> str:
-    """A metric as a heading, with its unit, and which way is better where that is not up."""
-    words = f"{name[:1].upper()}{name[1:]}".replace("_", " ")
-    down = "" if score["higher_is_better"] else " (lower is better)"
-    return words + (" %" if score["unit"] == "share" else "") + down
-
-
 def _metric(records: Sequence[Record]) -> str:
     return next((metric_text(r) for r in records if r["status"] == "ok"), "Score")
-
-
-def milliseconds(spread: Spread | None) -> str:
-    return f"{1e3 * spread['median']:.1f}" if spread else ""
-
-
-def setting_line(config: Mapping[str, Any]) -> str:
-    """What was run, in one line."""
-    limit = config["limit"] if config["limit"] is not None else "all"
-    kinds = f"kinds: {' '.join(config['kinds'])}, " if config.get("kinds") else ""
-    return (
-        f"model: {config['model']} ({config['dtype']}, {config['attn_implementation']}), "
-        f"task: {config['task']} v{config['task_version']}, {kinds}limit: {limit}, "
-        f"seed: {config['seed']}"
-    )
 
 
 def _title(record: Record) -> str:
@@ -309,7 +190,3 @@ def _title(record: Record) -> str:
         f"{setting_line(record['config'])}, batch_size: {record['batch_size']}, "
         f"on {describe(record['hardware'])}"
     )
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -1,7 +1,7 @@
-"""Hashes of what is asked: two tasks of one name are the same only if their contents are.
+"""Hashes of contents: of what is asked, of pictures, of code.
 
-The same on every machine: what counts is what questions say and what pictures show, not where they
-are stored.
+The same on every machine: what counts is what texts say and what pictures show, not where they are
+stored.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
-if TYPE_CHECKING:
-    from .tasks.task import Question
-
 _DIGITS = 12
-_ASKED = ("id", "kind", "question", "answer", "image")
 
 
 def content_hash(*values: object) -> str:
@@ -37,12 +33,6 @@ def content_hash(*values: object) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
-def questions_hash(questions: Sequence[Question]) -> str:
-    """`content_hash` of questions: what `task.Question` has, pictures included, and all further
-    public fields of plain values, e.g. several answers."""
-    return content_hash(*(content_hash(*_parts(question)) for question in questions))
-
-
 def plain_fields(thing: object) -> dict[str, Any]:
     """The public fields of an object whose contents `content_hash` knows."""
     if dataclasses.is_dataclass(thing):
@@ -51,12 +41,6 @@ def plain_fields(thing: object) -> dict[str, Any]:
         names = list(getattr(thing, "__dict__", {}))
     values = {name: getattr(thing, name) for name in names if not name.startswith("_")}
     return {name: value for name, value in values.items() if _is_plain(value)}
-
-
-def _parts(question: Question) -> tuple[object, ...]:
-    asked = [getattr(question, name) for name in _ASKED]
-    more = {k: v for k, v in plain_fields(question).items() if k not in _ASKED}
-    return (*asked, more)
 
 
 def _is_plain(value: object) -> bool:

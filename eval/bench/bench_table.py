@@ -8,7 +8,7 @@ from typing import Any
 from ..environment import describe
 from ..models.shapes import TEXT_TOKENS
 from ..results.statistics import Spread
-from ..results.tables import Table
+from ..table import Table
 from .targets import Target, verdicts
 
 

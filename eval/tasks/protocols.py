@@ -1,0 +1,56 @@
+"""What a benchmark must offer to be swept: questions, and how they are put and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from PIL.Image import Image
+
+from ...prune.errors import VlmpruneError
+
+
+class TaskError(VlmpruneError, ValueError):
+    """Questions that a task does not have."""
+
+
+class Question(Protocol):
+    """One question about one image. Scores are reported over all, and for every `kind`."""
+
+    @property
+    def id(self) -> str | int: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def image(self) -> Image: ...
+
+
+AnyQuestion = TypeVar("AnyQuestion", bound=Question)
+
+
+class Task(Protocol):
+    """A benchmark. The same `limit` gives the same questions in the same order.
+
+    Results tell tasks of one name apart by what they ask and how; see `version.version_of`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    def questions(self, limit: int | None) -> Sequence[Question]:
+        """`limit` questions, every kind represented (None: all)."""
+        ...
+
+    def prompt(self, processor: Any, question: Question) -> str:
+        """The text that goes to the processor, image placeholder included."""
+        ...
+
+    def is_correct(self, prediction: str, question: Question) -> bool: ...
