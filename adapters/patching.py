@@ -382,11 +382,6 @@ def _setup(
     shape = family.shape(model)
     for call in calls:
         _check_signals(call, shape, clip)
-        if getattr(call.method, "official", False):
-            raise MethodFieldError(
-                f"{call.name}(official=True) reproduces a defect of the published code on golden "
-                f"data and may keep a wrong number of tokens: leave it out to prune a model."
-            )
         _check_decoder(call, family, model)
     modes = _positions(family, calls, positions)
     if (tokens := family.fixed_tokens(model)) is not None:

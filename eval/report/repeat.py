@@ -89,7 +89,8 @@ def _methods_word(entries: list[MethodRecord], seed: int) -> str:
 def _method_word(entry: MethodRecord, seed: int) -> str:
     """A method as `--methods` takes it: the fields that are not at their defaults, the budget."""
     try:
-        usual = {**method_class(entry["name"])().fields(), "seed": seed}
+        cls = method_class(entry["name"])
+        usual = {**cls.retired, **cls().fields(), "seed": seed}
     except (VlmpruneError, TypeError):  # of another version, a plug-in, or without defaults
         usual = {}
     fields = [

@@ -93,7 +93,7 @@ def method_record(part: Part) -> MethodRecord:
     method, budget = part.method, part.budget
     record = MethodRecord(
         name=method.name,
-        fields=method.fields(),
+        fields={**method.fields(), **method.retired},
         budget={"word": budget.word, "value": budget.value} if budget else None,
     )
     version = VERSIONS[shipped] if (shipped := settled(type(method).__module__)) else 1

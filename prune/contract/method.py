@@ -47,6 +47,9 @@ class Method(ABC):
     without_cls: ClassVar[Mapping[str, object]] = {}
     """Fields to set so that the mean attention that each token receives stands in for CLS, on
     encoders that have none."""
+    retired: ClassVar[Mapping[str, object]] = {}
+    """Fields that earlier versions had, with the value that they had in all results: these are
+    found again under the same id."""
     waits: ClassVar[str | None] = None
     """Why a choice waits for the device, where the algorithm forces it; None: it does not."""
 

@@ -398,23 +398,12 @@ def test_a_visual_mask_without_embeddings(where):
         (model if where == "forward" else model.generate)(**inputs, visual_mask=mask)
 
 
-def test_official_is_for_golden_tests_only():
-    """`official=True` reproduces a defect: `patch` refuses it, whoever defines it."""
-    calls = [vlmprune.method(name, keep_ratio=0.5) for name in vlmprune.methods()]
-    takes = [call.name for call in calls if "official" in call.method.fields()]
-    for name in takes:
-        case = QWEN if name == "hiprune" else CLIP
-        fields = {"reference": "question"} if name == "corematching" else {}
-        refusal(
-            vlmprune.MethodFieldError,
-            f"{name}(official=True) reproduces a defect",
-            model=case.model(),
-            args=(name,),
-            keep_ratio=0.5,
-            official=True,
-            **fields,
-        )
-    assert {"hiprune", "corematching", "elastic_cache", "token_select"} <= set(takes)
+@pytest.mark.parametrize("name", [n for n in vlmprune.methods() if method_class(n).retired])
+def test_a_retired_field_is_unknown(name):
+    """Results of before still hold it; nobody can set it."""
+    for field, value in method_class(name).retired.items():
+        words = (name, f"no field {field!r}")
+        refusal(vlmprune.MethodFieldError, *words, args=(name,), keep_ratio=0.5, **{field: value})
 
 
 # --- Methods that read decoder layers or the cache ---------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from vlmprune.prune.contract import (
     Decoder,
+    Method,
     ModelShape,
     Place,
     Pruning,
@@ -21,6 +22,7 @@ from vlmprune.prune.contract import (
     Tower,
     VisualTokens,
 )
+from vlmprune.prune.registry import method_class
 from vlmprune.prune.tiling import Tiling
 
 LLAMA_7B = Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008)
@@ -39,11 +41,19 @@ class Golden(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """Which method a key belongs to, its fields from the settings, and the comparison."""
+    """Which method a key belongs to, its fields from the settings, and the comparison.
+
+    Where the authors' code has a defect that the method does not share, `official` is the method
+    with that defect: the golden data compares it, and no model can be patched with it.
+    """
 
     method: str
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]
     compare: Callable[[Golden, Any], None]
+    official: type[Method] | None = None
+
+    def made(self, golden: Golden) -> Method:
+        return (self.official or method_class(self.method))(**self.fields(golden.params))
 
 
 def load(path: Path) -> Golden:

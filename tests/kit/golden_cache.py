@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from kit.golden import Golden, Runner, assert_equal
 from torch import Tensor
 from vlmprune.prune.contract import CacheEntries, ReceivedInLayer
+from vlmprune.prune.methods.cache.elastic_cache import ElasticCache
+from vlmprune.prune.methods.cache.token_select import TokenSelect
+from vlmprune.prune.ops.topk import ascending
 
 
 def entries_of(
@@ -33,6 +37,28 @@ def entries_of(
         hidden=torch.zeros(length, 4),
         rotary=(torch.ones(length, width), torch.zeros(length, width)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialElasticCache(ElasticCache):
+    """The ranks of the last candidates are taken for the numbers of those that stay: p stays if
+    the p-th lowest score is one of theirs. The numbers of dropped entries lack the start."""
+
+    def _parted(self, scores: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+        ranks = scores[start:-1].float().argsort(stable=True).argsort()
+        dropped, anchors = ranks.split([len(ranks) - count, count])
+        return ascending(anchors) + start, ascending(dropped)
+
+    def slot(self, kept: int, stored: int) -> int:
+        return super().slot(kept + 1, stored)  # one more was dropped than counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialTokenSelect(TokenSelect):
+    """Query head h is compared with head h % key heads."""
+
+    def _grouped(self, query: Tensor, key_heads: int) -> Tensor:
+        return query.unflatten(1, (-1, key_heads)).transpose(1, 2)
 
 
 def _elastic_cache(golden: Golden, method: Any) -> None:
@@ -67,12 +93,14 @@ def _token_select(golden: Golden, method: Any) -> None:
 RUNNERS: dict[str, Runner] = {
     "elasticcache": Runner(
         "elastic_cache",
-        lambda p: {"start_size": p["start_size"], "distance": p["distance"], "official": True},
+        lambda p: {key: p[key] for key in ("start_size", "distance")},
         _elastic_cache,
+        OfficialElasticCache,
     ),
     "tokenselect": Runner(
         "token_select",
-        lambda p: {key: p[key] for key in ("n_init", "n_local", "top_k")} | {"official": True},
+        lambda p: {key: p[key] for key in ("n_init", "n_local", "top_k")},
         _token_select,
+        OfficialTokenSelect,
     ),
 }

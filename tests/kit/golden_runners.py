@@ -8,6 +8,7 @@ settings are used, so that other cases of the same keys run as well.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,9 +23,19 @@ from kit import (
 )
 from kit.golden import CLIP_L, LLAMA_7B, MERGING, Golden, Runner, assert_equal, choose, load
 from torch import Tensor
-from vlmprune.prune.contract import ClsAttention, Features, Method, ModelShape, TextAttention, Tower
+from vlmprune.prune.batches import ranked
+from vlmprune.prune.contract import (
+    ClsAttention,
+    Features,
+    Method,
+    ModelShape,
+    Selection,
+    TextAttention,
+    Tower,
+)
+from vlmprune.prune.methods.before_llm.hiprune import HiPrune
 from vlmprune.prune.ops.maxmin import greedy_max_min
-from vlmprune.prune.registry import method_class
+from vlmprune.prune.ops.topk import top_k
 from vlmprune.prune.tiling import Tiling
 
 
@@ -34,7 +45,7 @@ def run(path: Path) -> None:
     if key not in RUNNERS:
         raise LookupError(f"{path.name}: no runner for key {key!r}; known: {', '.join(RUNNERS)}")
     runner, golden = RUNNERS[key], load(path)
-    runner.compare(golden, method_class(runner.method)(**runner.fields(golden.params)))
+    runner.compare(golden, runner.made(golden))
 
 
 # --- One function a key ----------------------------------------------------------------------
@@ -78,6 +89,18 @@ def _hiprune_tiles(golden: Golden, method: Method) -> None:
     assert_equal(torch.cat(packed), golden.arrays["kept"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfficialHiPrune(HiPrune):
+    """On encoders that merge patches registers may repeat tokens that are certain already."""
+
+    def _filled(self, certain: Tensor, deep: Tensor, keep: int) -> list[Selection]:
+        kept = []
+        for sure, scores in zip(certain, deep, strict=True):
+            registers = top_k(scores - sure.float(), keep - int(sure.sum()))
+            kept.append(sure.index_fill(0, registers, True).nonzero()[:, 0])
+        return list(map(ranked, kept, deep))
+
+
 def _hiprune_merged(golden: Golden, method: Method) -> None:
     received = (golden.arrays["shallow_colsum"], golden.arrays["deep_colsum"])
     signals = dict(zip(method.needs(MERGING), received, strict=True))
@@ -115,8 +138,9 @@ RUNNERS: dict[str, Runner] = {
     ),
     "hiprune_qwen": Runner(
         "hiprune",
-        lambda p: {"alpha": p["alpha"], "object_layer": p["object_layer"] - 1, "official": True},
+        lambda p: {"alpha": p["alpha"], "object_layer": p["object_layer"] - 1},
         _hiprune_merged,
+        OfficialHiPrune,
     ),
     "vtccls": Runner("vtc_cls", lambda p: {"layer": p["start_layer"]}, _vtc_cls),
     "fastv": Runner("fastv", lambda p: {"layer": p["fastv_k"]}, _fastv),

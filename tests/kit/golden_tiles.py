@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from kit.golden import CLIP_L, Golden, Runner, assert_equal, choose
 from torch import Tensor
-from vlmprune.prune.contract import Features, Method
+from torch.nn.functional import normalize
+from vlmprune.prune.contract import Features, Method, Selection, VisualTokens
+from vlmprune.prune.methods.before_llm.globalcom2 import GlobalCom2
+from vlmprune.prune.methods.before_llm.hired import HiRED
+from vlmprune.prune.methods.before_llm.holov import HoloV
+from vlmprune.prune.ops.parts import by_tile, canvas_of, tile_numbers, top_of_each
+from vlmprune.prune.ops.topk import ascending, top_k
 from vlmprune.prune.tiling import Block, Tiling
+
+_EPS = 1e-6  # of the official HoloV
 
 
 def _span(original: tuple[int, int], canvas: tuple[int, int]) -> tuple[slice, slice]:
@@ -31,6 +40,27 @@ def _merged(tiles: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 # --- HiRED -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialHiRED(HiRED):
+    """Counts in as many equal strips of the thumbnail as there are crops; shares rounded down."""
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        if canvas_of(tokens.tiling) is None:
+            return super().select(tokens, keep)
+        early, late = (tokens.signals[signal] for signal in self._signals(tokens.shape))
+        first, *crops = (tile.num_patches for tile in tokens.tiling.tiles)
+        own = min(int(keep * self.alpha), first)
+        best = torch.zeros(first).index_fill(
+            0, top_k(early[:first], int(first * (1 - self.alpha))), 1
+        )
+        strips = best.view(len(crops), -1).sum(1)
+        shares = (strips / strips.sum() * min(keep - own, sum(crops))).long()
+        counts = torch.cat([torch.tensor([own]), shares.minimum(torch.tensor(crops))])
+        parts = tile_numbers(tokens.tiling, late.device)
+        order = top_of_each(late, parts, counts, int(counts.sum()))
+        return Selection(kept=ascending(order), scores=late)
 
 
 def _hired_next(golden: Golden, method: Method) -> None:
@@ -94,6 +124,46 @@ def _hired_plain(golden: Golden, method: Method) -> None:
 # --- GlobalCom2 ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfficialGlobalCom2(GlobalCom2):
+    """Equal parts of the thumbnail, counts rounded down from a ratio (None: keep / tokens), and a
+    token's number among its crop's tokens taken for its place on the crop with padding."""
+
+    retention_ratio: float | None = None
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        chosen, tiling = super().select(tokens, keep), tokens.tiling
+        if canvas_of(tiling) is None:
+            return chosen
+        first = tiling.tiles[0].num_patches
+        own = int((chosen.order < first).sum())
+        crops = chosen.order[own:]
+        crops = crops[_misplaced(tiling)[crops - first].argsort(stable=True)]
+        return replace(chosen, order=torch.cat([chosen.order[:own], crops]))
+
+    def _counts(
+        self, base: Tensor, canvas: Block, tokens: VisualTokens, keep: int
+    ) -> tuple[int, Tensor, int]:
+        ratio = self.retention_ratio
+        ratio = keep / tokens.num_tokens if ratio is None else ratio
+        equal = Block((1,) * len(canvas.row_sizes), (1,) * len(canvas.column_sizes))
+        sizes = torch.tensor([crop.num_patches for crop in tokens.tiling.tiles[1:]])
+        counts = (self._scales(base, equal, ratio) * sizes).long()
+        return int(base.numel() * ratio), counts, int(counts.sum())
+
+
+def _misplaced(tiling: Tiling) -> Tensor:
+    """Where the official packing puts each token of the canvas: (P,)."""
+    (thumbnail, *crops), places = tiling.tiles, []
+    width = thumbnail.columns * len(tiling.blocks[1].column_sizes)
+    for crop in crops:
+        number = torch.arange(crop.num_patches)
+        row = crop.place[0] * thumbnail.rows + number // thumbnail.columns
+        column = crop.place[1] * thumbnail.columns + number % thumbnail.columns
+        places.append(row * width + column)
+    return torch.cat(places)[by_tile(tiling, number.device)[thumbnail.num_patches :].argsort()]
+
+
 def _globalcom2(golden: Golden, method: Method) -> None:
     logits, params = golden.arrays["cls_logits"], golden.params
     (width, height), (across, down) = params["image_size_wh"], params["grid_wh"]
@@ -140,6 +210,40 @@ def _cut(side: int, tiles: int, span: slice) -> tuple[int, ...]:
 # --- HoloV -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfficialHoloV(HoloV):
+    """Flat chunks, a diversity that cancels, -1 where a chunk is too small for its share."""
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        features, attention = (tokens.signals[s].float() for s in self.needs(tokens.shape))
+        number = self._number(tokens.num_tokens, keep)
+        chunks = attention.tensor_split(number)
+        weights = torch.stack(list(map(self._weight, features.tensor_split(number), chunks)))
+        weights = weights / (weights.sum() + _EPS)
+        counts = (weights * keep).floor().long()
+        counts[top_k(weights, keep - int(counts.sum()))] += 1
+
+        order, start = [], 0
+        for chunk, count in zip(chunks, counts.tolist(), strict=True):
+            whole = count >= len(chunk)
+            order.append(start + (torch.arange(len(chunk)) if whole else top_k(chunk, count)))
+            start += len(chunk)
+        found = torch.cat(order)
+        pads = found.new_full((keep - len(found),), -1)
+        return Selection(kept=ascending(found), order=torch.cat([found, pads]))
+
+    def _weight(self, features: Tensor, attention: Tensor) -> Tensor:
+        if len(attention) < 2:
+            return attention.mean()
+        unit = normalize(features, dim=-1, eps=_EPS)
+        similar = (unit @ unit.T).fill_diagonal_(0)  # to itself, too, in the variance
+        others = len(similar) - 1
+        spread = (similar - similar.sum(1, keepdim=True) / others).square().sum(1) / others
+        scaled = 1000 * attention
+        scale = scaled.abs().mean() / (spread.abs().mean() + _EPS)
+        return (scaled + self.alpha * spread * scale).mean()
+
+
 def _holov(golden: Golden, method: Method) -> None:
     values = golden.arrays["features"], golden.arrays["attn"]
     signals = dict(zip(method.needs(CLIP_L), values, strict=True))
@@ -153,20 +257,18 @@ def _holov(golden: Golden, method: Method) -> None:
 
 
 RUNNERS: dict[str, Runner] = {
-    "hired_next": Runner("hired", lambda p: {"alpha": p["alpha"], "official": True}, _hired_next),
+    "hired_next": Runner("hired", lambda p: {"alpha": p["alpha"]}, _hired_next, OfficialHiRED),
     "hired_llava15": Runner("hired", lambda p: {}, _hired_plain),
     "globalcom2": Runner(
         "globalcom2",
-        lambda p: {
-            "temperature": p["temperature"],
-            "retention_ratio": p["retention_ratio"],
-            "official": True,
-        },
+        lambda p: {key: p[key] for key in ("temperature", "retention_ratio")},
         _globalcom2,
+        OfficialGlobalCom2,
     ),
     "holov": Runner(
         "holov",
-        lambda p: {"num_chunks": p["num_patches"], "alpha": p["alpha_llava"], "official": True},
+        lambda p: {"num_chunks": p["num_patches"], "alpha": p["alpha_llava"]},
         _holov,
+        OfficialHoloV,
     ),
 }

@@ -90,7 +90,7 @@ def test_operations_are_counted_where_images_are_asked_in_turn():
     ("name", "fields", "tower"),
     [
         ("fopru", {"strategy": "row", "axis": "auto"}, "clip"),
-        ("hiprune", {"official": True}, "merging"),
+        ("hiprune", {}, "merging"),
     ],
 )
 def test_the_other_rule_of_a_method_in_one_pass(name, fields, tower):

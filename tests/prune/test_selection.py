@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.golden_runners import OfficialHiPrune
 from test_methods_cache import COMPRESSING
 from vlmprune.prune.budget import plan, round_tokens
 from vlmprune.prune.contract import (
@@ -45,6 +46,7 @@ from vlmprune.prune.contract import (
 )
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.layers import scale_layer
+from vlmprune.prune.methods.before_llm.hiprune import HiPrune
 from vlmprune.prune.ops import cosine, maxmin
 from vlmprune.prune.ops.maxmin import greedy_max_min
 from vlmprune.prune.ops.topk import top_k
@@ -485,7 +487,6 @@ def test_a_method_is_a_plain_value(name):
     assert cls() == cls()
     assert hash(cls()) == hash(cls())
     assert set(cls().fields()) == {field.name for field in fields(cls)}
-    assert isinstance(cls().fields().get("official", False), bool)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +502,6 @@ def test_a_method_is_a_plain_value(name):
         ("hiprune", "alpha", "0.1"),
         ("hiprune", "object_layer", True),
         ("hiprune", "deep_layer", 2.0),
-        ("hiprune", "official", 1),
         ("fastv", "layer", 0),
         ("fastv", "layer", None),
         ("fastv", "layer", 2.0),
@@ -653,11 +653,9 @@ def test_hiprune_official_keeps_too_few_where_patches_merge():
     objects, deep = torch.rand(2, 100, generator=generator)
     deep[objects.argmax()] = 50  # subtracting 1 does not keep the anchor out of the registers
     tokens = hiprune_tokens(objects, deep, (10, 10))
-    exact, official = (select("hiprune", tokens, 40, official=o) for o in (False, True))
+    exact, official = (m.select(tokens, 40).kept for m in (HiPrune(), OfficialHiPrune()))
     assert len(official) < len(exact) == 40
     assert set(official.tolist()) < set(exact.tolist())
-    clip = hiprune_tokens(objects, deep, (10, 10), tower="clip")
-    assert len(select("hiprune", clip, 40, official=True)) == 40
 
 
 @pytest.mark.parametrize(

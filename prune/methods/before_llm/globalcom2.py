@@ -6,10 +6,9 @@ Upstream: xuyang-liu16/GlobalCom2, llava/model/llava_arch.py (generate_scale_for
     compress_thumbnail, compress_crops), commit 96b2d00b86a22495285ab448cc89faedafddd78d.
 Differs: tokens of a crop enter in raster order of the canvas. The official code numbers them among
     the crop's tokens without padding and takes these numbers for places on the whole crop, which
-    mixes them up where there is padding; `official=True` reproduces that order.
+    mixes them up where there is padding.
     The count is exact: what rounding leaves goes to the largest remainders, what a full crop
-    cannot take to the others. Official counts are rounded down from a ratio, and so with
-    `official=True`, which takes `retention_ratio` (None: keep / tokens) in place of a count.
+    cannot take to the others. Official counts are rounded down from a ratio.
     The part of the thumbnail that shows a crop is that of the crop without its padding; its sum
     is scaled to that of equal parts. Official parts are equal, padding or not.
     Newlines are dropped or counted (official: kept on top of the budget, also of padded rows).
@@ -44,7 +43,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError
-from ...fields import check_flag, check_fraction, check_layer
+from ...fields import check_layer
 from ...layers import encoder_layer
 from ...ops.parts import (
     apportion,
@@ -73,26 +72,17 @@ class GlobalCom2(BeforeLLM):
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("keep", "drop")
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
     without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
+    retired: ClassVar[Mapping[str, object]] = {"official": False, "retention_ratio": None}
 
     temperature: float = 10.0
     layer: int | None = None
     scores: Scores = "cls"
-    official: bool = False
-    retention_ratio: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_temperature(self.temperature)
         check_layer("layer", self.layer)
         check_scores(self.scores)
-        check_flag("official", self.official)
-        if self.retention_ratio is not None:
-            check_fraction("retention_ratio", self.retention_ratio)
-            if not self.official:
-                raise MethodFieldError(
-                    f"retention_ratio={self.retention_ratio!r} is read with official=True only: "
-                    f"give keep_ratio or keep_tokens in its place."
-                )
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         layer = encoder_layer(self.layer, -1, shape.tower, field="layer")
@@ -111,8 +101,6 @@ class GlobalCom2(BeforeLLM):
         combined = _with_global(scores[first:], base, canvas, tokens.tiling)
         parts = tile_numbers(tokens.tiling, scores.device)[first:] - 1
         crops = ascending(top_of_each(combined, parts, counts, rest))
-        if self.official:
-            crops = crops[_misplaced(tokens.tiling)[crops].argsort(stable=True)]
         order = torch.cat([top_k(scores[:first], own), crops + first])
         ranks = torch.cat([scores[:first], combined])
         return Selection(kept=ascending(order), order=order, scores=ranks)
@@ -123,11 +111,6 @@ class GlobalCom2(BeforeLLM):
         """What the thumbnail keeps, what each crop does, and the sum over the crops."""
         sizes = [crop.num_patches for crop in tokens.tiling.tiles[1:]]
         ratio = keep / tokens.num_tokens
-        if self.official:
-            ratio = ratio if self.retention_ratio is None else self.retention_ratio
-            scales = self._scales(base, _evenly(canvas), ratio)
-            counts = (scales * on_device(sizes, scales.device)).long()
-            return int(base.numel() * ratio), counts, int(counts.sum())
         own = round(base.numel() * ratio)
         scales = self._scales(base, canvas, ratio)
         counts = apportion(keep - own, scales * on_device(sizes, scales.device), sizes)
@@ -159,27 +142,6 @@ def _with_global(scores: Tensor, base: Tensor, canvas: Block, tiling: Tiling) ->
     sizes = [crop.num_patches for crop in tiling.tiles[1:]]
     crops = torch.stack([scores, wide], 1)[order].split(sizes)
     return torch.cat([normalize(crop, dim=0).sum(1) for crop in crops])[order.argsort()]
-
-
-def _evenly(canvas: Block) -> Block:
-    """The same crops, all of one size."""
-    return Block((1,) * len(canvas.row_sizes), (1,) * len(canvas.column_sizes))
-
-
-def _misplaced(tiling: Tiling) -> Tensor:
-    """Where the official packing puts each token of the canvas: (P,).
-
-    It takes a token's number among its crop's tokens for its place on the crop with padding, which
-    is as large as the thumbnail.
-    """
-    (thumbnail, *crops), places = tiling.tiles, []
-    width = thumbnail.columns * len(tiling.blocks[1].column_sizes)
-    for crop in crops:
-        number = torch.arange(crop.num_patches)
-        row = crop.place[0] * thumbnail.rows + number // thumbnail.columns
-        column = crop.place[1] * thumbnail.columns + number % thumbnail.columns
-        places.append(row * width + column)
-    return torch.cat(places)[by_tile(tiling, number.device)[thumbnail.num_patches :].argsort()]
 
 
 def _check_temperature(value: Any) -> None:

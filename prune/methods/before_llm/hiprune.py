@@ -6,7 +6,7 @@ Upstream: Danielement321/HiPrune, LLaVA/llava/model/llava_arch.py (encode_images
     Qwen2_5_VL/qwen2_5_vl_HiPrune.py (forward), commit 6e83a1240874e99a25df34f54221a29bb24b7bc2.
 Differs: anchors and buffers are excluded from the registers. On encoders that merge patches the
     official code subtracts 1 from scores whose mean is 1, picks some of them twice and keeps too
-    few; `official=True` reproduces that.
+    few.
     At most keep // 5 anchors, so that they and their buffers fit; official code crashes there
     (small counts with alpha near 1 only).
     Layers scale with the depth of other encoders; an encoder without CLS that merges nothing has
@@ -17,15 +17,16 @@ Differs: anchors and buffers are excluded from the registers. On encoders that m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...batches import InOnePass, ranked, stacked
 from ...contract import ModelShape, ReceivedAttention, Selection, Signal, Tower, VisualTokens
-from ...fields import check_flag, check_fraction, check_layer
+from ...fields import check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.parts import on_device
 from ...ops.topk import ascending, top_k
@@ -42,17 +43,17 @@ class HiPrune(InOnePass):
     of 24, or 15 and -1 of 32 on an encoder that merges patches.
     """
 
+    retired: ClassVar[Mapping[str, object]] = {"official": False}
+
     alpha: float = 0.1
     object_layer: int | None = None
     deep_layer: int | None = None
-    official: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction("alpha", self.alpha)
         check_layer("object_layer", self.object_layer)
         check_layer("deep_layer", self.deep_layer)
-        check_flag("official", self.official)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return tuple(dict.fromkeys(self._signals(shape.tower)))
@@ -63,8 +64,10 @@ class HiPrune(InOnePass):
         anchors = top_k(objects, min(round(keep * self.alpha / 5), keep // 5))
         columns = on_device([tokens.grid[1] for tokens in images], deep.device)
         certain = _with_neighbours(anchors, columns[:, None], deep.shape[1])
-        if self.official and tower.merge_unit > 1:
-            return list(map(_official, deep, certain, [keep] * len(images)))
+        return self._filled(certain, deep, keep)
+
+    def _filled(self, certain: Tensor, deep: Tensor, keep: int) -> list[Selection]:
+        """The tokens that are `certain` (B, N), and registers by their scores `deep` (B, N)."""
         kept = ascending(top_k(deep.masked_fill(certain, torch.inf), keep))
         return list(map(ranked, kept, deep))
 
@@ -78,12 +81,6 @@ class HiPrune(InOnePass):
             objects = encoder_layer(self.object_layer, 8, tower, field="object_layer")
             deep = encoder_layer(self.deep_layer, -2, tower, field="deep_layer")
         return ReceivedAttention(objects), ReceivedAttention(deep)
-
-
-def _official(deep: Tensor, certain: Tensor, keep: int) -> Selection:
-    """As published: registers (N,) may repeat tokens that are certain (N,) already."""
-    registers = top_k(deep - certain.float(), keep - int(certain.sum()))
-    return Selection(kept=certain.index_fill(0, registers, True).nonzero()[:, 0])
 
 
 def _with_neighbours(anchors: Tensor, columns: Tensor, num_tokens: int) -> Tensor:

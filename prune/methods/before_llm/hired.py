@@ -6,9 +6,9 @@ Upstream: hasanar1f/HiRED, transformers/src/transformers/models/llava_next/model
     and transformers/src/transformers/models/llava/modeling_llava.py (HiRED_token_selection),
     commit 502d6dd79a03e87cc808cedba8b8a951d93cb62b.
 Differs: the share of a crop follows the part of the thumbnail that shows it. The official code
-    counts in horizontal strips of the thumbnail, one a crop; `official=True` reproduces that.
+    counts in horizontal strips of the thumbnail, one a crop.
     The count is exact: what rounding leaves goes to the largest remainders, what a full tile
-    cannot take to the others. Official shares are rounded down, and so with `official=True`.
+    cannot take to the others. Official shares are rounded down.
     A thumbnail token on the border of two crops counts for both, by area.
     Padding is no candidate, so that no kept token is lost with it. The official packing also
     swaps height and width of the grid.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...contract import BeforeLLM, ModelShape, Scope, Selection, Signal, VisualTokens
-from ...fields import check_flag, check_fraction, check_layer
+from ...fields import check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.parts import apportion, canvas_of, on_device, sums_of_crops, tile_numbers, top_of_each
 from ...ops.topk import ascending, top_k
@@ -47,12 +47,12 @@ class HiRED(BeforeLLM):
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
     without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
+    retired: ClassVar[Mapping[str, object]] = {"official": False}
 
     alpha: float = 0.5
     budget_layer: int | None = None
     layer: int | None = None
     scores: Scores = "cls"
-    official: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +60,6 @@ class HiRED(BeforeLLM):
         check_layer("budget_layer", self.budget_layer)
         check_layer("layer", self.layer)
         check_scores(self.scores)
-        check_flag("official", self.official)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return tuple(dict.fromkeys(self._signals(shape)))
@@ -71,9 +70,6 @@ class HiRED(BeforeLLM):
         canvas = canvas_of(tokens.tiling)
         if canvas is None:
             counts = on_device(share(keep, sizes), late.device)
-        elif self.official:
-            counts = self._official_counts(early[: sizes[0]], sizes, keep)
-            keep = int(counts.sum())
         else:
             first = tokens.tiling.tiles[0]
             thumbnail = early[: sizes[0]].view(first.rows, first.columns)
@@ -88,14 +84,6 @@ class HiRED(BeforeLLM):
         best = _best(thumbnail.flatten(), round(first * (1 - self.alpha))).view_as(thumbnail)
         shown = sums_of_crops(best, canvas.row_sizes, canvas.column_sizes)
         return _joined(own, apportion(keep - own, shown, crops))
-
-    def _official_counts(self, thumbnail: Tensor, sizes: list[int], keep: int) -> Tensor:
-        """As published: (tiles,) rounded down, from as many equal strips as there are crops."""
-        first, *crops = sizes
-        own = min(int(keep * self.alpha), first)
-        strips = _best(thumbnail, int(first * (1 - self.alpha))).view(len(crops), -1).sum(1)
-        counts = strips / strips.sum() * min(keep - own, sum(crops))
-        return _joined(own, counts.long().minimum(on_device(crops, counts.device)))
 
     def _signals(self, shape: ModelShape) -> tuple[Signal, Signal]:
         tower = shape.tower

@@ -13,7 +13,6 @@ Differs: the crops are rectangles of the image, as the paper draws them (officia
     What a full crop cannot take goes to the others by their scores (official: vectors of zeros).
     The number of crops follows the Qwen file, which gives the 16 of the LLaVA file at 64 of 576.
     A crop kept whole is in the order of scores like any other (official: raster).
-    `official=True` reproduces all of this as released, with -1 for vectors of zeros.
     `scores="received"`, for encoders without CLS, is what the Qwen file reads, there in the wrong
     order (windows) and off by one. Ties go to the lower index.
     As published, tokens of a crop are chosen by attention alone.
@@ -33,11 +32,11 @@ from torch.nn.functional import normalize
 
 from ...contract import BeforeLLM, Features, ModelShape, Scope, Selection, Signal, VisualTokens
 from ...errors import MethodFieldError
-from ...fields import check_flag, check_int, check_layer
+from ...fields import check_int, check_layer
 from ...layers import encoder_layer
 from ...ops.parts import apportion, on_device, top_of_each
 from ...ops.spread import even_shares, lattice_rows
-from ...ops.topk import ascending, top_k
+from ...ops.topk import ascending
 from ...registry import register
 from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 from ...select import share
@@ -58,12 +57,12 @@ class HoloV(BeforeLLM):
 
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
     without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
+    retired: ClassVar[Mapping[str, object]] = {"official": False}
 
     num_chunks: int | None = None
     alpha: float = 0.09
     layer: int | None = None
     scores: Scores = "cls"
-    official: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +72,6 @@ class HoloV(BeforeLLM):
         _check_weight(self.alpha)
         check_layer("layer", self.layer)
         check_scores(self.scores)
-        check_flag("official", self.official)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         published = -1 if shape.tower.merge_unit > 1 else -2
@@ -83,8 +81,6 @@ class HoloV(BeforeLLM):
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         features, attention = (tokens.signals[s].float() for s in self.needs(tokens.shape))
         number = self._number(tokens.num_tokens, keep)
-        if self.official:
-            return self._official(features, attention, number, keep)
         parts = on_device(_crops(tokens.tiling, number), attention.device)
         sizes = _crop_sizes(tokens.tiling, number)
         by_crop = parts.argsort(stable=True)
@@ -102,37 +98,9 @@ class HoloV(BeforeLLM):
             return max(1, min(1024 * num_tokens // (576 * keep), num_tokens))
         return min(self.num_chunks, num_tokens)
 
-    def _official(self, features: Tensor, attention: Tensor, number: int, keep: int) -> Selection:
-        """As released: flat chunks, a diversity that cancels, -1 where a chunk is too small."""
-        scores, chunks = [], []
-        for x, a in zip(features.tensor_split(number), attention.tensor_split(number), strict=True):
-            chunks.append(a)
-            if len(a) < 2:
-                scores.append(a.mean())
-                continue
-            spread, scaled = _diversity(x, with_self=True), 1000 * a
-            scale = scaled.abs().mean() / (spread.abs().mean() + _EPS)
-            scores.append((scaled + self.alpha * spread * scale).mean())
-        weights = torch.stack(scores)
-        weights = weights / (weights.sum() + _EPS)
-        counts = (weights * keep).floor().long()
-        counts[top_k(weights, keep - int(counts.sum()))] += 1
 
-        order, start = [], 0
-        for chunk, count in zip(chunks, counts.tolist(), strict=True):
-            whole = count >= len(chunk)
-            order.append(start + (torch.arange(len(chunk)) if whole else top_k(chunk, count)))
-            start += len(chunk)
-        found = torch.cat(order)
-        pads = found.new_full((keep - len(found),), -1)
-        return Selection(kept=ascending(found), order=torch.cat([found, pads]))
-
-
-def _diversity(features: Tensor, with_self: bool = False) -> Tensor:
-    """Variance of each token's cosine similarities to the others of its crop: (n, D) -> (n,).
-
-    `with_self` counts, as the official code does, a similarity of zero to itself in the sum.
-    """
+def _diversity(features: Tensor) -> Tensor:
+    """Variance of each token's cosine similarities to the others of its crop: (n, D) -> (n,)."""
     n = len(features)
     if n < 2:
         return features.new_zeros(n)
@@ -141,8 +109,7 @@ def _diversity(features: Tensor, with_self: bool = False) -> Tensor:
         similar = unit[start : start + _BLOCK] @ unit.T
         similar.diagonal(start).zero_()
         away = (similar - similar.sum(1, keepdim=True) / (n - 1)).square_()
-        if not with_self:
-            away.diagonal(start).zero_()
+        away.diagonal(start).zero_()
         variances.append(away.sum(1) / (n - 1))
     return torch.cat(variances)
 

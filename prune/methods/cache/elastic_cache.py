@@ -6,7 +6,7 @@ Upstream: liuzuyan/ElasticCache, kv_cache.py (ElasticCache.__call__),
     commit 3138e03fc8894231d98a2e5353f27a59af854cc3.
 Differs: the entries with the highest scores stay, as the paper says. The official code takes an
     argsort for ranks, which is close to a random choice, and merges entries `start_size` places
-    before those that it drops; `official=True` does both.
+    before those that it drops.
     Exactly the budget stays (official: one entry less), and where it has no room for an anchor the
     others are dropped unmerged: the last entry comes first, then those of the start.
     Every sample has its own scores (official: one list for all).
@@ -17,13 +17,15 @@ Differs: the entries with the highest scores stay, as the paper says. The offici
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...contract import CacheEntries, Compressed, Compressing, ModelShape, ReceivedInLayer, Signal
-from ...fields import check_flag, check_int
+from ...fields import check_int
 from ...ops.merge import bags, complement
 from ...ops.topk import ascending, top_k
 from ...registry import register
@@ -38,9 +40,10 @@ class ElasticCache(Compressing):
     for it, counted from the end of the compressed prompt if negative, from the start if positive.
     """
 
+    retired: ClassVar[Mapping[str, object]] = {"official": False}
+
     start_size: int = 1
     distance: int = -25
-    official: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +51,6 @@ class ElasticCache(Compressing):
         check_int("start_size", self.start_size, at_least=0, hint=hint)
         hint = "give a slot, counted from the end of the compressed prompt if negative (-25)"
         check_int("distance", self.distance, hint=hint)
-        check_flag("official", self.official)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return tuple(ReceivedInLayer(layer) for layer in range(shape.decoder.num_layers))
@@ -56,13 +58,17 @@ class ElasticCache(Compressing):
     def compress(self, entries: CacheEntries, keep: int) -> Compressed:
         scores = entries.signals[ReceivedInLayer(entries.layer)]
         start = min(self.start_size, keep - 1)
-        choose = _by_rank if self.official else _by_score
-        anchors, dropped = choose(scores[start:-1], keep - 1 - start)
+        anchors, dropped = self._parted(scores, start, keep - 1 - start)
         numbers = torch.arange(len(scores), device=scores.device)
-        kept = torch.cat([numbers[:start], anchors + start, numbers[-1:]])
-        # Officially the numbers of dropped entries lack the start, but those of anchors have it.
-        merged = _merged(entries, kept, start, dropped if self.official else dropped + start)
-        return replace(merged, scores=scores)
+        kept = torch.cat([numbers[:start], anchors, numbers[-1:]])
+        return replace(_merged(entries, kept, start, dropped), scores=scores)
+
+    def _parted(self, scores: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Of the entries between the first `start` and the last, the `count` with the highest
+        scores (S,), and the others; both ascending."""
+        between = scores[start:-1]
+        anchors = ascending(top_k(between, count))
+        return anchors + start, complement(anchors, len(between)) + start
 
     def evict(self, *, prompt: int, kept: int, stored: int, seen: int) -> int | None:
         # In whole numbers: stored - seen * kept / prompt < 1.
@@ -72,25 +78,8 @@ class ElasticCache(Compressing):
 
     def slot(self, kept: int, stored: int) -> int:
         """The entry to remove where `stored` are too many; a prompt has left `kept` of them."""
-        end = kept + 1 if self.official else kept  # officially one more was dropped than counted
-        slot = self.distance if self.distance > 0 else end + self.distance
+        slot = self.distance if self.distance > 0 else kept + self.distance
         return min(max(slot, self.start_size), stored - 2)
-
-
-def _by_score(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` candidates with the highest scores (n,), and the others; both ascending."""
-    anchors = ascending(top_k(scores, count))
-    return anchors, complement(anchors, len(scores))
-
-
-def _by_rank(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The official defect: candidate p stays if the p-th lowest score is one of the last `count`'s.
-
-    So the ranks of the last `count` candidates are taken for the numbers of those that stay.
-    """
-    ranks = scores.float().argsort(stable=True).argsort()
-    dropped, anchors = ranks.split([len(scores) - count, count])
-    return ascending(anchors), ascending(dropped)
 
 
 def _merged(entries: CacheEntries, kept: Tensor, start: int, dropped: Tensor) -> Compressed:

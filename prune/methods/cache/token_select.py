@@ -5,7 +5,7 @@ Reference: TokenSelect: Efficient Long-Context Inference and Length Extrapolatio
 Upstream: pzs19/TokenSelect, patcher/token_retrieval.py (TokenRetriever.retrieval_indices,
     get_topk_tokens), commit 8e1e97f03e4e37f38f3dd15d1987fa59e80cdb43.
 Differs: query head h is compared with the keys that it attends to, those of head h // group. The
-    official kernel takes head h % key heads; `official=True` does so.
+    official kernel takes head h % key heads.
     A budget replaces `top_k`, for every row of a batch (official: one request at a time).
     Only new tokens select; the chunks of a long prompt, whose queries the official code averages,
     attend to everything. The switch that re-uses a selection, off as published, is left out.
@@ -14,16 +14,18 @@ Differs: query head h is compared with the keys that it attends to, those of hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from ...contract import Attending
 from ...errors import MethodFieldError
-from ...fields import check_flag, check_int
+from ...fields import check_int
 from ...ops.parts import on_device
 from ...ops.topk import top_k
 from ...registry import register
@@ -39,12 +41,12 @@ class TokenSelect(Attending):
     """
 
     unranked: ClassVar[str | None] = "drops nothing: every new token ranks all entries anew"
+    retired: ClassVar[Mapping[str, object]] = {"official": False}
 
     n_init: int = 128
     n_local: int = 512
     top_k: int = 2048
     pool: int = 1
-    official: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +58,6 @@ class TokenSelect(Attending):
         check_int("pool", self.pool, at_least=1, hint=hint)
         if self.pool % 2 == 0:
             raise MethodFieldError(f"pool={self.pool} is not possible: {hint}.")
-        check_flag("official", self.official)
 
     @property
     def always(self) -> int:
@@ -96,17 +97,16 @@ class TokenSelect(Attending):
     def _votes(self, query: Tensor, keys: Tensor, between: Tensor | None = None) -> Tensor:
         """The sum of all heads' votes for each entry, or for each in `between`, all others -1:
         (B, S)."""
-        heads = keys.shape[1]
-        if self.official:  # query heads (group, H_kv) instead of (H_kv, group)
-            grouped = query.unflatten(1, (-1, heads)).transpose(1, 2)
-        else:
-            grouped = query.unflatten(1, (heads, -1))
-        logits = _products(grouped, keys).flatten(1, 2)
+        logits = _products(self._grouped(query, keys.shape[1]), keys).flatten(1, 2)
         if between is None:
             return self._pooled(logits.softmax(-1).sum(1))
         votes = logits.masked_fill(~between[:, None], -torch.inf).softmax(-1).sum(1)
         votes = votes.masked_fill(~between, -1)  # also where nothing is between, and votes are nan
         return self._pooled(votes).masked_fill(~between, -1)
+
+    def _grouped(self, query: Tensor, key_heads: int) -> Tensor:
+        """The query heads (B, H, D) by the head of keys that they attend to: (B, H_kv, G, D)."""
+        return rearrange(query, "b (h g) d -> b h g d", h=key_heads)
 
     def _pooled(self, votes: Tensor) -> Tensor:
         if self.pool == 1:

@@ -6,22 +6,21 @@ Upstream: wangqinsi1/2025-ICML-CoreMatching, transformers/models/llama/modeling_
     (LlamaMLP.forward), commit 046b24e6bd6b42a53cd214f49ee061835fd50827.
 Differs: the default is the paper's rule, which the released code does not hold: that one counts the
     neurons shared with one question token, for every positive activation, in each of the layers 5
-    to 18, and then sets keys and values of these layers to zero, which removes nothing. It is
-    `reference="question"` with `official=True`: the same tokens at one layer, really removed.
+    to 18, and then sets keys and values of these layers to zero, which removes nothing.
     One cut, behind the first of these layers: later layers run on the core tokens alone. The other
     half of the paper, decoding with the core neurons only, is not part of this method.
     `rho` and `beta` are inferred, as is that a value at the percentile counts as above it.
     The prompt's tokens are those of the image and the text behind it; every image has its own.
     At least one token stays, and a budget is possible: the tokens with the largest overlaps.
-    Without `official` the question token is the prompt's last (official: the fifth from the end,
-    which is the question's last in one prompt format; here the first where there are fewer).
+    The question token is the prompt's last (official: the fifth from the end, which is the
+    question's last in one prompt format).
     Positions stay the original ones, which the paper leaves open.
     Published for 32 layers; elsewhere the layer has the same relative depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -40,7 +39,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError
-from ...fields import check_choice, check_flag, check_fraction, check_layer
+from ...fields import check_choice, check_fraction, check_layer
 from ...layers import scale_layer, user_layer
 from ...ops.elbow import elbow
 from ...ops.topk import ascending, top_k
@@ -63,12 +62,12 @@ class CoreMatching(InDecoder):
     positions: ClassVar[Positions] = "original"
     needs_budget: ClassVar[bool] = False
     finds_count: ClassVar[bool] = True
+    retired: ClassVar[Mapping[str, object]] = {"official": False}
 
     layer: int | None = None
     rho: float = 0.2
     beta: float = 0.4
     reference: Reference = "sentence"
-    official: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,15 +75,9 @@ class CoreMatching(InDecoder):
         check_fraction("rho", self.rho)
         check_fraction("beta", self.beta)
         check_choice("reference", self.reference, get_args(Reference))
-        check_flag("official", self.official)
-        if self.official and self.reference != "question":
-            raise MethodFieldError(
-                f"official=True is not possible with reference={self.reference!r}, which the "
-                f"released code does not have: use reference='question' with it."
-            )
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        overlap = Overlap(self.rho, self.beta, self.reference, self.official)
+        overlap = Overlap(self.rho, self.beta, self.reference)
         return (Neurons(self._layer(shape), overlap),)
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
@@ -127,25 +120,22 @@ class Overlap:
     rho: float
     beta: float
     reference: Reference
-    official: bool
 
     def __call__(self, visual: Tensor, text: Tensor) -> Tensor:
         """Counts (N,) float32 from activations (N, M) and (T, M), in O(N + M) memory."""
         least = [self._least(part) for part in (visual, text)]
         if self.reference == "question":
-            wanted = text[max(-5, -len(text)) if self.official else -1] > 0
+            wanted = text[-1] > 0
         else:
             wanted = self._most_frequent((visual, text), least)
         counts = [core.float() @ wanted.float() for core in _core(visual, least[0])]
         return torch.cat(counts)
 
-    def _least(self, activations: Tensor) -> Tensor | None:
-        """The least activation (n, 1) of each token's core neurons; None: any positive one."""
-        if self.official:
-            return None
+    def _least(self, activations: Tensor) -> Tensor:
+        """The least activation (n, 1) of each token's core neurons."""
         return torch.cat([_quantile(rows, self.rho) for rows in activations.split(_ROWS)])
 
-    def _most_frequent(self, parts: tuple[Tensor, Tensor], least: list[Tensor | None]) -> Tensor:
+    def _most_frequent(self, parts: tuple[Tensor, Tensor], least: list[Tensor]) -> Tensor:
         """(M,) bool: the core neurons of the prompt."""
         frequency = parts[0].new_zeros(parts[0].shape[1], dtype=torch.int64)
         for part, above in zip(parts, least, strict=True):
@@ -163,8 +153,8 @@ def _quantile(activations: Tensor, rho: float) -> Tensor:
     return positive.nanquantile(rho, dim=1, keepdim=True, interpolation="higher")
 
 
-def _core(activations: Tensor, least: Tensor | None) -> Iterator[Tensor]:
+def _core(activations: Tensor, least: Tensor) -> Iterator[Tensor]:
     """Which neurons are core neurons of each token, (n, M) bool, some tokens at a time."""
     for start in range(0, len(activations), _ROWS):
-        rows = activations[start : start + _ROWS]
-        yield rows > 0 if least is None else rows >= least[start : start + _ROWS]
+        part = slice(start, start + _ROWS)
+        yield activations[part] >= least[part]

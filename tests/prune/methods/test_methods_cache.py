@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kit.golden import CLIP_L, load
-from kit.golden_cache import entries_of
+from kit.golden_cache import OfficialElasticCache, OfficialTokenSelect, entries_of
 from kit.paths import TESTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vlmprune.prune.contract import CacheEntries, ReceivedInLayer
@@ -66,7 +66,7 @@ COMPRESSING = [
     ("elastic_cache", {}),
     ("elastic_cache", {"start_size": 0}),
     ("elastic_cache", {"start_size": 6}),
-    ("elastic_cache", {"start_size": 2, "official": True}),
+    ("elastic_cache", {"start_size": 2}),
     *(("visual_press", {"press": press}) for press in PRESSES),
     ("visual_press", {"pooling": "max", "kernel": 7, "window": 3}),
 ]
@@ -110,7 +110,7 @@ def test_inputs_stay_and_results_repeat(name, fields):
     assert first.keys is None or torch.equal(first.keys, second.keys)
 
 
-@pytest.mark.parametrize(("name", "fields"), [c for c in COMPRESSING if not c[1].get("official")])
+@pytest.mark.parametrize(("name", "fields"), COMPRESSING, ids=IDS)
 def test_ties_go_to_the_lower_index(name, fields):
     keys = torch.ones(2, 9, 4)
     visual = torch.tensor([False] + [True] * 7 + [False])
@@ -231,7 +231,7 @@ def test_elastic_official_differs_in_both_indices():
     """Ranks of 1..4 are 3, 0, 1, 2. The last two of these, 1 and 2, are taken for what stays: 2
     and 3. The other two, 0 and 3, are merged though 1 and 4 are dropped."""
     entries = scored(0.0, 0.9, 0.1, 0.2, 0.3, 0.0)
-    done = ElasticCache(official=True).compress(entries, 4)
+    done = OfficialElasticCache().compress(entries, 4)
     assert done.kept.tolist() == [0, 2, 3, 5]
     wanted = torch.tensor([1, (1 + 100) / 2, (1e3 + 1e3) / 2, 1e5])
     torch.testing.assert_close(done.keys[0, :, 0], wanted)
@@ -304,7 +304,7 @@ def test_elastic_evicts_as_officially(path):
     """In whole numbers as the official code does in floating point."""
     golden = load(path)
     keep, length = golden.arrays["k_out"].shape[2], golden.params["L"]
-    call = ElasticCache(start_size=golden.params["start_size"], official=True)
+    call = OfficialElasticCache(start_size=golden.params["start_size"])
     stored = keep
     for seen, removed in enumerate(golden.arrays["removed"].tolist(), start=length + 1):
         stored += 1
@@ -347,7 +347,7 @@ def slow_select(call, query, keys, length: int, keep: int | None) -> list[int]:
     votes = torch.zeros(len(between))
     group = len(query) // len(keys)
     for h, q in enumerate(query):
-        of = h % len(keys) if call.official else h // group
+        of = h % len(keys) if type(call) is OfficialTokenSelect else h // group
         votes += (keys[of, between] @ q).softmax(0)
     side = call.pool // 2
     pooled = [max(votes[max(0, i - side) : i + side + 1]) for i in range(len(between))]
@@ -398,8 +398,8 @@ def test_query_heads_ask_their_own_keys():
     keys = torch.zeros(1, 2, 4, 1)
     keys[0, :, :2, 0] = torch.tensor([[8.0, 0], [0, 8.0]])
     query = torch.tensor([0, 1.0, 0, 0.1])[None, :, None]
-    for official, best in ((False, 0), (True, 1)):
-        call = TokenSelect(n_init=0, n_local=1, top_k=1, official=official)
+    for cls, best in ((TokenSelect, 0), (OfficialTokenSelect, 1)):
+        call = cls(n_init=0, n_local=1, top_k=1)
         assert rows_of(call.attended(query, keys, all_valid(4), None)) == [[best, 3]]
 
 
@@ -468,12 +468,11 @@ def test_batches_equal_rows_and_the_slow_reading(data):
         st.none() | st.lists(st.integers(1, 34), min_size=len(lengths), max_size=len(lengths))
     )
     heads, group = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2)]))
-    call = TokenSelect(
+    call = data.draw(st.sampled_from([TokenSelect, OfficialTokenSelect]))(
         n_init=data.draw(st.integers(0, 4)),
         n_local=data.draw(st.integers(1, 5)),
         top_k=data.draw(st.integers(1, 9)),
         pool=data.draw(st.sampled_from([1, 3])),
-        official=data.draw(st.booleans()),
     )
     stored, seed = max(lengths), data.draw(st.integers(0, 9))
     keys = seeded(len(lengths), heads, stored, 4, seed=seed)
@@ -739,13 +738,11 @@ def test_press_must_score():
         ("elastic_cache", "start_size", -1),
         ("elastic_cache", "start_size", True),
         ("elastic_cache", "distance", 1.5),
-        ("elastic_cache", "official", 1),
         ("token_select", "n_init", -1),
         ("token_select", "n_local", 0),
         ("token_select", "top_k", 0),
         ("token_select", "pool", 2),
         ("token_select", "pool", 0),
-        ("token_select", "official", None),
         ("visual_press", "window", 0),
         ("visual_press", "kernel", 4),
         ("visual_press", "kernel", 0),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.golden_corematching import shared_with_question
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vlmprune.prune.budget import plan, tokens_per_layer
@@ -39,9 +40,9 @@ from vlmprune.prune.tiling import Block, Tiling
 
 DEPTHS = (4, 5, 6, 24, 27, 28, 32, 36, 40, 48, 80)
 TILED = Tiling((Block((3,), (3,)), Block((2, 3), (3, 2), "rows")))  # 9 + 25 patches, 5 newlines
-SENTENCE = Overlap(0.5, 0.5, "sentence", False)
-QUESTION = Overlap(0.5, 0.5, "question", False)
-OFFICIAL = Overlap(0.5, 0.5, "question", True)
+SENTENCE = Overlap(0.5, 0.5, "sentence")
+QUESTION = Overlap(0.5, 0.5, "question")
+OFFICIAL = shared_with_question
 
 
 def model(depth: int = 32) -> ModelShape:
@@ -102,7 +103,7 @@ def test_overlaps_are_the_plain_ones(rho, sizes, dtype):
     visual, text = rand(1, num_tokens, width).to(dtype), rand(2, words, width).to(dtype)
     visual[0] = -1  # a token without any active neuron
     for beta in (0.0, 0.4, 1.0):
-        read = Overlap(rho, beta, "sentence", False)(visual, text)
+        read = Overlap(rho, beta, "sentence")(visual, text)
         assert read.dtype == torch.float32
         expected = overlaps_token_by_token(visual.float(), text.float(), rho, beta)
         assert read.tolist() == expected
@@ -137,7 +138,7 @@ def test_which_question_token(words):
 
 def test_rho_and_beta_count():
     visual, text = rand(3, 40, 30), rand(4, 5, 30)
-    reads = [Overlap(rho, beta, "sentence", False) for rho in (0, 0.6) for beta in (0.2, 0.7)]
+    reads = [Overlap(rho, beta, "sentence") for rho in (0, 0.6) for beta in (0.2, 0.7)]
     sums = [int(read(visual, text).sum()) for read in reads]
     assert sums[0] < sums[1] and sums[2] < sums[3]
     assert sums[0] > sums[2] and sums[1] > sums[3]
@@ -578,8 +579,6 @@ def test_places():
         ("corematching", {"beta": math.nan}),
         ("corematching", {"reference": "word"}),
         ("corematching", {"layer": 2.0}),
-        ("corematching", {"official": 1}),
-        ("corematching", {"official": True}),
         ("todre", {"tau": 1.2}),
         ("todre", {"late": "no"}),
         ("catp", {"late": 0}),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kit.golden import load
+from kit.golden_tiles import OfficialGlobalCom2, OfficialHiRED, OfficialHoloV
 from kit.paths import TESTS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cosine_similarity, interpolate
@@ -211,7 +212,6 @@ def test_scopes_and_newlines_of_the_papers():
     [
         *[(name, "scores", "mean") for name in ("cls_topk", "vtc_cls", "hired", "globalcom2")],
         *[(name, "layer", 2.0) for name in ("cls_topk", "fopru", "hired", "globalcom2", "holov")],
-        *[(name, "official", 1) for name in ("hired", "globalcom2", "holov")],
         ("fopru", "strategy", "column"),
         ("fopru", "axis", None),
         ("hired", "alpha", 1.1),
@@ -219,7 +219,6 @@ def test_scopes_and_newlines_of_the_papers():
         ("globalcom2", "temperature", 0),
         ("globalcom2", "temperature", math.nan),
         ("globalcom2", "temperature", True),
-        ("globalcom2", "retention_ratio", 0.5),
         ("holov", "num_chunks", 0),
         ("holov", "num_chunks", 2.0),
         ("holov", "alpha", -1),
@@ -450,8 +449,8 @@ def test_hired_official_counts_strips():
     early, late = torch.zeros(80), torch.arange(80.0)
     early[[2, 3, 6, 7, 10, 11, 14, 15]] = 1
     counts = {}
-    for official in (False, True):
-        method = method_class("hired")(official=official)
+    for official, cls in ((False, method_class("hired")), (True, OfficialHiRED)):
+        method = cls()
         chosen = method.select(given_signals(method, tiling, early, late), 11)
         counts[official] = tile_numbers(tiling, CPU)[chosen.kept].bincount(minlength=5).tolist()
     assert counts == {False: [6, 0, 3, 0, 2], True: [5, 1, 1, 1, 1]}
@@ -604,12 +603,9 @@ def test_globalcom2_keeps_newlines_in_the_count():
 def test_globalcom2_official_ratio():
     """Counts rounded down from the ratio, whatever the count; without one, from keep / tokens."""
     tiling = TILINGS["2 x 2"]
-    given_ratio = method_class("globalcom2")(official=True, retention_ratio=0.25)
-    derived = method_class("globalcom2")(official=True)
+    given_ratio, derived = OfficialGlobalCom2(retention_ratio=0.25), OfficialGlobalCom2()
     tokens = make_tokens(derived, tiling)
     assert torch.equal(given_ratio.select(tokens, 3).order, derived.select(tokens, 20).order)
-    with pytest.raises(MethodFieldError, match="official=True only"):
-        method_class("globalcom2")(retention_ratio=0.25)
 
 
 # --- holov -----------------------------------------------------------------------------------
@@ -678,7 +674,7 @@ def diverse_half():
 def test_holov_diversity_counts(official, more):
     """By default diverse crops keep more; in the official code the term cancels."""
     features, attention = diverse_half()
-    method = method_class("holov")(num_chunks=2, alpha=1.0, official=official)
+    method = (OfficialHoloV if official else holov.HoloV)(num_chunks=2, alpha=1.0)
     if official:  # its chunks are runs of tokens: let the halves be that
         features, attention = (
             t.view(4, 8, -1).transpose(0, 1).flatten(0, 1) for t in (features, attention)
@@ -703,7 +699,7 @@ def test_holov_overflow_goes_to_other_crops():
     assert order[:4] == [0, 1, 4, 5]
     assert len(set(order)) == 12 and -1 not in order
     assert [sum(i in crop for i in order) for crop in ({2, 3, 6, 7}, {8, 9, 12, 13})] == [3, 3]
-    official = method_class("holov")(num_chunks=4, alpha=0.0, official=True)
+    official = OfficialHoloV(num_chunks=4, alpha=0.0)
     chosen = official.select(given_signals(official, *tokens), 12)
     assert chosen.count == 12
     assert chosen.order.tolist().count(-1) == 12 - len(chosen.kept) > 0
@@ -711,11 +707,9 @@ def test_holov_overflow_goes_to_other_crops():
 
 def test_holov_diversity_in_blocks(monkeypatch):
     features = torch.randn(50, 6, generator=torch.Generator().manual_seed(8))
-    whole = [holov._diversity(features, with_self) for with_self in (False, True)]
+    whole = holov._diversity(features)
     monkeypatch.setattr(holov, "_BLOCK", 7)
-    for with_self in (False, True):
-        blocked = holov._diversity(features, with_self)
-        torch.testing.assert_close(blocked, whole[with_self])
+    torch.testing.assert_close(holov._diversity(features), whole)
 
 
 @pytest.mark.parametrize(("keep", "number"), [(64, 16), (128, 8), (192, 5), (575, 1), (1, 576)])
