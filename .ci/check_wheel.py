@@ -8,6 +8,7 @@ roots = {name.split("/")[0] for name in names}
 foreign = {root for root in roots if root != "vlmprune" and not root.endswith(".dist-info")}
 wanted = {
     "vlmprune/py.typed",
+    "vlmprune/ERRORS.md",
     "vlmprune/eval/embedded/model/model.safetensors",
     "vlmprune/eval/embedded/data/questions.jsonl",
     "vlmprune/eval/presets/llava-1.5.yaml",

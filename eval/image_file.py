@@ -21,7 +21,14 @@ ENOUGH = 2**24
 
 
 class InputError(VlmpruneError, ValueError):
-    """A picture or question that cannot be read."""
+    """A picture or question that cannot be read.
+
+    Symptom: `ask`, `compare` or a sweep over own questions stops at a picture.
+    Cause: the file is missing or no picture, `embedded:N` counts too far, or the question is
+        missing behind it.
+    Type: `vlmprune ask cat.jpg "What is it?"`, or `vlmprune ask embedded:24`.
+    Page: ERRORS.md#inputerror
+    """
 
 
 def read_picture(image: Image.Image | str | PathLike[str]) -> Image.Image:

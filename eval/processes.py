@@ -20,7 +20,13 @@ Item = TypeVar("Item")
 
 
 class ProcessError(VlmpruneError, RuntimeError):
-    """Another process of the same run failed."""
+    """Another process of the same run failed.
+
+    Symptom: all processes of a `torchrun` stop, and name the one that failed.
+    Cause: the error of that process, which the message holds.
+    Type: the same command in one process, to see the whole error.
+    Page: ERRORS.md#processerror
+    """
 
 
 @dataclass(frozen=True)

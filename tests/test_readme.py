@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import vlmprune
+import yaml
+from kit import error_page
 from kit.markdown import Fence, Page, pages
 from kit.paths import ROOT
 from kit.tables import GENERATED
@@ -194,6 +197,38 @@ def test_the_added_method_works(tmp_path, monkeypatch, forget_methods):
     with torch.no_grad(), vlmprune.patch(model, "norm", keep_ratio=0.25, order=1.0) as handle:
         model(**case.inputs())
     assert handle.last.tokens_kept == [case.num_tokens("C") // 4]
+
+
+# --- Errors and the citation -----------------------------------------------------------------
+
+
+def test_the_page_of_errors_has_every_error_of_the_front_door():
+    front = {name for name in vlmprune.__all__ if name.endswith("Error")} - {"VlmpruneError"}
+    names = [error.__name__ for error in error_page.errors()]
+    assert set(names[: len(front)]) == front == set(error_page.EXAMPLES)
+    assert {name.lower() for name in names} <= Page(ROOT / "ERRORS.md").anchors
+
+
+@pytest.mark.parametrize("error", error_page.errors(), ids=lambda error: error.__name__)
+def test_an_error_says_its_symptom_cause_what_to_type_and_its_page(error):
+    said = error_page.parts(error)
+    assert list(said) == ["", *error_page.PARTS] and all(said.values())
+    assert said["Page"] == f"ERRORS.md#{error.__name__.lower()}"
+
+
+def test_the_page_of_errors_is_in_the_wheel():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "ERRORS.md" in tools["package-data"]["vlmprune"]
+
+
+def test_the_citation_is_of_this_version():
+    said = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert said["cff-version"] == "1.2.0" and said["type"] == "software"
+    assert said["message"] and said["authors"]
+    assert said["title"] == project["name"]
+    assert said["version"] == project["version"] == vlmprune.__version__
+    assert said["license"] == project["license"]
 
 
 if __name__ == "__main__":

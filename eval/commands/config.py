@@ -26,7 +26,13 @@ _NOT_WRITTEN = ("verbosity",)  # does not change what is measured
 
 
 class ConfigError(VlmpruneError, ValueError):
-    """A configuration file that cannot be read, or a key or value in it that means nothing."""
+    """A configuration file that cannot be read, or a key or value in it that means nothing.
+
+    Symptom: `sweep --config` names the file and the key.
+    Cause: no YAML, or a key that is no flag of `sweep`.
+    Type: flags as keys, e.g. `methods: [divprune, fastv]`; every sweep leaves a `sweep.yaml`.
+    Page: ERRORS.md#configerror
+    """
 
 
 # --- Reading ---------------------------------------------------------------------------------

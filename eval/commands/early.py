@@ -22,7 +22,13 @@ from ..words.typed import DENSE, method_names_in
 
 
 class OutputError(VlmpruneError, OSError):
-    """A folder that results cannot be written to."""
+    """A folder that results cannot be written to.
+
+    Symptom: a sweep or bench stops before torch is imported.
+    Cause: the folder is a file, read-only, or on a full disk.
+    Type: `--output_path` with another folder.
+    Page: ERRORS.md#outputerror
+    """
 
 
 def refuse_unknown_methods(words: Iterable[str]) -> None:

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 
 class MissingLmmsError(VlmpruneError, ImportError):
-    """lmms-eval is not installed."""
+    """lmms-eval is not installed.
+
+    Symptom: `sweep --tasks gqa` stops, while `tinyscenes` runs.
+    Cause: all tasks but the embedded one are those of lmms-eval.
+    Type: `pip install 'vlmprune[lmms]'`.
+    Page: ERRORS.md#missinglmmserror
+    """
 
 
 def benchmarks(

@@ -30,7 +30,14 @@ Pictures = Image.Image | list[Image.Image]
 
 
 class MediaError(VlmpruneError, ValueError):
-    """A picture or video that cannot be read."""
+    """A picture or video that cannot be read.
+
+    Symptom: a cell over a task of lmms-eval fails at one of its questions.
+    Cause: the video is damaged or empty, or `fps` is given for a model that sees a fixed number of
+        frames.
+    Type: `--model_args num_frames=8` in place of `fps`; fetch the data again.
+    Page: ERRORS.md#mediaerror
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

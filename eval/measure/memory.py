@@ -19,7 +19,13 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 class MemoryMeasureError(VlmpruneError, RuntimeError):
-    """Peak memory that could not be measured."""
+    """Peak memory that could not be measured.
+
+    Symptom: `bench model --memory` stops.
+    Cause: the process that measures was killed, or the system does not tell peaks.
+    Type: a smaller `--shape`, or leave `--memory` out.
+    Page: ERRORS.md#memorymeasureerror
+    """
 
 
 def in_fresh_process(measure: Callable[..., int], *args: object) -> int:

@@ -30,7 +30,14 @@ _SAMPLED = 64  # values of each parameter that go into the fingerprint
 
 
 class ModelLoadError(VlmpruneError, OSError):
-    """A model or device that cannot be had."""
+    """A model or device that cannot be had.
+
+    Symptom: a command stops at `--model`, `--device` or `--clip`.
+    Cause: no such folder or name on the Hub, no network, or a device that this PyTorch does not
+        see.
+    Type: a folder, a name on the Hub, or no `--model` for the embedded one; `--device cpu`.
+    Page: ERRORS.md#modelloaderror
+    """
 
 
 def resolve_device(name: str | None, *, may_shard: bool = False) -> str:

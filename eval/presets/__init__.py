@@ -34,7 +34,13 @@ _BENCHMARKS = "benchmarks"  # the one file here that is no preset
 
 
 class UnknownPresetError(VlmpruneError, KeyError):
-    """A preset that no file describes."""
+    """A preset that no file describes.
+
+    Symptom: `sweep --preset` stops; near names are in the message.
+    Cause: a spelling.
+    Type: `vlmprune presets` for all of them.
+    Page: ERRORS.md#unknownpreseterror
+    """
 
     def __str__(self) -> str:  # KeyError would print the repr of the message
         return str(self.args[0])

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 
 
 class MissingPackageError(VlmpruneError, ImportError):
-    """A package that is needed for this alone, and is not installed."""
+    """A package that is needed for this alone, and is not installed.
+
+    Symptom: `to_frame()` stops.
+    Cause: data frames need pandas, which vlmprune does without otherwise.
+    Type: `pip install pandas`.
+    Page: ERRORS.md#missingpackageerror
+    """
 
 
 class Results(list[Record]):

@@ -23,7 +23,13 @@ Status = Literal["ok", "failed", "not_applicable"]
 
 
 class ResultsError(VlmpruneError, ValueError):
-    """A result file that cannot be read or written."""
+    """A result file that cannot be read or written.
+
+    Symptom: `report`, `read_records` or a sweep stops at a file or folder.
+    Cause: it is no result of a sweep, has no cells yet, or may not be written.
+    Type: `vlmprune sweep -o DIR` first, then `vlmprune report DIR`.
+    Page: ERRORS.md#resultserror
+    """
 
 
 class MethodRecord(TypedDict):

@@ -22,7 +22,13 @@ FILE_NAME = "runs.jsonl"
 
 
 class UnwrittenError(ResultsError):
-    """A finished cell that the disk does not take; `record` is what was measured."""
+    """A finished cell that the disk does not take; `record` is what was measured.
+
+    Symptom: a sweep ends in the middle.
+    Cause: the disk is full, or the file may not be written any more.
+    Type: make room, then the same command: it goes on where it stopped.
+    Page: ERRORS.md#unwrittenerror
+    """
 
     def __init__(self, message: str, record: Record) -> None:
         super().__init__(message, record)

@@ -46,7 +46,14 @@ _MOST_SHOWN = 20
 
 
 class DataError(TaskError):
-    """Lines of a file that are no questions. `lines`: what is wrong, and with which of them."""
+    """Lines of a file that are no questions. `lines`: what is wrong, and with which of them.
+
+    Symptom: `sweep --data` names lines of the file before anything runs.
+    Cause: a line is no JSON object, lacks `image`, `question` or an answer, or its picture cannot
+        be read.
+    Type: `{"image": "a.png", "question": "What is it?", "answer": "a cat"}`, one object a line.
+    Page: ERRORS.md#dataerror
+    """
 
     def __init__(self, *lines: str) -> None:
         super().__init__(*lines)

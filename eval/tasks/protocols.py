@@ -11,7 +11,14 @@ from ...prune.errors import VlmpruneError
 
 
 class TaskError(VlmpruneError, ValueError):
-    """Questions that a task does not have."""
+    """Questions that a task does not have.
+
+    Symptom: a sweep stops before it loads a model, or a question cannot be put.
+    Cause: a task or kind that is misspelt or belongs to lmms-eval, or a processor without a chat
+        template.
+    Type: `vlmprune sweep --help` for tasks and kinds; `pip install 'vlmprune[lmms]'` for others.
+    Page: ERRORS.md#taskerror
+    """
 
 
 class Question(Protocol):

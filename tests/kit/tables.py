@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kit.error_page import error_page
 from kit.paths import ROOT, STORED, TESTS
 from vlmprune.eval.bench.bench_table import before_after_table, bench_table, shapes_table
 from vlmprune.eval.bench.scale import scale_table
@@ -100,6 +101,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "models": lambda: models_table().markdown(),
     "support": lambda: _expected("support.json", "Method"),
     "features": lambda: _expected("features.json", "Feature"),
+    "errors": error_page,
     "files_prune": lambda: _files(ROOT / "prune"),
     "files_adapters": lambda: _files(ROOT / "adapters"),
     "files_eval": lambda: _files(ROOT / "eval"),
