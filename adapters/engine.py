@@ -41,9 +41,11 @@ from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .hooks import Hooks, Spot, Spots, Undo
 from .patch_setup import Setup
 from .places.before_llm import Encoded, encode, encode_merged
+from .places.beginning import begin
 from .places.cache_attend import Attention, attend
 from .places.cache_evict import evict
-from .places.decoder import Chosen, Prefill, begin
+from .places.choosing import Chosen
+from .places.prefill import Prefill
 from .remember import ImageMemory
 from .report import DISABLED, NO_IMAGES, Last
 from .sequence.prompt import Prompt
@@ -641,7 +643,7 @@ class Engine:
     ) -> None:
         if self._local.prefill is not None:
             with torch.no_grad():
-                self._local.prefill.hear_attention(layer, query, key, scaling)
+                self._local.prefill.show_heads(layer, query, key, scaling)
 
     @torch.compiler.disable
     def _after_attention(
@@ -650,7 +652,7 @@ class Engine:
         if self._local.prefill is not None and output:  # else another thread puts it on or off
             with torch.no_grad():
                 given = kwargs["hidden_states"]
-                self._local.prefill.hear_step(layer, "attention", given, output[0][0])
+                self._local.prefill.show("attention", layer, given, output[0][0])
                 self._local.prefill.after_attention(layer, module, kwargs)
 
     @torch.compiler.disable
@@ -659,13 +661,13 @@ class Engine:
     ) -> None:
         if self._local.prefill is not None:
             with torch.no_grad():
-                self._local.prefill.hear_step(layer, "mlp", args[0], output)
+                self._local.prefill.show("mlp", layer, args[0], output)
 
     @torch.compiler.disable
     def _before_down_proj(self, layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._local.prefill is not None:
             with torch.no_grad():
-                self._local.prefill.hear_neurons(layer, args[0])
+                self._local.prefill.show("activations", layer, args[0])
 
     def _project_keys(
         self, layer: int, original: Callable[[Tensor], Tensor], given: Tensor

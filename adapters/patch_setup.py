@@ -16,24 +16,17 @@ from ..prune.contract import (
     CacheMethod,
     Compressing,
     Cut,
-    Hidden,
     LayerSignal,
-    MeanHidden,
     ModelShape,
-    ModuleStep,
-    Neurons,
     Place,
     Positions,
     Pruning,
-    ReceivedInLayer,
-    RotaryAffinity,
     Signal,
-    TextAttention,
 )
 from ..prune.errors import BudgetError
 from .clip_text import ClipText
 from .hooks import Spot, Spots
-from .signals.encoder import READERS
+from .signals.table import ENCODER_ATTENTION, HOOKS, shown
 
 
 class Ticket:
@@ -118,7 +111,7 @@ class Setup:
         """Signals that are read inside attention layers of the encoder, by layer."""
         found: dict[int, list[Any]] = {}
         for need in self.read:
-            if type(need) in READERS:
+            if shown(need) == ENCODER_ATTENTION:
                 layer = need.layer  # type: ignore[attr-defined]
                 layer += self.shape.tower.num_layers if layer < 0 else 0
                 found.setdefault(layer, []).append(need)
@@ -192,19 +185,8 @@ class Setup:
         layers = range(len(self.text.layers))
         spots: set[Spot] = set()
         for need in self.heard:
-            match need:
-                case Hidden() | MeanHidden() | RotaryAffinity():
-                    spots.add(("enter", need.layer))
-                case ModuleStep(module="attention"):
-                    spots.add(("attention", need.layer))
-                case ModuleStep():
-                    spots.add(("mlp", need.layer))
-                case Neurons():
-                    spots.add(("neurons", need.layer))
-                case TextAttention(ahead=True):
-                    spots.add(("keys", need.layer))
-                case TextAttention() | ReceivedInLayer():
-                    spots.add(("tap", need.layer))
+            if (what := shown(need)) is not None:
+                spots.add((HOOKS[what], need.layer))
         if self.on_cache is not None and isinstance(self.on_cache.method, Compressing):
             spots |= {(what, layer) for layer in layers for what in ("attention", "tap")}
         # Flash attention reads gapped position ids as packed sequences: hook every layer there.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...prune.errors import UnsupportedFeatureError
+from ..sequence.layout import Layout
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -38,6 +39,24 @@ class Segment:
     ledger: Tensor | None = None
     """(B, 4) on the CPU, for methods that go on removing entries while decoding: entries of the
     prompt before and after the method, entries now, tokens fed; zeros: not this row."""
+
+    def enter(
+        self, stored: int, layout: Layout, closed: Tensor | None, *, told: bool
+    ) -> Tensor | None:
+        """A prefill stores `layout` behind `stored` columns; returns which columns are tokens.
+
+        Args:
+            closed: (B, 1), how many positions it closed up; None: none.
+            told: whether that is to be said where all are, too.
+        """
+        padding = layout.padding
+        if told or padding is not None or self.padding is not None:
+            padding = self.extended(stored, layout.valid)
+        self.padding = padding
+        self.dropped += layout.keep.shape[1] - layout.length
+        if closed is not None:
+            self.shift = closed if self.shift is None else closed + self.shift
+        return padding
 
     def padding_to(self, length: int) -> Tensor | None:
         """`padding` for exactly `length` stored columns."""

@@ -19,9 +19,10 @@ from ..cache.pruned import PrunedState
 from ..cache.report import CacheReport
 from ..patch_setup import Setup
 from ..report import Last
+from ..sequence.batch import Here
 from ..sequence.layout import Layout, stored_columns
 from ..sequence.placed import PlacedImage
-from ..signals.decoder import Here, received_in
+from ..signals.decoder import Heads, received_in
 
 
 def entries_to_keep(
@@ -112,7 +113,7 @@ class Compression:
     keeps: list[int | None]
     repeats: int
     """Rows of the batch per sample."""
-    _heard: tuple[Tensor, Tensor, float] | None = None
+    _heads: Heads | None = None
     _kept: list[list[Tensor | None]] = field(default_factory=list)
     places: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     """Per segment and image, see `CacheReport`."""
@@ -135,9 +136,9 @@ class Compression:
             return None
         return cls(setup, call.method, cache, keeps, repeats)
 
-    def hear(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def hear(self, heads: Heads) -> None:
         """Queries and keys of the layer that runs."""
-        self._heard = query, key, scaling
+        self._heads = heads
 
     @torch.no_grad()
     def after_attention(
@@ -149,7 +150,8 @@ class Compression:
             kwargs: arguments of its attention module.
             visual: (B, L) bool, visual tokens in the caller's sequence.
         """
-        if self._heard is None:
+        heads, self._heads = self._heads, None
+        if heads is None:
             raise VlmpruneError(f"Decoder layer {layer} ran without showing its queries and keys.")
         stored, layout, past = self.cache.layers[layer], here.layout, here.past
         marks = layout.shorten(visual)
@@ -170,7 +172,9 @@ class Compression:
                     scores.append(None)
                 continue
             if not first:
-                entries = self._entries(layer, module, kwargs, here, row, marks[row, -count:])
+                entries = self._entries(
+                    layer, heads, module, kwargs, here, row, marks[row, -count:]
+                )
                 look = looks_at_values(self.method, self.setup.debug)
                 given = self.method.compress(entries, keep)
                 chosen = check_compressed(self.method, entries, keep, given, look)
@@ -178,7 +182,6 @@ class Compression:
                 scores.append(chosen.scores)
             keys.append(_kept(chosen.kept, own_keys, chosen.keys))
             values.append(_kept(chosen.kept, own_values, chosen.values))
-        self._heard = None
         self._kept.append(kept)
         if self.setup.record:
             self._scores.append([None if s is None else _noted(s) for s in scores])
@@ -195,18 +198,19 @@ class Compression:
     def _entries(
         self,
         layer: int,
+        heads: Heads,
         module: Any,
         kwargs: Mapping[str, Any],
         here: Here,
         row: int,
         visual: Tensor,
     ) -> CacheEntries:
-        query, key, scaling = self._heard  # type: ignore[misc]
+        query, key = heads.query, heads.key
         stored, count = self.cache.layers[layer], len(visual)
         signals: dict[Signal, Tensor] = {}
         need = ReceivedInLayer(layer)
         if need in self.method.needs(self.setup.shape):
-            signals[need] = received_in(here, row, query, key, scaling)
+            signals[need] = received_in(here, row, query, key, heads.scale)
         cos, sin = kwargs["position_embeddings"]
         at = row if len(cos) > 1 else 0
         return CacheEntries(

@@ -106,10 +106,13 @@ class PlacedImage:
         """Its cuts at a layer of the decoder: one at most."""
         return [stage for stage in self.plan if stage.at(Place.DECODER, layer)]
 
-    def done(self, stage: Stage) -> None:
-        """Note the count that was found at a cut."""
-        found = replace(stage, keep=len(self.slots), adaptive=False)
-        self.plan = tuple(found if one is stage else one for one in self.plan)
+    def done(self, layer: int) -> None:
+        """Note the count that was found at a cut of the decoder."""
+        count = len(self.slots)
+        self.plan = tuple(
+            replace(stage, keep=count, adaptive=False) if stage.at(Place.DECODER, layer) else stage
+            for stage in self.plan
+        )
 
 
 def _taken(signals: Mapping[Signal, Tensor], rows: Tensor) -> dict[Signal, Tensor]:

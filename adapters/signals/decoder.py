@@ -1,149 +1,126 @@
-"""Reading what methods inside the decoder declared, while its layers run on a prompt."""
+"""What methods inside the decoder declared, read while its layers run on a prompt.
+
+A reader is given a signal, the batch, and what a hook shows of the layer; it notes a value for each
+image. `table` says what each signal is read from.
+"""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...prune import scores
-from ...prune.answers import asked_rows, check_read
+from ...prune.answers import check_read
 from ...prune.contract import (
     Hidden,
-    LayerSignal,
     MeanHidden,
     ModuleStep,
     Neurons,
     ReceivedInLayer,
     RotaryAffinity,
-    Rows,
     TextAttention,
 )
-from ..sequence.layout import Layout
-from ..sequence.placed import PlacedImage
+from ..sequence.batch import Batch, Here
 
 Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, (B or 1, length, D_head) each."""
+
+
+# --- Attention --------------------------------------------------------------------------------
 
 
 @dataclass
-class Prompts:
-    """The caller's batch: which columns are text, and which text rows the methods ask."""
+class Heads:
+    """Queries and keys of a layer as its attention uses them."""
 
-    images: list[PlacedImage]
-    real: Tensor
-    """(B, L) bool: no padding."""
-    text: Tensor
-    """(B, L) bool: real and not visual."""
-    embeds: Tensor
-    """(B, L, D): what entered the LLM."""
+    query: Tensor
+    """(B, H, length, D_head)"""
+    key: Tensor
+    """(B, H_kv, S, D_head): stored ones first; a static cache is longer."""
+    scale: float
 
-    def __post_init__(self) -> None:
-        self._asked: dict[tuple[int, Rows], Tensor] = {}
-
-    def asked(self, number: int, rows: Rows) -> Tensor:
-        """Columns of the text rows that image `number` is scored by, (R,) ascending."""
-        key = (number, rows)
-        if key not in self._asked:
-            self._asked[key] = self._find(self.images[number], rows)
-        return self._asked[key]
-
-    def _find(self, image: PlacedImage, rows: Rows) -> Tensor:
-        columns = torch.arange(self.real.shape[1], device=self.real.device)
-        last = torch.where(self.real[image.row], columns, -1).argmax()[None]
-        if rows == "last":
-            return last
-        behind = self.text[image.row].clone()
-        behind[: int(image.columns[-1]) + 1] = False
-        columns = behind.nonzero()[:, 0]
-        if not len(columns):
-            return last
-        if callable(rows):
-            entered = self.embeds[image.row].detach()
-            visual = entered[image.columns[image.encoded.slots]]
-            columns = asked_rows(columns, rows(visual.float(), entered[columns].float()))
-        return columns
-
-    def part(self, image: PlacedImage, of: str) -> Tensor:
-        """(L,) bool: the query (from the prompt's last image on) or what is before it."""
-        same = [other for other in self.images if other.sample == image.sample]
-        first = int(same[-1].columns[0])
-        columns = torch.arange(self.real.shape[1], device=self.real.device)
-        if of == "query":
-            return self.real[image.row] & (columns >= first)
-        if len(same) == 1:
-            return self.text[image.row]
-        return self.real[image.row] & (columns < first)
+    def rows(self, row: int, columns: Tensor) -> Tensor:
+        """Queries of some columns of a row: (H, R, D_head)."""
+        return self.query[row][:, columns]
 
 
-@dataclass(frozen=True)
-class Here:
-    """The batch as it enters the current layer."""
+@dataclass
+class HeadsAhead:
+    """What a layer that is about to be cut would make of its uncut input."""
 
-    layout: Layout
-    past: int
-    """Columns that this layer stored before this prefill."""
-    valid: Tensor | None
-    """(B, past + length) bool; None: all are tokens."""
-    window: int | None
-    """Keys that a row sees at most."""
+    attention: Any
+    normed: Tensor
+    """(B, length, D): what its attention would be given."""
+    projected: Tensor
+    """(B, length, H_kv * D_head): the key projection of it."""
+    rotary: Rotary
+    key: Tensor
+    """(B, H_kv, S, D_head): stored ones first."""
 
-    def place(self, image: PlacedImage, columns: Tensor, device: torch.device) -> Tensor:
-        """Where columns of the caller's sequence are now, in the image's row; on the device of the
-        layer, which need not be that of the batch."""
-        return self.layout.place[image.row, columns].to(device)
+    @classmethod
+    def of(cls, layer: Any, hidden: Tensor, rotary: Rotary, stored: Tensor | None) -> HeadsAhead:
+        """From the input (B, length, D) of a decoder layer, and the keys (B, H_kv, past, D_head)
+        that it stored earlier."""
+        attention = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        projected = attention.k_proj(normed)
+        with torch.no_grad():
+            key = _as_used(attention, "k", projected, rotary)
+            key = key if stored is None else torch.cat([stored, key], 2)
+        return cls(attention, normed, projected, rotary, key)
 
-    def rows_of(self, image: PlacedImage, device: torch.device) -> Tensor:
-        """Where the rows of an image are now: (K,)."""
-        return self.place(image, image.columns[image.slots], device)
+    @property
+    def scale(self) -> float:
+        return self.attention.scaling
 
-    def seen(self, row: int, columns: Tensor) -> Tensor | None:
-        """(R, S) bool: the keys that rows at `columns` of the shortened batch see."""
-        keys = torch.arange(self.past + self.layout.length, device=columns.device)
-        at = self.past + columns[:, None]
-        seen = keys <= at
-        if self.window is not None:
-            seen &= keys > at - self.window
-        if self.valid is not None:
-            seen &= self.valid[row].to(columns.device)
-        return seen
-
-    def holding(self, past: int) -> Here:
-        """The same where only the last `past` columns are left: a window forgets."""
-        if past >= self.past:
-            return self
-        valid = self.valid
-        if valid is not None:
-            valid = valid[:, -(past + self.layout.length) :]
-        return replace(self, past=past, valid=valid)
-
-    def entries(self, row: int) -> int:
-        """Tokens of a row in the shortened batch."""
-        return self.layout.counts[row]
+    def rows(self, row: int, columns: Tensor) -> Tensor:
+        """Queries of some columns of a row: (H, R, D_head)."""
+        at = row if self.rotary[0].shape[0] > 1 else 0
+        cos, sin = (table[at : at + 1, columns] for table in self.rotary)
+        given = self.attention.q_proj(self.normed[row : row + 1, columns])
+        return _as_used(self.attention, "q", given, (cos, sin))[0]
 
 
-def hear_attention(
-    needs: list[LayerSignal], prompts: Prompts, here: Here, query: Tensor, key: Tensor, scale: float
+def _as_used(attention: Any, name: str, projected: Tensor, rotary: Rotary) -> Tensor:
+    """Projected queries or keys (B, Q, ...) as attention uses them: (B, H, Q, D_head)."""
+    heads = projected.view(*projected.shape[:2], -1, attention.head_dim)
+    norm = getattr(attention, f"{name}_norm", None)
+    heads = (heads if norm is None else norm(heads)).transpose(1, 2)
+    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    turned: Tensor = turn(heads, heads[:, :0], *rotary)[0]
+    return turned
+
+
+def text_attention(
+    need: TextAttention, batch: Batch, here: Here, heads: Heads | HeadsAhead
 ) -> None:
-    """Read `TextAttention` and `ReceivedInLayer` of a layer from its queries and keys."""
-    here = here.holding(key.shape[2] - here.layout.length)
-    past = here.past
-    key = key[:, :, : past + here.layout.length]  # a static cache is longer
-    received: dict[int, Tensor] = {}
-    for number, image in enumerate(prompts.images):
+    """From the rows that are asked alone."""
+    here, key = _held(here, heads.key)
+    for number, image in enumerate(batch.images):
         columns = here.rows_of(image, key.device)
-        for need in needs:
-            if isinstance(need, TextAttention) and not need.ahead:
-                asked = here.place(image, prompts.asked(number, need.rows), key.device)
-                rows = query[image.row][:, asked]
-                image.hear(need, _attention(need, image, here, columns, asked, rows, key, scale))
-            elif isinstance(need, ReceivedInLayer):
-                if image.row not in received:
-                    received[image.row] = received_in(here, image.row, query, key, scale)
-                first = past + here.layout.length - len(received[image.row])
-                image.hear(need, received[image.row][past + columns - first])
+        asked = here.place(image, batch.asked(number, need.rows), key.device)
+        everything = here.valid is None and here.window is None and need.rows == "last"
+        seen = None if everything else here.seen(image.row, asked)
+        rows = heads.rows(image.row, asked)
+        maps = scores.attention_of(rows, key[image.row], seen, heads.scale)
+        maps = maps[..., here.past + columns]
+        image.hear(need, maps.permute(2, 0, 1) if need.each else maps.mean((0, 1)))
+
+
+def received(need: ReceivedInLayer, batch: Batch, here: Here, heads: Heads) -> None:
+    """From all rows, once for all images of a prompt."""
+    here, key = _held(here, heads.key)
+    of_rows: dict[int, Tensor] = {}
+    for image in batch.images:
+        row, columns = image.row, here.rows_of(image, key.device)
+        if row not in of_rows:
+            of_rows[row] = received_in(here, row, heads.query, key, heads.scale)
+        first = here.layout.length - len(of_rows[row])
+        image.hear(need, of_rows[row][columns - first])
 
 
 def received_in(here: Here, row: int, query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -158,134 +135,57 @@ def received_in(here: Here, row: int, query: Tensor, key: Tensor, scale: float) 
     return scores.received_of(query[row, :, -count:], key, past, scale, here.window)[past:]
 
 
-def _attention(
-    need: TextAttention,
-    image: PlacedImage,
-    here: Here,
-    columns: Tensor,
-    asked: Tensor,
-    rows: Tensor,
-    key: Tensor,
-    scale: float,
-) -> Tensor:
-    everything = here.valid is None and here.window is None and need.rows == "last"
-    seen = None if everything else here.seen(image.row, asked)
-    maps = scores.attention_of(rows, key[image.row], seen, scale)[..., here.past + columns]
-    return maps.permute(2, 0, 1) if need.each else maps.mean((0, 1))
+def _held(here: Here, key: Tensor) -> tuple[Here, Tensor]:
+    """The batch with the stored columns that are left, and their keys and the new ones."""
+    here = here.holding(key.shape[2] - here.layout.length)
+    return here, key[:, :, : here.past + here.layout.length]
 
 
-def hear_ahead(
-    needs: list[LayerSignal],
-    prompts: Prompts,
-    here: Here,
-    layer: Any,
-    hidden: Tensor,
-    rotary: Rotary,
-    stored: Tensor | None,
-) -> Tensor:
-    """Read `TextAttention(ahead=True)` of a layer that is about to be cut.
-
-    Args:
-        layer: the decoder layer.
-        hidden: (B, length, D), its uncut input.
-        stored: (B, H_kv, past, D_head), keys that it stored earlier.
-
-    Returns:
-        (B, length, H_kv * D_head), its key projection of the uncut input.
-    """
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden)
-    projected: Tensor = attention.k_proj(normed)
-    with torch.no_grad():
-        key = _turned(attention, "k", projected, rotary)
-        if stored is not None:
-            key = torch.cat([stored, key], 2)
-        for number, image in enumerate(prompts.images):
-            columns = here.rows_of(image, key.device)
-            for need in needs:
-                if not (isinstance(need, TextAttention) and need.ahead):
-                    continue
-                asked = here.place(image, prompts.asked(number, need.rows), key.device)
-                at = image.row if rotary[0].shape[0] > 1 else 0
-                tables = rotary[0][at : at + 1, asked], rotary[1][at : at + 1, asked]
-                given = attention.q_proj(normed[image.row : image.row + 1, asked])
-                rows = _turned(attention, "q", given, tables)[0]
-                found = _attention(need, image, here, columns, asked, rows, key, attention.scaling)
-                image.hear(need, found)
-    return projected
+# --- Input and modules of a layer -------------------------------------------------------------
 
 
-def _turned(attention: Any, name: str, projected: Tensor, rotary: Rotary) -> Tensor:
-    """Projected queries or keys (B, Q, ...) as attention uses them: (B, H, Q, D_head)."""
-    heads = projected.view(*projected.shape[:2], -1, attention.head_dim)
-    norm = getattr(attention, f"{name}_norm", None)
-    heads = (heads if norm is None else norm(heads)).transpose(1, 2)
-    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    turned: Tensor = turn(heads, heads[:, :0], *rotary)[0]
-    return turned
+def hidden(need: Hidden, batch: Batch, here: Here, given: Tensor) -> None:
+    """From the layer's input (B, length, D)."""
+    for image in batch.images:
+        image.hear(need, given[image.row, here.rows_of(image, given.device)])
 
 
-def hear_input(needs: list[LayerSignal], prompts: Prompts, here: Here, hidden: Tensor) -> None:
-    """Read `Hidden` and `MeanHidden` of the layer whose input (B, length, D) this is."""
-    for image in prompts.images:
-        for need in needs:
-            if isinstance(need, Hidden):
-                columns = here.rows_of(image, hidden.device)
-                image.hear(need, hidden[image.row, columns])
-            elif isinstance(need, MeanHidden):
-                part = prompts.part(image, need.of) & here.layout.keep[image.row]
-                columns = here.place(image, part.nonzero()[:, 0], hidden.device)
-                image.hear(need, hidden[image.row, columns].detach().float().mean(0))
+def mean_hidden(need: MeanHidden, batch: Batch, here: Here, given: Tensor) -> None:
+    """From the layer's input (B, length, D)."""
+    for image in batch.images:
+        part = batch.part(image, need.of) & here.layout.keep[image.row]
+        columns = here.place(image, part.nonzero()[:, 0], given.device)
+        image.hear(need, given[image.row, columns].detach().float().mean(0))
 
 
-def hear_positions(needs: list[LayerSignal], prompts: Prompts, here: Here, rotary: Rotary) -> None:
-    """Read `RotaryAffinity` of a layer from its rotary tables, (B or 1, length, D_head) each."""
-    for number, image in enumerate(prompts.images):
-        for need in needs:
-            if isinstance(need, RotaryAffinity):
-                columns = here.rows_of(image, rotary[0].device)
-                asked = here.place(image, prompts.asked(number, need.rows), rotary[0].device)
-                at = image.row if rotary[0].shape[0] > 1 else 0
-                cos, sin = (table[at].detach().float() for table in rotary)
-                product = cos[columns] @ cos[asked].T + sin[columns] @ sin[asked].T
-                image.hear(need, product / cos.shape[-1] ** 0.5)
+def rotary_affinity(need: RotaryAffinity, batch: Batch, here: Here, rotary: Rotary) -> None:
+    """From the layer's rotary tables."""
+    for number, image in enumerate(batch.images):
+        columns = here.rows_of(image, rotary[0].device)
+        asked = here.place(image, batch.asked(number, need.rows), rotary[0].device)
+        at = image.row if rotary[0].shape[0] > 1 else 0
+        cos, sin = (table[at].detach().float() for table in rotary)
+        product = cos[columns] @ cos[asked].T + sin[columns] @ sin[asked].T
+        image.hear(need, product / cos.shape[-1] ** 0.5)
 
 
-def hear_step(
-    needs: list[LayerSignal],
-    module: str,
-    prompts: Prompts,
-    here: Here,
-    before: Tensor,
-    after: Tensor,
-) -> None:
-    """Read `ModuleStep` from a module's input and output, (B, length, D) each."""
-    for need in needs:
-        if not (isinstance(need, ModuleStep) and need.module == module):
-            continue
-        values: dict[int, Tensor] = {}
-        for image in prompts.images:
-            row, columns = image.row, here.rows_of(image, after.device)
-            count = here.entries(row)
-            if row not in values:
-                read = need.read(
-                    before[row, -count:].detach().float(), after[row, -count:].detach().float()
-                )
-                values[row] = check_read(need, read, count)
-            first = here.layout.length - count
-            image.hear(need, values[row][columns - first])
+def module_step(need: ModuleStep, batch: Batch, here: Here, before: Tensor, after: Tensor) -> None:
+    """From a module's input and output, (B, length, D) each."""
+    of_rows: dict[int, Tensor] = {}
+    for image in batch.images:
+        row, columns = image.row, here.rows_of(image, after.device)
+        count = here.entries(row)
+        if row not in of_rows:
+            own = (values[row, -count:].detach().float() for values in (before, after))
+            of_rows[row] = check_read(need, need.read(*own), count)
+        image.hear(need, of_rows[row][columns - (here.layout.length - count)])
 
 
-def hear_neurons(
-    needs: list[LayerSignal], prompts: Prompts, here: Here, activations: Tensor
-) -> None:
-    """Read `Neurons` from the input of an MLP's last projection, (B, length, M)."""
-    for number, image in enumerate(prompts.images):
-        for need in needs:
-            if isinstance(need, Neurons):
-                device = activations.device
-                visual = activations[image.row, here.rows_of(image, device)]
-                asked = here.place(image, prompts.asked(number, "text"), device)
-                text = activations[image.row, asked]
-                read = need.read(visual.detach(), text.detach())
-                image.hear(need, check_read(need, read, len(visual)).float())
+def neurons(need: Neurons, batch: Batch, here: Here, activations: Tensor) -> None:
+    """From the input of an MLP's last projection, (B, length, M)."""
+    for number, image in enumerate(batch.images):
+        device = activations.device
+        visual = activations[image.row, here.rows_of(image, device)]
+        asked = here.place(image, batch.asked(number, "text"), device)
+        read = need.read(visual.detach(), activations[image.row, asked].detach())
+        image.hear(need, check_read(need, read, len(visual)).float())

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...prune import scores
 from ...prune.contract import (
-    AttentionToCls,
     BeforeLLM,
     ClipImage,
     ClipText,
-    ClsAttention,
-    ClsAttentionOneHead,
     ClsFeatures,
-    ClsLogits,
     EncoderFeatures,
     Features,
-    Keys,
     LayerSignal,
     PixelSeed,
-    ReceivedAttention,
     Signal,
     TextEmbeddings,
 )
@@ -32,16 +25,7 @@ from ...prune.tiling import Tiling
 from ..clip_text import ClipText as ClipTextEncoder
 from ..family import Family, Inputs, Modality, Model
 from ..sequence.prompt import Prompt
-
-READERS: Mapping[type[Signal], Callable[[Tensor, Tensor, float], Tensor]] = {
-    ClsAttention: scores.cls_row,
-    ClsLogits: scores.cls_logits,
-    ClsAttentionOneHead: scores.cls_row_one_head,
-    AttentionToCls: scores.to_cls,
-    ReceivedAttention: scores.received,
-    Keys: scores.keys,
-}
-"""Signals of an encoder layer's attention: query and key (B, H, S, D_head) -> (B, S, ...)."""
+from .table import ENCODER_ATTENTION, SOURCES, shown
 
 
 class Recording:
@@ -53,7 +37,7 @@ class Recording:
     def hear(self, signal: Signal, query: Tensor, key: Tensor, scaling: float, **kw: Any) -> None:
         """Windowed and packed encoders call attention once per segment, in sequence order."""
         parts = self._parts.setdefault(signal, [])
-        read = READERS[type(signal)]
+        read = SOURCES[type(signal)].read
         bounds = kw.get("cu_seq_lens_q")
         if bounds is None:
             parts.append(read(query, key, scaling))
@@ -108,7 +92,7 @@ class Reader:
 
     def _column(self, need: Signal, method: BeforeLLM) -> Sequence[Tensor]:
         """One signal of all images."""
-        if type(need) in READERS:
+        if shown(need) == ENCODER_ATTENTION:
             return self._patches(self._recording.values(need))
         match need:
             case Features():

@@ -22,7 +22,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from ...adapters.signals.encoder import READERS, pixel_seed
+from ...adapters.signals.encoder import pixel_seed
+from ...adapters.signals.table import ENCODER_ATTENTION, SOURCES, shown
 from ...prune.contract import (
     BeforeLLM,
     ClipImage,
@@ -248,8 +249,8 @@ def _reading(need: Signal, tiles: int, patches: int, draw: torch.Generator) -> C
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=draw)
 
-    if type(need) in READERS:
-        read = READERS[type(need)]
+    if shown(need) == ENCODER_ATTENTION:
+        read = SOURCES[type(need)].read
         query, key = (normal(tiles, _HEADS, patches + 1, _HEAD_WIDTH) for _ in range(2))
         return lambda: read(query, key, _HEAD_WIDTH**-0.5)[:, 1:].flatten(0, 1)
     sizes = {

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.signals.encoder import READERS, pixel_seed
+from ...adapters.signals.encoder import pixel_seed
+from ...adapters.signals.table import ENCODER_ATTENTION, SOURCES, shown
 from ...prune.contract import (
     BeforeLLM,
     ClipImage,
@@ -222,9 +223,9 @@ class Scene:
         return [{n: columns[n][i] for n in columns} for i in range(len(self.pictures))]
 
     def _column(self, need: Signal) -> Sequence[Tensor]:
-        if type(need) in READERS:
+        if shown(need) == ENCODER_ATTENTION:
             layer: int = need.layer  # type: ignore[attr-defined]
-            read = READERS[type(need)]
+            read = SOURCES[type(need)].read
             return self._per_image(read(self.queries[layer], self.keys[layer], _HEAD_WIDTH**-0.5))
         match need:
             case Features():

@@ -19,8 +19,9 @@ from kit.oracle import State, Truth, projected, turned
 from torch import Tensor
 from transformers import DynamicCache
 from vlmprune.adapters.patching import patch
-from vlmprune.adapters.places import decoder as prefill_module
-from vlmprune.adapters.places.decoder import Prefill
+from vlmprune.adapters.places import prefill as prefill_module
+from vlmprune.adapters.places.prefill import Prefill
+from vlmprune.adapters.signals.table import hear
 from vlmprune.prune.budget import Budget, MethodCall
 from vlmprune.prune.contract import (
     BeforeLLM,
@@ -518,16 +519,14 @@ def test_behind_a_cached_text_prefix(case, rows, prefix):
 
 @pytest.fixture
 def heard(monkeypatch) -> list[tuple[str, int]]:
-    """(kind of reading, layer) of every call."""
+    """(what was shown, layer) of every call."""
     calls: list[tuple[str, int]] = []
-    for name in ("attention", "ahead", "input", "positions", "step", "neurons"):
-        read = getattr(prefill_module, f"hear_{name}")
 
-        def spy(needs, *args, name=name, read=read, **kwargs):
-            calls.extend((name, layer) for layer in {need.layer for need in needs})
-            return read(needs, *args, **kwargs)
+    def spy(what, needs, *args):
+        calls.extend((what, layer) for layer in {need.layer for need in needs})
+        return hear(what, needs, *args)
 
-        monkeypatch.setattr(prefill_module, f"hear_{name}", spy)
+    monkeypatch.setattr(prefill_module, "hear", spy)
     return calls
 
 
@@ -557,13 +556,12 @@ def test_nothing_is_read_behind_the_last_cut_nor_while_decoding(case, layer, hea
     model.generate(**case.inputs(ROWS), max_new_tokens=3, do_sample=False)
     ran_before = {
         (name, number)
-        for name in ("attention", "input", "positions", "step", "neurons")
+        for name in ("heads", "input", "rotary", "attention", "mlp", "activations")
         for number in range(layer)
     }
-    assert set(heard) == ran_before | {("input", layer), ("ahead", layer)}
+    assert set(heard) == ran_before | {("input", layer), ("heads ahead", layer)}
     assert len(recorder.seen) == len(zoo.images(ROWS))
-    assert heard.count(("step", 0)) == 2  # two modules
-    assert all(heard.count(one) == 1 for one in heard if one[0] != "step")
+    assert all(heard.count(one) == 1 for one in heard)
 
 
 @zoo.ALL
@@ -599,7 +597,7 @@ def test_generate_reads_and_chooses_once(case, use_cache, beams, heard):
     patch(model, call(recorder), positions=positions)
     kind = {"max_new_tokens": 3, "do_sample": False, "use_cache": use_cache, "num_beams": beams}
     found = model.generate(**case.inputs(ROWS), **kind)[:, -3:]
-    assert heard.count(("attention", 0)) == 1
+    assert heard.count(("heads", 0)) == 1
     assert len(recorder.seen) == 2 * len(zoo.images(ROWS))
     truth = expected(case, ROWS, positions)
     check(recorder, truth, (1, 3))

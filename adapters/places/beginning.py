@@ -1,0 +1,198 @@
+"""A prefill with visual tokens begins: the text model is given fewer of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ...prune.budget import Stage, remark
+from ...prune.choose import ChosenImage
+from ...prune.contract import Place
+from ...prune.errors import UnsupportedFeatureError
+from ..cache.pruned import PrunedState, make_pruned, pruned_state
+from ..family import Modality
+from ..patch_setup import Setup
+from ..report import Last, StageReport
+from ..sequence.batch import Batch
+from ..sequence.layout import Layout
+from ..sequence.placed import PlacedImage
+from ..sequence.positions import PositionIds
+from .before_llm import Encoded
+from .cache_attend import note_prefix
+from .cache_evict import Compression, attend_budget, entries_to_keep, refuse_cache
+from .choosing import Chosen
+from .placing import place
+from .prefill import Prefill
+
+
+def begin(
+    encoded: Mapping[Modality, Encoded],
+    visual: Mapping[Modality, Tensor],
+    kwargs: dict[str, Any],
+    chosen: Chosen | None,
+) -> tuple[Prefill | None, Last]:
+    """Shorten the text model's keyword arguments, in place.
+
+    Args:
+        visual: (B, L) bool, the columns of the placeholders of each modality.
+        kwargs: arguments of the text model.
+        chosen: selections made earlier in the same generate(), reused and added to.
+
+    Returns:
+        the prefill (None where nothing is cut: the arguments are untouched), and its report.
+    """
+    embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+    cache: Any = kwargs.get("past_key_values")
+    state = pruned_state(cache)
+    setup = _setup(encoded.values(), state)
+    batch, length = embeds.shape[:2]
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise UnsupportedFeatureError(
+            "A custom 4-D attention mask cannot be shortened with the visual tokens: pass the "
+            "2-D padding mask of the processor, or unpatch the model."
+        )
+    real = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
+    if mask is not None:
+        real = mask[:, -length:].to(embeds.device, torch.bool)
+    images, samples = place(setup, encoded, visual)
+    somewhere = torch.stack(list(visual.values())).any(0)
+    text = real & ~somewhere
+    last = _report(setup, images, text.sum(1)[:: batch // samples])
+    keeps = entries_to_keep(setup, images, last.text_tokens)
+    if state is None and keeps is None and not any(image.plan for image in images):
+        return None, last
+
+    keep = real.clone()
+    for image in images:
+        image.mark(keep)
+    first = Layout.of(keep)
+    if cache is None and _wants_cache(kwargs, setup.config):
+        cache = kwargs["past_key_values"] = DynamicCache(config=setup.config)
+    if keeps is not None:
+        refuse_cache(setup, cache, shortened=state is not None)
+    elif state is not None and state.setup.on_cache not in (None, setup.on_cache):
+        refuse_cache(state.setup, cache, shortened=True)
+    if cache is not None:
+        new = state is None
+        state = make_pruned(cache, setup)
+        if new and mask is not None and mask.shape[1] > length:
+            for segment in state.segments:  # a text prefix, cached before the image came
+                segment.padding = mask[:, :-length].to(embeds.device, torch.bool)
+        stored = int(cache.physical_length())
+        state.uncroppable = (
+            stored + first.length - min(_trailing_text(real, somewhere), first.length)
+        )
+        attend_budget(state, keeps, batch // samples, stored)
+    ids = kwargs.get("position_ids")
+    if ids is None:
+        seen = cache.get_seq_length() if cache is not None else 0
+        ids = torch.arange(length, device=embeds.device)[None] + seen
+    ids = ids[..., -length:].to(embeds.device)
+    if keeps is not None and state is not None:
+        note_prefix(setup, state, cache, ids, real)
+    repacks = setup.positions.get(Place.BEFORE_LLM) == "repacked" and bool(_before_llm(images))
+    earlier = None if state is None else state.segments[0].shift
+    prefill = Prefill(
+        setup=setup,
+        batch=Batch(images, real, text, embeds),
+        layout=first,
+        positions=PositionIds(ids, images, real, first.keep if repacks else None),
+        cache=cache,
+        state=state,
+        last=last,
+        chosen=chosen,
+        compression=Compression.of(setup, cache, keeps, samples, batch // samples),
+    )
+    kwargs["position_ids"] = prefill.positions.entering(first, earlier)
+    kwargs["inputs_embeds"] = first.shorten(embeds)
+    kwargs["attention_mask"] = prefill.padding
+    if prefill.padding is None and cache is None:
+        # Without mask and cache, gaps in the positions would read as packed sequences.
+        kwargs["attention_mask"] = first.valid
+    return prefill, last
+
+
+def _setup(encoded: Iterable[Encoded], state: PrunedState | None) -> Setup:
+    """What images were encoded with is what they enter the LLM with; an earlier image in the cache
+    keeps its segments."""
+    encoded = list(encoded)
+    setup = encoded[0].setup
+    if any(other.setup.calls != setup.calls for other in encoded):
+        raise UnsupportedFeatureError(
+            "The images and the videos of this call were encoded with different budgets or "
+            "methods: encode them together."
+        )
+    setup.check_images(sum(len(one.images) for one in encoded))
+    return setup if state is None else setup.on_cache_of(state.setup)
+
+
+def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
+    """What is known before the decoder runs; `text` (samples,) counts the text tokens."""
+    read: dict[str, list[int]] = {}
+    for call in setup.calls:
+        for need in call.method.needs(setup.shape):
+            if hasattr(need, "layer"):
+                read.setdefault(f"{call.name}: {type(need).__name__}", []).append(need.layer)
+    last = Last(
+        tilings=[image.encoded.tiling for image in images],
+        kept=[image.tokens for image in images],
+        order=[image.order for image in images],
+        tokens_kept=[len(image.slots) for image in images],
+        members=[image.members for image in images],
+        image_sample=[image.sample for image in images],
+        text_tokens=text.tolist(),
+        plans=[image.plan for image in images],
+        positions=setup.reported_positions,
+        num_layers=setup.shape.decoder.num_layers,
+        layers_read=read,
+        recorded=setup.record,
+        unranked={call.name: call.method.unranked for call in setup.calls},
+        stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
+        note=_remarks([image.encoded for image in images]),
+    )
+    before = _before_llm(images)
+    if before:
+        mode = setup.positions[Place.BEFORE_LLM]
+        report = StageReport(
+            before[0].call.name,
+            Place.BEFORE_LLM,
+            before[0].layer,
+            last.kept,
+            mode,
+            order=last.order,
+            groups=last.members,
+            rows=last.order,
+            members=last.members,
+        )
+        if setup.record:
+            report = replace(report, scores=[image.encoded.selection.scores for image in images])
+        last.stages.append(report)
+    return last
+
+
+def _before_llm(images: Sequence[PlacedImage]) -> list[Stage]:
+    """Cuts before the LLM."""
+    return [stage for image in images for stage in image.plan if stage.place is Place.BEFORE_LLM]
+
+
+def _remarks(images: Sequence[ChosenImage]) -> str | None:
+    """What the report says of the budgets, each thing once."""
+    said = (remark(call, image.num_tokens) for image in images for call in image.calls)
+    return " ".join(dict.fromkeys(filter(None, said))) or None
+
+
+def _trailing_text(real: Tensor, visual: Tensor) -> int:
+    """Text tokens after the last visual one, in the row that has fewest of them."""
+    after = visual.flip(1).cumsum(1).flip(1) == 0
+    counts = (real & after).sum(1).masked_fill(~visual.any(1), real.shape[1])
+    return int(counts.min())  # the host waits here
+
+
+def _wants_cache(kwargs: Mapping[str, Any], config: Any) -> bool:
+    use_cache = kwargs.get("use_cache")
+    return bool(config.use_cache if use_cache is None else use_cache)

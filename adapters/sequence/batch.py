@@ -1,0 +1,109 @@
+"""The batch of a prefill: as the caller gave it, and as it enters the current layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...prune.answers import asked_rows
+from ...prune.contract import Rows
+from .layout import Layout
+from .placed import PlacedImage
+
+
+@dataclass
+class Batch:
+    """The caller's batch: which columns are text, and which text rows the methods ask."""
+
+    images: list[PlacedImage]
+    real: Tensor
+    """(B, L) bool: no padding."""
+    text: Tensor
+    """(B, L) bool: real and not visual."""
+    embeds: Tensor
+    """(B, L, D): what entered the LLM."""
+
+    def __post_init__(self) -> None:
+        self._asked: dict[tuple[int, Rows], Tensor] = {}
+
+    def asked(self, number: int, rows: Rows) -> Tensor:
+        """Columns of the text rows that image `number` is scored by, (R,) ascending."""
+        key = (number, rows)
+        if key not in self._asked:
+            self._asked[key] = self._find(self.images[number], rows)
+        return self._asked[key]
+
+    def _find(self, image: PlacedImage, rows: Rows) -> Tensor:
+        columns = torch.arange(self.real.shape[1], device=self.real.device)
+        last = torch.where(self.real[image.row], columns, -1).argmax()[None]
+        if rows == "last":
+            return last
+        behind = self.text[image.row].clone()
+        behind[: int(image.columns[-1]) + 1] = False
+        columns = behind.nonzero()[:, 0]
+        if not len(columns):
+            return last
+        if callable(rows):
+            entered = self.embeds[image.row].detach()
+            visual = entered[image.columns[image.encoded.slots]]
+            columns = asked_rows(columns, rows(visual.float(), entered[columns].float()))
+        return columns
+
+    def part(self, image: PlacedImage, of: str) -> Tensor:
+        """(L,) bool: the query (from the prompt's last image on) or what is before it."""
+        same = [other for other in self.images if other.sample == image.sample]
+        first = int(same[-1].columns[0])
+        columns = torch.arange(self.real.shape[1], device=self.real.device)
+        if of == "query":
+            return self.real[image.row] & (columns >= first)
+        if len(same) == 1:
+            return self.text[image.row]
+        return self.real[image.row] & (columns < first)
+
+
+@dataclass(frozen=True)
+class Here:
+    """The batch as it enters the current layer."""
+
+    layout: Layout
+    past: int
+    """Columns that this layer stored before this prefill."""
+    valid: Tensor | None
+    """(B, past + length) bool; None: all are tokens."""
+    window: int | None
+    """Keys that a row sees at most."""
+
+    def place(self, image: PlacedImage, columns: Tensor, device: torch.device) -> Tensor:
+        """Where columns of the caller's sequence are now, in the image's row; on the device of the
+        layer, which need not be that of the batch."""
+        return self.layout.place[image.row, columns].to(device)
+
+    def rows_of(self, image: PlacedImage, device: torch.device) -> Tensor:
+        """Where the rows of an image are now: (K,)."""
+        return self.place(image, image.columns[image.slots], device)
+
+    def seen(self, row: int, columns: Tensor) -> Tensor | None:
+        """(R, S) bool: the keys that rows at `columns` of the shortened batch see."""
+        keys = torch.arange(self.past + self.layout.length, device=columns.device)
+        at = self.past + columns[:, None]
+        seen = keys <= at
+        if self.window is not None:
+            seen &= keys > at - self.window
+        if self.valid is not None:
+            seen &= self.valid[row].to(columns.device)
+        return seen
+
+    def holding(self, past: int) -> Here:
+        """The same where only the last `past` columns are left: a window forgets."""
+        if past >= self.past:
+            return self
+        valid = self.valid
+        if valid is not None:
+            valid = valid[:, -(past + self.layout.length) :]
+        return replace(self, past=past, valid=valid)
+
+    def entries(self, row: int) -> int:
+        """Tokens of a row in the shortened batch."""
+        return self.layout.counts[row]
