@@ -7,7 +7,10 @@ run here as it stands: commands from an empty folder, Python beside the embedded
 from __future__ import annotations
 
 import ast
+import os
+import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -17,7 +20,7 @@ import vlmprune
 import yaml
 from kit import error_page
 from kit.markdown import Fence, Page, pages
-from kit.paths import ROOT
+from kit.paths import ROOT, TESTS
 from kit.tables import GENERATED
 from vlmprune.eval import cli, embedded
 
@@ -79,6 +82,13 @@ def test_the_files_that_it_names_exist(page):
         if not any(list(base.glob(path)) for base in (ROOT, page.path.parent))
     ]
     assert not missing
+
+
+@EACH
+def test_the_tests_that_it_names_exist(page):
+    there = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page.unfenced))
+    assert not [name for name in named if f"def {name}(" not in there]
 
 
 # --- What they tell to type ------------------------------------------------------------------
@@ -197,6 +207,28 @@ def test_the_added_method_works(tmp_path, monkeypatch, forget_methods):
     with torch.no_grad(), vlmprune.patch(model, "norm", keep_ratio=0.25, order=1.0) as handle:
         model(**case.inputs())
     assert handle.last.tokens_kept == [case.num_tokens("C") // 4]
+
+
+def test_the_method_of_an_installed_package_works(tmp_path, monkeypatch):
+    """The entry point of the page, of a package that another process finds installed."""
+    (lines,) = [f.code for p in PAGES for f in p.fences if f.mark == "tried: installed"]
+    ((group, points),) = tomllib.loads(lines)["project"]["entry-points"].items()
+    package, package_info = tmp_path / "my_package", tmp_path / "my_package-1.0.dist-info"
+    package.mkdir()
+    package_info.mkdir()
+    monkeypatch.chdir(package)
+    assert cli.main(["new-method", "mine", "--place", "before_llm"]) == 0
+    (package_info / "METADATA").write_text("Name: my_package\nVersion: 1.0\n")
+    said = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (package_info / "entry_points.txt").write_text("\n".join(said))
+    code = "import vlmprune; print(vlmprune.method('mine', keep_ratio=0.5))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "mine(keep_ratio=0.5)\n", done.stderr
 
 
 # --- Errors and the citation -----------------------------------------------------------------
