@@ -37,7 +37,7 @@ from .cache.continuation import Continued, first_padding
 from .cache.pruned import is_new, pruned_state
 from .checks import check_generate
 from .devices import execution_device
-from .family import IMAGE, MODALITIES, Family, Modality, Model
+from .family import IMAGE, MODALITIES, Call, Family, Modality, Model
 from .hooks import Hooks, Spot, Spots, Undo
 from .patch_setup import Setup
 from .places.before_llm import Encoded, encode, encode_merged
@@ -133,8 +133,8 @@ class Engine:
         self, model: Model, family: Family, setup: Setup, remember_images: int = 0
     ) -> None:
         self.model, self.family = model, family
-        self.core: Any = family.core(model)
-        self.text: Any = family.text_model(model)
+        self.core: Any = family.core
+        self.text: Any = family.text_model
         self.setup = setup
         """What calls that begin now run with, where their threads ask for nothing else."""
         self.memory = ImageMemory(remember_images) if remember_images else None
@@ -177,14 +177,14 @@ class Engine:
             before = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
             hooks.append(before)
         self._undo += [hook.remove for hook in hooks]
-        for layer in self.family.unread_layers(self.model, {}):
+        for layer in self.family.unread_layers({}):
             self._override(layer, "forward", functools.partial(self._run_or_pass, layer))
 
     def _install_at(self, spot: Spot) -> Undo:
         """The hook of a spot: `Setup.standing` and `Setup.passing` say which are needed."""
         what, index = spot
         if what == "encoder":
-            attention = self.family.vision_attention(self.model)[index]
+            attention = self.family.vision_attention[index]
             hear = functools.partial(self._hear_encoder, index)
             return probes.Tap(attention, self._names, [hear]).remove
         layer = self.text.layers[index]
@@ -235,7 +235,7 @@ class Engine:
         """Names of taps that the setup needs: they stay while taps come and go."""
         for what, index in self.setup.standing | self.setup.passing:
             if what == "encoder":
-                encoder = self.family.vision_attention(self.model)
+                encoder = self.family.vision_attention
                 self._names.of(encoder[index].config._attn_implementation)
             elif what == "tap":
                 self._names.of(self.text.layers[index].self_attn.config._attn_implementation)
@@ -343,13 +343,12 @@ class Engine:
             return original(*args, **kwargs)
         inputs = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
         inputs |= inputs.pop("kwargs", {})
-        encode_images = functools.partial(self._encode_images, setup, modality, original)
+        call = Call(modality, inputs)
+        encode_images = functools.partial(self._encode_images, setup, original)
         if self.memory is None or not local.in_call:
-            output, encoded = encode_images(inputs)
+            output, encoded = encode_images(call)
         else:
-            output, encoded = self.memory.encode(
-                self.family, self.model, modality, inputs, encode_images, setup
-            )
+            output, encoded = self.memory.encode(self.family, call, encode_images, setup)
         if encoded is not None:
             setattr(output, _MARK, encoded)
             local.encoded[modality] = encoded
@@ -358,9 +357,8 @@ class Engine:
     def _encode_images(
         self,
         setup: Setup,
-        modality: Modality,
         original: Callable[..., Any],
-        inputs: Mapping[str, Any],
+        call: Call,
         numbers: Sequence[int] | None = None,
     ) -> tuple[Any, Encoded | None]:
         """Images on their way through the encoder, and what was chosen of them; `numbers`: which
@@ -368,31 +366,29 @@ class Engine:
         local = self._local
         local.recording, local.tapped = (recording := Recording()), setup.tapped
         if local.in_call:  # another caller may read all that the encoder gives
-            local.unread = self._unread(setup, inputs)
+            local.unread = self._unread(setup, call.inputs)
         self._hooks.hold(setup.standing)
         try:
-            output = original(**inputs)
+            output = original(**call.inputs)
         finally:
             self._hooks.release(setup.standing)
             local.recording, local.tapped, local.unread = None, {}, frozenset()
         features = getattr(output, "pooler_output", None)
         if features is None:  # return_dict=False: a plain tuple cannot carry the choice
             return output, None
-        tilings = self.family.tilings(self.model, modality, features, inputs)
+        tilings = self.family.tilings(call, features)
         for tiling, feature in zip(tilings, features, strict=True):
             if tiling.num_tokens != len(feature):
                 raise UnsupportedModelError(
-                    f"An {modality.name} gave {len(feature)} visual tokens, but its layout has "
-                    f"{tiling.num_tokens}: this variant of {self.family.name} is not supported."
+                    f"An {call.modality.name} gave {len(feature)} visual tokens, but its layout "
+                    f"has {tiling.num_tokens}: this variant of {self.family.name} is not supported."
                 )
         signals: list[dict[Signal, Tensor]] = [{} for _ in features]
         if setup.first is not None:
             reader = Reader(
                 self.family,
-                self.model,
-                modality,
+                call,
                 output=output,
-                inputs=inputs,
                 features=features,
                 tilings=tilings,
                 recording=recording,
@@ -401,7 +397,7 @@ class Engine:
             )
             signals = reader.read(setup.first)
         if setup.per_image is not None:  # an earlier modality of the call has the first budgets
-            others = [one for other, one in local.encoded.items() if other is not modality]
+            others = [one for other, one in local.encoded.items() if other is not call.modality]
             before = sum(len(one.images) for one in others) if local.in_call else 0
             numbers = range(len(tilings)) if numbers is None else numbers
             numbers = [before + number for number in numbers]
@@ -421,10 +417,10 @@ class Engine:
 
     def _unread(self, setup: Setup, inputs: Mapping[str, Any]) -> frozenset[nn.Module]:
         """Encoder layers behind the deepest one that the projector or a signal reads."""
-        encoder = self.family.vision_attention(self.model)
+        encoder = self.family.vision_attention
         heard = {encoder[layer] for layer in setup.tapped}
         unread: list[nn.Module] = []
-        for layer in reversed(self.family.unread_layers(self.model, inputs)):
+        for layer in reversed(self.family.unread_layers(inputs)):
             if any(module in heard for module in layer.modules()):
                 break
             unread.append(layer)
@@ -446,7 +442,7 @@ class Engine:
             chosen = image.selection
             projected = chosen.features
             if projected is not None and not chosen.projected:
-                projected = self.family.project(self.model, projected.to(feature.dtype))
+                projected = self.family.project(projected.to(feature.dtype))
             emitted.append(image.emit(feature, projected))
         return torch.stack(emitted) if isinstance(features, Tensor) else type(features)(emitted)
 

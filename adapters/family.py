@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,8 +46,17 @@ IMAGE, VIDEO = Modality("image"), Modality("video")
 MODALITIES = (IMAGE, VIDEO)
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the method that encodes a modality."""
+
+    modality: Modality
+    inputs: Inputs
+    """Its arguments."""
+
+
 class Family(ABC):
-    """Where the visual tokens of one family of models are. One file in `families/` each.
+    """Where the visual tokens of one model are. One file in `families/` for each family of models.
 
     The modules that a family names belong to `transformers`' own classes; nothing is copied.
     Videos count as images in all words below.
@@ -62,30 +71,36 @@ class Family(ABC):
     mrope: ClassVar[bool] = False
     """Multi-axis rotary positions: kept tokens must keep their original positions."""
 
-    def core(self, model: Model) -> Any:
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @property
+    def core(self) -> Any:
         """The module that owns the vision encoder and the text model."""
-        return model.base_model
+        return self.model.base_model
 
-    def text_model(self, model: Model) -> Any:
+    @property
+    def text_model(self) -> Any:
         """The LLM decoder without its head."""
-        return self.core(model).language_model
+        return self.core.language_model
 
+    @property
     @abstractmethod
-    def vision_tower(self, model: Model) -> Any:
+    def vision_tower(self) -> Any:
         """The vision encoder."""
 
+    @property
     @abstractmethod
-    def vision_attention(self, model: Model) -> Sequence[Any]:
+    def vision_attention(self) -> Sequence[Any]:
         """The attention module of each encoder layer."""
 
+    @property
     @abstractmethod
-    def tower(self, model: Model) -> Tower:
+    def tower(self) -> Tower:
         """The properties of the vision encoder."""
 
     @abstractmethod
-    def tilings(
-        self, model: Model, modality: Modality, features: Sequence[Tensor], inputs: Inputs
-    ) -> Sequence[Tiling]:
+    def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         """How the tokens of each image lie.
 
         Args:
@@ -93,41 +108,37 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def pixels(self, model: Model, modality: Modality, inputs: Inputs) -> Sequence[Tensor]:
+    def pixels(self, call: Call) -> Sequence[Tensor]:
         """The pixel values of each image without padding, one behind the other as the model takes
         them: concatenated they are the argument again."""
 
     @abstractmethod
-    def pictures(
-        self, model: Model, modality: Modality, inputs: Inputs
-    ) -> Sequence[Sequence[tuple[int, int]]]:
+    def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
         """Per image, the pictures that the encoder saw of it (tiles, frames): rows and columns of
         what the projector makes a token of, padding included."""
 
     @abstractmethod
-    def encoder_features(self, model: Model, output: Any, inputs: Inputs) -> Tensor:
+    def encoder_features(self, call: Call, output: Any) -> Tensor:
         """What the projector reads, as the encoder gives it: (B, S, C), CLS included.
 
         Args:
             output: what `get_image_features` returned.
         """
 
-    def unread_layers(self, model: Model, inputs: Inputs) -> Sequence[Any]:
+    def unread_layers(self, inputs: Inputs) -> Sequence[Any]:
         """The last encoder layers, those whose output no projector reads.
 
         Args:
-            inputs: as the caller gave them; they may say what is read.
+            inputs: as the caller gave them, or none; they may say what is read.
         """
         return ()
 
     @abstractmethod
-    def project(self, model: Model, rows: Tensor) -> Tensor:
+    def project(self, rows: Tensor) -> Tensor:
         """Rows (K, C) of `EncoderFeatures` through the projector: (K, D)."""
 
     @abstractmethod
-    def per_image(
-        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
-    ) -> Sequence[Tensor]:
+    def per_image(self, call: Call, values: Tensor) -> Sequence[Tensor]:
         """Values of encoder tokens -> (P, ...) per image, one per patch in the prompt's order.
 
         Values of encoder tokens that the model averages are averaged alike.
@@ -144,42 +155,40 @@ class Family(ABC):
         """The arguments that tell images apart: what `only` looks at."""
         return frozenset({modality.pixels, self.sizes(modality)})
 
-    def only(
-        self, model: Model, modality: Modality, inputs: Inputs, images: Sequence[int]
-    ) -> tuple[Sequence[int], Inputs]:
-        """Arguments for some images of a call.
+    def only(self, call: Call, images: Sequence[int]) -> tuple[Sequence[int], Call]:
+        """A call with some images of another.
 
         Args:
             images: their numbers in the call, ascending.
 
         Returns:
-            the images that the arguments hold, all of `images` among them, and the arguments.
+            the images that it holds, all of `images` among them, and the call.
         """
-        pixels = self.pixels(model, modality, inputs)
-        chosen = {**inputs, modality.pixels: torch.cat([pixels[i] for i in images])}
-        if (sizes := inputs.get(self.sizes(modality))) is not None:
-            chosen[self.sizes(modality)] = sizes[list(images)]
-        return images, chosen
+        pixels, sizes = self.pixels(call), self.sizes(call.modality)
+        chosen = {**call.inputs, call.modality.pixels: torch.cat([pixels[i] for i in images])}
+        if chosen.get(sizes) is not None:
+            chosen[sizes] = chosen[sizes][list(images)]
+        return images, replace(call, inputs=chosen)
 
-    def merged_patches(
-        self, model: Model, modality: Modality, values: Tensor, inputs: Inputs
-    ) -> Sequence[Tensor]:
+    def merged_patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
         """As `per_image`, but patches that the projector merges are concatenated: (P, C)."""
-        return self.per_image(model, modality, values, inputs)
+        return self.per_image(call, values)
 
-    def check(self, model: Model) -> None:  # noqa: B027  (most families have no variants)
+    def check(self) -> None:  # noqa: B027  (most families have no variants)
         """Raise `UnsupportedModelError` for a variant that this family cannot prune."""
 
-    def fixed_tokens(self, model: Model) -> int | None:
+    @property
+    def fixed_tokens(self) -> int | None:
         """Visual tokens of every image, where the model has one input size."""
         return None
 
-    def shape(self, model: Model) -> ModelShape:
+    @property
+    def shape(self) -> ModelShape:
         """Sizes of encoder and decoder."""
-        config = self.text_model(model).config
+        config = self.text_model.config
         decoder = Decoder(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
         )
-        return ModelShape(tower=self.tower(model), decoder=decoder)
+        return ModelShape(tower=self.tower, decoder=decoder)

@@ -228,7 +228,7 @@ class Handle:
 
     @property
     def _fixed_tokens(self) -> int | None:
-        return self._engine.family.fixed_tokens(self._engine.model)
+        return self._engine.family.fixed_tokens
 
     def _require_active(self) -> None:
         if self.active:
@@ -379,19 +379,19 @@ def _setup(
     remember_images: int,
 ) -> Setup:
     """What calls with these methods run with, if the model allows them."""
-    shape = family.shape(model)
+    shape = family.shape
     for call in calls:
         _check_signals(call, shape, clip)
         _check_decoder(call, family, model)
     modes = _positions(family, calls, positions)
-    if (tokens := family.fixed_tokens(model)) is not None:
+    if (tokens := family.fixed_tokens) is not None:
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
     if clip is not None:
         _check_clip(clip, family, model)
     _check_memory(remember_images, calls, shape)
     for said in idle(calls):
         warnings.warn(said, UserWarning, stacklevel=3)
-    return Setup(calls, shape, modes, family.text_model(model), Ticket(), clip=clip)
+    return Setup(calls, shape, modes, family.text_model, Ticket(), clip=clip)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -522,7 +522,7 @@ def _check_memory(images: object, calls: tuple[MethodCall, ...], shape: ModelSha
 
 
 def _check_clip(clip: ClipText, family: Family, model: nn.Module) -> None:
-    width = family.vision_tower(model).config.hidden_size
+    width = family.vision_tower.config.hidden_size
     if clip.vision_width != width:
         raise UnsupportedModelError(
             f"clip= belongs to a vision tower of width {clip.vision_width}, and this model's is "
@@ -532,8 +532,8 @@ def _check_clip(clip: ClipText, family: Family, model: nn.Module) -> None:
 
 def _check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
     """Refuse a decoder whose modules a method inside it cannot read."""
-    text: Any = family.text_model(model)
-    needs = call.method.needs(family.shape(model))
+    text: Any = family.text_model
+    needs = call.method.needs(family.shape)
     inside = any(isinstance(need, LayerSignal) for need in needs)
     if inside or call.method.place is Place.CACHE:
         for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "input_layernorm"):
@@ -578,7 +578,7 @@ def _positions(
 def _refuse_compiled(model: nn.Module, family: Family) -> None:
     compiled: list[Any] = [
         getattr(part, "_compiled_call_impl", None)
-        for part in (model, family.core(model), family.text_model(model))
+        for part in (model, family.core, family.text_model)
     ]
     if "_compiled_call" in model.__dict__ or any(call is not None for call in compiled):
         raise UnsupportedModelError(

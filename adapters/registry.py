@@ -26,21 +26,21 @@ def model_names() -> list[str]:
 
 
 @cache
-def family(name: str) -> Family:
+def family_class(name: str) -> type[Family]:
     """The family called `name`, one of `model_names()`."""
     module = importlib.import_module(_files()[name])
-    (cls,) = (
+    found: list[type[Family]] = [
         value
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, Family)
         and value.__module__ == module.__name__
-    )
-    return cls()
+    ]
+    return found[0]
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a loaded model.
+    """The family of a loaded model, bound to it.
 
     Raises:
         UnsupportedModelError: not a model of a supported family, or a variant it cannot prune.
@@ -60,8 +60,8 @@ def family_of(model: nn.Module) -> Family:
             f"{type(model).__name__} is a {name} model without its language head: "
             f"patch the ...ForConditionalGeneration model that holds it."
         )
-    found = family(name)
-    found.check(model)
+    found = family_class(name)(model)
+    found.check()
     return found
 
 

@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..prune.budget import MethodCall
 from ..prune.choose import ChosenImage
-from .family import Family, Inputs, Modality, Model
+from .family import Call, Family
 from .patch_setup import Setup
 from .places.before_llm import Encoded
 from .stopwatch import Stopwatch
 
-Encode = Callable[[Inputs, Sequence[int] | None], tuple[Any, Encoded | None]]
-"""Runs the encoder on the arguments of `get_image_features` for some images of a call, by their
+Encode = Callable[[Call, Sequence[int] | None], tuple[Any, Encoded | None]]
+"""Runs the encoder on a call that holds some images of the one made, by their
 numbers (None: all): its output with the rows that enter the LLM in place, and what was chosen; None
 for outputs that are plain tuples."""
 
@@ -97,20 +97,14 @@ class ImageMemory:
             self._known.clear()
 
     def encode(
-        self,
-        family: Family,
-        model: Model,
-        modality: Modality,
-        inputs: Inputs,
-        encode: Encode,
-        setup: Setup,
+        self, family: Family, call: Call, encode: Encode, setup: Setup
     ) -> tuple[Any, Encoded | None]:
         """The output for all images of a call, of which `encode` sees those that are not known,
         each once."""
-        learns = _learns(family, model, modality, inputs)
-        keys = None if learns else _keys(family, model, modality, inputs)
+        learns = _learns(family, call)
+        keys = None if learns else _keys(family, call)
         if keys is None:
-            return encode(inputs, None)
+            return encode(call, None)
         calls = setup.calls_of(range(len(keys)))
         keys = [(key, _hashable(chosen)) for key, chosen in zip(keys, calls, strict=True)]
         found = self._find(keys)
@@ -118,9 +112,9 @@ class ImageMemory:
         stopwatch = None
         if unknown:
             images: Sequence[int] = range(len(keys))
-            some = inputs
+            some = call
             if len(unknown) < len(keys):
-                images, some = family.only(model, modality, inputs, unknown)
+                images, some = family.only(call, unknown)
             output, encoded = encode(some, images)
             if encoded is None:
                 return output, None
@@ -159,34 +153,32 @@ def _hashable(calls: tuple[MethodCall, ...]) -> Hashable:
     return calls
 
 
-def _learns(family: Family, model: Model, modality: Modality, inputs: Inputs) -> bool:
+def _learns(family: Family, call: Call) -> bool:
     """Whether the features of this call are to be trained through, or are random (dropout)."""
-    if family.vision_tower(model).training:
+    if family.vision_tower.training:
         return True
     if not torch.is_grad_enabled():
         return False
-    text = {id(parameter) for parameter in family.text_model(model).parameters()}
-    return inputs[modality.pixels].requires_grad or any(
+    text = {id(parameter) for parameter in family.text_model.parameters()}
+    return call.inputs[call.modality.pixels].requires_grad or any(
         parameter.requires_grad
-        for parameter in family.core(model).parameters()
+        for parameter in family.core.parameters()
         if id(parameter) not in text
     )
 
 
-def _keys(
-    family: Family, model: Model, modality: Modality, inputs: Inputs
-) -> list[Hashable] | None:
+def _keys(family: Family, call: Call) -> list[Hashable] | None:
     """What tells each image of a call from others; None where an argument cannot be told apart by
     image."""
+    modality, inputs = call.modality, call.inputs
     per_image = family.per_image_arguments(modality)
     options = {k: v for k, v in inputs.items() if k not in per_image | _NO_MATTER}
     if any(isinstance(value, Tensor) for value in options.values()):
         return None
     # What a caller leaves out is the configuration's.
-    options = {
-        k: v for k, v in options.items() if v is not None and v != getattr(model.config, k, None)
-    }
-    weight = next(family.vision_tower(model).parameters())
+    own = family.model.config
+    options = {k: v for k, v in options.items() if v is not None and v != getattr(own, k, None)}
+    weight = next(family.vision_tower.parameters())
     pixels = inputs[modality.pixels].detach()
     device = pixels.device.type
     common = (
@@ -194,12 +186,12 @@ def _keys(
         repr(sorted(options.items())),
         weight.device,
         weight.dtype,
-        _weights(family.core(model), family.text_model(model)),
+        _weights(family.core, family.text_model),
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         torch.is_inference_mode_enabled(),  # its tensors cannot be trained with outside of it
     )
     here = {**inputs, modality.pixels: pixels.cpu()}  # one transfer for all images
-    images = family.pixels(model, modality, here)
+    images = family.pixels(replace(call, inputs=here))
     sizes = inputs.get(family.sizes(modality))
     rows = [None] * len(images) if sizes is None else sizes.tolist()
     return [

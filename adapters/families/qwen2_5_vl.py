@@ -8,20 +8,20 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
 from ...prune.contract import Tower
-from ..family import Model
 from .qwen2_vl import Qwen2VL
 
 
 class Qwen25VL(Qwen2VL):
     name = "qwen2_5_vl"
 
-    def tower(self, model: Model) -> Tower:
-        full = self.vision_tower(model).fullatt_block_indexes
-        return replace(super().tower(model), full_attention=tuple(sorted(full)))
+    @property
+    def tower(self) -> Tower:
+        full = self.vision_tower.fullatt_block_indexes
+        return replace(super().tower, full_attention=tuple(sorted(full)))
 
-    def in_order(self, model: Model, units: Tensor, sizes: Tensor) -> Tensor:
+    def in_order(self, units: Tensor, sizes: Tensor) -> Tensor:
         """The blocks run in window order; `window_index[i]` is the token at place i."""
-        tower = self.vision_tower(model)
+        tower = self.vision_tower
         window_index, _ = get_vision_window_index(
             sizes,
             spatial_merge_size=tower.spatial_merge_size,

@@ -23,7 +23,7 @@ from ...prune.contract import (
 from ...prune.errors import UnsupportedFeatureError, VlmpruneError
 from ...prune.tiling import Tiling
 from ..clip_text import ClipText as ClipTextEncoder
-from ..family import Family, Inputs, Modality, Model
+from ..family import Call, Family
 from ..sequence.prompt import Prompt
 from .table import ENCODER_ATTENTION, SOURCES, shown
 
@@ -60,25 +60,23 @@ class Reader:
     def __init__(
         self,
         family: Family,
-        model: Model,
-        modality: Modality,
+        call: Call,
         *,
         output: Any,
-        inputs: Inputs,
         features: Sequence[Tensor],
         tilings: Sequence[Tiling],
         recording: Recording,
         prompt: Prompt | None,
         clip: ClipTextEncoder | None,
     ) -> None:
-        self._family, self._model, self._modality = family, model, modality
-        self._output, self._inputs, self._features = output, inputs, features
+        self._family, self._call = family, call
+        self._output, self._features = output, features
         self._tilings, self._recording = tilings, recording
         self._prompt, self._clip = prompt, clip
 
     def read(self, method: BeforeLLM) -> list[dict[Signal, Tensor]]:
         """Per image, each signal that the method declares, as the contract describes it."""
-        shape = self._family.shape(self._model)
+        shape = self._family.shape
         needs = [need for need in method.needs(shape) if not isinstance(need, LayerSignal)]
         columns = {}
         for need in needs:
@@ -98,20 +96,17 @@ class Reader:
             case Features():
                 return self._llm_features(with_newlines=method.newline_policy == "compete")
             case EncoderFeatures():
-                return self._family.merged_patches(
-                    self._model, self._modality, self._encoder_features(), self._inputs
-                )
+                return self._family.merged_patches(self._call, self._encoder_features())
             case ClsFeatures():
                 return self._cls_features()
             case PixelSeed():
-                pixels = self._family.pixels(self._model, self._modality, self._inputs)
-                return [pixel_seed(image) for image in pixels]
+                return [pixel_seed(image) for image in self._family.pixels(self._call)]
             case ClipImage():
                 return self._patches(self._text_twin.image(self._encoder_features()))
             case ClipText():
                 return [self._text_twin.text(ids) for ids in self._texts(need)]
             case TextEmbeddings():
-                embed = self._model.get_input_embeddings()
+                embed = self._family.model.get_input_embeddings()
                 return [embed(ids) for ids in self._texts(need)]
         raise VlmpruneError(f"{need} is no signal of a method before the LLM.")
 
@@ -122,13 +117,13 @@ class Reader:
         return self._clip
 
     def _patches(self, values: Tensor) -> Sequence[Tensor]:
-        return self._family.per_image(self._model, self._modality, values, self._inputs)
+        return self._family.per_image(self._call, values)
 
     def _encoder_features(self) -> Tensor:
-        return self._family.encoder_features(self._model, self._output, self._inputs)
+        return self._family.encoder_features(self._call, self._output)
 
     def _cls_features(self) -> Sequence[Tensor]:
-        pictures = self._family.pictures(self._model, self._modality, self._inputs)
+        pictures = self._family.pictures(self._call)
         per_image = self._encoder_features()[:, 0].split([len(seen) for seen in pictures])
         return [
             seen[[tile.picture for tile in tiling.tiles]]  # not those of which nothing is left
@@ -149,7 +144,7 @@ class Reader:
                 f"{need} is read from the prompt, which is not known when images are encoded on "
                 f"their own: pass pixel_values together with input_ids."
             )
-        return self._prompt.texts(self._modality, [len(image) for image in self._features])
+        return self._prompt.texts(self._call.modality, [len(image) for image in self._features])
 
 
 def pixel_seed(pixels: Tensor) -> Tensor:

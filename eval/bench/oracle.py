@@ -35,8 +35,8 @@ def oracle_prefill(
         logits (B, 1, V), and a cache whose layers hold what they were given.
     """
     family = family_of(model)
-    core: Any = family.core(model)
-    text_model: Any = family.text_model(model)
+    core: Any = family.core
+    text_model: Any = family.text_model
     ids = inputs["input_ids"]
     encoded = core.get_image_features(**{k: v for k, v in inputs.items() if k not in _NOT_PIXELS})
     features = torch.cat(list(encoded.pooler_output))

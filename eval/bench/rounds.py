@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...adapters.cache.pruned import pruned_state
 from ...adapters.clip_text import ClipText
-from ...adapters.family import IMAGE
+from ...adapters.family import IMAGE, Call
 from ...adapters.patching import Handle
 from ...adapters.registry import family_of
 from ..measure.energy import energy_meter
@@ -73,7 +73,7 @@ class _Bench:
         self.family = family_of(model)
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.meter = energy_meter(self.device)
-        self.layers = self.family.shape(model).decoder.num_layers
+        self.layers = self.family.shape.decoder.num_layers
         self.visual = visual_tokens_of(model, inputs)
         self.padded = not bool(inputs["attention_mask"].all())
 
@@ -97,7 +97,7 @@ class _Bench:
 
     def patched(self, variant: Variant, handle: Handle | None, call: Timed) -> _Prefilled:
         """A prefill as the variant has it; what it leaves is noted."""
-        variant.pictures = list(self.family.pictures(self.model, IMAGE, self.inputs)[0])
+        variant.pictures = list(self.family.pictures(Call(IMAGE, self.inputs))[0])
         variant.visual_tokens = self.visual
         variant.text_tokens = self.inputs["input_ids"].shape[1] - self.visual
         variant.per_layer = [self.visual] * self.layers

@@ -137,7 +137,7 @@ class Subject:
 
     def as_json(self) -> dict[str, Any]:
         model = self.model("meta")
-        decoder = family_of(model).shape(model).decoder
+        decoder = family_of(model).shape.decoder
         inputs = self.inputs("meta")
         visual = visual_tokens_of(model, inputs)
         return {

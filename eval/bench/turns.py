@@ -74,7 +74,7 @@ class _Clocks:
 def _run(timed: Timed) -> None:
     device: torch.device = timed.model.get_input_embeddings().weight.device
     clocks = _Clocks(Stopwatch(device), Stopwatch(device))
-    tower = family_of(timed.model).vision_tower(timed.model)
+    tower = family_of(timed.model).vision_tower
 
     def next_turn(*_: Any) -> None:
         clocks.pause()

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...adapters.clip_text import ClipText
-from ...adapters.family import IMAGE
+from ...adapters.family import IMAGE, Call
 from ...adapters.patching import Handle, patch
 from ...adapters.registry import family_of
 from ...prune.budget import plan, tokens_per_layer
@@ -104,10 +104,10 @@ class Variant:
         """
         model = subject.model("meta")
         family, inputs = family_of(model), subject.inputs("meta")
-        config: Any = family.text_model(model).config
+        config: Any = family.text_model.config
         calls = [part.call for part in self.parts]
-        model_shape = family.shape(model)
-        self.pictures = list(family.pictures(model, IMAGE, inputs)[0])
+        model_shape = family.shape
+        self.pictures = list(family.pictures(Call(IMAGE, inputs))[0])
         self.visual_tokens = visual_tokens_of(model, inputs)
         with self.patched(model, subject.text_twin("meta")) as handle:
             self.unread_layers = 0 if handle is None else handle.unread_layers

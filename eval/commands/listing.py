@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from ...adapters.registry import family, model_names
+from ...adapters.registry import family_class, model_names
 from ...prune.budget import PUBLISHED
 from ...prune.contract import Method
 from ...prune.registry import default_methods, plugin_notes
@@ -62,8 +62,8 @@ def models_table() -> Table:
     """Model type, what it is, and the position modes it allows."""
     rows: list[tuple[str, ...]] = []
     for name in model_names():
-        found = family(name)
-        what = first_line(inspect.getmodule(type(found)).__doc__)
+        found = family_class(name)
+        what = first_line(inspect.getmodule(found).__doc__)
         rows.append((name, what, "original" if found.mrope else "original, repacked"))
     return Table(
         headers=("Model type", "What", "Positions"), rows=rows, numbers_from=3, wrapping=(1,)

@@ -254,7 +254,7 @@ def _benchmarks(
 
 def _reads_clip(combinations: Sequence[Parts], model: PreTrainedModel) -> bool:
     """Whether a method compares the image with the question in CLIP's space."""
-    shape = family_of(model).shape(model)
+    shape = family_of(model).shape
 
     def reads(part: Part) -> bool:
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...adapters.family import MODALITIES
+from ...adapters.family import MODALITIES, Call
 from ...adapters.patching import Handle
 from ...adapters.registry import family_of
 from ...adapters.report import Last
@@ -72,7 +72,7 @@ def answer(
     visual = _visual_tokens(model, inputs)
     real = inputs["attention_mask"].sum(1).tolist()
     pictures = _pictures(model, inputs, counts)
-    num_layers = family_of(model).shape(model).decoder.num_layers
+    num_layers = family_of(model).shape.decoder.num_layers
     last = handle.last if handle is not None and any(visual) else None
     answers = []
     left = last.cache_kept if last is not None else None
@@ -186,7 +186,7 @@ def _pictures(
     for modality in MODALITIES:
         if modality.pixels not in inputs:
             continue
-        seen = iter(family.pictures(model, modality, inputs))
+        seen = iter(family.pictures(Call(modality, inputs)))
         for row, count in enumerate(counts[modality.name]):
             for _ in range(count):
                 rows[row] += next(seen)

@@ -193,14 +193,14 @@ def visual_share(visual_per_layer: Sequence[int], dense: int, decoder: Decoder) 
 def model_cost(model: PreTrainedModel) -> ModelCost:
     """Read a loaded model's sizes off its modules; any family that vlmprune knows."""
     family = family_of(model)
-    text_model: Any = family.text_model(model)
+    text_model: Any = family.text_model
     config = text_model.config
     head_size = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
-    shape = family.shape(model)
+    shape = family.shape
     return ModelCost(
-        vision=_vision_cost(family.core(model), family.vision_tower(model), text_model, shape),
+        vision=_vision_cost(family.core, family.vision_tower, text_model, shape),
         layers=tuple(
             Block(_matmuls(layer), 4 * config.num_attention_heads * head_size)
             for layer in text_model.layers

@@ -130,7 +130,7 @@ def measure(
     (`vlmprune bench model --memory` measures it in processes of their own).
     """
     device = input_device(model)
-    tower = family_of(model).vision_tower(model)
+    tower = family_of(model).vision_tower
     timings = Timings()
     peak: int | None = None
 

@@ -21,8 +21,8 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionVideoProcessor,
 )
-from vlmprune.adapters.family import IMAGE, VIDEO
-from vlmprune.adapters.registry import family
+from vlmprune.adapters.family import IMAGE, VIDEO, Call
+from vlmprune.adapters.registry import family_of
 from vlmprune.prune.tiling import Block, Tiling
 
 TILED = [case for case in zoo.CASES.values() if isinstance(case.layout, zoo.Tiles)]
@@ -151,9 +151,9 @@ def stub(name: str):
 
 
 def adapter_tilings(model, modality, inputs) -> list[Tiling]:
-    found = family(model.config.model_type)
+    found = family_of(model)
     features = [torch.zeros(0)] * len(inputs.get("image_sizes", inputs.get("pixel_values_videos")))
-    return list(found.tilings(model, modality, features, inputs))
+    return list(found.tilings(Call(modality, inputs), features))
 
 
 sides = st.integers(1, 5)
@@ -247,7 +247,7 @@ def test_the_pictures_that_the_encoder_saw(case):
     model, found = case.reference(), {}
     for kind, given_inputs in zoo.encoder_inputs(case.inputs(rows)).items():
         modality = {"image": IMAGE, "video": VIDEO}[kind]
-        pictures = family(model.config.model_type).pictures(model, modality, given_inputs)
+        pictures = family_of(model).pictures(Call(modality, given_inputs))
         found[kind] = iter(pictures)
     for name, tiling in zip(zoo.images(rows), case.tilings(rows), strict=True):
         seen = list(next(found["video" if name in zoo.FRAMES else "image"]))

@@ -42,7 +42,7 @@ def encoder_runs(model) -> Iterator[list[int]]:
     def note(module, args, kwargs) -> None:
         seen.append(next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x)).numel())
 
-    hook = family_of(model).vision_tower(model).register_forward_pre_hook(note, with_kwargs=True)
+    hook = family_of(model).vision_tower.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:

@@ -18,7 +18,7 @@ def ran(model, call) -> list[int]:
     seen: set[int] = set()
     hooks = [
         module.register_forward_pre_hook(lambda *_, index=index: seen.add(index))
-        for index, module in enumerate(family_of(model).vision_attention(model))
+        for index, module in enumerate(family_of(model).vision_attention)
     ]
     try:
         with torch.no_grad():
@@ -33,8 +33,8 @@ def ran(model, call) -> list[int]:
 def test_what_the_projector_reads_is_run_and_nothing_else(case: Case):
     model, inputs = case.model(), case.inputs()
     family = family_of(model)
-    everything = list(range(len(family.vision_attention(model))))
-    unread = len(family.unread_layers(model, {}))
+    everything = list(range(len(family.vision_attention)))
+    unread = len(family.unread_layers({}))
     if case.qwen:
         assert unread == 0
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_what_the_projector_reads_is_run_and_nothing_else(case: Case):
 def test_unread_is_what_is_behind_the_deepest_layer_read(layers: int | list[int], count: int):
     model = CASES[LLAVA].model()
     family = family_of(model)
-    assert len(family.unread_layers(model, {"vision_feature_layer": layers})) == count
+    assert len(family.unread_layers({"vision_feature_layer": layers})) == count
 
 
 @pytest.mark.parametrize(("layer", "count"), [(-1, 5), (-2, 4)])
@@ -77,7 +77,7 @@ def test_a_signal_of_the_last_layer_is_read():
 
 def test_hidden_states_have_as_many_entries_as_without_a_patch():
     model, inputs, seen = CASES[LLAVA].model(), CASES[LLAVA].inputs(), []
-    tower = family_of(model).vision_tower(model)
+    tower = family_of(model).vision_tower
     tower.register_forward_hook(lambda module, args, out: seen.append(out.hidden_states))
     with torch.no_grad():
         dense = model(**inputs, output_hidden_states=True)
@@ -100,7 +100,7 @@ def test_weights_of_unread_layers_that_are_offloaded_are_not_loaded(monkeypatch)
         return load(self, module, *args, **kwargs)
 
     monkeypatch.setattr(AlignDevicesHook, "pre_forward", loads)
-    layers = family_of(model).vision_tower(model).encoder.layers
+    layers = family_of(model).vision_tower.encoder.layers
     with torch.no_grad():
         model(**inputs)
         assert loaded & set(layers[-1].modules())
@@ -112,7 +112,7 @@ def test_weights_of_unread_layers_that_are_offloaded_are_not_loaded(monkeypatch)
 
 def test_removed_without_a_trace():
     model = CASES[LLAVA].model()
-    layers = family_of(model).vision_tower(model).encoder.layers
+    layers = family_of(model).vision_tower.encoder.layers
     before = [dict(layer.__dict__) for layer in layers]
     with vlmprune.patch(model, "grid", keep_ratio=0.5):
         assert "forward" in layers[-1].__dict__

@@ -112,7 +112,7 @@ def test_each_row_is_what_patching_by_hand_gives(compared, loaded, question):
             drawn = handle.overlay(question.image)
         assert row.average_tokens == sum(per_layer) / len(per_layer)
         assert ImageChops.difference(row.picture, drawn).getbbox() is None
-        decoder = vlmprune.adapters.registry.family_of(model).shape(model).decoder
+        decoder = vlmprune.adapters.registry.family_of(model).shape.decoder
         assert row.flops_share == visual_share(per_layer, 196, decoder)
         assert row.first_token_seconds > 0 and 0 < row.kv_bytes < compared.dense.kv_bytes
         assert row.correct == (row.answer == question.answer)

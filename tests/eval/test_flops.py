@@ -10,7 +10,7 @@ import vlmprune
 from kit.zoo import ALL, ATTENTION, BOTH_FAMILIES, CASES, Case
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
-from vlmprune.adapters.family import IMAGE
+from vlmprune.adapters.family import IMAGE, Call
 from vlmprune.adapters.registry import family_of
 from vlmprune.eval.measure.flops import (
     _windows,
@@ -53,7 +53,7 @@ def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
 def analytic(case: Case, model, visual_per_layer, **options):
     extra = 2 if case.qwen else 0  # start and end of vision
     return model_cost(model).sample(
-        pictures=family_of(model).pictures(model, IMAGE, case.inputs([ROW]))[0],
+        pictures=family_of(model).pictures(Call(IMAGE, case.inputs([ROW])))[0],
         visual_per_layer=visual_per_layer,
         text_tokens=TEXT + extra,
         **options,
@@ -84,7 +84,7 @@ def test_patched_prefill_equals_torch_but_for_the_probes(case: Case, name: str):
         with counting() as counter, torch.inference_mode():
             model(**case.inputs([ROW]), logits_to_keep=1)
         (entering,) = handle.last.tokens_per_layer
-    unread = len(family_of(model).unread_layers(model, {}))
+    unread = len(family_of(model).unread_layers({}))
     expected = analytic(case, model, entering, unread_layers=unread).first_token
     # FastV reads one attention row: a q of one token, and its products with all keys.
     probe = counter.get_total_flops() - expected
