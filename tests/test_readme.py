@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -89,6 +90,20 @@ def test_the_tests_that_it_names_exist(page):
     there = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page.unfenced))
     assert not [name for name in named if f"def {name}(" not in there]
+
+
+GROUPS = {"vlmprune.methods", "vlmprune.families"}
+"""Entry points, which are no modules."""
+
+
+@EACH
+def test_the_names_that_it_says_can_be_imported(page):
+    """Those of the prose, and in tables of what has moved those on the right."""
+    lines = [line for _, line in page.prose()]
+    lines += [line.split("|")[2] for line in page.text.splitlines() if re.match(r"\| `vlmp", line)]
+    found = set(re.findall(r"`(vlmprune(?:\.\w+)+)(?=[`(])", "\n".join(lines))) - GROUPS
+    for name in found:
+        pkgutil.resolve_name(name)
 
 
 # --- What they tell to type ------------------------------------------------------------------
