@@ -1,17 +1,24 @@
-"""Model families by name. A file `adapters/families/<model_type>.py` holds one `Family`."""
+"""Model families by name. A file `adapters/families/<model_type>.py` holds one `Family`; other
+packages add theirs in the entry-point group `vlmprune.families`."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import pkgutil
 from functools import cache
+from importlib.metadata import entry_points
 
 from torch import nn
 
-from ..prune.errors import UnsupportedModelError
+from ..prune.errors import PluginError, UnsupportedModelError
+from ..prune.plugins import Plugins, owner_of
 from . import families as _families_package
 from .family import Family
+
+ENTRY_POINT_GROUP = "vlmprune.families"
+"""`model_type = "package.module:TheirFamily"` in the `pyproject.toml` of another package."""
 
 
 @cache
@@ -20,23 +27,72 @@ def _files() -> dict[str, str]:
     return {m.name.rpartition(".")[2]: m.name for m in modules}
 
 
+@cache
+def _plugins() -> Plugins:
+    """Families of other packages; of names that are taken a warning is logged, once."""
+    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _files(), what="model family")
+    for note in found.notes:
+        logging.getLogger("vlmprune").warning(note)
+    return found
+
+
 def model_names() -> list[str]:
-    """Names (`model_type`) of the supported families."""
-    return sorted(_files())
+    """Names (`model_type`) of the supported families: shipped, and installed by third parties."""
+    return sorted({*_files(), *_plugins().points})
+
+
+def family_notes() -> list[str]:
+    """What is to be said of names that several packages take."""
+    return list(_plugins().notes)
 
 
 @cache
 def family_class(name: str) -> type[Family]:
-    """The family called `name`, one of `model_names()`."""
+    """The family called `name`, one of `model_names()`; imports only the file that holds it.
+
+    Raises:
+        PluginError: it is another package's, which cannot be imported.
+    """
+    if name not in _files():
+        return _load_plugin(name)
     module = importlib.import_module(_files()[name])
-    found: list[type[Family]] = [
+    (cls,) = (
         value
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, Family)
         and value.__module__ == module.__name__
-    ]
-    return found[0]
+    )
+    found: type[Family] = cls
+    return found
+
+
+def _load_plugin(name: str) -> type[Family]:
+    """Another package's family."""
+    point = _plugins().points[name]
+    owner = owner_of(point)
+    try:
+        found: type[Family] = point.load()
+        _check(found, name)
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"The model family {name!r} comes from another package, {owner}, and cannot be loaded: "
+            f"{point.value} raised {type(error).__name__}: {error}. Repair that package, or take "
+            f"it away: pip uninstall {owner}."
+        ) from error
+    return found
+
+
+def _check(found: object, name: str) -> None:
+    """Refuse what is no complete family of this name."""
+    if not inspect.isclass(found) or not issubclass(found, Family):
+        raise TypeError(f"{found!r} is no family: derive a class from {Family.__module__}.Family")
+    if missing := sorted(found.__abstractmethods__):
+        raise TypeError(f"{found.__qualname__} does not define {', '.join(missing)}")
+    if getattr(found, "name", None) != name:
+        raise ValueError(
+            f"{found.__qualname__}.name is not {name!r}, the model_type that its entry point has"
+        )
 
 
 def family_of(model: nn.Module) -> Family:
@@ -44,10 +100,11 @@ def family_of(model: nn.Module) -> Family:
 
     Raises:
         UnsupportedModelError: not a model of a supported family, or a variant it cannot prune.
+        PluginError: the family is another package's, which cannot be imported.
     """
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
-    if name not in _files():
+    if name not in model_names():
         what = f"model_type {name!r}" if name else "no configuration with a model_type"
         inside = _supported_inside(model)
         raise UnsupportedModelError(
@@ -73,4 +130,4 @@ def _supported_inside(model: object) -> str | None:
 
 def _is_supported(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
-    return getattr(config, "model_type", None) in _files() and hasattr(model, "generate")
+    return getattr(config, "model_type", None) in model_names() and hasattr(model, "generate")

@@ -42,9 +42,9 @@ class UnknownMethodError(VlmpruneError, KeyError):
 
 
 class PluginError(VlmpruneError, ImportError):
-    """A method of another package or file that cannot be loaded.
+    """A method or model family of another package or file that cannot be loaded.
 
-    Symptom: the method is listed with its error, or `--import` stops; everything else works.
+    Symptom: it is listed with its error, or `--import` stops; everything else works.
     Cause: the package or file raises when it is imported, is not there, or registers no method.
     Type: `python -c "import THE_MODULE"` to see the whole error; repair it, or
         `pip uninstall THE_PACKAGE`.

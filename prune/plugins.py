@@ -1,4 +1,4 @@
-"""Methods of other packages: the entry points of a group, each name given to one of them."""
+"""What other packages add: the entry points of a group, each name given to one of them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,31 @@ ENTRY_POINT_GROUP = "vlmprune.methods"
 
 @dataclass(frozen=True)
 class Plugins:
-    """Who has a name: the shipped method, else the package that comes first in the alphabet."""
+    """Who has a name: this package, else the one that comes first in the alphabet."""
 
     points: dict[str, EntryPoint]
     """Name -> the entry point that has it; not yet loaded."""
     notes: tuple[str, ...]
-    """Of names that were taken already: whose method is not used, and whose is."""
+    """Of names that were taken already: whose thing is not used, and whose is."""
 
     @classmethod
-    def of(cls, points: Iterable[EntryPoint], shipped: Container[str]) -> Plugins:
-        """Sort out who has which name; nothing is imported."""
+    def of(
+        cls, points: Iterable[EntryPoint], shipped: Container[str], *, what: str = "method"
+    ) -> Plugins:
+        """Sort out who has which name; nothing is imported.
+
+        Args:
+            what: the points are names of, for the notes.
+        """
         used: dict[str, EntryPoint] = {}
         notes = []
         for point in sorted(points, key=lambda point: (point.name, owner_of(point), point.value)):
             first = used.setdefault(point.name, point) if point.name not in shipped else None
             if first is not None and first.value == point.value:  # new, or installed twice
                 continue
-            winner = "vlmprune has a method" if first is None else f"{owner_of(first)} has one"
+            winner = f"vlmprune has a {what}" if first is None else f"{owner_of(first)} has one"
             notes.append(
-                f"The method {point.name!r} of the package {owner_of(point)} ({point.value}) is "
+                f"The {what} {point.name!r} of the package {owner_of(point)} ({point.value}) is "
                 f"not used: {winner} of this name. It needs another name in its entry points."
             )
         return cls(used, tuple(notes))

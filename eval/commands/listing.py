@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 
-from ...adapters.registry import family_class, model_names
+from ...adapters.registry import family_class, family_notes, model_names
 from ...prune.budget import PUBLISHED
 from ...prune.contract import Method
+from ...prune.errors import PluginError
 from ...prune.registry import default_methods, plugin_notes
 from ..method_facts import first_line, on_tiles, paper, reads, what_it_does
 from ..table import Table
@@ -62,9 +63,17 @@ def models_table() -> Table:
     """Model type, what it is, and the position modes it allows."""
     rows: list[tuple[str, ...]] = []
     for name in model_names():
-        found = family_class(name)
+        try:
+            found = family_class(name)
+        except PluginError as error:
+            rows.append((name, str(error), ""))
+            continue
         what = first_line(inspect.getmodule(found).__doc__)
         rows.append((name, what, "original" if found.mrope else "original, repacked"))
     return Table(
-        headers=("Model type", "What", "Positions"), rows=rows, numbers_from=3, wrapping=(1,)
+        headers=("Model type", "What", "Positions"),
+        rows=rows,
+        numbers_from=3,
+        notes="\n".join(family_notes()) or None,
+        wrapping=(1,),
     )
