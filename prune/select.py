@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial
 
-import torch
-from torch import Tensor
-
-from .answers import check_batch, check_selection, looks_at_values
+from .answers import Asked, check_batch, check_selection, looks_at_values
 from .contract import BeforeLLM, Pruning, Selection, VisualTokens
 from .declared import Seen
 from .errors import BudgetError
+from .joining import renumbered, with_newlines
+from .tiles import cut, join, whole
 from .tiling import Tiling
 
 
@@ -20,7 +19,7 @@ from .tiling import Tiling
 class _Question:
     """What a method is asked about one image, and how its answers become the image's selection."""
 
-    asked: Sequence[tuple[VisualTokens, int | None]]
+    asked: Sequence[Asked]
     """Tokens and a count (None: the method's own), for the image or for each of its tiles."""
     join: Callable[[list[Selection]], Selection]
 
@@ -56,34 +55,9 @@ def select_all(
     questions = [
         _question(method, tokens, keep) for tokens, keep in zip(images, keeps, strict=True)
     ]
-    values = looks_at_values(method, debug)
-    given = _ask(method, [one for question in questions for one in question.asked], values)
+    given = _answers(method, [one for q in questions for one in q.asked], debug)
     answers = iter(given if record else map(_unscored, given))
     return [question.join([next(answers) for _ in question.asked]) for question in questions]
-
-
-def _question(method: Pruning, tokens: VisualTokens, keep: int | None) -> _Question:
-    if isinstance(method, BeforeLLM) and tokens.place is method.place:
-        return _with_newlines(method, tokens, keep)
-    return _Question([(tokens, keep)], _only)
-
-
-def _only(answers: list[Selection]) -> Selection:
-    (answer,) = answers
-    return answer
-
-
-def share(total: int, sizes: Sequence[int]) -> list[int]:
-    """`total` in whole numbers proportional to `sizes`, none above its size.
-
-    What is left by rounding down goes to the largest remainders, the first of equal ones.
-    """
-    quotas = [total * size / sum(sizes) for size in sizes]
-    counts = [int(quota) for quota in quotas]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (counts[i] - quotas[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
 
 
 def most(method: Pruning, tiling: Tiling) -> int:
@@ -98,39 +72,13 @@ def most(method: Pruning, tiling: Tiling) -> int:
     return newlines + sum(method.most(tile.num_patches) for tile in tiling.tiles)
 
 
-def _ask(
-    method: Pruning, asked: Sequence[tuple[VisualTokens, int | None]], values: bool
-) -> list[Selection]:
-    """The answers, in order, checked; where everything stays the method is not asked."""
-    asked = [(replace(seen, signals=Seen(method, seen.signals)), keep) for seen, keep in asked]
-    choices = [
-        (tokens, keep) for tokens, keep in asked if keep is not None and keep < tokens.num_tokens
-    ]
-    given = method.select_batch(choices) if choices else []
-    chosen = iter(check_batch(method, choices, given, values=values))
-
-    def adaptive(tokens: VisualTokens) -> Selection:
-        found = method.select_adaptive(tokens)
-        return check_selection(method, "select_adaptive", tokens, None, found, values)
-
-    return [
-        adaptive(tokens)
-        if keep is None
-        else next(chosen)
-        if keep < tokens.num_tokens
-        else Selection(kept=torch.arange(tokens.num_tokens, device=tokens.device))
-        for tokens, keep in asked
-    ]
+def _question(method: Pruning, tokens: VisualTokens, keep: int | None) -> _Question:
+    if isinstance(method, BeforeLLM) and tokens.place is method.place:
+        return _among_newlines(method, tokens, keep)
+    return _Question([(tokens, keep)], _only)
 
 
-def _unscored(selection: Selection) -> Selection:
-    return selection if selection.scores is None else replace(selection, scores=None)
-
-
-# --- Newlines ----------------------------------------------------------------------------------
-
-
-def _with_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> _Question:
+def _among_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> _Question:
     """Choose among the patches, then place the newlines as the policy says."""
     tiling, policy = tokens.tiling, method.newline_policy
     if not tiling.num_newlines or policy == "compete":
@@ -153,124 +101,42 @@ def _with_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) ->
     def join(answers: list[Selection]) -> Selection:
         chosen = question.join(answers)
         numbers = tiling.patches(tokens.device)
-        return _merged_in(_renumbered(chosen, numbers, tiling.num_tokens), newlines)
+        return with_newlines(renumbered(chosen, numbers, tiling.num_tokens), newlines)
 
     return replace(question, join=join)
 
 
-def _merged_in(chosen: Selection, newlines: Tensor) -> Selection:
-    """Add newline tokens, each before the first row that lies behind it.
-
-    Where the rows are not in raster order, a row lies as far as the farthest row so far.
-    """
-    if not len(newlines):
-        return chosen
-    kept = torch.cat([chosen.kept, newlines]).sort().values
-    order = chosen.arranged
-    reach = torch.cat([order.cummax(0).values, newlines])
-    arranged = reach.argsort(stable=True)
-    place = arranged.argsort()[: len(order)]  # where each row of the method went
-    rows = torch.arange(len(order), device=place.device) if chosen.rows is None else chosen.rows
-    return replace(
-        chosen,
-        kept=kept,
-        order=None if chosen.order is None else torch.cat([order, newlines])[arranged],
-        rows=None if chosen.features is None else place[rows],
-        groups=None if chosen.groups is None else _regrouped(chosen.groups, place),
-    )
-
-
-# --- Tiles -------------------------------------------------------------------------------------
-
-
 def _in_scope(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> _Question:
     """The image is one question, or each of its tiles is one."""
-    tiles = tokens.tiling.tiles
-    if method.scope_used == "image" or len(tiles) == 1:
+    if method.scope_used == "image":
         return _Question([(tokens, keep)], _only)
-    counts: Sequence[int | None]
-    if keep is None:
-        counts = [None] * len(tiles)
-    else:
-        counts = share(keep, [tile.num_patches for tile in tiles])
-    asked, numbers = [], []
-    for number, places in enumerate(tokens.tiling.tile_patches(tokens.device)):
-        if counts[number] != 0:
-            asked.append((_tile(tokens, number, places), counts[number]))
-            numbers.append(places)
-    total = [tokens.num_tokens] * len(numbers)
-    return _Question(asked, lambda found: _joined(list(map(_renumbered, found, numbers, total))))
+    parts = cut(tokens, keep)
+    return _Question([part.asked for part in parts], partial(join, tokens, parts))
 
 
-def _tile(tokens: VisualTokens, number: int, places: Tensor) -> VisualTokens:
-    tile = tokens.tiling.tiles[number]
-    signals = {}
-    for signal, tensor in tokens.signals.items():
-        if signal.per == "token":
-            tensor = tensor[places]
-        elif signal.per == "tile":
-            tensor = tensor[number : number + 1]
-        signals[signal] = tensor
-    return VisualTokens(
-        num_tokens=tile.num_patches,
-        tiling=Tiling.single(tile.rows, tile.columns),
-        shape=tokens.shape,
-        signals=signals,
-        tile=number,
-    )
+def _only(answers: list[Selection]) -> Selection:
+    (answer,) = answers
+    return answer
 
 
-def _joined(parts: Sequence[Selection]) -> Selection:
-    """Selections of one image's tiles as one: tile after tile if any of them has an order of its
-    own, else in raster order. Features of rows that no tile gave stay those of their tokens."""
-    kept, arranged = torch.cat([part.kept for part in parts]).sort()
-    order, place = None, arranged.argsort()  # where each row of the parts went
-    if any(part.order is not None for part in parts):
-        order = torch.cat([part.arranged for part in parts])
-        place = torch.arange(len(order), device=order.device)
-    features, rows, groups = [], [], []
-    for part, here in zip(parts, place.split([part.count for part in parts]), strict=True):
-        if part.features is not None:
-            features.append(part.features)
-            rows.append(here if part.rows is None else here[part.rows])
-        if part.groups is not None:
-            groups.append(_regrouped(part.groups, here))
-    return Selection(
-        kept=kept,
-        order=order,
-        features=torch.cat(features) if features else None,
-        rows=torch.cat(rows) if rows else None,
-        projected=any(part.projected for part in parts),
-        groups=_by_row(torch.cat(groups, 1)) if groups else None,
-        scores=_united([part.scores for part in parts if part.scores is not None]),
-    )
+def _unscored(selection: Selection) -> Selection:
+    return selection if selection.scores is None else replace(selection, scores=None)
 
 
-def _united(parts: Sequence[Tensor]) -> Tensor | None:
-    """Scores (N,) of different tokens each, NaN for the others', as one."""
-    return reduce(lambda one, two: one.where(two.isnan(), two), parts) if parts else None
+def _answers(method: Pruning, asked: Sequence[Asked], debug: bool) -> list[Selection]:
+    """The answers, in order, checked; where everything stays the method is not asked."""
+    values = looks_at_values(method, debug)
+    asked = [(replace(seen, signals=Seen(method, seen.signals)), keep) for seen, keep in asked]
+    due = [
+        (tokens, keep) for tokens, keep in asked if keep is not None and keep < tokens.num_tokens
+    ]
+    given = method.select_batch(due) if due else []
+    chosen = iter(check_batch(method, due, given, values=values))
 
+    def answer(tokens: VisualTokens, keep: int | None) -> Selection:
+        if keep is None:
+            found = method.select_adaptive(tokens)
+            return check_selection(method, "select_adaptive", tokens, None, found, values)
+        return next(chosen) if keep < tokens.num_tokens else whole(tokens)
 
-# --- Numbers -----------------------------------------------------------------------------------
-
-
-def _renumbered(selection: Selection, numbers: Tensor, total: int) -> Selection:
-    """Token i becomes token `numbers[i]` of `total`; ascending numbers stay ascending."""
-    order, groups, scores = selection.order, selection.groups, selection.scores
-    if order is not None:
-        order = torch.where(order >= 0, numbers[order.clamp_min(0)], -1)
-    if groups is not None:
-        groups = torch.stack([groups[0], numbers[groups[1]]])
-    if scores is not None:
-        scores = scores.new_full((total,), torch.nan).index_copy(0, numbers, scores)
-    kept = numbers[selection.kept]
-    return replace(selection, kept=kept, order=order, groups=groups, scores=scores)
-
-
-def _regrouped(groups: Tensor, place: Tensor) -> Tensor:
-    """Row i becomes row `place[i]`."""
-    return torch.stack([place[groups[0]], groups[1]])
-
-
-def _by_row(groups: Tensor) -> Tensor:
-    return groups[:, groups[0].argsort(stable=True)]
+    return [answer(*one) for one in asked]

@@ -219,6 +219,21 @@ def test_an_adapter_never_knows_a_method(path, text):
     assert method_names_in(text) == set()
 
 
+def test_images_are_cut_and_grouped_in_one_place():
+    """What calls a function of that name; operations know numbers of tiles, not what is in one."""
+    for name, allowed in (
+        ("tile_patches", {"prune/tiles.py", "prune/ops/parts.py"}),
+        ("alike", {"prune/batches.py"}),
+    ):
+        calls = {
+            path
+            for path, text in MODULES["prune"].items()
+            for node in nodes(text)
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == name
+        }
+        assert calls == allowed
+
+
 def test_the_parsed_tree_is_the_real_one():
     assert len(METHOD_FILES) >= 28
     assert {Path(path).stem for path in METHOD_FILES} <= set(method_names())

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_selection import NAMES, make_tokens, same
 from torch.utils._python_dispatch import TorchDispatchMode
+from vlmprune.prune.batches import Greedy
 from vlmprune.prune.contract import BeforeLLM, Pruning
 from vlmprune.prune.registry import method_class
 from vlmprune.prune.select import select, select_all
@@ -77,6 +78,23 @@ def test_eight_images_are_hardly_more_operations_than_one(name):
     images = [make_tokens(method, Tiling.single(8, 8), seed=seed) for seed in range(8)]
     one, eight = operations(method, images[:1], 16), operations(method, images, 16)
     assert 0 < eight <= 4 * one
+
+
+@pytest.mark.parametrize("name", [n for n in BEFORE if issubclass(method_class(n), Greedy)])
+def test_what_is_picked_one_by_one_is_one_pass_whatever_the_counts(name):
+    """The tiles of an image often have two counts, one apart."""
+    method = method_class(name)()
+    images = [make_tokens(method, Tiling.single(8, 8), seed=seed) for seed in range(2)]
+    with Operations() as seen:
+        found = select_all(method, images, [15, 16])
+    assert seen.count <= operations(method, images, 16) + 4
+    assert [chosen.count for chosen in found] == [15, 16]
+
+
+def test_there_are_methods_that_pick_one_by_one():
+    assert {"divprune", "cdpruner", "todre"} <= {
+        name for name in BEFORE if issubclass(method_class(name), Greedy)
+    }
 
 
 def test_operations_are_counted_where_images_are_asked_in_turn():

@@ -24,7 +24,8 @@ from vlmprune.prune.contract import (
     VisualTokens,
 )
 from vlmprune.prune.errors import BudgetError, VlmpruneError
-from vlmprune.prune.select import most, select, share
+from vlmprune.prune.ops.spread import share
+from vlmprune.prune.select import most, select
 from vlmprune.prune.tiling import Block, Tiling
 
 SHAPE = ModelShape(

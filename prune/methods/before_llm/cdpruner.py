@@ -17,98 +17,55 @@ Differs: once the picks span all tokens, the official code divides by zero and r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...batches import of_each_kind
+from ...batches import Greedy, stacked
 from ...contract import (
-    BeforeLLM,
     ClipImage,
     ClipText,
     Features,
     ModelShape,
-    Scope,
     Selection,
     Signal,
     VisualTokens,
 )
 from ...ops.dpp import weighted_greedy_map
-from ...ops.topk import ascending
 from ...registry import register
-from ...select import share
+from ...tiles import InTiles, Part
+
+
+@dataclass(frozen=True, slots=True)
+class _Relevance(Signal):
+    """How unlike the question each token is, on one scale for all of its image: (N,)."""
 
 
 @register("cdpruner")
 @dataclass(frozen=True, kw_only=True)
-class CDPruner(BeforeLLM):
+class CDPruner(InTiles, Greedy):
     """Greedy determinant maximisation in each tile, relevance weighed over the image.
 
     Recorded scores are the relevance: what each pick adds depends on the picks before it.
     """
 
-    scopes: ClassVar[tuple[Scope, ...]] = ("image",)
-
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (Features(), ClipImage(), ClipText())
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return self.select_batch([(tokens, keep)])[0]
+    def seen(self, tokens: VisualTokens) -> VisualTokens:
+        features, *clip = (tokens.signals[signal] for signal in self.needs(tokens.shape))
+        return replace(tokens, signals={Features(): features, _Relevance(): relevance(*clip)})
 
-    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
-        weights = [self._relevance(tokens) for tokens, _ in asked]
-        tiles = [
-            tile
-            for (tokens, keep), own in zip(asked, weights, strict=True)
-            for tile in _tiles(tokens, keep, own)
-        ]
-        kept: list[list[Tensor]] = [[] for _ in asked]
-        picks = of_each_kind(tiles, lambda tile: len(tile.patches), _picked)
-        owners = [i for i, (tokens, _) in enumerate(asked) for _ in tokens.tiling.tiles]
-        for owner, tile, picked in zip(owners, tiles, picks, strict=True):
-            kept[owner].append(tile.patches[picked[: tile.count]])
-        return [
-            Selection(kept=ascending(torch.cat(parts)), scores=own)
-            for parts, own in zip(kept, weights, strict=True)
-        ]
+    def picks(self, images: Sequence[VisualTokens], count: int) -> Tensor:
+        features = [tile.signals[Features()] for tile in images]
+        return weighted_greedy_map(features, stacked(images, _Relevance()), count)
 
-    def _relevance(self, tokens: VisualTokens) -> Tensor:
-        """(N,)"""
-        return relevance(tokens.signals[ClipImage()], tokens.signals[ClipText()])
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """What is chosen from at once."""
-
-    patches: Tensor
-    """(P,) their numbers in the image."""
-    features: Tensor
-    """(P, D)"""
-    weights: Tensor
-    """(P,)"""
-    count: int
-
-
-def _tiles(tokens: VisualTokens, keep: int, weights: Tensor) -> list[_Tile]:
-    """The tiles of one image, all weights (N,) of which are on one scale."""
-    features = tokens.signals[Features()]
-    tiles = tokens.tiling.tile_patches(features.device)
-    counts = share(keep, [len(tile) for tile in tiles])
-    return [
-        _Tile(tile, features[tile], weights[tile], count)
-        for tile, count in zip(tiles, counts, strict=True)
-    ]
-
-
-def _picked(tiles: Sequence[_Tile]) -> Tensor:
-    """Picks (B, K) in tiles of equal size, as many as any of them needs: fewer are the first."""
-    weights = torch.stack([tile.weights for tile in tiles])
-    most = max(tile.count for tile in tiles)
-    return weighted_greedy_map([tile.features for tile in tiles], weights, most)
+    def join(
+        self, tokens: VisualTokens, parts: Sequence[Part], found: Sequence[Selection]
+    ) -> Selection:
+        return replace(super().join(tokens, parts, found), scores=tokens.signals[_Relevance()])
 
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:

@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...batches import InOnePass
-from ...contract import Features, ModelShape, Newlines, Scope, Selection, Signal, VisualTokens
+from torch import Tensor
+
+from ...batches import Greedy
+from ...contract import Features, ModelShape, Newlines, Scope, Signal, VisualTokens
 from ...ops.maxmin import greedy_max_min
-from ...ops.topk import ascending
 from ...registry import register
 
 
 @register("divprune")
 @dataclass(frozen=True, kw_only=True)
-class DivPrune(InOnePass):
+class DivPrune(Greedy):
     """Greedy max-min diversity of the projected features, newlines among them."""
 
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("compete", "drop", "keep")
@@ -38,6 +39,5 @@ class DivPrune(InOnePass):
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         return (Features(),)
 
-    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
-        picks = greedy_max_min([tokens.signals[Features()] for tokens in images], keep)
-        return [Selection(kept=kept) for kept in ascending(picks)]
+    def picks(self, images: Sequence[VisualTokens], count: int) -> Tensor:
+        return greedy_max_min([tokens.signals[Features()] for tokens in images], count)

@@ -54,10 +54,10 @@ from ...ops.parts import (
     tile_numbers,
     top_of_each,
 )
+from ...ops.spread import share
 from ...ops.topk import ascending, top_k
 from ...registry import register
 from ...salience import WITHOUT_CLS, Scores, check_scores
-from ...select import share
 from ...tiling import Block, Tiling
 
 

@@ -29,10 +29,10 @@ from ...contract import BeforeLLM, ModelShape, Scope, Selection, Signal, VisualT
 from ...fields import check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.parts import apportion, canvas_of, on_device, sums_of_crops, tile_numbers, top_of_each
+from ...ops.spread import share
 from ...ops.topk import ascending, top_k
 from ...registry import register
 from ...salience import WITHOUT_CLS, Scores, check_scores, salience
-from ...select import share
 from ...tiling import Block
 
 

@@ -35,11 +35,10 @@ from ...errors import MethodFieldError
 from ...fields import check_int, check_layer
 from ...layers import encoder_layer
 from ...ops.parts import apportion, on_device, top_of_each
-from ...ops.spread import even_shares, lattice_rows
+from ...ops.spread import even_shares, lattice_rows, share
 from ...ops.topk import ascending
 from ...registry import register
 from ...salience import WITHOUT_CLS, Scores, check_scores, salience
-from ...select import share
 from ...tiling import Tiling
 
 _EPS = 1e-6

@@ -27,7 +27,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ...batches import InOnePass
+from ...batches import Greedy
 from ...budget import round_tokens
 from ...contract import (
     Cut,
@@ -45,7 +45,6 @@ from ...fields import check_choice, check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.dispersion import Rule, greedy_dispersion
 from ...ops.parts import canvas_of
-from ...ops.topk import ascending
 from ...registry import register
 from ...salience import salience
 
@@ -54,7 +53,7 @@ Pivot = Literal["cls", "received", "random"]
 
 @register("todre")
 @dataclass(frozen=True, kw_only=True)
-class ToDRE(InOnePass):
+class ToDRE(Greedy):
     """Greedy dispersion over the whole image; late in the decoder all of its tokens may go.
 
     `rule` says which token comes next: the one with the largest sum of distances to those before it
@@ -108,11 +107,10 @@ class ToDRE(InOnePass):
     def most(self, num_tokens: int) -> int:
         return round_tokens(0.25, num_tokens)
 
-    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+    def picks(self, images: Sequence[VisualTokens], count: int) -> Tensor:
         features = [tokens.signals[Features()] for tokens in images]
         first = torch.stack([self._pivot(tokens) for tokens in images])
-        picks = greedy_dispersion(features, first, keep, self.rule)
-        return [Selection(kept=kept) for kept in ascending(picks)]
+        return greedy_dispersion(features, first, count, self.rule)
 
     def select_adaptive(self, tokens: VisualTokens) -> Selection:
         """The late cut: all of an image's tokens or none."""

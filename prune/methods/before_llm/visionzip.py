@@ -18,46 +18,44 @@ Differs: the budget is one number, CLS included; `contextual` is its share for m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...batches import of_each_kind
+from ...batches import InOnePass, stacked
 from ...contract import (
-    BeforeLLM,
     ClsFeatures,
     EncoderFeatures,
     Keys,
     ModelShape,
-    Scope,
     Selection,
     Signal,
     VisualTokens,
 )
 from ...fields import check_fraction, check_layer
+from ...joining import rearranged
 from ...layers import encoder_layer
 from ...ops.merge import bags, complement
 from ...ops.topk import ascending, top_k
 from ...registry import register
 from ...salience import WITHOUT_CLS, Scores, check_scores, salience
-from ...select import share
+from ...tiles import InTiles, Part
 from ...tiling import Tiling
 
 
 @register("visionzip")
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(BeforeLLM):
+class VisionZip(InTiles, InOnePass):
     """Dominant tokens, CLS among them, and merged ones (share `contextual` of the budget).
 
     `layer` is the ViT layer whose attention and keys are read; None takes the penultimate one.
     """
 
-    scopes: ClassVar[tuple[Scope, ...]] = ("image",)
     without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
 
     contextual: float = 10 / 64
@@ -75,87 +73,82 @@ class VisionZip(BeforeLLM):
         cls = (ClsFeatures(),) if self.scores == "cls" else ()
         return (salience(self.scores, layer), Keys(layer), EncoderFeatures(), *cls)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return self.select_batch([(tokens, keep)])[0]
+    def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        """Of each tile its CLS row, the dominant tokens in raster order, the merged rows."""
+        attention, keys, features, *cls = self.needs(images[0].shape)
+        scores = stacked(images, attention)
+        own, dominant, merged = self._rows(scores.shape[1], keep)
+        best = top_k(scores, dominant)
+        rest = complement(best, scores.shape[1])
+        metric = torch.stack([tile.signals[keys].float().mean(1) for tile in images])
+        targets, means, owners, members = _merged(stacked(images, features), metric, rest, merged)
+        order = torch.cat([best.new_full((len(best), own), -1), ascending(best), targets], 1)
+        entering = torch.cat([*(stacked(images, signal) for signal in cls[:own]), means], 1)
+        place = torch.arange(keep, device=best.device)
+        rows = torch.cat([place[:own], place[own + dominant :]])
+        groups = torch.stack([owners + own + dominant, members], 1)
+        return [
+            Selection(
+                kept=kept,
+                order=of_tile,
+                features=instead if own + merged else None,
+                rows=rows if own + merged else None,
+                groups=pairs if merged else None,
+                scores=ranks,
+            )
+            for kept, of_tile, instead, pairs, ranks in zip(
+                ascending(order[:, own:]), order, entering, groups, scores, strict=True
+            )
+        ]
 
-    def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
-        """Tiles of equal size and count, of whichever image, are one pass."""
-        tiles: list[_Tile] = []
-        for tokens, keep in asked:
-            patches = tokens.tiling.tile_patches(tokens.device)
-            counts = share(keep, [len(of_tile) for of_tile in patches])
-            of_image = enumerate(zip(patches, counts, strict=True))
-            tiles += [_Tile(tokens, number, *tile) for number, tile in of_image]
-        parts = of_each_kind(tiles, lambda tile: (len(tile.patches), tile.keep), self._of_equal)
-        in_order = iter(parts)
-        found = []
-        for tokens, _ in asked:
-            own = list(islice(in_order, len(tokens.tiling.tiles)))
-            scores = tokens.signals[self.needs(tokens.shape)[0]]
-            found.append(_joined(_arranged(tokens.tiling, own), scores))
-        return found
+    def join(
+        self, tokens: VisualTokens, parts: Sequence[Part], found: Sequence[Selection]
+    ) -> Selection:
+        chosen = super().join(tokens, parts, found)
+        if len(tokens.tiling.tiles) > 1:
+            chosen = rearranged(chosen, self._arrangement(tokens.tiling, parts, chosen.arranged))
+        return replace(chosen, scores=tokens.signals[self.needs(tokens.shape)[0]])
 
-    def _of_equal(self, tiles: Sequence[_Tile]) -> list[_Parts]:
-        """The rows of tiles that have equally many patches and keep equally many."""
-        keep, patches = tiles[0].keep, torch.stack([tile.patches for tile in tiles])
-        if keep in (0, patches.shape[1]):
-            return [_Parts(None, whole[:keep], None) for whole in patches]
-        scores, keys, features, *cls = self.needs(tiles[0].tokens.shape)
+    def _rows(self, patches: int, keep: int) -> tuple[int, int, int]:
+        """How many rows of a tile are CLS, dominant and merged."""
+        if keep == patches:
+            return 0, keep, 0
         merged = min(round(keep * self.contextual), keep - 1)
-        cls_rows: list[_Rows | None] = [None] * len(tiles)
-        if cls and keep > 1:
-            mark = patches.new_full((1,), -1)
-            cls_rows = [_Rows(mark, t.tokens.signals[cls[0]][t.number, None]) for t in tiles]
-        best = top_k(_of(tiles, scores), keep - merged - (cls_rows[0] is not None))
-        dominant = patches.gather(1, best)
-        contextual: Sequence[_Rows | None] = [None] * len(tiles)
-        if merged:
-            rest = complement(best, patches.shape[1])
-            metric = torch.stack([t.tokens.signals[keys][t.patches].float().mean(1) for t in tiles])
-            contextual = _contextual(_of(tiles, features), metric, patches, rest, merged)
-        return list(map(_Parts, cls_rows, dominant, contextual))
+        own = int(self.scores == "cls" and keep > 1)
+        return own, keep - own - merged, merged
+
+    def _arrangement(self, tiling: Tiling, parts: Sequence[Part], order: Tensor) -> Tensor:
+        """The rows (K,) of an image whose tiles follow one another: block by block, and in a block
+        of several tiles all dominant ones in raster order, all CLS, all merged."""
+        sizes = [self._rows(part.tokens.num_tokens, part.keep or 0) for part in parts]
+        places = iter(torch.arange(len(order), device=order.device).split(sum(sizes, ())))
+        blocks: dict[int, list[list[Tensor]]] = {}
+        for part in parts:
+            block = tiling.tiles[part.tokens.tile].block
+            blocks.setdefault(block, []).append([next(places) for _ in range(3)])
+        tiles, arranged = Counter(tile.block for tile in tiling.tiles), []
+        for block, of_tiles in blocks.items():
+            cls, dominant, merged = map(torch.cat, zip(*of_tiles, strict=True))
+            if tiles[block] == 1:
+                arranged += [cls, dominant, merged]
+            else:
+                arranged += [dominant[order[dominant].argsort()], cls, merged]
+        return torch.cat(arranged)
 
 
-class _Tile(NamedTuple):
-    """One of an image's tiles, and how many rows it has to keep."""
-
-    tokens: VisualTokens
-    number: int
-    patches: Tensor
-    keep: int
-
-
-def _of(tiles: Sequence[_Tile], signal: Signal) -> Tensor:
-    """A signal per token of tiles of equal size: (tiles, patches, ...)."""
-    return torch.stack([tile.tokens.signals[signal][tile.patches] for tile in tiles])
-
-
-class _Rows(NamedTuple):
-    """Consecutive rows: their tokens (-1 for CLS), and what enters instead of these."""
-
-    order: Tensor
-    features: Tensor | None = None
-    groups: Tensor | None = None
-
-    @property
-    def is_cls(self) -> bool:
-        return self.features is not None and self.groups is None
-
-
-class _Parts(NamedTuple):
-    """The rows of one tile."""
-
-    cls: _Rows | None
-    dominant: Tensor  # in any order
-    contextual: _Rows | None
-
-
-def _contextual(
-    features: Tensor, metric: Tensor, patches: Tensor, rest: Tensor, count: int
-) -> list[_Rows]:
+def _merged(
+    features: Tensor, metric: Tensor, rest: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each tile `count` evenly spaced tokens of `rest` (B, M), each joined by those of `rest`
-    that are most like it by `metric`, keys averaged over heads (B, N, D_head)."""
-    (tiles, others), num_patches = rest.shape, patches.shape[1]
+    that are most like it by `metric`, keys averaged over heads (B, N, D_head).
+
+    Returns:
+        the tokens (B, count) and what enters in their place (B, count, C); of each of `rest`, owner
+        by owner, the owner's number and the token itself (B, M).
+    """
+    if not count:
+        return rest[:, :0], features[:, :0], rest[:, :0], rest[:, :0]
+    (tiles, others), num_patches = rest.shape, features.shape[1]
     tile = torch.arange(tiles, device=rest.device)[:, None]
     places = torch.arange(count, device=rest.device).repeat(tiles, 1)
     spaced = places * (others // count)
@@ -167,49 +160,10 @@ def _contextual(
     assigned = torch.searchsorted(owner, places, right=True) - starts - 1
     is_target = members == targets.gather(1, owner)
     weights = torch.where(is_target, 1, (1 / assigned.clamp_min(1)).gather(1, owner))
-    merged = bags(
+    means = bags(
         features.flatten(0, 1),
         (members + tile * num_patches).flatten(),
         (starts + tile * others).flatten(),
         weights.flatten(),
     )
-    groups = torch.stack([owner, patches.gather(1, members)], 1)
-    rows = merged.unflatten(0, (tiles, count))
-    return list(map(_Rows, patches.gather(1, targets), rows, groups))
-
-
-def _arranged(tiling: Tiling, tiles: Sequence[_Parts]) -> list[_Rows]:
-    """The rows of an image, block by block."""
-    by_block = groupby(zip(tiling.tiles, tiles, strict=True), lambda pair: pair[0].block)
-    return [row for _, block in by_block for row in _in_block([parts for _, parts in block])]
-
-
-def _in_block(tiles: Sequence[_Parts]) -> list[_Rows]:
-    """The rows of a block's tiles: all dominant ones in raster order, all CLS, all merged."""
-    dominant = [_Rows(ascending(torch.cat([tile.dominant for tile in tiles])))]
-    cls = [tile.cls for tile in tiles if tile.cls]
-    merged = [tile.contextual for tile in tiles if tile.contextual]
-    if len(tiles) == 1:
-        return [*cls, *dominant, *merged]
-    return [*dominant, *cls, *merged]
-
-
-def _joined(parts: Sequence[_Rows], scores: Tensor) -> Selection:
-    """The rows one after the other; `scores` (N,) ranked the dominant ones."""
-    order = torch.cat([part.order for part in parts])
-    places = torch.arange(len(order), device=order.device).split([len(p.order) for p in parts])
-    placed = list(zip(parts, places, strict=True))
-    entering = [(part.features, at) for part, at in placed if part.features is not None]
-    groups = [
-        torch.stack([at[part.groups[0]], part.groups[1]])
-        for part, at in placed
-        if part.groups is not None
-    ]
-    return Selection(
-        kept=ascending(torch.cat([part.order for part in parts if not part.is_cls])),
-        order=order,
-        features=torch.cat([features for features, _ in entering]) if entering else None,
-        rows=torch.cat([at for _, at in entering]) if entering else None,
-        groups=torch.cat(groups, 1) if groups else None,
-        scores=scores,
-    )
+    return targets, means.unflatten(0, (tiles, count)), owner, members

@@ -30,8 +30,9 @@ from vlmprune.prune.ops.cosine import gram
 from vlmprune.prune.ops.dispersion import greedy_dispersion
 from vlmprune.prune.ops.dpp import greedy_map, weighted_cosines, weighted_greedy_map
 from vlmprune.prune.ops.facility import greedy_cover
+from vlmprune.prune.ops.spread import share
 from vlmprune.prune.registry import method_class
-from vlmprune.prune.select import select, share
+from vlmprune.prune.select import select
 from vlmprune.prune.tiling import Block, Tiling
 
 DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)

@@ -25,10 +25,10 @@ from vlmprune.prune.contract import (
 )
 from vlmprune.prune.errors import MethodFieldError
 from vlmprune.prune.ops.merge import bags, complement, top_set
-from vlmprune.prune.ops.spread import even_shares, lattice_rows
+from vlmprune.prune.ops.spread import even_shares, lattice_rows, share
 from vlmprune.prune.ops.topk import top_k
 from vlmprune.prune.registry import method, method_class
-from vlmprune.prune.select import most, select, share
+from vlmprune.prune.select import most, select
 from vlmprune.prune.tiling import Block, Tiling
 
 SHAPE = ModelShape(
