@@ -2,7 +2,8 @@
 
 A feature either gives what the slow oracle gives, or is refused at the call with
 `UnsupportedFeatureError`; `REFUSED` says which, and features.json, of which the table in
-adapters/README.md is made. After a deliberate change renew it with `--write`.
+adapters/README.md is made. After a deliberate change it is renewed by
+`PYTHONPATH=tests python tests/adapters/test_generate_features.py --write`.
 """
 
 from __future__ import annotations
@@ -938,5 +939,5 @@ def test_the_table_lists_every_feature():
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        raise SystemExit("usage: python tests/adapters/test_generate_features.py --write")
+        raise SystemExit("usage: see the head of this file")
     EXPECTED_FILE.write_text(json.dumps(found(), indent=1) + "\n")

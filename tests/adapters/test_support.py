@@ -1,7 +1,8 @@
 """Which method runs on which model, found by running it, beside what support.json expects.
 
 The expectation is data, so that a method that begins to refuse a model is a red test. After a
-deliberate change `python tests/adapters/test_support.py --write` stores what was found.
+deliberate change `PYTHONPATH=tests python tests/adapters/test_support.py --write` stores what was
+found.
 """
 
 from __future__ import annotations
@@ -110,5 +111,5 @@ def test_every_family_has_a_column():
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        raise SystemExit("usage: python tests/adapters/test_support.py --write")
+        raise SystemExit("usage: PYTHONPATH=tests python tests/adapters/test_support.py --write")
     EXPECTED_FILE.write_text(json.dumps(found(), indent=1) + "\n")
