@@ -1,22 +1,22 @@
-"""Sweep a model that is loaded: for the command, and in a notebook with a method written there."""
+"""Sweep a model that is loaded, in a notebook say, with a method written there."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..prune.contract import Positions
-from ..prune.errors import MethodFieldError
 from .embedded import MODEL_DIR
 from .embedded.task import EmbeddedTask
 from .measure.evaluate import Evaluator
 from .models.loading import EMBEDDED, short_name
 from .results.frame import Results
 from .results.store import Store
+from .sweep.request import SweepRequest
 from .sweep.running import sweep_grid
 from .tasks.protocols import Task
 from .tasks.questions import asked
@@ -61,44 +61,30 @@ def sweep_model(
         rerun: run everything, also what is there.
 
     Returns:
-        the records of this grid: a list, for `table.sweep_table`, `plot.draw` and the reports, with
-        `to_frame()` for pandas.
+        the records of this grid: a list, for the tables, plots and reports, with `to_frame()` for
+        pandas.
     """
-    for given, named in ((methods, "methods"), (budgets, "budgets")):
-        if isinstance(given, str) or not isinstance(given, Iterable):
-            raise MethodFieldError(f"{named}={given!r} is no list: write {named}=[{given!r}].")
-    for word in methods:
-        if not isinstance(word, str):
-            raise MethodFieldError(
-                f"{word!r} is no word: register the class, and write its name, e.g. 'fastv'."
-            )
-    combinations = combined(methods, [str(word) for word in budgets], seed)
-    task = task or EmbeddedTask()
-    evaluator = Evaluator(
-        model,
-        processor,
-        task,
-        asked(task, limit, kinds),
+    request = SweepRequest(
+        methods=methods,
+        budgets=budgets,
+        positions=positions,
+        limit=limit,
+        kinds=kinds or (),
         batch_size=batch_size,
         seed=seed,
-        clip=clip,
+        output_path=Path(output_path) if output_path else None,
+        rerun=rerun,
+    )
+    combinations = combined(request.methods, request.budget_words, seed)
+    task = task or EmbeddedTask()
+    questions = asked(task, limit, kinds)
+    evaluator = Evaluator(
+        model, processor, task, questions, batch_size=batch_size, seed=seed, clip=clip
     )
     with TemporaryDirectory() as elsewhere:
-        folder = Path(output_path or elsewhere)
-        store = Store(folder)
+        store = Store(request.output_path or Path(elsewhere))
         cells, summary = sweep_grid(
-            model,
-            [evaluator],
-            combinations,
-            name=_name(model),
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-            positions=positions,
-            store=store,
-            kinds=kinds,
-            pictures=folder if output_path else None,
-            rerun=rerun,
+            model, [evaluator], combinations, request, name=_name(model), store=store
         )
         for line in summary.skipped_lines():
             sys.stderr.write(f"{line} (again: rerun=True)\n")

@@ -28,7 +28,7 @@ ROOMS = {
         *("words", "method_facts", "transcriptions"),
         *("tasks", "embedded", "models", "presets", "results", "measure"),
         *("sweep", "compare", "bench", "report", "lmms", "checking"),
-        *("in_process", "commands", "cli"),
+        *("in_process", "arguments", "commands", "cli"),
     ),
 }
 """The files and folders of a layer, lowest first: none imports one that stands behind it."""

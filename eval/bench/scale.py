@@ -8,15 +8,12 @@ reading of scores, and memory is that of the whole prefill. All numbers are rand
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -40,16 +37,12 @@ from ...prune.contract import (
     Tower,
     VisualTokens,
 )
-from ...prune.errors import MethodFieldError, MissingSignalError
-from ...prune.registry import default_methods, method_class
+from ...prune.errors import MissingSignalError
+from ...prune.registry import method_class
 from ...prune.select import select
 from ...prune.tiling import Block, Tiling
-from ..console import progress, stdout
-from ..environment import describe, hardware, load_average, versions
 from ..measure.memory import MemoryMeasureError, added_at_peak, in_fresh_process
-from ..results.records import ResultsError
-from ..results.statistics import Spread, spread
-from ..table import Table
+from ..results.statistics import spread
 from ..words.parts import parse
 from .rounds import peak_memory, prefill
 from .subject import Subject
@@ -57,78 +50,25 @@ from .variant import Variant
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
 Layout = Literal["grid", "frames", "decoder"]
-_FRAME = 16  # rows and columns of a frame
-_SHARE = 9  # one token of so many stays
-_HEADS, _HEAD_WIDTH, _WIDTH, _CLIP_WIDTH, _TEXT_TOKENS = 16, 64, 1024, 768, 40
-_FIT_FROM = 1024  # below, what does not depend on the number of tokens counts most
-_LONG = 3.0  # a round of so many seconds is neither warmed up for nor repeated
+FRAME = 16  # rows and columns of a frame
+SHARE = 9  # one token of so many stays
+_HEADS, _HEAD_WIDTH, WIDTH, _CLIP_WIDTH, _TEXT_TOKENS = 16, 64, 1024, 768, 40
+FIT_FROM = 1024  # below, what does not depend on the number of tokens counts most
+LONG = 3.0  # a round of so many seconds is neither warmed up for nor repeated
 _LEAST_BYTES = 2**20  # below, the allocator says more than the method
-_LAYERS, _DECODER_WIDTH = 6, 128
+LAYERS, DECODER_WIDTH = 6, 128
 _FIELDS = {"token_select": ":n_init=4:n_local=32"}  # as published it does nothing to short prompts
 _SHAPE = ModelShape(
     tower=Tower(num_layers=24, has_cls=True, text_twin=True),
-    decoder=Decoder(num_layers=32, hidden_size=_WIDTH, intermediate_size=4 * _WIDTH),
+    decoder=Decoder(num_layers=32, hidden_size=WIDTH, intermediate_size=4 * WIDTH),
 )
-
-
-def run(
-    *,
-    methods: Sequence[str],
-    tokens: Sequence[int],
-    rounds: int,
-    limit: float,
-    output_path: str | None,
-) -> int:
-    """The command; arguments are the flags of `vlmprune bench scale`. Returns the exit code."""
-    for count in tokens:
-        if math.isqrt(count) ** 2 != count or count % _FRAME**2:
-            raise MethodFieldError(
-                f"--tokens {count} must be a square and a multiple of {_FRAME**2}, e.g. "
-                f"256,1024,4096,16384."
-            )
-    names = list(methods) or list(default_methods()[0])
-    cases = [(name, layout) for name in names for layout in _layouts(name)]
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "rounds": rounds,
-        "share": 1 / _SHARE,
-        "load_average": load_average(),
-        "hardware": hardware("cpu"),
-        "versions": versions(),
-        "rows": [],
-    }
-    with progress() as bar:
-        measured = bar.add_task("bench", total=len(cases) * len(tokens))
-        for name, layout in cases:
-            row: dict[str, Any] = {"method": name, "layout": layout, "sizes": []}
-            report["rows"].append(row)
-            for count in sorted(tokens):
-                row["sizes"].append(_measured(name, layout, count, rounds, limit, row["sizes"]))
-                row |= _fits(row["sizes"])
-                if output_path:  # what is measured is kept, whatever happens later
-                    _write(report, Path(output_path))
-                bar.advance(measured)
-    scale_table(report).print(stdout())
-    return 0
-
-
-def _layouts(name: str) -> tuple[Layout, ...]:
-    return ("grid", "frames") if issubclass(method_class(name), BeforeLLM) else ("decoder",)
-
-
-def _write(report: dict[str, Any], path: Path) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ResultsError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
 
 
 # --- Measuring ---------------------------------------------------------------------------------
 
 
-def _measured(
+def measured(
     name: str,
     layout: Layout,
     count: int,
@@ -148,7 +88,7 @@ def _measured(
     found, elapsed = seconds(name, layout, count, rounds)
     peak: int | None = None
     try:
-        if count >= _FIT_FROM:
+        if count >= FIT_FROM:
             peak = in_fresh_process(peak_bytes, name, layout, count, torch.get_num_threads())
     except MemoryMeasureError as error:  # the times are there
         logger.warning("%s, %d tokens: %s", name, count, error)
@@ -190,7 +130,7 @@ def _repeated(once: Callable[[], float], rounds: int) -> tuple[list[float], floa
     and what a round takes in all."""
     found: list[float] = []
     elapsed = 0.0
-    while len(found) <= rounds and elapsed < _LONG:
+    while len(found) <= rounds and elapsed < LONG:
         started = time.perf_counter()
         found.append(once())
         elapsed = time.perf_counter() - started
@@ -209,8 +149,8 @@ def peak_bytes(name: str, layout: Layout, count: int, threads: int) -> int:
 
 
 def _in_decoder(name: str, count: int) -> tuple[Subject, Variant]:
-    subject = Subject(layers=_LAYERS, width=_DECODER_WIDTH, visual_tokens=count)
-    return subject, Variant(parse(f"{name}{_FIELDS.get(name, '')}@{1 / _SHARE}"))
+    subject = Subject(layers=LAYERS, width=DECODER_WIDTH, visual_tokens=count)
+    return subject, Variant(parse(f"{name}{_FIELDS.get(name, '')}@{1 / SHARE}"))
 
 
 @dataclass(frozen=True)
@@ -226,7 +166,7 @@ class Choice:
         """Random tensors of one picture, the same in every run."""
         method = method_class(name)()
         assert isinstance(method, BeforeLLM)  # noqa: S101  (for the types)
-        side = math.isqrt(count) if layout == "grid" else _FRAME
+        side = math.isqrt(count) if layout == "grid" else FRAME
         tiles = count // side**2
         draw = torch.Generator().manual_seed(0)
         needs = [need for need in method.needs(_SHAPE) if not isinstance(need, LayerSignal)]
@@ -240,7 +180,7 @@ class Choice:
         count = self.tiling.num_tokens
         signals = {need: read() for need, read in self.read.items()}
         tokens = VisualTokens(num_tokens=count, tiling=self.tiling, shape=_SHAPE, signals=signals)
-        select(self.method, tokens, count // _SHARE)
+        select(self.method, tokens, count // SHARE)
 
 
 def _reading(need: Signal, tiles: int, patches: int, draw: torch.Generator) -> Callable[[], Tensor]:
@@ -254,12 +194,12 @@ def _reading(need: Signal, tiles: int, patches: int, draw: torch.Generator) -> C
         query, key = (normal(tiles, _HEADS, patches + 1, _HEAD_WIDTH) for _ in range(2))
         return lambda: read(query, key, _HEAD_WIDTH**-0.5)[:, 1:].flatten(0, 1)
     sizes = {
-        Features: (tiles * patches, _WIDTH),
+        Features: (tiles * patches, WIDTH),
         EncoderFeatures: (tiles * patches, _HEADS * _HEAD_WIDTH),
         ClsFeatures: (tiles, _HEADS * _HEAD_WIDTH),
         ClipImage: (tiles * patches, _CLIP_WIDTH),
         ClipText: (1, _CLIP_WIDTH),
-        TextEmbeddings: (_TEXT_TOKENS, _WIDTH),
+        TextEmbeddings: (_TEXT_TOKENS, WIDTH),
         PixelSeed: (3,),
     }
     if type(need) not in sizes:
@@ -279,7 +219,7 @@ class Fit(TypedDict):
     r_squared: float | None
 
 
-def _fits(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Fit | None]:
+def fits(sizes: Sequence[Mapping[str, Any]]) -> dict[str, Fit | None]:
     """Of time and of memory."""
     times = [(s["tokens"], s["seconds"]["median"]) for s in sizes if s["seconds"]]
     peaks = [(s["tokens"], s["peak_bytes"]) for s in sizes if s["peak_bytes"] is not None]
@@ -292,7 +232,7 @@ def fit(points: Sequence[tuple[int, float]], least: float) -> Fit | None:
     logs = [
         (math.log(tokens), math.log(value))
         for tokens, value in points
-        if tokens >= _FIT_FROM and value > least
+        if tokens >= FIT_FROM and value > least
     ]
     if len(logs) < 2:
         return None
@@ -305,69 +245,3 @@ def fit(points: Sequence[tuple[int, float]], least: float) -> Fit | None:
         around = sum((b - middle) ** 2 for b in y)
         r_squared = 1 - left / around if around else 1.0
     return Fit(exponent=slope, r_squared=r_squared)
-
-
-# --- The table ---------------------------------------------------------------------------------
-
-_WORDS = {"grid": "one grid", "frames": f"frames of {_FRAME**2}", "decoder": "in the decoder"}
-
-
-def scale_table(report: Mapping[str, Any]) -> Table:
-    """The report of one run, as written to the result file."""
-    counts = sorted({size["tokens"] for row in report["rows"] for size in row["sizes"]})
-
-    def cells(row: Mapping[str, Any]) -> Iterator[str]:
-        by_count = {size["tokens"]: size for size in row["sizes"]}
-        yield row["method"]
-        yield _WORDS[row["layout"]]
-        for count in counts:
-            yield _ms(by_count[count]["seconds"]) if count in by_count else ""
-        yield _fitted(row["time"])
-        for count in counts[-2:]:
-            yield _mib(by_count[count]["peak_bytes"]) if count in by_count else ""
-        yield _fitted(row["memory"])
-
-    return Table(
-        headers=(
-            "Method",
-            "Tokens lie in",
-            *(f"ms at {count}" for count in counts),
-            "Time as N^ (R2)",
-            *(f"MiB at {count}" for count in counts[-2:]),
-            "Memory as N^ (R2)",
-        ),
-        rows=[tuple(cells(row)) for row in sorted(report["rows"], key=itemgetter("method"))],
-        numbers_from=2,
-        title=(
-            f"Choosing one of {_SHARE} tokens, float32; medians of {report['rounds']} rounds (of "
-            f"more than {_LONG:.0f} s, one) on {describe(report['hardware'])}"
-        ),
-        notes=(
-            f"Before the LLM: reading scores from queries and keys of CLIP-L's size, and choosing "
-            f"among features of width {_WIDTH}; memory is what both add. In the decoder: {_LAYERS} "
-            f"layers of width {_DECODER_WIDTH}; time of choosing with reading, memory of the whole "
-            f"prefill. Exponents: least squares of logarithms from {_FIT_FROM} tokens on (of two "
-            f"points without R2), for memory above 1 MiB. -: left out, as the size before says "
-            f"that it would take too long, or too little to fit. Products of all pairs are stored, "
-            f"in float32, for up to 8192 tokens; above, rows are computed when they are needed."
-        ),
-    )
-
-
-def _ms(value: Spread | None) -> str:
-    if value is None:
-        return "-"
-    ms = 1e3 * value["median"]
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
-
-
-def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.1f}"
-
-
-def _fitted(found: Fit | None) -> str:
-    if found is None:
-        return "-"
-    exponent = f"{found['exponent']:.1f}".replace("-0.0", "0.0")
-    spread = "" if found["r_squared"] is None else f" ({found['r_squared']:.2f})"
-    return exponent + spread

@@ -7,13 +7,10 @@ that stay. They take turns in the same process; all inputs are random but fixed.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, product
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,105 +35,18 @@ from ...prune.contract import (
     Tower,
     VisualTokens,
 )
-from ...prune.errors import MethodFieldError, MissingSignalError
-from ...prune.registry import default_methods, method_class
+from ...prune.errors import MissingSignalError
 from ...prune.select import select_all
 from ...prune.tiling import Block, Tiling
-from ..console import progress, stdout
-from ..environment import describe, hardware, load_average, versions
-from ..results.records import ResultsError
 from ..results.statistics import Spread, spread
-from ..table import Table
 from ..transcriptions import Transcription, find
 from ..transcriptions.picture import SIDE, Picture, canvas
 
-SCHEMA = 1
-_PATCHES = SIDE * SIDE
+PATCHES = SIDE * SIDE
 _HEADS, _HEAD_WIDTH, _LAYERS, _CLIP_WIDTH, _TEXT_TOKENS = 16, 64, 24, 768, 40
 _LAYERS_READ = (0, 8, *range(16, _LAYERS))
-NOTES = (
-    "Plain: a transcription of the paper's released code (or of the paper, where none was). Times "
-    "of the whole batch, medians; ratios are taken within a round. Both sides start from queries "
-    "and keys of encoder layers, the encoder's output and the projected features, and end with the "
-    "indices that stay; visionzip, prumerge and prumerge_plus also with merged rows, globalcom2 "
-    "with the rows of features. Maps: whole attention maps of the layers that plain code looks at "
-    "(it makes the encoder run eager attention and return those of all layers). Without maps: the "
-    "ratio if they cost nothing. Read: scores, from queries and keys (ours; in the order of the "
-    "tokens) or from maps. Left out on both sides: encoder, projector, packing of features. 576 "
-    "tokens: one tile, 192 kept; more: thumbnail and crops, 128 kept a tile, or as many of the "
-    "image. -: nothing to compare."
-)
-_GRIDS = {1: (0, 0), 3: (1, 2), 4: (1, 3), 5: (2, 2)}
+GRIDS = {1: (0, 0), 3: (1, 2), 4: (1, 3), 5: (2, 2)}
 """Tiles of an image -> rows and columns of crops besides the thumbnail."""
-
-
-def run(
-    *,
-    methods: Sequence[str],
-    tokens: Sequence[int],
-    batches: Sequence[int],
-    rounds: int,
-    threads: int | None,
-    width: int,
-    output_path: str | None,
-) -> int:
-    """The command; arguments are the flags of `vlmprune bench select`. Returns the exit code."""
-    chosen = [_before_llm(name) for name in methods or _all_before_llm()]
-    for count in tokens:
-        if count % _PATCHES or count // _PATCHES not in _GRIDS:
-            possible = ", ".join(str(tiles * _PATCHES) for tiles in _GRIDS)
-            raise MethodFieldError(f"--tokens {count} is not possible: use some of {possible}.")
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "width": width,
-        "rounds": rounds,
-        "load_average": load_average(),
-        "rows": [],
-    }
-    with _threads(threads), progress() as bar:
-        measured = bar.add_task(
-            "bench", total=(rounds + 1) * len(chosen) * len(tokens) * len(batches)
-        )
-        report |= {"hardware": hardware("cpu"), "versions": versions()}
-        for count, batch in product(tokens, batches):
-            scene = Scene.random(tiles=count // _PATCHES, images=batch, width=width)
-            rows = compare(scene, chosen, rounds, lambda: bar.advance(measured))
-            report["rows"] += [row.as_json() for row in rows]
-            if output_path:  # what is measured is kept, whatever happens later
-                _write(report, Path(output_path))
-    select_table(report).print(stdout())
-    return 0
-
-
-def _write(report: dict[str, Any], path: Path) -> None:
-    try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ResultsError(f"{str(path)!r} cannot be written: {error.strerror}.") from error
-
-
-def _all_before_llm() -> list[str]:
-    return [name for name, made in default_methods()[0].items() if isinstance(made, BeforeLLM)]
-
-
-def _before_llm(name: str) -> BeforeLLM:
-    cls = method_class(name)
-    if not issubclass(cls, BeforeLLM):
-        raise MethodFieldError(
-            f"{name} acts {cls.place.value}, where choosing is a part of the forward: use "
-            f"`vlmprune bench model`. Here go: {', '.join(_all_before_llm())}."
-        )
-    return cls()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- What both sides are given ----------------------------------------------------------------
@@ -161,19 +71,19 @@ class Scene:
     def random(cls, *, tiles: int, images: int, width: int) -> Scene:
         """Random tensors, the same in every run."""
         generator = torch.Generator().manual_seed(0)
-        grid = _GRIDS[tiles]
+        grid = GRIDS[tiles]
 
         def normal(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator)
 
-        heads = (images * tiles, _HEADS, _PATCHES + 1, _HEAD_WIDTH)
+        heads = (images * tiles, _HEADS, PATCHES + 1, _HEAD_WIDTH)
         queries = {layer: normal(*heads) for layer in _LAYERS_READ}
         keys = {layer: normal(*heads) for layer in _LAYERS_READ}
-        hidden = normal(images * tiles, _PATCHES + 1, _HEADS * _HEAD_WIDTH)
+        hidden = normal(images * tiles, PATCHES + 1, _HEADS * _HEAD_WIDTH)
         pictures = []
         for image in range(images):
             here = slice(image * tiles, (image + 1) * tiles)
-            features = normal(tiles, _PATCHES, width)
+            features = normal(tiles, PATCHES, width)
             pictures.append(
                 Picture(
                     grid=grid,
@@ -182,7 +92,7 @@ class Scene:
                     hidden=hidden[here],
                     features=features,
                     packed=_in_order(features, grid),
-                    clip_image=normal(tiles, _PATCHES, _CLIP_WIDTH),
+                    clip_image=normal(tiles, PATCHES, _CLIP_WIDTH),
                     clip_text=normal(1, _CLIP_WIDTH),
                     text=normal(_TEXT_TOKENS, width),
                 )
@@ -209,7 +119,7 @@ class Scene:
 
     @property
     def tokens(self) -> int:
-        return self.tiles * _PATCHES
+        return self.tiles * PATCHES
 
     @property
     def keep(self) -> int:
@@ -380,111 +290,3 @@ def time_plainly(scene: Scene, plain: Transcription) -> tuple[float, float, floa
         stamps.append(time.perf_counter())
         seconds = [s + b - a for s, (a, b) in zip(seconds, pairwise(stamps), strict=True)]
     return seconds[0], seconds[1], seconds[2]
-
-
-# --- The table --------------------------------------------------------------------------------
-
-
-def select_table(report: dict[str, Any]) -> Table:
-    """The report of one run, as written to the result file."""
-    rows: list[tuple[str, ...]] = []
-    for row in report["rows"]:
-        ours, plain = row["seconds"]["ours"], row["seconds"]["plain"]
-        head = (row["method"], str(row["tokens"]), str(row["batch"]), str(row["kept"]))
-        numbers = (_ms(ours["read"]), _ms(ours["choose"]), _ms_range(ours["total"]))
-        if plain is None:
-            rows.append((*head, *numbers, *["-"] * 6))
-            continue
-        rows.append(
-            (
-                *head,
-                *numbers,
-                _ms(plain["maps"]),
-                _ms(plain["read"]),
-                _ms(plain["choose"]),
-                _ms_range(plain["total"]),
-                _times(row["plain_over_ours"]),
-                _times(row["plain_over_ours_without_maps"]),
-            )
-        )
-    return Table(
-        headers=(
-            "Method",
-            "Tokens",
-            "Images",
-            "Kept",
-            "Read ms",
-            "Choose ms",
-            "Total ms [quartiles]",
-            "Plain maps ms",
-            "Plain read ms",
-            "Plain choose ms",
-            "Plain total ms [quartiles]",
-            "Plain/ours [quartiles]",
-            "Without maps",
-        ),
-        rows=rows,
-        numbers_from=1,
-        droppable=(9, 8, 7, 5, 4, 3, 12),
-        title=_title(report),
-        notes=NOTES,
-    )
-
-
-def summary_table(report: dict[str, Any]) -> Table:
-    """The same in short: a line a method, and for each number of tokens the times of one image and
-    the ratios of one and of several."""
-    cells = {(r["method"], r["tokens"], r["batch"]): r for r in report["rows"]}
-    methods = list(dict.fromkeys(r["method"] for r in report["rows"]))
-    sizes = sorted({r["tokens"] for r in report["rows"]})
-    batches = sorted({r["batch"] for r in report["rows"]})
-
-    def row(method: str) -> Iterator[str]:
-        yield method
-        for size in sizes:
-            seconds = cells[method, size, batches[0]]["seconds"]
-            yield _ms(seconds["ours"]["total"])
-            yield _ms(seconds["plain"]["total"]) if seconds["plain"] else "-"
-            for batch in batches:
-                ratio = cells[method, size, batch]["plain_over_ours"]
-                yield f"{ratio['median']:.1f}x" if ratio else "-"
-
-    return Table(
-        headers=(
-            "Method",
-            *(
-                f"{size}: {what}"
-                for size in sizes
-                for what in ("ours ms", "plain ms", *(f"ratio at {batch}" for batch in batches))
-            ),
-        ),
-        rows=[tuple(row(method)) for method in methods],
-        numbers_from=1,
-        title=_title(report),
-        notes=NOTES,
-    )
-
-
-def _title(report: dict[str, Any]) -> str:
-    return (
-        f"Choosing before the LLM, random inputs of CLIP-L/336 and width {report['width']}, "
-        f"float32; {report['rounds']} rounds on {describe(report['hardware'])}"
-    )
-
-
-def _ms(value: Spread) -> str:
-    return _short(1e3 * value["median"])
-
-
-def _ms_range(value: Spread) -> str:
-    q1, q3 = (_short(1e3 * value[end]) for end in ("q1", "q3"))
-    return f"{_ms(value)} [{q1}, {q3}]"
-
-
-def _times(value: Spread) -> str:
-    return f"{value['median']:.1f}x [{value['q1']:.1f}, {value['q3']:.1f}]"
-
-
-def _short(value: float) -> str:
-    """Three digits, and no more than two behind the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

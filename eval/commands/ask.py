@@ -4,58 +4,38 @@ several methods, all of them beside each other, as `vlmprune compare` shows them
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
 from ...adapters.pictures.canvas import LEGEND
 from ...prune.budget import Budget
-from ...prune.contract import Positions
-from ...prune.errors import MethodFieldError
+from ..arguments.ask import AskRequest
 from ..compare.asked import save_picture
-from ..compare.comparison import Row
+from ..compare.comparison import Asking, Row
 from ..console import stdout
 from ..image_file import InputError
+from ..models.loading import short_name
 from ..results.statistics import Spread
 from ..results.texts import milliseconds
 from ..table import Table
-from ..tasks.protocols import Question
-from .comparing import ModelFlags, cells_of, comparisons, say_what_to_know
+from .comparing import cells_of, comparisons, say_what_to_know
 
 _REPEATS = 5
 
 
-def run(
-    *,
-    asked: Question,
-    methods: Sequence[str],
-    method_args: Sequence[str],
-    budget: Mapping[str, float],
-    positions: Positions | None,
-    save: str | None,
-    max_new_tokens: int,
-    model: ModelFlags,
-) -> int:
-    """The command; arguments are the flags of `vlmprune ask`. Returns the exit code."""
-    if method_args and len(methods) > 1:
-        raise MethodFieldError(
-            f"--method_args says not which of {', '.join(methods)} it is for: write the fields "
-            f"into the word, e.g. fastv:layer=3@0.25."
-        )
-    cells = cells_of(methods, [Budget.of(**budget)], method_args)
-    (compared,) = comparisons(
-        [asked],
-        cells,
-        model,
-        max_new_tokens=max_new_tokens,
-        positions=positions,
-        repeats=_REPEATS,
+def run(request: AskRequest) -> int:
+    """The command. Returns the exit code."""
+    asked, save = request.asked, request.save
+    cells = cells_of(request.methods, [Budget.of(**request.budget)], request.method_args)
+    how = Asking(
+        max_new_tokens=request.max_new_tokens, positions=request.positions, repeats=_REPEATS
     )
+    (compared,) = comparisons([asked], cells, request.model, how)
     dense, *pruned = compared.rows
     if len(pruned) == 1:
         table = _table(pruned[0].name, dense, pruned[0])
     else:
         table = dataclasses.replace(compared.table(), title=None, notes=None)
     console = stdout()
-    console.print(f"{model.short_name}: {asked.question}", markup=False)
+    console.print(f"{short_name(request.model.name)}: {asked.question}", markup=False)
     if asked.answer:
         console.print(f"right answer: {asked.answer}", markup=False)
     table.print(console)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from ...prune.contract import Method
 from ...prune.errors import MethodFieldError, did_you_mean
 from ...prune.registry import method_class
+from ..arguments.check_method import CheckRequest
 from ..checking.properties import LAYOUTS, PROPERTIES, Finding, check
 from ..console import stdout
 from ..importing import import_methods
@@ -32,8 +33,9 @@ def check_method(
     return list(check(_made(method), _known(layouts)))
 
 
-def run(*, method: str, layouts: Sequence[str]) -> int:
-    """The command; arguments are the flags of `vlmprune check-method`. Returns the exit code."""
+def run(request: CheckRequest) -> int:
+    """The command. Returns the exit code."""
+    method, layouts = request.method, request.layouts
     names = import_methods(method) if method.endswith(".py") else [method]
     subjects = [_made(name) for name in names]
     failed = False

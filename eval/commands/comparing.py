@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
 from ...prune.budget import Budget
-from ...prune.contract import Positions
 from ...prune.errors import BudgetError, MethodFieldError
-from ..compare.comparison import Comparison, compare_cells
+from ..compare.comparison import Asking, Comparison, compare_cells
 from ..models.loading import (
     limit_pixels,
     load,
     load_clip,
     resolve_device,
-    short_name,
     split_model_args,
 )
+from ..models.request import ModelRequest
 from ..tasks.protocols import Question
 from ..words.flags import in_flags
 from ..words.parts import Parts, grid, parse, refuse_without_budget
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """The flags of a command that say which model is loaded, and how."""
-
-    name: str
-    device: str | None = None
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    model_args: Mapping[str, object] = field(default_factory=dict)
-    clip: str | None = None
-
-    @property
-    def short_name(self) -> str:
-        return short_name(self.name)
 
 
 def cells_of(
@@ -72,40 +54,28 @@ def _parts(word: str, method_args: Sequence[str]) -> Parts:
 def comparisons(
     asked: Iterable[Question],
     cells: Sequence[Parts],
-    flags: ModelFlags,
-    *,
-    max_new_tokens: int,
-    positions: Positions | None,
-    repeats: int,
+    wanted: ModelRequest,
+    how: Asking,
 ) -> Iterator[Comparison]:
     """One question after the other, on a model that is loaded once.
 
     Raises:
         VlmpruneError: no method can run on this model; the reason of the first.
     """
-    device = resolve_device(flags.device, may_shard=True)
-    loading, pixels = split_model_args(flags.model_args)
+    device = resolve_device(wanted.device, may_shard=True)
+    loading, pixels = split_model_args(wanted.model_args)
     model, processor = load(
-        flags.name,
-        dtype=flags.dtype,
-        attn_implementation=flags.attn_implementation,
+        wanted.name,
+        dtype=wanted.dtype,
+        attn_implementation=wanted.attn_implementation,
         device=device,
         **loading,
     )
     if pixels:
         processor = limit_pixels(model, processor, pixels)
-    clip = load_clip(flags.clip, processor, device=device)
+    clip = load_clip(wanted.clip, processor, device=device)
     for question in asked:
-        compared = compare_cells(
-            model,
-            processor,
-            question,
-            cells,
-            max_new_tokens=max_new_tokens,
-            positions=positions,
-            clip=clip,
-            repeats=repeats,
-        )
+        compared = compare_cells(model, processor, question, cells, how, clip)
         refusals = [row.refusal for row in compared.rows if row.refusal is not None]
         if len(refusals) == len(compared.rows) - 1:
             raise refusals[0]

@@ -8,18 +8,17 @@ from importlib.metadata import packages_distributions
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Literal
 
 from ...prune.errors import MethodFieldError
 from ...prune.registry import method_names
+from ..arguments.new_method import NewRequest, Where
 from ..console import stdout
 
-Where = Literal["before_llm", "decoder", "cache"]
 
-
-def run(*, name: str, place: Where, output_path: str | None) -> int:
-    """The command; arguments are the flags of `vlmprune new-method`. Returns the exit code."""
-    path = write_method(name, place, Path(output_path or f"{name}.py"))
+def run(request: NewRequest) -> int:
+    """The command. Returns the exit code."""
+    name = request.name
+    path = write_method(name, request.place, Path(request.output_path or f"{name}.py"))
     stdout().print(f"{path} is written. Next: vlmprune check-method {path}", markup=False)
     return 0
 

@@ -1,9 +1,17 @@
-"""Tables of the presets and of what they hold."""
+"""`vlmprune presets`: tables of the presets and of what they hold."""
 
 from __future__ import annotations
 
+from ..arguments.presets import PresetsRequest
+from ..console import stdout
 from ..presets import Benchmark, Published, preset, preset_names, sources
 from ..table import Table
+
+
+def run(request: PresetsRequest) -> int:
+    """The command. Returns the exit code."""
+    (published_table(request.name) if request.name else presets_table()).print(stdout())
+    return 0
 
 
 def presets_table() -> Table:

@@ -6,35 +6,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..arguments.report import ReportRequest
 from ..report.cells import Section, read_cells, sections
 from ..results.records import ResultsError
 
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "markdown", ".csv": "csv", ".tex": "latex"}
 
 
-def run(
-    *,
-    runs: Sequence[str],
-    output: str | None = None,
-    format: str | None = None,
-    examples: int | None = None,
-) -> int:
-    """The command; arguments are those of `vlmprune report`. Returns the exit code.
-
-    Args:
-        runs: files, or folders that hold a `runs.jsonl`.
-        output: a file, or a folder for lm-eval's; None for stdout.
-        format: in place of the one that `output` ends on.
-        examples: questions with pictures of every task; None for all.
-    """
-    chosen = format or _format_of(output)
+def run(request: ReportRequest) -> int:
+    """The command. Returns the exit code."""
+    output = request.output
+    chosen = request.format or _format_of(output)
     if output is None and chosen == "lm-eval":
         raise ResultsError("--format lm-eval writes several files: give a folder with -o DIR.")
-    found = sections(read_cells([Path(path) for path in runs]))
+    found = sections(read_cells([Path(path) for path in request.runs]))
     if chosen == "lm-eval" and output is not None:
         _write_lm_eval(found, Path(output))
         return 0
-    text = _render(found, chosen, examples)
+    text = _render(found, chosen, request.examples)
     if output is None:
         sys.stdout.write(text)
         return 0

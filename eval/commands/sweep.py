@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapters.registry import family_of
 from ...prune.contract import ClipText as ClipTextSignal
-from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError
+from ..arguments.config import write_config
 from ..console import stdout
 from ..embedded.task import EmbeddedTask
 from ..extras import Extras
@@ -25,12 +25,14 @@ from ..models.loading import (
     short_name,
     split_model_args,
 )
+from ..models.request import ModelRequest
 from ..processes import Processes
 from ..results.plot import frontier
 from ..results.records import Config, Record, latest, setting_of
 from ..results.store import Store, UnwrittenError
 from ..results.sweep_table import averages_table, sweep_table
 from ..sweep.grid import REFUSALS, Summary
+from ..sweep.request import SweepRequest
 from ..sweep.running import sweep_grid
 from ..tasks.jsonl import JsonlTask
 from ..tasks.protocols import Task
@@ -38,7 +40,6 @@ from ..tasks.questions import asked
 from ..vocabulary_note import vocabulary_note
 from ..words.flags import in_flags
 from ..words.parts import Part, Parts, combined
-from .config import write_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,97 +47,46 @@ if TYPE_CHECKING:
     from ...adapters.clip_text import ClipText
 
 
-def run(
-    *,
-    methods: Sequence[str],
-    budgets: Sequence[str],
-    positions: Positions | None,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
-    output_path: str,
-    log_samples: bool,
-    model_name: str,
-    device: str | None,
-    dtype: str,
-    attn_implementation: str | None,
-    kinds: Sequence[str] | None = None,
-    clip: str | None = None,
-    tasks: Sequence[str] = (),
-    include_path: str | None = None,
-    model_args: Mapping[str, object] | None = None,
-    own: Sequence[JsonlTask] = (),
-    settings: Mapping[str, object] | None = None,
-    rerun: bool = False,
-) -> int:
-    """The command; arguments are the flags of `vlmprune sweep`. Returns the exit code.
-
-    Args:
-        own: tasks that were read from files; with them, none is asked by default.
-        settings: all flags, as they are written to `sweep.yaml` beside the results.
-    """
-    combinations = combined(methods, budgets, seed)
-    loading, pixels = split_model_args(model_args or {})
-    wanted: list[str | Task] = [*own, *tasks] or [EmbeddedTask().name]
-    with Processes.started(cpu=device == "cpu") as processes:
-        folder = Path(output_path)
+def run(request: SweepRequest) -> int:
+    """The command. Returns the exit code."""
+    wanted, folder = request.model, request.output_path
+    assert wanted is not None and folder is not None  # noqa: S101  (the command line gives both)
+    combinations = combined(request.methods, request.budget_words, request.seed)
+    loading, pixels = split_model_args(wanted.model_args)
+    with Processes.started(cpu=wanted.device == "cpu") as processes:
         store = Store(folder) if processes.first else None
-        if store is not None and settings is not None:
-            named = [name for name in wanted if isinstance(name, str)]
-            write_config(folder, {**settings, **({"tasks": named} if named else {})})
-        device = resolve_device(device or processes.device, may_shard=processes.world == 1)
+        if store is not None and request.settings is not None:
+            write_config(folder, {**request.settings, **_named_tasks(request)})
+        device = resolve_device(wanted.device or processes.device, may_shard=processes.world == 1)
         model, processor = load(
-            model_name,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
+            wanted.name,
+            dtype=wanted.dtype,
+            attn_implementation=wanted.attn_implementation,
             device=device,
             **loading,
         )
         if processes.first:
-            _say_what_is_lost(own, processor)
+            _say_what_is_lost(request.own, processor)
+        clip = None
+        if wanted.clip and _reads_clip(combinations, model):
+            clip = load_clip(wanted.clip, processor, device=device)
         found = _benchmarks(
-            wanted,
-            model,
-            processor,
-            kinds=kinds,
-            include_path=include_path,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
-            clip=load_clip(clip, processor, device=device)
-            if clip and _reads_clip(combinations, model)
-            else None,
-            processes=processes,
-            pixels=pixels,
+            request, model, processor, clip=clip, processes=processes, pixels=pixels
         )
         try:
             cells, summary = sweep_grid(
                 model,
                 found,
                 combinations,
-                name=short_name(model_name),
-                limit=limit,
-                seed=seed,
-                batch_size=batch_size,
-                positions=positions,
+                request,
+                name=short_name(wanted.name),
                 store=store,
-                kinds=kinds,
-                model_args=model_args,
-                pictures=folder,
-                samples=folder / "samples" if log_samples else None,
                 processes=processes,
-                rerun=rerun,
-                given=partial(
-                    _given,
-                    model=model_name,
-                    clip=clip,
-                    include_path=include_path,
-                    own=own,
-                    imports=(settings or {}).get("imports", ()),
-                ),
+                given=partial(_given, request, wanted),
             )
         except KeyboardInterrupt:
-            same = "the same command without --rerun" if rerun else "the same command"
+            same = "the same command"
+            same += " without --rerun" if request.rerun else ""
             sys.stderr.write(f"interrupted: finished cells are in {folder}, {same} goes on there\n")
             return 130
         except UnwrittenError as error:
@@ -149,26 +99,28 @@ def run(
         return 1 if summary.failed else 0
 
 
-def _given(
-    config: Config,
-    *,
-    model: str,
-    clip: str | None,
-    include_path: str | None,
-    own: Sequence[JsonlTask],
-    imports: object,
-) -> dict[str, object]:
+def _tasks(request: SweepRequest) -> list[str | Task]:
+    return [*request.own, *request.tasks] or [EmbeddedTask().name]
+
+
+def _named_tasks(request: SweepRequest) -> dict[str, list[str]]:
+    named = [name for name in _tasks(request) if isinstance(name, str)]
+    return {"tasks": named} if named else {}
+
+
+def _given(request: SweepRequest, wanted: ModelRequest, config: Config) -> dict[str, object]:
     """The flags that a cell hangs on and that its configuration does not tell, if typed."""
     flags: dict[str, object] = {}
-    if model != config.model:
-        flags["model"] = model
-    if clip:
-        flags["clip"] = clip
-    if include_path:
-        flags["include_path"] = include_path
+    if wanted.name != config.model:
+        flags["model"] = wanted.name
+    if wanted.clip:
+        flags["clip"] = wanted.clip
+    if request.include_path:
+        flags["include_path"] = request.include_path
+    imports = (request.settings or {}).get("imports", ())
     if imports and any("source" in method for method in config.methods):
         flags["imports"] = imports
-    for task in own:
+    for task in request.own:
         if task.name == config.task:
             flags |= {"data": str(task.path), "matching": task.matching}
     return flags
@@ -197,15 +149,10 @@ def report(folder: Path, records: Sequence[Record], settings: Collection[object]
 
 
 def _benchmarks(
-    tasks: Sequence[str | Task],
+    request: SweepRequest,
     model: PreTrainedModel,
     processor: Any,
     *,
-    kinds: Sequence[str] | None,
-    include_path: str | None,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
     clip: ClipText | None,
     processes: Processes,
     pixels: Mapping[str, int],
@@ -213,27 +160,26 @@ def _benchmarks(
     """Each task once: the embedded benchmark as it is, all others through lmms-eval."""
     embedded = EmbeddedTask()
     found: list[Benchmark] = []
-    for name in dict.fromkeys(tasks):
+    for name in dict.fromkeys(_tasks(request)):
         if not isinstance(name, str) or name == embedded.name:
             task = embedded if isinstance(name, str) else name
-            questions = asked(task, limit, kinds)
             found.append(
                 Evaluator(
                     model,
                     limit_pixels(model, processor, pixels) if pixels else processor,
                     task,
-                    questions,
-                    batch_size=batch_size,
-                    seed=seed,
+                    asked(task, request.limit, request.kinds),
+                    batch_size=request.batch_size,
+                    seed=request.seed,
                     clip=clip,
                     processes=processes,
                 )
             )
             continue
-        if kinds:
+        if request.kinds:
             raise MethodFieldError(
-                f"--kinds {' '.join(kinds)}: only {embedded.name} and files of --data have kinds "
-                f"of questions, not {name}: leave one of them out."
+                f"--kinds {' '.join(request.kinds)}: only {embedded.name} and files of --data have "
+                f"kinds of questions, not {name}: leave one of them out."
             )
         from ..lmms.benchmark import benchmarks
 
@@ -241,10 +187,10 @@ def _benchmarks(
             [name],
             model,
             processor,
-            include_path=include_path,
-            limit=limit,
-            batch_size=batch_size,
-            seed=seed,
+            include_path=request.include_path,
+            limit=request.limit,
+            batch_size=request.batch_size,
+            seed=request.seed,
             clip=clip,
             processes=processes,
             pixels=pixels,

@@ -58,6 +58,15 @@ class OneQuestion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How the question is put: `repeats` are the times that each is timed."""
+
+    max_new_tokens: int = 32
+    positions: Positions | None = None
+    repeats: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """What one method made of the question, or why it could not (`refusal`)."""
 
@@ -253,16 +262,8 @@ def compare(
     if not question.strip():
         raise InputError('The question is empty: write for example "What is in the picture?".')
     asked = Asked(question, read_picture(image), answer)
-    return compare_cells(
-        model,
-        processor,
-        asked,
-        cells,
-        max_new_tokens=max_new_tokens,
-        positions=positions,
-        clip=clip,
-        repeats=repeats,
-    )
+    how = Asking(max_new_tokens=max_new_tokens, positions=positions, repeats=repeats)
+    return compare_cells(model, processor, asked, cells, how, clip)
 
 
 def compare_cells(
@@ -270,17 +271,14 @@ def compare_cells(
     processor: Any,
     asked: Question,
     cells: Sequence[Parts],
-    *,
-    max_new_tokens: int,
-    positions: Positions | None,
-    clip: ClipText | None,
-    repeats: int,
+    how: Asking,
+    clip: ClipText | None = None,
 ) -> Comparison:
     """As `compare`, with the cells of a grid, the dense one (nothing) first."""
     from ...adapters.wrappers import unwrapped
 
     model = unwrapped(model)
-    task, fit = OneQuestion(asked, max_new_tokens), picture_fit(processor)
+    task, fit = OneQuestion(asked, how.max_new_tokens), picture_fit(processor)
     evaluator = Evaluator(
         model,
         processor,
@@ -288,7 +286,7 @@ def compare_cells(
         [asked],
         batch_size=1,
         timed_questions=1,
-        repeats=repeats,
+        repeats=how.repeats,
         clip=clip,
     )
     rows = []
@@ -298,7 +296,7 @@ def compare_cells(
         try:
             measured, (sample,) = evaluator.run(
                 [part.call for part in parts],
-                positions=positions if parts else None,
+                positions=how.positions if parts else None,
                 inspect=lambda handle: pictures.append(handle.overlay(asked.image, fit=fit)),  # noqa: B023
             )
         except REFUSALS as refusal:

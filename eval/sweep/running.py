@@ -24,6 +24,7 @@ from ..results.records import Config, Measured, method_record
 from ..results.store import Store
 from ..words.parts import Parts
 from .grid import Cell, Summary, sweep
+from .request import SweepRequest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,30 +36,20 @@ def sweep_grid(
     model: PreTrainedModel,
     benchmarks: Sequence[Benchmark],
     combinations: Sequence[Parts],
+    request: SweepRequest,
     *,
     name: str,
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    positions: Positions | None,
     store: Store | None,
-    kinds: Sequence[str] | None = None,
-    model_args: Mapping[str, object] | None = None,
-    pictures: Path | None = None,
-    samples: Path | None = None,
     processes: Processes | None = None,
-    rerun: bool = False,
     given: Callable[[Config], Mapping[str, object]] | None = None,
 ) -> tuple[list[Cell], Summary]:
     """Every combination on every benchmark, under a progress bar.
 
     Args:
+        request: what `benchmarks` and `combinations` were made of; pictures and answers go to its
+            folder, if it has one.
         name: what results call the model.
-        limit, seed, kinds, model_args: what they were made with, for the cells' configurations.
         store: None in all processes but the first.
-        pictures: the folder of the result file, for pictures of what was kept; None: none.
-        samples: a folder for all answers; None: they are not written.
-        rerun: run all cells, also those that the store holds.
         given: flags of the command that a cell's configuration does not tell.
     """
     processes = processes or Processes()
@@ -70,16 +61,16 @@ def sweep_grid(
         positions=None,
         task="",
         task_version="",
-        limit=limit,
-        seed=seed,
+        limit=request.limit,
+        seed=request.seed,
         max_new_tokens=0,
         dtype=str(model.dtype).removeprefix("torch."),
         attn_implementation=model.config._attn_implementation,
-        kinds=tuple(sorted(set(kinds))) if kinds else None,
-        model_args=dict(model_args) if model_args else None,
+        kinds=tuple(sorted(set(request.kinds))) or None,
+        model_args=dict(request.model.model_args) or None if request.model else None,
     )
     cells = [
-        _cell(base, benchmark, parts, positions)
+        _cell(base, benchmark, parts, request.positions)
         for benchmark in benchmarks
         for parts in combinations
     ]
@@ -91,16 +82,18 @@ def sweep_grid(
 
         def run(cell: Cell) -> Measured:
             save_picture = (
-                partial(_save_picture, extras, pictures, cell.config.id) if pictures else None
+                partial(_save_picture, extras, request.output_path, cell.config.id)
+                if request.output_path
+                else None
             )
             measured, answers = benchmark_of[cell.config.task].run(
                 cell.calls,
-                positions=positions if cell.parts else None,
+                positions=request.positions if cell.parts else None,
                 progress=lambda n: bar.advance(answered, n),
                 save_picture=save_picture,
             )
-            if samples and processes.first:
-                _write_samples(extras, samples / f"{cell.config.id}.jsonl", answers)
+            if request.samples and processes.first:
+                _write_samples(extras, request.samples / f"{cell.config.id}.jsonl", answers)
             return measured
 
         def begin(cell: Cell) -> None:
@@ -112,12 +105,12 @@ def sweep_grid(
             cells,
             run,
             store,
-            batch_size=batch_size,
+            batch_size=request.batch_size,
             versions=versions(),
             hardware=hardware(input_device(model)) | shared,
             on_cell=begin,
             processes=processes,
-            rerun=rerun,
+            rerun=request.rerun,
             given=given,
         )
     return cells, summary

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ...prune.errors import VlmpruneError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class TaskError(VlmpruneError, ValueError):

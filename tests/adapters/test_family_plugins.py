@@ -12,7 +12,7 @@ import vlmprune
 from kit import zoo
 from vlmprune.adapters import registry
 from vlmprune.adapters.registry import family_class, family_of, model_names
-from vlmprune.eval.commands.listing import models_table
+from vlmprune.eval.commands.models import models_table
 from vlmprune.prune.errors import PluginError, UnsupportedModelError
 
 WORKING = '''"""A LLaVA under another name."""

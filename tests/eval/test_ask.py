@@ -12,6 +12,7 @@ import vlmprune
 from kit.paths import ROOT
 from PIL import Image
 from vlmprune.eval import cli, embedded
+from vlmprune.eval.arguments import ask, compare
 from vlmprune.eval.commands.ask import _saved
 from vlmprune.eval.compare.asked import read_all_asked, read_asked
 from vlmprune.eval.image_file import InputError
@@ -79,7 +80,7 @@ def test_what_is_wrong_at_first_sight_is_refused_before_torch_is_imported(tmp_pa
 
 def test_the_names_that_are_known_early_are_those_of_the_registry():
     program = (
-        "import sys; from vlmprune.eval.commands.early import _known; print(*_known());"
+        "import sys; from vlmprune.eval.arguments.early import _known; print(*_known());"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -102,7 +103,7 @@ def test_shares_of_time_have_their_spread():
 
 def examples() -> list[list[str]]:
     """All commands of the page and of help that ask the embedded model."""
-    pages = [(ROOT / "eval" / "README.md").read_text(), cli._ASK_EXAMPLES, cli._COMPARE_EXAMPLES]
+    pages = [(ROOT / "eval" / "README.md").read_text(), ask.EXAMPLES, compare.EXAMPLES]
     lines = [line.partition("#")[0] for page in pages for line in page.splitlines()]
     return [re.split(" +", line.strip())[1:] for line in lines if " embedded:" in line]
 

@@ -21,7 +21,7 @@ from vlmprune.eval.bench.subject import Subject
 from vlmprune.eval.bench.targets import targets, verdicts
 from vlmprune.eval.bench.turns import Timed, take_turns
 from vlmprune.eval.bench.variant import Variant
-from vlmprune.eval.commands import bench as command
+from vlmprune.eval.commands import bench_model as command
 from vlmprune.eval.measure import energy
 from vlmprune.eval.measure.flops import model_cost, visual_share
 from vlmprune.eval.measure.memory import MemoryMeasureError, added_at_peak, in_fresh_process

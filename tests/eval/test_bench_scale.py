@@ -82,7 +82,7 @@ def test_memory_of_a_choice_is_measured():
 
 
 def test_long_rounds_are_not_repeated(monkeypatch):
-    monkeypatch.setattr(scale, "_LONG", 0.1)
+    monkeypatch.setattr(scale, "LONG", 0.1)
     quick, slow = iter(range(9)), iter(range(9))
     assert scale._repeated(lambda: float(next(quick)), 3)[0] == [1, 2, 3]
     found, elapsed = scale._repeated(lambda: time.sleep(0.2) or float(next(slow)), 3)

@@ -14,6 +14,8 @@ from torch import Tensor
 from vlmprune.eval import cli
 from vlmprune.eval.bench import select as bench_select
 from vlmprune.eval.bench.select import Scene
+from vlmprune.eval.bench.select_table import select_table
+from vlmprune.eval.commands.bench_select import all_before_llm
 from vlmprune.eval.transcriptions import (
     cdpruner,
     divprune,
@@ -257,7 +259,7 @@ def test_bench_select_writes_both_sides(tmp_path, capsys):
             assert row["plain_over_ours_without_maps"]["median"] == pytest.approx(without)
     out = capsys.readouterr().out
     assert out.count("| divprune |") == 4 and "| random | 576 | 1 | 192 |" in out
-    assert bench_select.select_table(report).markdown().strip() == out.strip()
+    assert select_table(report).markdown().strip() == out.strip()
 
 
 @pytest.mark.parametrize(
@@ -283,12 +285,12 @@ def test_wrong_usage_is_one_line(capsys, argv, says):
 
 
 def test_all_methods_before_the_llm_are_the_default():
-    names = bench_select._all_before_llm()
+    names = all_before_llm()
     assert {"divprune", "grid"} <= set(names) and "fastv" not in names
     assert all(issubclass(method_class(name), BeforeLLM) for name in names)
 
 
-@pytest.mark.parametrize("name", bench_select._all_before_llm())
+@pytest.mark.parametrize("name", all_before_llm())
 @torch.inference_mode()
 def test_every_method_runs_on_the_commands_inputs(scenes, name):
     """With as many rows as asked, and a transcription that runs as well, where there is one."""

@@ -12,6 +12,7 @@ from kit.zoo import CASES
 from PIL import Image
 from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import cli
+from vlmprune.eval.arguments.sweep import DEFAULT_METHODS
 from vlmprune.eval.words.typed import parse_fields, split_list
 from vlmprune.prune.registry import method_class
 
@@ -66,9 +67,9 @@ def test_every_command_has_help_with_its_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.main(["sweep", "--help"])
     text = capsys.readouterr().out
-    assert all(method in text for method in cli.DEFAULT_METHODS)
+    assert all(method in text for method in DEFAULT_METHODS)
     assert "./vlmprune_runs" in text and "examples:" in text
-    assert set(cli.DEFAULT_METHODS) <= set(vlmprune.methods())
+    assert set(DEFAULT_METHODS) <= set(vlmprune.methods())
 
 
 # --- Errors ----------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def test_where_prints_folders_of_the_package(capsys):
 @pytest.fixture
 def tiny(monkeypatch):
     """The embedded model and benchmark replaced by the zoo's."""
-    from vlmprune.eval.commands import early
+    from vlmprune.eval.arguments import early
     from vlmprune.eval.commands import sweep as sweep_command
 
     monkeypatch.setattr(early, "KINDS", {"short", "long"})

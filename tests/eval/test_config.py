@@ -7,10 +7,16 @@ import re
 import pytest
 import yaml
 from vlmprune.eval import cli
-from vlmprune.eval.commands import early
+from vlmprune.eval.arguments import early
+from vlmprune.eval.arguments.config import FILE_NAME, resolved, write_config
+from vlmprune.eval.arguments.sweep import DEFAULT_METHODS, sweep_parser
 from vlmprune.eval.commands import sweep as sweep_command
-from vlmprune.eval.commands.config import FILE_NAME, resolved, write_config
 from vlmprune.eval.presets import preset
+
+
+def flat(request) -> dict:
+    """A request and the model in it as one mapping."""
+    return {**vars(request.model), **vars(request)} | {"model": request.model.name}
 
 
 @pytest.fixture
@@ -18,7 +24,7 @@ def calls(monkeypatch):
     """What the sweep command was asked for, in place of a sweep."""
     made: list[dict] = []
     monkeypatch.setattr(early, "find_spec", lambda name: name)  # lmms-eval may not be there
-    monkeypatch.setattr(sweep_command, "run", lambda **given: made.append(given) or 0)
+    monkeypatch.setattr(sweep_command, "run", lambda request: made.append(flat(request)) or 0)
     return made
 
 
@@ -52,7 +58,7 @@ def error_of(capsys, tmp_path, content: object, *argv: str) -> str:
 
 def test_without_either_the_defaults_hold(sweep):
     asked = sweep()
-    assert asked["limit"] == 500 and asked["methods"] == list(cli.DEFAULT_METHODS)
+    assert asked["limit"] == 500 and asked["methods"] == list(DEFAULT_METHODS)
 
 
 def test_the_command_line_goes_before_the_file_before_the_preset_before_defaults(sweep):
@@ -63,7 +69,7 @@ def test_the_command_line_goes_before_the_file_before_the_preset_before_defaults
     assert asked["budgets"] == ["0.25", "64", "avg:48"]  # the file
     assert asked["seed"] == 3
     assert asked["tasks"] == list(preset("llava-1.5").tasks)  # the preset
-    assert asked["model_name"] == "llava-hf/llava-1.5-7b-hf"
+    assert asked["model"] == "llava-hf/llava-1.5-7b-hf"
     assert asked["clip"] == "openai/clip-vit-large-patch14-336"
     assert asked["batch_size"] == 32  # the defaults
     assert asked["dtype"] == "auto"
@@ -90,7 +96,7 @@ def test_a_preset_alone(sweep):
 def test_one_sweep_leaves_nothing_for_the_next(sweep):
     sweep({"limit": 20, "methods": ["grid"]})
     asked = sweep()
-    assert asked["limit"] == 500 and asked["methods"] == list(cli.DEFAULT_METHODS)
+    assert asked["limit"] == 500 and asked["methods"] == list(DEFAULT_METHODS)
 
 
 def test_other_commands_know_nothing_of_it(capsys):
@@ -190,7 +196,7 @@ def test_the_written_file_repeats_the_sweep(calls, tmp_path, monkeypatch, argv):
 
 def test_all_settings_are_in_the_file_and_nothing_else():
     args = cli.build_parser().parse_args(["sweep", "--verbosity", "debug"])
-    settings = resolved(cli.sweep_parser(), args)
+    settings = resolved(sweep_parser(), args)
     assert settings["limit"] == 500 and settings["model"] == "embedded"
     assert not {"config", "verbosity", "help", "run", "device"} & set(settings)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from test_measure import picture
 from test_processors import PROCESSORS
 from vlmprune.eval import cli, embedded
-from vlmprune.eval.commands import config
+from vlmprune.eval.arguments import config
 from vlmprune.eval.commands import sweep as sweep_command
 from vlmprune.eval.image_file import read_picture
 from vlmprune.eval.in_process import sweep_model
@@ -341,7 +341,7 @@ def test_the_command_asks_as_the_benchmark_does_and_goes_on_where_it_stopped(
 def sweep(monkeypatch, tmp_path):
     """What a sweep was asked for."""
     made: list[dict] = []
-    monkeypatch.setattr(sweep_command, "run", lambda **given: made.append(given) or 0)
+    monkeypatch.setattr(sweep_command, "run", lambda request: made.append(vars(request)) or 0)
     monkeypatch.chdir(tmp_path)
 
     def run(*argv: str) -> dict:

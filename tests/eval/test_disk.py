@@ -18,6 +18,7 @@ from vlmprune.eval.commands import sweep as sweep_command
 from vlmprune.eval.in_process import sweep_model
 from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.results.store import Store, UnwrittenError
+from vlmprune.eval.sweep.request import SweepRequest
 from vlmprune.eval.sweep.running import sweep_grid
 from vlmprune.eval.words.parts import grid, parse, parse_budgets
 
@@ -68,16 +69,23 @@ def test_samples_that_do_not_fit_leave_no_half_a_file(tmp_path, caplog, monkeypa
     case, task = zoo.CASES["llava-clip-llama"], FakeTask()
     model = case.model()
     evaluator = Evaluator(model, FakeProcessor(case), task, task.questions(2), batch_size=2)
-    folder = tmp_path / "samples"
-    folder.mkdir()
+    request = SweepRequest(
+        methods=["grid"],
+        budgets=[6],
+        limit=2,
+        batch_size=2,
+        output_path=tmp_path,
+        log_samples=True,
+    )
+    (folder := tmp_path / "samples").mkdir()
     with room(20):
         _, summary = sweep_grid(
             model,
             [evaluator],
             grid([parse("grid")], parse_budgets(["6"])),
-            **{"name": "m", "limit": 2, "seed": 0, "batch_size": 2, "positions": None},
+            request,
+            name="m",
             store=None,
-            samples=folder,
         )
     assert len(summary.ok) == 2 and list(folder.iterdir()) == []
     assert caplog.text.count("samples cannot be written") == 1
@@ -87,9 +95,9 @@ def test_samples_that_do_not_fit_leave_no_half_a_file(tmp_path, caplog, monkeypa
 def answered(monkeypatch):
     """The command runs its grid at once, without a model."""
 
-    def instead(model, benchmarks, combinations, *, store, pictures, **_):
+    def instead(model, benchmarks, combinations, request, *, store, **_):
         cells = test_sweep.cells("grid", budgets=["0.5"])
-        return cells, test_sweep.go(cells, test_sweep.Runner(), pictures)
+        return cells, test_sweep.go(cells, test_sweep.Runner(), request.output_path)
 
     monkeypatch.setattr(sweep_command, "sweep_grid", instead)
     monkeypatch.setattr(sweep_command, "load", lambda *_, **__: (None, None))

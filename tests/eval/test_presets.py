@@ -8,7 +8,8 @@ import statistics
 
 import pytest
 from vlmprune.eval import cli
-from vlmprune.eval.commands.config import layered
+from vlmprune.eval.arguments.config import layered
+from vlmprune.eval.arguments.sweep import sweep_parser
 from vlmprune.eval.commands.presets import presets_table
 from vlmprune.eval.presets import UnknownPresetError, benchmarks, preset, preset_names
 from vlmprune.eval.presets.published import on_scale, published_for
@@ -82,7 +83,7 @@ def test_presets_are_found_by_name_and_others_are_told_the_nearest():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_word_is_one_of_the_sweep_command(name):
-    given = layered(cli.sweep_parser(), config=None, preset_name=name)
+    given = layered(sweep_parser(), config=None, preset_name=name)
     assert given["preset"] == name
     assert given["limit"] is None
     assert given["methods"] == list(preset(name).methods)

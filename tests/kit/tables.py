@@ -11,9 +11,10 @@ from typing import Any
 from kit.error_page import error_page
 from kit.paths import ROOT, STORED, TESTS
 from vlmprune.eval.bench.bench_table import before_after_table, bench_table, shapes_table
-from vlmprune.eval.bench.scale import scale_table
-from vlmprune.eval.bench.select import summary_table
-from vlmprune.eval.commands.listing import methods_table, models_table
+from vlmprune.eval.bench.scale_table import scale_table
+from vlmprune.eval.bench.select_table import summary_table
+from vlmprune.eval.commands.methods import methods_table
+from vlmprune.eval.commands.models import models_table
 from vlmprune.eval.results.store import read_records
 from vlmprune.eval.results.sweep_table import accuracy_table, sweep_table
 

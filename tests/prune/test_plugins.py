@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import vlmprune
-from vlmprune.eval.commands.listing import methods_table
+from vlmprune.eval.commands.methods import methods_table
 from vlmprune.prune import registry
 from vlmprune.prune.errors import PluginError
 from vlmprune.prune.registry import default_methods, method_class, method_names

@@ -1,16 +1,28 @@
-"""Tables of what there is: methods and model families, read from the registries."""
+"""`vlmprune methods`: a table of all, read from the registry, or the page of one."""
 
 from __future__ import annotations
 
-import inspect
-
-from ...adapters.registry import family_class, family_notes, model_names
 from ...prune.budget import PUBLISHED
 from ...prune.contract import Method
-from ...prune.errors import PluginError
 from ...prune.registry import default_methods, plugin_notes
-from ..method_facts import first_line, on_tiles, paper, reads, what_it_does
+from ..arguments.methods import MethodsRequest
+from ..console import stdout
+from ..method_facts import on_tiles, paper, reads, what_it_does
 from ..table import Table
+from .method_page import method_page
+
+_PAGE_WIDTH = 100
+
+
+def run(request: MethodsRequest) -> int:
+    """The command. Returns the exit code."""
+    console = stdout()
+    if request.name:
+        width = min(console.width, _PAGE_WIDTH) if console.is_terminal else _PAGE_WIDTH
+        console.print(method_page(request.name, width), markup=False)
+    else:
+        methods_table().print(console)
+    return 0
 
 
 def methods_table() -> Table:
@@ -56,24 +68,4 @@ def _row(name: str, method: Method) -> tuple[str, ...]:
         cls.positions,
         fields,
         paper(cls),
-    )
-
-
-def models_table() -> Table:
-    """Model type, what it is, and the position modes it allows."""
-    rows: list[tuple[str, ...]] = []
-    for name in model_names():
-        try:
-            found = family_class(name)
-        except PluginError as error:
-            rows.append((name, str(error), ""))
-            continue
-        what = first_line(inspect.getmodule(found).__doc__)
-        rows.append((name, what, "original" if found.mrope else "original, repacked"))
-    return Table(
-        headers=("Model type", "What", "Positions"),
-        rows=rows,
-        numbers_from=3,
-        notes="\n".join(family_notes()) or None,
-        wrapping=(1,),
     )

@@ -8,19 +8,17 @@ finds). A model that the machine cannot hold is not run: FLOPs and bytes follow 
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...prune.errors import MethodFieldError
+from ..arguments.bench_model import BenchModelRequest
 from ..bench.bench_table import bench_table
+from ..bench.report_file import write_report
 from ..bench.rounds import compare, peak_memory
 from ..bench.subject import Subject
 from ..bench.variant import Variant
@@ -29,8 +27,8 @@ from ..environment import hardware, load_average, versions
 from ..measure.flops import model_cost
 from ..measure.memory import MemoryMeasureError, free_memory, in_fresh_process
 from ..models.loading import resolve_device
-from ..results.records import ResultsError
 from ..words.parts import grid, parse, parse_budgets
+from ..words.typed import DENSE
 
 logger = logging.getLogger(__name__)
 
@@ -38,62 +36,16 @@ SCHEMA = 4
 """4: `ratios`; the oracle decodes as well."""
 
 
-def run(
-    *,
-    methods: Sequence[str],
-    budgets: Sequence[str],
-    shape_name: str | None,
-    model_name: str | None,
-    picture: tuple[int, int] | None,
-    image: str | None,
-    layers: int,
-    width: int,
-    tokens: int,
-    batch_size: int,
-    ragged: bool,
-    repeats: int,
-    new_tokens: int,
-    memory: bool,
-    meta: bool,
-    device: str | None,
-    dtype: str,
-    attn_implementation: str,
-    output_path: str | None,
-) -> int:
-    """The command; arguments are the flags of `vlmprune bench model`. Returns the exit code."""
-    if math.isqrt(tokens) ** 2 != tokens or width % 64:
-        raise MethodFieldError(
-            f"--tokens {tokens} must be a square (e.g. 576) and --width {width} a multiple of 64."
-        )
-    if ragged and (batch_size == 1 or image is not None):
-        raise MethodFieldError(
-            "--ragged pads prompts of one batch to the longest: give --batch_size 2 or more, and "
-            "no --image."
-        )
-    combinations = grid(
-        [parse(text) for text in methods if text != "dense"], parse_budgets(budgets)
-    )
-    device = resolve_device(device)
-    chosen = dtype
-    if dtype == "auto":
-        chosen = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-    subject = Subject(
-        shape=shape_name,
-        model_name=model_name,
-        picture=picture,
-        layers=layers,
-        width=width,
-        visual_tokens=tokens,
-        batch_size=batch_size,
-        ragged=ragged,
-        dtype=chosen,
-        attn_implementation=attn_implementation,
-        image=image,
-    )
-    variants = [Variant(parts) for parts in combinations]
-    meta = meta or not _fits(subject, device)
-    if meta and dtype == "auto":  # as it would run where it fits
+def run(request: BenchModelRequest) -> int:
+    """The command. Returns the exit code."""
+    words = [parse(text) for text in request.methods if text != DENSE]
+    variants = [Variant(parts) for parts in grid(words, parse_budgets(request.budgets))]
+    device = resolve_device(request.device)
+    subject = _subject(request, device)
+    meta = request.meta or not _fits(subject, device)
+    if meta and request.dtype == "auto":  # as it would run where it fits
         subject = replace(subject, dtype="bfloat16")
+    cost = model_cost(subject.model("meta"))
 
     def save() -> dict[str, Any]:
         """The report so far, also in the file."""
@@ -102,28 +54,58 @@ def run(
             "measured": not meta,
             "model": subject.as_json(),
             "rounds": max(len(v.rounds) for v in variants),
-            "rounds_wanted": 0 if meta else repeats,
-            "new_tokens": new_tokens,
+            "rounds_wanted": 0 if meta else request.repeats,
+            "new_tokens": request.new_tokens,
             "load_average": load_average(),
             "hardware": hardware(device),
             "versions": versions(),
             "variants": [v.as_json(cost) for v in variants if v.per_layer],
         }
-        if output_path:
-            _write(output_path, report)
+        if request.output_path:
+            write_report(report, request.output_path)
         return report
 
     if meta:
-        cost = model_cost(subject.model("meta"))
         for variant in variants:
             variant.reckon(subject)
-        bench_table(save()).print(stdout())
-        return 0
-    in_children = memory and torch.device(device).type == "cpu"
+    else:
+        _measure(request, subject, variants, device, save)
+    bench_table(save()).print(stdout())
+    return 0
+
+
+def _subject(request: BenchModelRequest, device: str) -> Subject:
+    dtype = request.dtype
+    if dtype == "auto":
+        dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+    return Subject(
+        shape=request.shape,
+        model_name=request.model,
+        picture=request.picture,
+        layers=request.layers,
+        width=request.width,
+        visual_tokens=request.tokens,
+        batch_size=request.batch_size,
+        ragged=request.ragged,
+        dtype=dtype,
+        attn_implementation=request.attn_implementation,
+        image=request.image,
+    )
+
+
+def _measure(
+    request: BenchModelRequest,
+    subject: Subject,
+    variants: Sequence[Variant],
+    device: str,
+    save: Callable[[], object],
+) -> None:
+    """Round after round, each saved when it is done; then peak memory, if it is asked for."""
+    repeats, new_tokens = request.repeats, request.new_tokens
+    in_children = request.memory and torch.device(device).type == "cpu"
     with progress() as bar:
         rounds = bar.add_task("bench", total=(repeats + 1 + in_children) * len(variants))
         model = subject.model(device)
-        cost = model_cost(model)
         inputs, clip = subject.inputs(device), subject.text_twin(device)
         for number in range(repeats + 1):
             advance = partial(bar.advance, rounds)
@@ -140,8 +122,6 @@ def run(
                 logger.warning("%s: %s", variant.name, error)
             bar.advance(rounds)
             save()
-    bench_table(save()).print(stdout())
-    return 0
 
 
 def _fits(subject: Subject, device: str) -> bool:
@@ -159,14 +139,3 @@ def _fits(subject: Subject, device: str) -> bool:
         free / 2**30,
     )
     return False
-
-
-def _write(output_path: str, report: Mapping[str, Any]) -> None:
-    """All or nothing, so that an interrupt leaves the last whole report."""
-    path = Path(output_path)
-    try:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ResultsError(f"{output_path!r} cannot be written: {error.strerror}.") from error
