@@ -87,7 +87,7 @@ def test_what_is_picked_one_by_one_is_one_pass_whatever_the_counts(name):
     images = [make_tokens(method, Tiling.single(8, 8), seed=seed) for seed in range(2)]
     with Operations() as seen:
         found = select_all(method, images, [15, 16])
-    assert seen.count <= operations(method, images, 16) + 4
+    assert seen.count <= 1.1 * operations(method, images, 16)
     assert [chosen.count for chosen in found] == [15, 16]
 
 
