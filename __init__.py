@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .adapters.clip_text import ClipText
     from .adapters.patching import Handle, patch, unpatch
     from .adapters.registry import model_names as models
-    from .eval.commands.check_method import check_method
+    from .eval.checking.check import check_method
     from .eval.compare.comparison import Comparison, compare
     from .prune.errors import (
         BudgetError,
@@ -43,7 +43,7 @@ _HOME = {
     "unpatch": ("adapters.patching", "unpatch"),
     "Handle": ("adapters.patching", "Handle"),
     "models": ("adapters.registry", "model_names"),
-    "check_method": ("eval.commands.check_method", "check_method"),
+    "check_method": ("eval.checking.check", "check_method"),
     "compare": ("eval.compare.comparison", "compare"),
     "Comparison": ("eval.compare.comparison", "Comparison"),
     "method": ("prune.registry", "method"),

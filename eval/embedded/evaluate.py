@@ -198,7 +198,7 @@ def library(
     model: Any, processor: Any, asked: list[Question], names: list[str]
 ) -> dict[str, dict[str, float]]:
     """Accuracy with methods of this library, patched in with their own defaults."""
-    from ... import patch
+    from ...adapters.patching import patch
 
     rows = {"dense, generate()": accuracy(asked, generated(model, processor, asked))}
     for name in names:

@@ -132,18 +132,8 @@ def sweep(
             continue
         on_cell(cell)
         started = time.perf_counter()
-        record: dict[str, Any] = {"given": dict(given(cell.config))} if given else {}
-        try:
-            record |= {"status": "ok", **run(cell)}
-            summary.ok.append(cell)
-        except REFUSALS as refusal:
-            record |= {"status": "not_applicable", "error": _error(refusal)}
-            summary.not_applicable.append((cell, str(refusal)))
-        except Exception as error:
-            trace = "".join(traceback.format_exception(error))
-            record |= {"status": "failed", "error": _error(error) | {"traceback": trace}}
-            summary.failed.append((cell, f"{type(error).__name__}: {error}"))
-            logger.info("%s failed", cell, exc_info=True)
+        outcome = _outcome(cell, run, summary)
+        told: dict[str, Any] = {"given": dict(given(cell.config))} if given else {}
         finished = Record(
             schema=SCHEMA,
             id=cell.config.id,
@@ -154,10 +144,26 @@ def sweep(
             load_average=load_average(),
             versions=dict(versions),
             hardware=dict(hardware),
-            **record,  # type: ignore[typeddict-item]
+            **(told | outcome),  # type: ignore[typeddict-item]
         )
         processes.from_first(partial(_append, store, finished))
     return summary
+
+
+def _outcome(cell: Cell, run: Callable[[Cell], Measured], summary: Summary) -> dict[str, Any]:
+    """What is recorded of a cell once it is run, of whatever comes out of it."""
+    try:
+        measured = run(cell)
+    except REFUSALS as refusal:
+        summary.not_applicable.append((cell, str(refusal)))
+        return {"status": "not_applicable", "error": _error(refusal)}
+    except Exception as error:
+        summary.failed.append((cell, f"{type(error).__name__}: {error}"))
+        logger.info("%s failed", cell, exc_info=True)
+        trace = "".join(traceback.format_exception(error))
+        return {"status": "failed", "error": _error(error) | {"traceback": trace}}
+    summary.ok.append(cell)
+    return {"status": "ok", **measured}
 
 
 def _append(store: Store | None, record: Record) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
+from rich.progress import Progress
 
 from ...adapters.devices import input_device
 from ...prune.contract import Positions
@@ -53,8 +54,75 @@ def sweep_grid(
         given: flags of the command that a cell's configuration does not tell.
     """
     processes = processes or Processes()
-    extras = Extras()
-    base = Config(
+    base = _base(model, request, name)
+    cells = [
+        _cell(base, benchmark, parts, request.positions)
+        for benchmark in benchmarks
+        for parts in combinations
+    ]
+    with progress(shown=processes.first) as bar:
+        grid = _Grid(request, {each.name: each for each in benchmarks}, cells, processes, bar)
+        shared = {"processes": processes.world} if processes.world > 1 else {}
+        summary = sweep(
+            cells,
+            grid.run,
+            store,
+            batch_size=request.batch_size,
+            versions=versions(),
+            hardware=hardware(input_device(model)) | shared,
+            on_cell=grid.begin,
+            processes=processes,
+            rerun=request.rerun,
+            given=given,
+        )
+    return cells, summary
+
+
+class _Grid:
+    """Runs a cell on its benchmark, moves the bar, and writes what lies beside the results."""
+
+    def __init__(
+        self,
+        request: SweepRequest,
+        benchmarks: Mapping[str, Benchmark],
+        cells: Sequence[Cell],
+        processes: Processes,
+        bar: Progress,
+    ) -> None:
+        self.request = request
+        self.benchmarks = benchmarks
+        self.cells = cells
+        self.processes = processes
+        self.bar = bar
+        self.extras = Extras()
+        self.counts = [benchmarks[cell.config.task].count for cell in cells]
+        self.answered = bar.add_task("starting", total=sum(self.counts))
+
+    def begin(self, cell: Cell) -> None:
+        several = len(self.benchmarks) > 1
+        done = sum(self.counts[: self.cells.index(cell)])
+        text = f"{cell.config.task}: {cell}" if several else str(cell)
+        self.bar.update(self.answered, description=text, completed=done)
+
+    def run(self, cell: Cell) -> Measured:
+        request, folder = self.request, self.request.output_path
+        measured, answers = self.benchmarks[cell.config.task].run(
+            cell.calls,
+            positions=request.positions if cell.parts else None,
+            progress=partial(self.bar.advance, self.answered),
+            save_picture=partial(_save_picture, self.extras, folder, cell.config.id)
+            if folder
+            else None,
+        )
+        if request.samples and self.processes.first:
+            path = request.samples / f"{cell.config.id}.jsonl"
+            _write_samples(self.extras, path, answers)
+        return measured
+
+
+def _base(model: PreTrainedModel, request: SweepRequest, name: str) -> Config:
+    """What all cells share."""
+    return Config(
         model=name,
         fingerprint=fingerprint(model),
         methods=(),
@@ -67,53 +135,8 @@ def sweep_grid(
         dtype=str(model.dtype).removeprefix("torch."),
         attn_implementation=model.config._attn_implementation,
         kinds=tuple(sorted(set(request.kinds))) or None,
-        model_args=dict(request.model.model_args) or None if request.model else None,
+        model_args=(dict(request.model.model_args) or None) if request.model else None,
     )
-    cells = [
-        _cell(base, benchmark, parts, request.positions)
-        for benchmark in benchmarks
-        for parts in combinations
-    ]
-    benchmark_of = {benchmark.name: benchmark for benchmark in benchmarks}
-    counts = [benchmark_of[cell.config.task].count for cell in cells]
-
-    with progress(shown=processes.first) as bar:
-        answered = bar.add_task("starting", total=sum(counts))
-
-        def run(cell: Cell) -> Measured:
-            save_picture = (
-                partial(_save_picture, extras, request.output_path, cell.config.id)
-                if request.output_path
-                else None
-            )
-            measured, answers = benchmark_of[cell.config.task].run(
-                cell.calls,
-                positions=request.positions if cell.parts else None,
-                progress=lambda n: bar.advance(answered, n),
-                save_picture=save_picture,
-            )
-            if request.samples and processes.first:
-                _write_samples(extras, request.samples / f"{cell.config.id}.jsonl", answers)
-            return measured
-
-        def begin(cell: Cell) -> None:
-            text = f"{cell.config.task}: {cell}" if len(benchmarks) > 1 else str(cell)
-            bar.update(answered, description=text, completed=sum(counts[: cells.index(cell)]))
-
-        shared = {"processes": processes.world} if processes.world > 1 else {}
-        summary = sweep(
-            cells,
-            run,
-            store,
-            batch_size=request.batch_size,
-            versions=versions(),
-            hardware=hardware(input_device(model)) | shared,
-            on_cell=begin,
-            processes=processes,
-            rerun=request.rerun,
-            given=given,
-        )
-    return cells, summary
 
 
 def _cell(base: Config, benchmark: Benchmark, parts: Parts, positions: Positions | None) -> Cell:
