@@ -224,26 +224,51 @@ def test_the_added_method_works(tmp_path, monkeypatch, forget_methods):
     assert handle.last.tokens_kept == [case.num_tokens("C") // 4]
 
 
-def test_the_method_of_an_installed_package_works(tmp_path, monkeypatch):
-    """The entry point of the page, of a package that another process finds installed."""
-    (lines,) = [f.code for p in PAGES for f in p.fences if f.mark == "tried: installed"]
-    ((group, points),) = tomllib.loads(lines)["project"]["entry-points"].items()
-    package, package_info = tmp_path / "my_package", tmp_path / "my_package-1.0.dist-info"
-    package.mkdir()
-    package_info.mkdir()
-    monkeypatch.chdir(package)
+@pytest.fixture
+def installed(tmp_path):
+    """What is printed where a package is installed, whose entry points are those of a page."""
+
+    def run(room: str, code: str) -> str:
+        (page,) = [p for p in PAGES if str(p) == f"{room}/README.md"]
+        (lines,) = [f.code for f in page.fences if f.mark == "tried: installed"]
+        ((group, points),) = tomllib.loads(lines)["project"]["entry-points"].items()
+        info = tmp_path / "my_package-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Name: my_package\nVersion: 1.0\n")
+        said = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(said))
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "my_package").mkdir()
+    return run
+
+
+def test_the_method_of_an_installed_package_works(installed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "my_package")
     assert cli.main(["new-method", "mine", "--place", "before_llm"]) == 0
-    (package_info / "METADATA").write_text("Name: my_package\nVersion: 1.0\n")
-    said = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-    (package_info / "entry_points.txt").write_text("\n".join(said))
-    code = "import vlmprune; print(vlmprune.method('mine', keep_ratio=0.5))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "mine(keep_ratio=0.5)\n", done.stderr
+    said = installed("prune", "import vlmprune; print(vlmprune.method('mine', keep_ratio=0.5))")
+    assert said == "mine(keep_ratio=0.5)\n"
+
+
+def test_the_family_of_an_installed_package_works(installed, tmp_path):
+    (source,) = [f.code for p in PAGES for f in p.fences if f.mark == "tried: theirs.py"]
+    (tmp_path / "my_package" / "theirs.py").write_text(source)
+    code = "from vlmprune.adapters import registry; print(registry.family_class('theirs').__name__)"
+    assert installed("adapters", code) == "Theirs\n"
+
+
+def test_the_page_of_families_has_all_that_a_family_must_say():
+    from vlmprune.adapters.family import Family
+
+    said = (ROOT / "adapters" / "README.md").read_text()
+    assert not [name for name in Family.__abstractmethods__ if f"`{name}`" not in said]
 
 
 # --- Errors and the citation -----------------------------------------------------------------
