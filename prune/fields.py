@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 from .errors import MethodFieldError
@@ -20,6 +21,14 @@ def check_layer(field: str, value: object) -> None:
     if value is not None:
         hint = "give a layer number (negative counts from the end), or None for the paper's"
         check_int(field, value, hint=hint)
+
+
+def check_number(field: str, value: Any, *, positive: bool = False) -> None:
+    """Refuse everything but a finite number of at least 0, or above it."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and isfinite(value) and (value > 0 if positive else value >= 0)):
+        allowed = "give a number above 0" if positive else "give a number, 0 or more"
+        raise MethodFieldError(f"{field}={value!r} is not possible: {allowed}.")
 
 
 def check_fraction(field: str, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, normalize
 
 
 def complement(indices: Tensor, num_tokens: int) -> Tensor:
@@ -61,3 +61,43 @@ def bags(
     mode = "mean" if weights is None else "sum"
     rows = embedding_bag(members, features.float(), starts, mode=mode, per_sample_weights=weights)
     return rows.to(features.dtype)
+
+
+def merged_evenly(
+    features: Tensor, metric: Tensor, rest: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merge the tokens `rest` of each image to rows: every so many-th is the target of one, and
+    each other token joins the target that it is most like. A row is its target plus the mean of the
+    others.
+
+    Args:
+        features: (B, N, C).
+        metric: (B, N, D), whose cosines are compared.
+        rest: (B, M) int64, ascending.
+        count: rows of each image, 0 <= count <= M.
+
+    Returns:
+        targets (B, count) and rows (B, count, C) in the dtype of `features`; of each of `rest`, row
+        by row, the number of its row and the token itself, (B, M) each: (B, 0) without rows.
+    """
+    if not count:
+        return rest[:, :0], features[:, :0], rest[:, :0], rest[:, :0]
+    (tiles, others), num_patches = rest.shape, features.shape[1]
+    tile = torch.arange(tiles, device=rest.device)[:, None]
+    places = torch.arange(count, device=rest.device).repeat(tiles, 1)
+    spaced = places * (others // count)
+    unit = normalize(metric[tile, rest], dim=-1)
+    owner = (unit @ unit[tile, spaced].mT).argmax(2).scatter(1, spaced, places)
+    owner, by_owner = owner.sort(stable=True)
+    members, targets = rest.gather(1, by_owner), rest.gather(1, spaced)
+    starts = torch.searchsorted(owner, places)
+    assigned = torch.searchsorted(owner, places, right=True) - starts - 1
+    is_target = members == targets.gather(1, owner)
+    weights = torch.where(is_target, 1, (1 / assigned.clamp_min(1)).gather(1, owner))
+    means = bags(
+        features.flatten(0, 1),
+        (members + tile * num_patches).flatten(),
+        (starts + tile * others).flatten(),
+        weights.flatten(),
+    )
+    return targets, means.unflatten(0, (tiles, count)), owner, members

@@ -21,9 +21,8 @@ Differs: an image without any text is chosen for by coverage alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -44,7 +43,7 @@ from ...contract import (
     VisualTokens,
 )
 from ...errors import MethodFieldError, UnsupportedModelError
-from ...fields import check_flag, check_layer
+from ...fields import check_flag, check_layer, check_number
 from ...layers import scale_layer, user_layer
 from ...ops.facility import greedy_cover
 from ...ops.topk import ascending, top_k
@@ -78,8 +77,8 @@ class CATP(BeforeLLM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_weight("alignment", self.alignment)
-        _check_weight("similarity", self.similarity)
+        check_number("alignment", self.alignment)
+        check_number("similarity", self.similarity)
         check_layer("layer", self.layer)
         check_flag("late", self.late)
 
@@ -175,9 +174,3 @@ def _aligned(unit: Tensor, text: Tensor) -> Tensor:
     if not len(text):
         return unit.new_zeros(len(unit))
     return (unit @ normalize(text.mean(0), dim=0) + 1) / 2
-
-
-def _check_weight(field: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 <= value < math.inf):  # also refuses nan
-        raise MethodFieldError(f"{field}={value!r} is not possible: give a number, 0 or more.")

@@ -22,10 +22,9 @@ Differs: tokens of a crop enter in raster order of the canvas. The official code
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,8 +41,7 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
-from ...errors import MethodFieldError
-from ...fields import check_layer
+from ...fields import check_layer, check_number
 from ...layers import encoder_layer
 from ...ops.parts import (
     apportion,
@@ -80,7 +78,7 @@ class GlobalCom2(BeforeLLM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_temperature(self.temperature)
+        check_number("temperature", self.temperature, positive=True)
         check_layer("layer", self.layer)
         check_scores(self.scores)
 
@@ -142,9 +140,3 @@ def _with_global(scores: Tensor, base: Tensor, canvas: Block, tiling: Tiling) ->
     sizes = [crop.num_patches for crop in tiling.tiles[1:]]
     crops = torch.stack([scores, wide], 1)[order].split(sizes)
     return torch.cat([normalize(crop, dim=0).sum(1) for crop in crops])[order.argsort()]
-
-
-def _check_temperature(value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):  # also refuses nan
-        raise MethodFieldError(f"temperature={value!r} is not possible: give a number above 0.")

@@ -20,19 +20,17 @@ Differs: the crops are rectangles of the image, as the paper draws them (officia
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...contract import BeforeLLM, Features, ModelShape, Scope, Selection, Signal, VisualTokens
-from ...errors import MethodFieldError
-from ...fields import check_int, check_layer
+from ...fields import check_int, check_layer, check_number
 from ...layers import encoder_layer
 from ...ops.parts import apportion, on_device, top_of_each
 from ...ops.spread import even_shares, lattice_rows, share
@@ -68,7 +66,7 @@ class HoloV(BeforeLLM):
         if self.num_chunks is not None:
             hint = "give a number of crops, at least 1, or None"
             check_int("num_chunks", self.num_chunks, at_least=1, hint=hint)
-        _check_weight(self.alpha)
+        check_number("alpha", self.alpha)
         check_layer("layer", self.layer)
         check_scores(self.scores)
 
@@ -137,9 +135,3 @@ def _crops(tiling: Tiling, number: int) -> Tensor:
 @lru_cache(maxsize=256)
 def _crop_sizes(tiling: Tiling, number: int) -> list[int]:
     return _crops(tiling, number).bincount().tolist()
-
-
-def _check_weight(value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and 0 <= value < math.inf):  # also refuses nan
-        raise MethodFieldError(f"alpha={value!r} is not possible: give a number, at least 0.")

@@ -25,7 +25,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ...batches import InOnePass, stacked
 from ...contract import (
@@ -40,7 +39,8 @@ from ...contract import (
 from ...fields import check_fraction, check_layer
 from ...joining import rearranged
 from ...layers import encoder_layer
-from ...ops.merge import bags, complement
+from ...ops.merge import complement, merged_evenly
+from ...ops.parts import on_device
 from ...ops.topk import ascending, top_k
 from ...registry import register
 from ...salience import WITHOUT_CLS, Scores, check_scores, salience
@@ -81,7 +81,9 @@ class VisionZip(InTiles, InOnePass):
         best = top_k(scores, dominant)
         rest = complement(best, scores.shape[1])
         metric = torch.stack([tile.signals[keys].float().mean(1) for tile in images])
-        targets, means, owners, members = _merged(stacked(images, features), metric, rest, merged)
+        targets, means, owners, members = merged_evenly(
+            stacked(images, features), metric, rest, merged
+        )
         order = torch.cat([best.new_full((len(best), own), -1), ascending(best), targets], 1)
         entering = torch.cat([*(stacked(images, signal) for signal in cls[:own]), means], 1)
         place = torch.arange(keep, device=best.device)
@@ -120,50 +122,15 @@ class VisionZip(InTiles, InOnePass):
     def _arrangement(self, tiling: Tiling, parts: Sequence[Part], order: Tensor) -> Tensor:
         """The rows (K,) of an image whose tiles follow one another: block by block, and in a block
         of several tiles all dominant ones in raster order, all CLS, all merged."""
-        sizes = [self._rows(part.tokens.num_tokens, part.keep or 0) for part in parts]
-        places = iter(torch.arange(len(order), device=order.device).split(sum(sizes, ())))
-        blocks: dict[int, list[list[Tensor]]] = {}
+        tiles = Counter(tile.block for tile in tiling.tiles)
+        kinds: list[int] = []
         for part in parts:
             block = tiling.tiles[part.tokens.tile].block
-            blocks.setdefault(block, []).append([next(places) for _ in range(3)])
-        tiles, arranged = Counter(tile.block for tile in tiling.tiles), []
-        for block, of_tiles in blocks.items():
-            cls, dominant, merged = map(torch.cat, zip(*of_tiles, strict=True))
-            if tiles[block] == 1:
-                arranged += [cls, dominant, merged]
-            else:
-                arranged += [dominant[order[dominant].argsort()], cls, merged]
-        return torch.cat(arranged)
-
-
-def _merged(
-    features: Tensor, metric: Tensor, rest: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each tile `count` evenly spaced tokens of `rest` (B, M), each joined by those of `rest`
-    that are most like it by `metric`, keys averaged over heads (B, N, D_head).
-
-    Returns:
-        the tokens (B, count) and what enters in their place (B, count, C); of each of `rest`, owner
-        by owner, the owner's number and the token itself (B, M).
-    """
-    if not count:
-        return rest[:, :0], features[:, :0], rest[:, :0], rest[:, :0]
-    (tiles, others), num_patches = rest.shape, features.shape[1]
-    tile = torch.arange(tiles, device=rest.device)[:, None]
-    places = torch.arange(count, device=rest.device).repeat(tiles, 1)
-    spaced = places * (others // count)
-    unit = normalize(metric[tile, rest], dim=-1)
-    owner = (unit @ unit[tile, spaced].mT).argmax(2).scatter(1, spaced, places)
-    owner, by_owner = owner.sort(stable=True)
-    members, targets = rest.gather(1, by_owner), rest.gather(1, spaced)
-    starts = torch.searchsorted(owner, places)
-    assigned = torch.searchsorted(owner, places, right=True) - starts - 1
-    is_target = members == targets.gather(1, owner)
-    weights = torch.where(is_target, 1, (1 / assigned.clamp_min(1)).gather(1, owner))
-    means = bags(
-        features.flatten(0, 1),
-        (members + tile * num_patches).flatten(),
-        (starts + tile * others).flatten(),
-        weights.flatten(),
-    )
-    return targets, means.unflatten(0, (tiles, count)), owner, members
+            own, dominant, merged = self._rows(part.tokens.num_tokens, part.keep or 0)
+            kinds += [3 * block + (tiles[block] > 1)] * own
+            kinds += [3 * block] * dominant + [3 * block + 2] * merged
+        kind = on_device(kinds, order.device)
+        place = torch.arange(len(order), device=order.device)
+        # CLS has no number, and lies before the dominant rows of its kind.
+        within = torch.where(kind % 3 == 0, order, place)
+        return (kind * 2 * tiling.num_patches + within).argsort()
