@@ -7,13 +7,17 @@ need different ones at a time, and all hooks ask the call of their own thread wh
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
 
 Undo = Callable[[], None]
 Spot = tuple[str, int]
-"""What a hook does, and the number of its layer."""
+"""The kind of a hook, and the number of its layer."""
 Spots = frozenset[Spot]
 
 
@@ -73,3 +77,35 @@ class Hooks:
         for spot in sorted(spots):
             if self._on and spot not in self._undo:
                 self._undo[spot] = self._install(spot)
+
+
+def shadow(
+    owner: nn.Module,
+    name: str,
+    replacement: Callable[..., Any],
+    original: Callable[..., Any] | None = None,
+) -> Undo:
+    """Shadow a method on the instance, with the original as the first argument of `replacement`;
+    returns what undoes it."""
+    original = original or getattr(owner, name)
+    shadowed = owner.__dict__.get(name)
+    bound = functools.wraps(original)(functools.partial(replacement, original))
+    owner.__dict__[name] = bound
+
+    def undo() -> None:
+        if shadowed is None:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = shadowed
+
+    return undo
+
+
+def all_of(undos: Sequence[Undo]) -> Undo:
+    """One that undoes several, the last first."""
+
+    def undo() -> None:
+        for one in reversed(undos):
+            one()
+
+    return undo

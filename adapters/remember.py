@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..prune.budget import MethodCall
 from ..prune.choose import ChosenImage
+from .encoded import Encoded
 from .family import Call, Family
 from .patch_setup import Setup
-from .places.before_llm import Encoded
 from .stopwatch import Stopwatch
 
 Encode = Callable[[Call, Sequence[int] | None], tuple[Any, Encoded | None]]

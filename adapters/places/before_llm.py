@@ -2,83 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...prune.choose import ChosenImage, choose_images
-from ...prune.contract import Features, Signal
-from ...prune.errors import MissingSignalError
+from ...prune.contract import Signal
+from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
+from ..encoded import MARK, Encoded, encode, encode_merged
+from ..family import Call, Family, Inputs, Modality
+from ..hooks import Hooks, Undo, all_of, shadow
 from ..patch_setup import Setup
-from ..stopwatch import Stopwatch
+from ..remember import ImageMemory
+from ..signals.encoder import Reader
+from .call import InFlight
+from .encoder import EncoderDriver
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """All images (or videos) of a call, in batch order."""
-
-    images: list[ChosenImage]
-    stopwatch: Stopwatch
-    setup: Setup
-    """What they were encoded with, and enter the LLM with."""
-
-
-def encode(
-    setup: Setup,
-    tilings: Sequence[Tiling],
-    signals: Sequence[Mapping[Signal, Tensor]],
-    device: torch.device,
-    numbers: Sequence[int] | None = None,
-) -> Encoded:
-    """Count and choose for every image.
+class BeforeLLMDriver:
+    """Encodes images, chooses from them, and hands on the rows that enter the LLM.
 
     Args:
-        tilings: how the tokens of each image lie.
-        signals: per image, what the method before the LLM declared.
-        numbers: those of the images in the call; None: from 0 on.
+        wanted: what a call that begins now runs with; None: without any method.
+        memory: images that were asked about before.
     """
-    stopwatch = Stopwatch(device)
-    calls = setup.calls_of(range(len(tilings)) if numbers is None else numbers)
-    images = choose_images(
-        setup.shape,
-        tilings,
-        signals,
-        calls,
-        device,
-        record=setup.record,
-        debug=setup.debug,
-        timed=stopwatch,
-    )
-    return Encoded(images, stopwatch, setup)
 
+    def __init__(
+        self,
+        family: Family,
+        encoder: EncoderDriver,
+        hooks: Hooks,
+        flight: InFlight,
+        wanted: Callable[[], Setup | None],
+        memory: ImageMemory | None,
+    ) -> None:
+        self._family, self._encoder, self._hooks = family, encoder, hooks
+        self._flight, self._wanted, self._memory = flight, wanted, memory
 
-def encode_merged(setup: Setup, embeds: Tensor, visual: Tensor) -> Encoded:
-    """Images that the caller merged into `embeds` (B, L, D) itself, at the columns `visual`.
+    def install(self) -> Undo:
+        """Shadow the methods that encode images and videos."""
+        core = self._family.core
+        return all_of(
+            [
+                shadow(core, modality.encode, functools.partial(self._encode, modality))
+                for modality in self._family.modalities
+            ]
+        )
 
-    Each run of visual tokens counts as one image of a single row.
-    """
-    signals, tilings = [], []
-    for row, marks in zip(embeds, visual.tolist(), strict=True):
-        start = None
-        for column, mark in enumerate([*marks, False]):
-            if mark and start is None:
-                start = column
-            elif not mark and start is not None:
-                signals.append(_merged_signals(setup.read, row[start:column]))
-                tilings.append(Tiling.single(1, column - start))
-                start = None
-    return encode(setup, tilings, signals, embeds.device)
+    @torch.compiler.disable
+    def _encode(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        flight = self._flight
+        if self._encoder.reading:  # Qwen3-VL encodes videos as it does images
+            return original(*args, **kwargs)
+        setup = flight.setup if flight.active else self._wanted()
+        if setup is None:
+            return original(*args, **kwargs)
+        inputs = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+        inputs |= inputs.pop("kwargs", {})
+        call = Call(modality, inputs)
+        encode_images = functools.partial(self._encode_images, setup, original)
+        if self._memory is None or not flight.active:
+            output, encoded = encode_images(call)
+        else:
+            output, encoded = self._memory.encode(self._family, call, encode_images, setup)
+        if encoded is not None:
+            setattr(output, MARK, encoded)
+            flight.encoded[modality] = encoded
+        return output
 
-
-def _merged_signals(needs: Sequence[Signal], features: Tensor) -> dict[Signal, Tensor]:
-    """Signals of visual tokens that the caller merged into `inputs_embeds`: features only."""
-    for need in needs:
-        if not isinstance(need, Features):
-            raise MissingSignalError(
-                f"{need} cannot be read from inputs_embeds with visual_mask: give input_ids and "
-                f"pixel_values, or use a method that needs features only (divprune)."
+    def _encode_images(
+        self,
+        setup: Setup,
+        original: Callable[..., Any],
+        call: Call,
+        numbers: Sequence[int] | None = None,
+    ) -> tuple[Any, Encoded | None]:
+        """Images on their way through the encoder, and what was chosen of them; `numbers`: which
+        images of the call they are, where not all."""
+        flight = self._flight
+        # Another caller may read all that the encoder gives.
+        unread = self.unread(setup, call.inputs) if flight.active else frozenset()
+        self._hooks.hold(setup.standing)
+        try:
+            with self._encoder.read(setup.tapped, unread) as recording:
+                output = original(**call.inputs)
+        finally:
+            self._hooks.release(setup.standing)
+        features = getattr(output, "pooler_output", None)
+        if features is None:  # return_dict=False: a plain tuple cannot carry the choice
+            return output, None
+        tilings = self._tilings(call, features)
+        signals: list[dict[Signal, Tensor]] = [{} for _ in features]
+        if setup.first is not None:
+            reader = Reader(
+                self._family,
+                call,
+                output=output,
+                features=features,
+                tilings=tilings,
+                recording=recording,
+                prompt=flight.prompt,
+                clip=setup.clip,
             )
-    return dict.fromkeys(needs, features)
+            signals = reader.read(setup.first)
+        if setup.per_image is not None:  # an earlier modality of the call has the first budgets
+            others = [one for other, one in flight.encoded.items() if other is not call.modality]
+            before = sum(len(one.images) for one in others) if flight.active else 0
+            numbers = range(len(tilings)) if numbers is None else numbers
+            numbers = [before + number for number in numbers]
+        encoded = encode(setup, tilings, signals, features[0].device, numbers)
+        output.pooler_output = self._emit(features, encoded)
+        return output, encoded
+
+    def _tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
+        """How the tokens of each image lie, if the family knows it."""
+        tilings = self._family.tilings(call, features)
+        for tiling, feature in zip(tilings, features, strict=True):
+            if tiling.num_tokens != len(feature):
+                raise UnsupportedModelError(
+                    f"An {call.modality.name} gave {len(feature)} visual tokens, but its layout "
+                    f"has {tiling.num_tokens}: this variant of {self._family.name} is not "
+                    f"supported."
+                )
+        return tilings
+
+    def unread(self, setup: Setup, inputs: Inputs) -> frozenset[nn.Module]:
+        """Encoder layers that neither the projector nor a method reads."""
+        return self._encoder.unread(setup.tapped, self._family.unread_layers(inputs))
+
+    def _emit(self, features: Any, encoded: Encoded) -> Any:
+        """The encoder's features with merged and moved rows in their slots."""
+        emitted = []
+        for feature, image in zip(features, encoded.images, strict=True):
+            chosen = image.selection
+            projected = chosen.features
+            if projected is not None and not chosen.projected:
+                projected = self._family.project(projected.to(feature.dtype))
+            emitted.append(image.emit(feature, projected))
+        return torch.stack(emitted) if isinstance(features, Tensor) else type(features)(emitted)
+
+    def from_embeds(self, setup: Setup, embeds: Tensor, visual: Tensor) -> tuple[Tensor, Encoded]:
+        """Images that the caller merged into `embeds` (B, L, D) itself, at the columns `visual`:
+        the same with merged and moved rows in their slots, and what was chosen."""
+        encoded = encode_merged(setup, embeds, visual)
+        if all(image.as_is for image in encoded.images):
+            return embeds, encoded
+        features = embeds[visual].split([image.num_tokens for image in encoded.images])
+        emitted = torch.cat(self._emit(features, encoded))
+        return embeds.masked_scatter(visual[..., None], emitted), encoded

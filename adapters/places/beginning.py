@@ -15,6 +15,8 @@ from ...prune.choose import ChosenImage
 from ...prune.contract import Place
 from ...prune.errors import UnsupportedFeatureError
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
+from ..checks.calls import refuse_cache
+from ..encoded import Encoded
 from ..family import Modality
 from ..patch_setup import Setup
 from ..report import Last, StageReport
@@ -22,9 +24,8 @@ from ..sequence.batch import Batch
 from ..sequence.layout import Layout
 from ..sequence.placed import PlacedImage
 from ..sequence.positions import PositionIds
-from .before_llm import Encoded
 from .cache_attend import note_prefix
-from .cache_evict import Compression, attend_budget, entries_to_keep, refuse_cache
+from .cache_evict import Compression, attend_budget, entries_to_keep
 from .choosing import Chosen
 from .placing import place
 from .prefill import Prefill

@@ -7,19 +7,60 @@ are.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...prune.answers import check_attended, looks_at_values
 from ...prune.contract import Attending, Place
 from ..cache.pruned import PrunedState
+from ..hooks import Undo
 from ..patch_setup import Setup
 from ..sequence.layout import stored_columns
+from ..signals.tap import Exchange
+from .call import InFlight
 
 Tables = tuple[Tensor, Tensor]
+
+
+class CacheAttendDriver:
+    """Lets the attention of decoding steps compute with what the method picks."""
+
+    def __init__(self, text: Any, flight: InFlight) -> None:
+        self._text, self._flight = text, flight
+        self.hooks: Mapping[str, Callable[[int], Undo]] = {"tables": self._hook_tables}
+
+    def exchange(self, layer: int) -> Exchange:
+        """What a layer's tap computes with instead."""
+        return functools.partial(self._attend, layer)
+
+    def _hook_tables(self, index: int) -> Undo:
+        own = functools.partial(self._note_tables, index)
+        attention = self._text.layers[index].self_attn
+        return attention.register_forward_pre_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+
+    @torch.compiler.disable
+    def _note_tables(
+        self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None
+    ) -> None:
+        if kwargs is not None:  # else another thread puts it on or takes it off
+            self._flight.tables[layer] = kwargs["position_embeddings"]
+
+    @torch.compiler.disable
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        flight = self._flight
+        at = flight.prefill or flight.continued
+        given = Attention(query, key, value, mask)
+        tables = flight.tables.pop(layer, None)
+        if tables is not None and at is not None and at.state is not None:
+            given = attend(at.setup, at.state, at.cache, layer, given, tables)
+        return given.query, given.key, given.value, given.mask
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ...prune.answers import check_compressed, check_evicted, looks_at_values
 from ...prune.budget import entries_kept
 from ...prune.contract import Attending, CacheEntries, Compressing, Place, ReceivedInLayer, Signal
 from ...prune.declared import Seen
-from ...prune.errors import BudgetError, UnsupportedFeatureError, VlmpruneError
+from ...prune.errors import BudgetError, VlmpruneError
 from ..cache.pruned import PrunedState
 from ..cache.report import CacheReport
 from ..patch_setup import Setup
@@ -55,36 +55,6 @@ def entries_to_keep(
             keeps.append(keep or 0)
             acts = True
     return keeps if acts else None
-
-
-def refuse_cache(setup: Setup, cache: Any, *, shortened: bool) -> None:
-    """Refuse caches that a method on the cache cannot work with; `shortened`: it has worked on this
-    one before."""
-    call = setup.on_cache
-    if call is None:
-        return
-    if setup.text.training and setup.text.gradient_checkpointing:
-        raise UnsupportedFeatureError(
-            f"{call.name} acts on the KV cache, and gradient checkpointing keeps none: call "
-            f"model.activation_checkpointing_disable() or model.eval(), or use a method that acts "
-            f"before the LLM."
-        )
-    if cache is None:
-        raise UnsupportedFeatureError(
-            f"{call.name} acts on the KV cache, and use_cache=False keeps none: leave that out, or "
-            f"use a method that acts before the LLM or in the decoder."
-        )
-    if shortened:
-        raise UnsupportedFeatureError(
-            f"{call.name} works on the cache of one prompt, and this one held an earlier image: "
-            f"start a new cache for a new image, or ask on in text alone."
-        )
-    kinds = {type(layer).__name__ for layer in cache.layers}
-    if kinds - {"DynamicLayer"}:
-        raise UnsupportedFeatureError(
-            f"{call.name} takes entries out of the KV cache, which {', '.join(sorted(kinds))} "
-            f"does not allow: leave cache_implementation out, so that a DynamicCache is used."
-        )
 
 
 def attend_budget(

@@ -11,10 +11,10 @@ from ...prune.budget import Stage, plan
 from ...prune.choose import ChosenImage
 from ...prune.contract import Images
 from ...prune.errors import UnsupportedFeatureError
+from ..encoded import Encoded
 from ..family import Modality
 from ..patch_setup import Setup
 from ..sequence.placed import PlacedImage
-from .before_llm import Encoded
 
 
 def place(

@@ -1,0 +1,105 @@
+"""What cannot be combined with pruning, refused at the call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ...prune.contract import Place
+from ...prune.errors import UnsupportedFeatureError
+from ..encoded import Encoded
+from ..patch_setup import Setup
+
+
+def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, inside_the_llm: bool) -> None:
+    """Refuse what would give wrong results.
+
+    Args:
+        inside_the_llm: a method acts in the decoder or on its cache.
+
+    Raises:
+        UnsupportedFeatureError: with the option and what to do instead.
+    """
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+
+    def option(name: str) -> Any:
+        value = kwargs.get(name)
+        return value if value is not None else getattr(config, name, None)
+
+    if option("prefill_chunk_size") is not None:
+        raise UnsupportedFeatureError(
+            f"prefill_chunk_size={option('prefill_chunk_size')} splits the prompt, and a method "
+            f"would see only a part of the image: leave it out (a pruned prompt is short)."
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and getattr(mask, "ndim", None) != 2:
+        raise UnsupportedFeatureError(
+            "A custom attention mask that is not 2-D cannot be shortened with the visual tokens: "
+            "pass the (B, L) padding mask of the processor, or unpatch the model."
+        )
+    if not inside_the_llm:
+        return
+    if kwargs.get("assistant_model") is not None or option("prompt_lookup_num_tokens") is not None:
+        raise UnsupportedFeatureError(
+            "Assisted decoding feeds draft tokens together with the prompt, and a method inside "
+            "the decoder or on its cache would choose by the drafts instead of the question: leave "
+            "out assistant_model / prompt_lookup_num_tokens, or use a method that acts before the "
+            "LLM."
+        )
+
+
+def refuse_checkpointing(text: Any, encoded: Iterable[Encoded]) -> None:
+    """Refuse cuts in the decoder where its layers run a second time.
+
+    Args:
+        text: the text model.
+    """
+    stages = (stage for of_call in encoded for image in of_call.images for stage in image.plan)
+    in_decoder = any(stage.place is Place.DECODER for stage in stages)
+    if in_decoder and text.training and text.gradient_checkpointing:
+        raise UnsupportedFeatureError(
+            "Pruning inside the decoder cannot be combined with gradient checkpointing, which "
+            "runs layers a second time: call model.activation_checkpointing_disable() or "
+            "model.eval(), or use a method that acts before the LLM."
+        )
+
+
+def refuse_cache(setup: Setup, cache: Any, *, shortened: bool) -> None:
+    """Refuse caches that a method on the cache cannot work with; `shortened`: it has worked on this
+    one before."""
+    call = setup.on_cache
+    if call is None:
+        return
+    if setup.text.training and setup.text.gradient_checkpointing:
+        raise UnsupportedFeatureError(
+            f"{call.name} acts on the KV cache, and gradient checkpointing keeps none: call "
+            f"model.activation_checkpointing_disable() or model.eval(), or use a method that acts "
+            f"before the LLM."
+        )
+    if cache is None:
+        raise UnsupportedFeatureError(
+            f"{call.name} acts on the KV cache, and use_cache=False keeps none: leave that out, or "
+            f"use a method that acts before the LLM or in the decoder."
+        )
+    if shortened:
+        raise UnsupportedFeatureError(
+            f"{call.name} works on the cache of one prompt, and this one held an earlier image: "
+            f"start a new cache for a new image, or ask on in text alone."
+        )
+    kinds = {type(layer).__name__ for layer in cache.layers}
+    if kinds - {"DynamicLayer"}:
+        raise UnsupportedFeatureError(
+            f"{call.name} takes entries out of the KV cache, which {', '.join(sorted(kinds))} "
+            f"does not allow: leave cache_implementation out, so that a DynamicCache is used."
+        )
+
+
+def check_mask(visual_mask: Any, embeds: Any) -> None:
+    """Refuse `visual_mask=` without the embeddings whose visual tokens it marks."""
+    if visual_mask is not None and embeds is None:
+        raise UnsupportedFeatureError(
+            "visual_mask= marks visual tokens inside inputs_embeds, and none were given: leave it "
+            "out, input_ids and pixel_values tell by themselves."
+        )
