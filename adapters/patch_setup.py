@@ -185,8 +185,7 @@ class Setup:
         layers = range(len(self.text.layers))
         spots: set[Spot] = set()
         for need in self.heard:
-            if (what := shown(need)) is not None:
-                spots.add((HOOKS[what], need.layer))
+            spots.add((HOOKS[shown(need)], need.layer))
         if self.on_cache is not None and isinstance(self.on_cache.method, Compressing):
             spots |= {(what, layer) for layer in layers for what in ("attention", "tap")}
         # Flash attention reads gapped position ids as packed sequences: hook every layer there.

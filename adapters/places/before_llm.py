@@ -18,7 +18,7 @@ from ..family import Call, Family, Inputs, Modality
 from ..hooks import Hooks, Undo, all_of, shadow
 from ..patch_setup import Setup
 from ..remember import ImageMemory
-from ..signals.encoder import Reader
+from ..signals.encoder import Images
 from .call import InFlight
 from .encoder import EncoderDriver
 
@@ -100,17 +100,11 @@ class BeforeLLMDriver:
         tilings = self._tilings(call, features)
         signals: list[dict[Signal, Tensor]] = [{} for _ in features]
         if setup.first is not None:
-            reader = Reader(
-                self._family,
-                call,
-                output=output,
-                features=features,
-                tilings=tilings,
-                recording=recording,
-                prompt=flight.prompt,
-                clip=setup.clip,
+            compete = setup.first.newline_policy == "compete"
+            images = Images(
+                self._family, call, output, features, tilings, flight.prompt, setup.clip, compete
             )
-            signals = reader.read(setup.first)
+            signals = recording.of_images(images, setup.read)
         if setup.per_image is not None:  # an earlier modality of the call has the first budgets
             others = [one for other, one in flight.encoded.items() if other is not call.modality]
             before = sum(len(one.images) for one in others) if flight.active else 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...prune.contract import Signal
 from ..hooks import Undo, all_of, shadow
-from ..signals.encoder import Recording
+from ..signals.recording import Recording
 from ..signals.tap import Names, Tap
 
 Tapped = Mapping[int, Sequence[Signal]]

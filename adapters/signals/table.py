@@ -1,4 +1,4 @@
-"""One table of signals: what shows each of them, and what reads it there.
+"""One table of signals: what each is read from, what reads it, how a random one is drawn.
 
 A new signal is a class in `prune/contract/signals.py` and a row here.
 """
@@ -12,24 +12,34 @@ from typing import Any
 from ...prune import scores
 from ...prune.contract import (
     AttentionToCls,
+    ClipImage,
+    ClipText,
     ClsAttention,
     ClsAttentionOneHead,
+    ClsFeatures,
     ClsLogits,
+    EncoderFeatures,
+    Features,
     Hidden,
     Keys,
     LayerSignal,
     MeanHidden,
     ModuleStep,
     Neurons,
+    PixelSeed,
     ReceivedAttention,
     ReceivedInLayer,
     RotaryAffinity,
     Signal,
     TextAttention,
+    TextEmbeddings,
 )
 from ..sequence.batch import Batch, Here
-from . import decoder
+from . import decoder, draw, encoder
+from .draw import Draw
 
+ENCODER_OUTPUT = "output"
+"""What the encoder gave, and the prompt."""
 ENCODER_ATTENTION = "encoder"
 """Queries and keys of an encoder layer's attention."""
 
@@ -46,42 +56,54 @@ HOOKS = {
 """The hook that shows something of a layer; `Hooks` counts who needs it."""
 
 
+def _heads(need: TextAttention) -> str:
+    return "heads ahead" if need.ahead else "heads"
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a signal comes from."""
 
     shown: str | Callable[[Any], str]
-    """What it is read from, a key of `HOOKS`; it may depend on the signal's fields."""
+    """What it is read from; it may depend on the signal's fields."""
     read: Callable[..., Any]
-    """Of the encoder's attention: queries and keys (B, H, S, D_head), scale -> (B, S, ...). In the
-    decoder: the signal, the batch, and what is shown; it notes a value for each image."""
+    """Of the encoder's attention: queries and keys (B, H, S, D_head), scale -> (B, S, ...); of what
+    the encoder gave: images, signal -> a value for each; in the decoder: signal, batch, and what is
+    shown, of which it notes a value for each image."""
+    draw: Draw
+    """A random one."""
 
 
 SOURCES: Mapping[type[Signal], Source] = {
-    ClsAttention: Source(ENCODER_ATTENTION, scores.cls_row),
-    ClsLogits: Source(ENCODER_ATTENTION, scores.cls_logits),
-    ClsAttentionOneHead: Source(ENCODER_ATTENTION, scores.cls_row_one_head),
-    AttentionToCls: Source(ENCODER_ATTENTION, scores.to_cls),
-    ReceivedAttention: Source(ENCODER_ATTENTION, scores.received),
-    Keys: Source(ENCODER_ATTENTION, scores.keys),
-    TextAttention: Source(
-        lambda need: "heads ahead" if need.ahead else "heads", decoder.text_attention
+    Features: Source(ENCODER_OUTPUT, encoder.features, draw.normal("width")),
+    EncoderFeatures: Source(ENCODER_OUTPUT, encoder.encoder_features, draw.normal("encoder")),
+    ClsFeatures: Source(ENCODER_OUTPUT, encoder.cls_features, draw.normal("encoder")),
+    PixelSeed: Source(ENCODER_OUTPUT, encoder.pixel_seeds, draw.seed),
+    ClipImage: Source(ENCODER_OUTPUT, encoder.clip_image, draw.normal("clip")),
+    ClipText: Source(ENCODER_OUTPUT, encoder.clip_text, draw.normal("-", "segments", "clip")),
+    TextEmbeddings: Source(
+        ENCODER_OUTPUT, encoder.text_embeddings, draw.normal("-", "text", "width")
     ),
-    ReceivedInLayer: Source("heads", decoder.received),
-    RotaryAffinity: Source("rotary", decoder.rotary_affinity),
-    Hidden: Source("input", decoder.hidden),
-    MeanHidden: Source("input", decoder.mean_hidden),
-    ModuleStep: Source(lambda need: need.module, decoder.module_step),
-    Neurons: Source("activations", decoder.neurons),
+    ClsAttention: Source(ENCODER_ATTENTION, scores.cls_row, draw.shares),
+    ClsLogits: Source(ENCODER_ATTENTION, scores.cls_logits, draw.normal()),
+    ClsAttentionOneHead: Source(ENCODER_ATTENTION, scores.cls_row_one_head, draw.shares),
+    AttentionToCls: Source(ENCODER_ATTENTION, scores.to_cls, draw.positive),
+    ReceivedAttention: Source(ENCODER_ATTENTION, scores.received, draw.positive),
+    Keys: Source(ENCODER_ATTENTION, scores.keys, draw.normal("heads", "head_width")),
+    TextAttention: Source(_heads, decoder.text_attention, draw.attention),
+    ReceivedInLayer: Source("heads", decoder.received, draw.positive),
+    RotaryAffinity: Source("rotary", decoder.rotary_affinity, draw.affinity),
+    Hidden: Source("input", decoder.hidden, draw.normal("width")),
+    MeanHidden: Source("input", decoder.mean_hidden, draw.normal("-", "width")),
+    ModuleStep: Source(lambda need: need.module, decoder.module_step, draw.positive),
+    Neurons: Source("activations", decoder.neurons, draw.counts),
 }
 
 
-def shown(need: Signal) -> str | None:
-    """What a signal is read from while layers run; None: from what the encoder gives."""
-    source = SOURCES.get(type(need))
-    if source is None:
-        return None
-    return source.shown if isinstance(source.shown, str) else source.shown(need)
+def shown(need: Signal) -> str:
+    """What a signal is read from."""
+    how = SOURCES[type(need)].shown
+    return how if isinstance(how, str) else how(need)
 
 
 def hear(what: str, needs: list[LayerSignal], batch: Batch, here: Here, *values: Any) -> None:

@@ -19,25 +19,19 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
+from ...adapters.signals.draw import Sizes
 from ...adapters.signals.encoder import pixel_seed
 from ...adapters.signals.table import ENCODER_ATTENTION, SOURCES, shown
 from ...prune.contract import (
     BeforeLLM,
-    ClipImage,
-    ClipText,
-    ClsFeatures,
     Decoder,
-    EncoderFeatures,
-    Features,
     LayerSignal,
     ModelShape,
     PixelSeed,
     Signal,
-    TextEmbeddings,
     Tower,
     VisualTokens,
 )
-from ...prune.errors import MissingSignalError
 from ...prune.registry import method_class
 from ...prune.select import select
 from ...prune.tiling import Block, Tiling
@@ -58,6 +52,13 @@ FIT_FROM = 1024  # below, what does not depend on the number of tokens counts mo
 LONG = 3.0  # a round of so many seconds is neither warmed up for nor repeated
 _LEAST_BYTES = 2**20  # below, the allocator says more than the method
 LAYERS, DECODER_WIDTH = 6, 128
+_SIZES = Sizes(
+    width=WIDTH,
+    encoder=_HEADS * _HEAD_WIDTH,
+    clip=_CLIP_WIDTH,
+    text=_TEXT_TOKENS,
+    segments=1,
+)
 _FIELDS = {"token_select": ":n_init=4:n_local=32"}  # as published it does nothing to short prompts
 _SHAPE = ModelShape(
     tower=Tower(num_layers=24, has_cls=True, text_twin=True),
@@ -193,19 +194,12 @@ def _reading(need: Signal, tiles: int, patches: int, draw: torch.Generator) -> C
         read = SOURCES[type(need)].read
         query, key = (normal(tiles, _HEADS, patches + 1, _HEAD_WIDTH) for _ in range(2))
         return lambda: read(query, key, _HEAD_WIDTH**-0.5)[:, 1:].flatten(0, 1)
-    sizes = {
-        Features: (tiles * patches, WIDTH),
-        EncoderFeatures: (tiles * patches, _HEADS * _HEAD_WIDTH),
-        ClsFeatures: (tiles, _HEADS * _HEAD_WIDTH),
-        ClipImage: (tiles * patches, _CLIP_WIDTH),
-        ClipText: (1, _CLIP_WIDTH),
-        TextEmbeddings: (_TEXT_TOKENS, WIDTH),
-        PixelSeed: (3,),
-    }
-    if type(need) not in sizes:
-        raise MissingSignalError(f"`vlmprune bench scale` makes no {need}.")
-    made = normal(*sizes[type(need)])
-    return (lambda: pixel_seed(made)) if isinstance(need, PixelSeed) else (lambda: made)
+    if isinstance(need, PixelSeed):
+        pixels = normal(3)
+        return lambda: pixel_seed(pixels)
+    count = tiles if need.per == "tile" else tiles * patches
+    made = SOURCES[type(need)].draw(need, count, _SIZES, draw)
+    return lambda: made
 
 
 # --- The fit -----------------------------------------------------------------------------------

@@ -11,39 +11,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit.golden_runners import OfficialHiPrune
 from test_methods_cache import COMPRESSING
+from vlmprune.adapters.signals.draw import Sizes
+from vlmprune.adapters.signals.table import SOURCES
 from vlmprune.prune.budget import plan, round_tokens
 from vlmprune.prune.contract import (
-    AttentionToCls,
     BeforeLLM,
-    ClipImage,
-    ClipText,
     ClsAttention,
-    ClsAttentionOneHead,
-    ClsFeatures,
-    ClsLogits,
     Compressing,
+    Cut,
     Decoder,
-    EncoderFeatures,
-    Features,
-    Hidden,
-    Keys,
     LayerSignal,
     MeanHidden,
     ModelShape,
-    ModuleStep,
-    Neurons,
     PixelSeed,
     Place,
     Pruning,
     ReceivedAttention,
-    ReceivedInLayer,
-    RotaryAffinity,
     Selection,
     TextAttention,
-    TextEmbeddings,
     Tower,
     VisualTokens,
 )
+from vlmprune.prune.declared import readable
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.layers import scale_layer
 from vlmprune.prune.methods.before_llm.hiprune import HiPrune
@@ -118,54 +107,6 @@ def shape_of(tower: str = "clip", depth: int = DECODER.num_layers) -> ModelShape
     return ModelShape(tower=TOWERS[tower], decoder=replace(DECODER, num_layers=depth))
 
 
-def readable(signal, layer: int) -> bool:
-    """Whether a method sees the signal at a cut of `layer` (0: before the LLM): there the layer's
-    input is known, and what it would be asked ahead, but no more of it."""
-    if not isinstance(signal, LayerSignal):
-        return not layer
-    if signal.layer == layer > 0:
-        return isinstance(signal, Hidden | MeanHidden) or getattr(signal, "ahead", False)
-    return signal.layer < layer
-
-
-def draw_signal(signal, count: int, generator: torch.Generator) -> torch.Tensor:
-    """A random one with `count` rows, which are tokens or tiles."""
-    match signal:
-        case Features():
-            return torch.randn(count, 16, generator=generator)
-        case EncoderFeatures() | ClsFeatures():
-            return torch.randn(count, 12, generator=generator)
-        case Keys():
-            return torch.randn(count, 2, 6, generator=generator)
-        case ClipImage():
-            return torch.randn(count, 8, generator=generator)
-        case ClipText():
-            return torch.randn(2, 8, generator=generator)
-        case TextEmbeddings():
-            return torch.randn(5, 16, generator=generator)
-        case ClsLogits():
-            return torch.randn(count, generator=generator)
-        case ClsAttention() | ClsAttentionOneHead():
-            return torch.randn(count, generator=generator).softmax(0)
-        case AttentionToCls() | ReceivedAttention():
-            return torch.rand(count, generator=generator)
-        case PixelSeed():
-            return torch.randint(2**62, (), generator=generator)
-        case TextAttention(each=True):
-            return torch.rand(count, 4, 3, generator=generator)
-        case TextAttention() | ReceivedInLayer() | ModuleStep():
-            return torch.rand(count, generator=generator)
-        case RotaryAffinity():
-            return 1 + torch.rand(count, 3, generator=generator)
-        case Neurons():
-            return torch.randint(9, (count,), generator=generator).float()
-        case Hidden():
-            return torch.randn(count, 16, generator=generator)
-        case MeanHidden():
-            return torch.randn(16, generator=generator)
-    raise NotImplementedError(f"{signal}: say here how a random one is drawn")
-
-
 def make_tokens(
     method,
     tiling,
@@ -185,12 +126,13 @@ def make_tokens(
     if not layer and method.newline_policy != "compete":
         candidates = tiling.num_patches
     generator = torch.Generator().manual_seed(seed)
+    cut = Cut(Place.DECODER if layer else Place.BEFORE_LLM, layer)
     signals = {}
     for signal in method.needs(shape):
-        if not readable(signal, layer):
+        if not readable(signal, cut):
             continue
         count = len(tiling.tiles) if signal.per == "tile" else candidates
-        drawn = draw_signal(signal, count, generator)
+        drawn = SOURCES[type(signal)].draw(signal, count, Sizes(), generator)
         one = isinstance(signal, MeanHidden)  # a vector, no rows
         if constant and drawn.dim() and not one:  # all tokens alike
             drawn = drawn[:1].expand_as(drawn).clone()
@@ -428,12 +370,10 @@ def test_low_precision_signals_are_scored_in_float32(choice):
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_declarations_fit_the_model(name, tower, depth):
     method, shape = method_class(name)(), shape_of(tower, depth)
-    cuts = [cut.layer for cut in method.cuts(shape)]
-    assert cuts == sorted(set(cuts))
-    assert method.place is method.places[0]
-    assert (cuts[0] == 0) == (Place.BEFORE_LLM in method.places)
-    assert cuts[-1] < shape.decoder.num_layers
-    assert (cuts[-1] > 0) == (Place.DECODER in method.places)
+    cuts = method.cuts(shape)
+    assert [cut.depth for cut in cuts] == sorted({cut.depth for cut in cuts})
+    assert tuple(dict.fromkeys(cut.place for cut in cuts)) == method.places
+    assert cuts[-1].layer < shape.decoder.num_layers
     assert method.cuts(shape)[-1].share == 1
     needs = method.needs(shape)
     assert needs == method_class(name)().needs(shape), "equal declarations are equal"
@@ -443,7 +383,7 @@ def test_declarations_fit_the_model(name, tower, depth):
             assert 0 <= signal.layer < shape.tower.num_layers
         if isinstance(signal, LayerSignal):
             assert signal.layer >= 0
-        assert any(readable(signal, layer) for layer in cuts), "read behind the last cut"
+        assert any(readable(signal, cut) for cut in cuts), "read behind the last cut"
 
 
 @pytest.mark.parametrize("name", ON_CACHE)
