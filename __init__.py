@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adapters.clip_text import ClipText
-    from .adapters.patching import Handle, patch, unpatch
+    from .adapters.handle import Handle
+    from .adapters.patching import patch, unpatch
     from .adapters.registry import model_names as models
     from .eval.checking.check import check_method
     from .eval.compare.comparison import Comparison, compare
@@ -41,7 +42,7 @@ _HOME = {
     "ClipText": ("adapters.clip_text", "ClipText"),
     "patch": ("adapters.patching", "patch"),
     "unpatch": ("adapters.patching", "unpatch"),
-    "Handle": ("adapters.patching", "Handle"),
+    "Handle": ("adapters.handle", "Handle"),
     "models": ("adapters.registry", "model_names"),
     "check_method": ("eval.checking.check", "check_method"),
     "compare": ("eval.compare.comparison", "compare"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
 from ..prune.tiling import Tiling
-from .pictures.canvas import Fit
 
+Fit = Literal["crop", "stretch"]
+"""How a processor brings a picture to the shape of the token grid."""
 Model = Any
 """A loaded `transformers` model; its modules are untyped attributes."""
 Inputs = Mapping[str, Any]

@@ -1,6 +1,6 @@
 """What the code of a method or task is: a hash that another code does not have.
 
-Shipped code stands for itself by its version (`prune.methods.VERSIONS`, `Task.version`). Of all
+Shipped code stands for itself by its version (`prune.shipped.VERSIONS`, `Task.version`). Of all
 other code the source counts: the file of its module and of the own modules that this imports; in a
 notebook or script the definition, with the functions and values that it refers to. Where the source
 cannot be had, nothing is known of the code. Files that it reads (weights) are not seen.
@@ -22,7 +22,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from ..prune import methods
+from ..prune import shipped
 from .content_hash import content_hash
 
 UNKNOWN = "unknown"
@@ -63,7 +63,7 @@ class Source:
         """Neither shipped nor somebody else's."""
         top = module.partition(".")[0]
         if top == _PACKAGE:
-            return module.startswith(f"{methods.__name__}.") and not methods.settled(module)
+            return module.startswith(f"{shipped.PACKAGE}.") and not shipped.settled(module)
         file = getattr(sys.modules.get(module), "__file__", None)
         if file is None:  # a notebook, a string; else built in
             return module == "__main__" or module not in sys.modules
@@ -77,8 +77,8 @@ class Source:
         """A file, with the own modules that it imports; of a shipped method its version."""
         if name in self._parts:
             return
-        if shipped := methods.settled(name):
-            self._parts[name] = methods.VERSIONS[shipped]
+        if method := shipped.settled(name):
+            self._parts[name] = shipped.VERSIONS[method]
         elif self._is_own(name):
             module = sys.modules[name]
             text = "".join(_lines(str(module.__file__)))

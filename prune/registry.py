@@ -11,11 +11,11 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
 
-from . import methods as _methods_package
 from .budget import BUDGET_WORDS, Budget, MethodCall
 from .contract import Attending, BeforeLLM, Compressing, InDecoder, Method
 from .errors import BudgetError, MethodFieldError, PluginError, UnknownMethodError, did_you_mean
 from .plugins import ENTRY_POINT_GROUP, Plugins, owner_of
+from .shipped import PACKAGE, shipped
 
 _BASES = (BeforeLLM, InDecoder, Compressing, Attending)
 _M = TypeVar("_M", bound=type[Method])
@@ -36,7 +36,7 @@ def register(name: str) -> Callable[[_M], _M]:
         if known is not None:
             owner = (known.__module__, known.__qualname__)
         else:  # a shipped method owns its name before its file is imported
-            owner = (_methods_package.shipped().get(name, cls.__module__), cls.__qualname__)
+            owner = (shipped().get(name, cls.__module__), cls.__qualname__)
         other = next((n for n, c in _classes.items() if c is cls and n != name), None)
         if other is not None:
             raise ValueError(
@@ -57,7 +57,7 @@ def register(name: str) -> Callable[[_M], _M]:
 @cache
 def _plugins() -> Plugins:
     """Methods of other packages; of names that are taken a warning is logged, once."""
-    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _methods_package.shipped())
+    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), shipped())
     for note in found.notes:
         logging.getLogger("vlmprune").warning(note)
     return found
@@ -65,12 +65,12 @@ def _plugins() -> Plugins:
 
 def is_shipped(cls: type[Method]) -> bool:
     """Whether a class is one of this package's methods, and not somebody else's."""
-    return cls.__module__.startswith(_methods_package.__name__ + ".")
+    return cls.__module__.startswith(PACKAGE + ".")
 
 
 def method_names() -> list[str]:
     """Names of all methods: shipped, installed by third parties, registered in this process."""
-    return sorted({*_methods_package.shipped(), *_plugins().points, *_classes})
+    return sorted({*shipped(), *_plugins().points, *_classes})
 
 
 def method_class(name: str) -> type[Method]:
@@ -81,8 +81,8 @@ def method_class(name: str) -> type[Method]:
         PluginError: it is another package's, which cannot be imported.
     """
     if name not in _classes:
-        if name in _methods_package.shipped():
-            importlib.import_module(_methods_package.shipped()[name])
+        if name in shipped():
+            importlib.import_module(shipped()[name])
         elif name in _plugins().points:
             _load_plugin(name)
         else:

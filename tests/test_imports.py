@@ -21,6 +21,19 @@ LAYERS = ("prune", "adapters", "eval")
 MAY_IMPORT = {"prune": {"prune"}, "adapters": {"prune", "adapters"}, "eval": set(LAYERS)}
 PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "einops"}
 ROOMS = {
+    "prune": (
+        *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped"),
+        *("contract", "declared", "budget", "registry", "answers", "select"),
+        *("fields", "layers", "schedule", "ops", "salience", "presses", "batches", "methods"),
+        *("choose", "scores"),
+    ),
+    "adapters": (
+        *("__init__", "devices", "wrappers", "stopwatch", "hooks", "clip_text"),
+        *("family", "families", "registry"),
+        *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
+        *("cache", "report", "pictures", "checks", "places", "generation"),
+        *("engine", "prepare", "handle", "patching"),
+    ),
     "eval": (
         "__init__",
         *("console", "processes", "environment", "extras", "table"),

@@ -192,30 +192,30 @@ def test_its_code_works(page: Page, fence: Fence, tmp_path, monkeypatch, loaded)
 @pytest.fixture
 def forget_methods():
     """Methods that the test registered are gone afterwards."""
-    from vlmprune.prune import methods, registry
+    from vlmprune.prune import registry, shipped
 
     modules = set(sys.modules)
-    methods.shipped.cache_clear()
+    shipped.shipped.cache_clear()
     yield
     for name in ("mine", "norm"):
         registry._classes.pop(name, None)
     for name in set(sys.modules) - modules:
         if name.rpartition(".")[2] in ("mine", "norm"):
             del sys.modules[name]
-    methods.shipped.cache_clear()
+    shipped.shipped.cache_clear()
 
 
 def test_the_added_method_works(tmp_path, monkeypatch, forget_methods):
     """The example file, put where the page says, is found, listed and runs."""
     import torch
     from kit import zoo
-    from vlmprune.prune import methods
+    from vlmprune.prune import shipped
     from vlmprune.prune.methods import before_llm
 
     (source,) = [f.code for p in PAGES for f in p.fences if f.mark == "tried: norm.py"]
     (tmp_path / "norm.py").write_text(source)
     monkeypatch.setattr(before_llm, "__path__", [*before_llm.__path__, str(tmp_path)])
-    methods.shipped.cache_clear()
+    shipped.shipped.cache_clear()
     assert "norm" in vlmprune.methods()
     case = zoo.CASES["llava-clip-llama"]
     model = case.model()

@@ -11,8 +11,7 @@ from torch import Tensor
 from ...prune.contract import Tower
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
-from ..family import Call, Family, Inputs
-from ..pictures.canvas import Fit
+from ..family import Call, Family, Fit, Inputs
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
 

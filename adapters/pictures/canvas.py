@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from PIL import Image, ImageDraw
 
 from ...prune.tiling import Block
+from ..family import Fit
 
-Fit = Literal["crop", "stretch"]
-"""How a processor brings a picture to the shape of the token grid."""
 Color = tuple[int, int, int]
 
 LEGEND = "legend"

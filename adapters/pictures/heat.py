@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...prune.tiling import Tiling
-from .canvas import GAP, HATCHED, LEGEND, Canvas, Color, Fit, canvases, together
+from ..family import Fit
+from .canvas import GAP, HATCHED, LEGEND, Canvas, Color, canvases, together
 
 _STRENGTH = 185  # of 255: how much of the colour covers the picture
 _MAP = "viridis"

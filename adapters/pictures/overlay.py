@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...prune.tiling import Tiling
-from .canvas import GREY, HATCHED, LEGEND, OUTLINES, WHITE, Canvas, Color, Fit, canvases, together
+from ..family import Fit
+from .canvas import GREY, HATCHED, LEGEND, OUTLINES, WHITE, Canvas, Color, canvases, together
 from .regions import Regions
 
 _TINT = 90  # of 255

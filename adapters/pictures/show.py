@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from PIL import Image
 
 from ...prune.errors import MethodFieldError, NothingToShowError
+from ..family import Fit
 from ..report import Last, StageReport
-from .canvas import Fit
 from .heat import heat_map
 from .overlay import overlay
 

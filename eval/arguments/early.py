@@ -11,10 +11,10 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...prune import methods
 from ...prune.amount import PUBLISHED, Budget
 from ...prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
 from ...prune.plugins import ENTRY_POINT_GROUP
+from ...prune.shipped import PACKAGE, shipped
 from ..embedded import TASK
 from ..embedded.vocabulary import KINDS
 from ..tasks.protocols import TaskError
@@ -103,8 +103,8 @@ def refuse_unwritable(folder: str) -> None:
 
 def _known() -> list[str]:
     """As `registry.method_names`, which also has those that were registered in this process."""
-    registry = sys.modules.get(f"{methods.__package__.rpartition('.')[0]}.registry")
+    registry = sys.modules.get(f"{PACKAGE.rpartition('.')[0]}.registry")
     if registry is not None:
         found: list[str] = registry.method_names()
         return found
-    return sorted({*methods.shipped(), *entry_points(group=ENTRY_POINT_GROUP).names})
+    return sorted({*shipped(), *entry_points(group=ENTRY_POINT_GROUP).names})

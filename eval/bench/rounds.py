@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ...adapters.cache.pruned import pruned_state
 from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE, Call
-from ...adapters.patching import Handle
+from ...adapters.handle import Handle
 from ...adapters.registry import family_of
 from ..measure.energy import energy_meter
 from ..measure.memory import added_at_peak

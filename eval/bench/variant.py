@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE, Call
-from ...adapters.patching import Handle, patch
+from ...adapters.handle import Handle
+from ...adapters.patching import patch
 from ...adapters.registry import family_of
 from ...prune.budget import plan, tokens_per_layer
 from ...prune.contract import Compressing, Place

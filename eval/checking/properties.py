@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...adapters.patching import Handle, patch
+from ...adapters.handle import Handle
+from ...adapters.patching import patch
 from ...prune.answers import looks_at_values
 from ...prune.budget import Budget, MethodCall, entries_kept, round_tokens
 from ...prune.contract import Attending, Compressing, Method, Pruning

@@ -20,7 +20,8 @@ from lmms_eval.protocol import ChatMessages
 
 from ...adapters.clip_text import ClipText
 from ...adapters.devices import input_device
-from ...adapters.patching import Handle, patch
+from ...adapters.handle import Handle
+from ...adapters.patching import patch
 from ...prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError, UnsupportedFeatureError

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ...adapters.patching import Handle
-from ...adapters.pictures.canvas import Fit
+from ...adapters.family import Fit
+from ...adapters.handle import Handle
 from ..measure.answering import Answer
 from ..measure.evaluate import EXAMPLES
 from ..models.picture_fit import picture_fit

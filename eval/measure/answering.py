@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...adapters.family import MODALITIES, Call
-from ...adapters.patching import Handle
+from ...adapters.handle import Handle
 from ...adapters.registry import family_of
 from ...adapters.report import Last
 from ..results.records import FlopsRecord, Tokens

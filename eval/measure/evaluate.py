@@ -14,7 +14,8 @@ from PIL import Image
 
 from ...adapters.clip_text import ClipText
 from ...adapters.devices import input_device
-from ...adapters.patching import Handle, patch, unpatched
+from ...adapters.handle import Handle
+from ...adapters.patching import patch, unpatched
 from ...prune.budget import MethodCall
 from ...prune.contract import Positions
 from ..models.picture_fit import picture_fit

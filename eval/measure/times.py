@@ -20,7 +20,8 @@ from transformers import LogitsProcessorList
 
 from ...adapters.clip_text import ClipText
 from ...adapters.devices import input_device
-from ...adapters.patching import Handle, patch
+from ...adapters.handle import Handle
+from ...adapters.patching import patch
 from ...adapters.registry import family_of
 from ...prune.budget import MethodCall
 from ...prune.contract import Positions

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...adapters.pictures.canvas import Fit
+from ...adapters.family import Fit
 
 
 def picture_fit(processor: Any) -> Fit | None:

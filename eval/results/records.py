@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ...prune.errors import VlmpruneError
-from ...prune.methods import VERSIONS, settled
+from ...prune.shipped import VERSIONS, settled
 from ..sources import UNKNOWN, Source
 from ..words.parts import Part
 from ..words.said import budget_word, changed_fields

@@ -326,7 +326,7 @@ def test_ask_with_several_methods(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare.OneQuestion, "prompt", lambda self, processor, question: question)
     monkeypatch.setattr(asked, "read_asked", lambda *_: FakeTask().questions(1)[0])
     argv = ["ask", "A", "why?", "--method", "divprune@0.5+fastv:layer=2", "--keep_tokens", "3"]
-    monkeypatch.setattr("vlmprune.adapters.patching.Handle.overlay", lambda *_, **__: None)
+    monkeypatch.setattr("vlmprune.adapters.handle.Handle.overlay", lambda *_, **__: None)
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert "divprune@0.5+fastv@3" in out

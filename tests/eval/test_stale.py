@@ -32,7 +32,7 @@ from vlmprune.eval.sources import UNKNOWN, Source
 from vlmprune.eval.tasks.version import questions_hash, version_of
 from vlmprune.eval.words.parts import parse
 from vlmprune.prune import registry
-from vlmprune.prune.methods import VERSIONS, shipped
+from vlmprune.prune.shipped import VERSIONS, shipped
 
 # --- What is asked ---------------------------------------------------------------------------
 

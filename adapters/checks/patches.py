@@ -1,0 +1,137 @@
+"""What cannot work on a model, refused when it is patched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...prune.budget import MethodCall
+from ...prune.contract import Attending, LayerSignal, Method, ModelShape, Place
+from ...prune.declared import check_declared
+from ...prune.errors import (
+    MethodFieldError,
+    MissingSignalError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+)
+from ...prune.registry import default_methods, method_class
+from ..clip_text import ClipText
+from ..family import Family
+from ..sequence.masks import layer_kind
+
+
+def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) -> None:
+    """Refuse a method whose signal the model does not compute, naming those that work."""
+    check_declared(call.method, shape)
+    needs = call.method.needs(shape)
+    missing = [need for need in needs if shape.lacks(need)]
+    if any(need.of_cls for need in missing):
+        settings = ", ".join(f"{k}={v!r}" for k, v in call.method.without_cls.items())
+        instead = (
+            f"Set {settings} to use the mean attention that each token receives instead, "
+            f"or use a method that works on it: "
+            if settings
+            else "Methods that work on it: "
+        )
+        raise MissingSignalError(
+            f"{call.name} reads the CLS token, which this vision tower does not have. "
+            f"{instead}{', '.join(_working(shape))}."
+        )
+    if missing:
+        raise MissingSignalError(
+            f"{call.name} compares image and question in the space of a CLIP text encoder, which "
+            f"this vision tower was not trained with. Methods that work on it: "
+            f"{', '.join(_working(shape))}."
+        )
+    if clip is None and any(need.of_text_twin for need in needs):
+        raise MissingSignalError(
+            f"{call.name} compares image and question in CLIP's space, and needs the text encoder "
+            f"of the checkpoint that the vision tower comes from: pass clip=vlmprune.ClipText."
+            f'from_pretrained("openai/clip-vit-large-patch14-336", processor).'
+        )
+
+
+def _working(shape: ModelShape) -> list[str]:
+    """Methods that find all their signals on a model, as they are by default."""
+    return [name for name, made in default_methods()[0].items() if _finds_all(made, shape)]
+
+
+def _finds_all(made: Method, shape: ModelShape) -> bool:
+    try:
+        return not any(shape.lacks(need) for need in made.needs(shape))
+    except Exception:  # it has no rule for this shape, or is somebody's own and broken
+        return False
+
+
+def check_memory(images: object, calls: tuple[MethodCall, ...], shape: ModelShape) -> None:
+    """Refuse to remember images with a method that chooses anew for every question."""
+    if isinstance(images, bool) or not isinstance(images, int) or images < 0:
+        raise MethodFieldError(
+            f"remember_images={images!r}: give the number of images to remember, e.g. "
+            f"remember_images=16, or 0 to remember none."
+        )
+    for call in calls if images else ():
+        read = [need for need in call.method.needs(shape) if need.of_prompt]
+        if read:
+            free = [
+                name
+                for name in _working(shape)
+                if not any(need.of_prompt for need in method_class(name)().needs(shape))
+            ]
+            raise UnsupportedFeatureError(
+                f"remember_images={images} does not go with {call.name}, which chooses tokens anew "
+                f"for every question, from {read[0]}: leave remember_images out, or use a method "
+                f"that does not read the prompt before the LLM: {', '.join(free)}."
+            )
+
+
+def check_clip(clip: ClipText, family: Family, model: nn.Module) -> None:
+    width = family.vision_tower.config.hidden_size
+    if clip.vision_width != width:
+        raise UnsupportedModelError(
+            f"clip= belongs to a vision tower of width {clip.vision_width}, and this model's is "
+            f"{width} wide: load the CLIP checkpoint that the model's tower comes from."
+        )
+
+
+def check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
+    """Refuse a decoder whose modules a method inside it cannot read."""
+    text: Any = family.text_model
+    needs = call.method.needs(family.shape)
+    inside = any(isinstance(need, LayerSignal) for need in needs)
+    if inside or call.method.place is Place.CACHE:
+        for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "input_layernorm"):
+            try:
+                text.layers[0].get_submodule(path)
+            except AttributeError:
+                raise UnsupportedModelError(
+                    f"{call.name} reaches into decoder layers by the names of Llama's modules, and "
+                    f"{type(text).__name__} has no {path}: use a method that acts before the LLM."
+                ) from None
+    if call.method.place is not Place.CACHE:
+        return
+    kinds = {layer_kind(text.config, layer) for layer in range(text.config.num_hidden_layers)}
+    if kinds != {"full_attention"}:
+        raise UnsupportedModelError(
+            f"{call.name} works on the KV cache of layers that see the whole prompt, and this "
+            f"decoder has {', '.join(sorted(kinds))}: use a method that acts before the LLM or in "
+            f"the decoder."
+        )
+    if isinstance(call.method, Attending) and "flex" in (text.config._attn_implementation or ""):
+        raise UnsupportedModelError(
+            f"{call.name} exchanges the keys of a decoding step, which the block masks of flex "
+            f'attention do not allow: call model.set_attn_implementation("sdpa") first.'
+        )
+
+
+def refuse_compiled(model: nn.Module, family: Family) -> None:
+    compiled: list[Any] = [
+        getattr(part, "_compiled_call_impl", None)
+        for part in (model, family.core, family.text_model)
+    ]
+    if "_compiled_call" in model.__dict__ or any(call is not None for call in compiled):
+        raise UnsupportedModelError(
+            "This model is compiled already, and compiled code would ignore the hooks: patch the "
+            "freshly loaded model first, then compile it."
+        )

@@ -1,0 +1,58 @@
+"""The methods of this package, and how often what they choose has changed.
+
+A method stands in `VERSIONS` once golden data or a worked reference holds its choices; a change of
+these raises its number, so that results of before are not taken for results of now. Whoever is not
+in it (a new file, a copy, a method of another package) counts by its source, which may change any
+day.
+"""
+
+import pkgutil
+from functools import cache
+from pathlib import Path
+
+PACKAGE = f"{__package__}.methods"
+"""Where they are, one file each."""
+
+VERSIONS: dict[str, int] = {
+    "catp": 1,
+    "cdpruner": 1,
+    "cls_topk": 1,
+    "corematching": 1,
+    "divprune": 1,
+    "elastic_cache": 1,
+    "fastv": 1,
+    "fopru": 1,
+    "globalcom2": 1,
+    "grid": 1,
+    "hiprune": 1,
+    "hired": 1,
+    "holov": 1,
+    "pool": 1,
+    "prumerge": 1,
+    "prumerge_plus": 1,
+    "pyramiddrop": 1,
+    "random": 1,
+    "sparsevlm": 1,
+    "sparsevlm_plus": 1,
+    "spatten": 1,
+    "todre": 1,
+    "token_select": 1,
+    "transprune": 1,
+    "visionzip": 1,
+    "vispruner": 1,
+    "visual_press": 1,
+    "vtc_cls": 1,
+}
+
+
+@cache
+def shipped() -> dict[str, str]:
+    """Method name -> module of the methods in this package, found without importing them."""
+    modules = pkgutil.walk_packages([str(Path(__file__).parent / "methods")], f"{PACKAGE}.")
+    return {m.name.rpartition(".")[2]: m.name for m in modules if not m.ispkg}
+
+
+def settled(module: str) -> str | None:
+    """The method that a module of this package holds, where it has a version."""
+    package, _, name = module.rpartition(".")
+    return name if package.startswith(f"{PACKAGE}.") and name in VERSIONS else None
