@@ -23,7 +23,7 @@ PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "einops"}
 ROOMS = {
     "prune": (
         *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped"),
-        *("contract", "declared", "budget", "registry", "answers", "select"),
+        *("contract", "declared", "budget", "registry", "answers", "joining", "tiles", "select"),
         *("fields", "layers", "schedule", "ops", "salience", "presses", "batches", "methods"),
         *("choose", "scores"),
     ),
