@@ -22,9 +22,9 @@ MAY_IMPORT = {"prune": {"prune"}, "adapters": {"prune", "adapters"}, "eval": set
 PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "einops"}
 ROOMS = {
     "prune": (
-        *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped"),
+        *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped", "ops"),
         *("contract", "declared", "budget", "registry", "answers", "joining", "tiles", "select"),
-        *("fields", "layers", "schedule", "ops", "salience", "presses", "batches", "methods"),
+        *("fields", "layers", "schedule", "salience", "presses", "batches", "methods"),
         *("choose", "scores"),
     ),
     "adapters": (
