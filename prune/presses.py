@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
@@ -49,11 +50,11 @@ def _last_rows(entries: CacheEntries, window: int) -> Tensor:
     """Attention of the last `window` rows, or of all if there are fewer: (H_kv, G, W, S)."""
     heads, length, width = entries.keys.shape
     queries = entries.queries[:, -window:].float()
-    rows = queries.reshape(heads, -1, width)  # with four dimensions, matmul would copy the keys
+    # With four dimensions, matmul would copy the keys.
+    rows = rearrange(queries, "(h g) w d -> h (g w) d", h=heads)
     scaling = getattr(entries.attention, "scaling", width**-0.5)
-    logits = (
-        (rows @ entries.keys.float().mT).mul_(scaling).view(heads, -1, queries.shape[1], length)
-    )
+    logits = (rows @ entries.keys.float().mT).mul_(scaling)
+    logits = rearrange(logits, "h (g w) s -> h g w s", w=queries.shape[1])
     column = torch.arange(length, device=logits.device)
     ahead = column > column[-window:, None]
     return logits.masked_fill_(ahead, -torch.inf).softmax(-1)

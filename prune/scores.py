@@ -6,6 +6,7 @@ Softmaxes are float32. No map of all rows and columns is ever stored: sums are s
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 _QUERY_CHUNK = 64  # whose logits stay in the caches of a CPU
@@ -42,9 +43,8 @@ def cls_row_one_head(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
     `scaling` belongs to the split heads and is not used.
     """
-    q = query[:, :, :1].transpose(1, 2).flatten(2).float()
-    k = key.transpose(1, 2).flatten(2).float()
-    return (q @ k.transpose(1, 2) * k.shape[-1] ** -0.5).softmax(-1).squeeze(1)
+    q, k = (rearrange(x, "b h s d -> b s (h d)").float() for x in (query[:, :, :1], key))
+    return (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1).squeeze(1)
 
 
 def to_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -55,7 +55,7 @@ def to_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
 def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """The keys themselves, heads behind the sequence: (B, S, H, D_head)."""
-    return key.transpose(1, 2)
+    return rearrange(key, "b h s d -> b s h d")
 
 
 def attention_of(query: Tensor, key: Tensor, seen: Tensor | None, scaling: float) -> Tensor:
@@ -113,9 +113,9 @@ def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Te
 
 def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Scaled q k^T in float32 for grouped-query attention: (B, H, Q, S)."""
-    batch, heads, queries, width = query.shape
-    groups = key.shape[1]
-    q = query.reshape(batch * groups, heads // groups * queries, width)
+    of_keys = {"g": key.shape[1], "q": query.shape[2]}  # g heads of keys, each read by h queries
+    q = rearrange(query, "b (g h) q d -> (b g) (h q) d", **of_keys)
     # Three dimensions: with four, matmul copies the transposed keys at every call.
-    logits = (q @ key.flatten(0, 1).mT).float().view(batch, heads, queries, -1)
+    k = rearrange(key, "b g s d -> (b g) d s")
+    logits = rearrange((q @ k).float(), "(b g) (h q) s -> b (g h) q s", **of_keys)
     return logits.mul_(scaling) if not logits.requires_grad else logits * scaling

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from einops import rearrange
 from torch import Tensor
 
 from ...prune.contract import Tower
@@ -55,7 +56,7 @@ class Qwen2VL(Family):
         return hidden
 
     def project(self, rows: Tensor) -> Tensor:
-        patches = rows.view(len(rows) * self.tower.merge_unit, -1)
+        patches = rearrange(rows, "n (u c) -> (n u) c", u=self.tower.merge_unit)
         projected: Tensor = self.vision_tower.merger(patches)
         return projected
 
@@ -77,5 +78,5 @@ class Qwen2VL(Family):
         """The patches behind each token, per image: (P, merge_unit, ...)."""
         unit = self.tower.merge_unit
         sizes = call.inputs[self.sizes(call.modality)]
-        units = self.in_order(values.flatten(0, 1).unflatten(0, (-1, unit)), sizes)
+        units = self.in_order(rearrange(values, "b (n u) ... -> (b n) u ...", u=unit), sizes)
         return units.split((sizes.prod(-1) // unit).tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
@@ -95,9 +96,9 @@ def merged_evenly(
     is_target = members == targets.gather(1, owner)
     weights = torch.where(is_target, 1, (1 / assigned.clamp_min(1)).gather(1, owner))
     means = bags(
-        features.flatten(0, 1),
+        rearrange(features, "b n c -> (b n) c"),
         (members + tile * num_patches).flatten(),
         (starts + tile * others).flatten(),
         weights.flatten(),
     )
-    return targets, means.unflatten(0, (tiles, count)), owner, members
+    return targets, rearrange(means, "(b k) c -> b k c", k=count), owner, members

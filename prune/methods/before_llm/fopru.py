@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
+from einops import reduce
 from torch import Tensor
 
 from ...batches import InOnePass, ranked
@@ -104,7 +105,9 @@ def _row_ranks(scores: Tensor, tokens: VisualTokens) -> Tensor:
     """The rank of each token's row of its tile among all rows, by the row's mean score: (N,)."""
     tiles, patches = tokens.tiling.tiles, by_tile(tokens.tiling, scores.device)
     parts = scores[patches].split([tile.num_patches for tile in tiles])
-    rows = [p.view(tile.rows, -1).mean(1) for p, tile in zip(parts, tiles, strict=True)]
+    rows = [
+        reduce(p, "(r c) -> r", "mean", r=tile.rows) for p, tile in zip(parts, tiles, strict=True)
+    ]
     means = torch.cat(rows)
     ranks = top_k(means, len(means)).argsort().split([tile.rows for tile in tiles])
     spread = [r.repeat_interleave(t.columns) for r, t in zip(ranks, tiles, strict=True)]

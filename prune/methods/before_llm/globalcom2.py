@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
@@ -93,7 +94,7 @@ class GlobalCom2(BeforeLLM):
             return _best_first(scores, tokens, keep)
         thumbnail = tokens.tiling.tiles[0]
         first = thumbnail.num_patches
-        base = scores[:first].view(thumbnail.rows, thumbnail.columns)
+        base = rearrange(scores[:first], "(r c) -> r c", r=thumbnail.rows)
         own, counts, rest = self._counts(base, canvas, tokens, keep)
 
         combined = _with_global(scores[first:], base, canvas, tokens.tiling)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...contract import BeforeLLM, ModelShape, Scope, Selection, Signal, VisualTokens
@@ -72,7 +73,7 @@ class HiRED(BeforeLLM):
             counts = on_device(share(keep, sizes), late.device)
         else:
             first = tokens.tiling.tiles[0]
-            thumbnail = early[: sizes[0]].view(first.rows, first.columns)
+            thumbnail = rearrange(early[: sizes[0]], "(r c) -> r c", r=first.rows)
             counts = self._counts(thumbnail, canvas, sizes, keep)
         parts = tile_numbers(tokens.tiling, late.device)
         return Selection(kept=ascending(top_of_each(late, parts, counts, keep)), scores=late)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...contract import CacheEntries, Compressed, Compressing, ModelShape, ReceivedInLayer, Signal
@@ -109,5 +110,5 @@ def _nearest(anchors: Tensor, numbers: Tensor) -> Tensor:
 
 def _means(heads: Tensor, members: Tensor, starts: Tensor) -> Tensor:
     """Means of bags of entries, for all heads: (H_kv, S, D_head) -> (H_kv, K, D_head)."""
-    rows = bags(heads.transpose(0, 1).flatten(1), members, starts)
-    return rows.unflatten(1, (heads.shape[0], heads.shape[2])).transpose(0, 1)
+    rows = bags(rearrange(heads, "h s d -> s (h d)"), members, starts)
+    return rearrange(rows, "k (h d) -> h k d", h=len(heads))

@@ -120,6 +120,7 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
     On a GPU half precision is read as it is; elsewhere torch has no such product.
     """
     if keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16):
-        products = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).mT, out_dtype=torch.float32)
-        return products.unflatten(0, keys.shape[:2])
+        q, k = rearrange(query, "b h g d -> (b h) g d"), rearrange(keys, "b h s d -> (b h) d s")
+        products = torch.bmm(q, k, out_dtype=torch.float32)
+        return rearrange(products, "(b h) g s -> b h g s", b=len(keys))
     return query.float() @ keys.float().mT
