@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import cosine
-from .fusing import fusable
+from .on_gpu import in_one_kernel
 
 Rule = Literal["max_sum", "k_center"]
 """Least like in sum over the picks, or least like the pick that it resembles most."""
@@ -47,10 +47,10 @@ def greedy_dispersion(images: Sequence[Tensor], first: Tensor, count: int, rule:
 def _stored(units: Sequence[Tensor], first: Tensor, count: int, rule: Rule) -> Tensor:
     """The picks (B, count) in rows (N, D) of length 1, from their products in memory."""
     products = cosine.grams(units)
-    if fusable(products):
-        from . import fused  # Triton, which is there on a GPU only
+    if in_one_kernel(products):
+        from . import triton_kernels  # Triton, which is there on a GPU only
 
-        return fused.dispersion(products, first, count, by_sum=rule == "max_sum")
+        return triton_kernels.dispersion(products, first, count, by_sum=rule == "max_sum")
     return _picks(partial(cosine.rows_of, products), len(units[0]), first, count, rule)
 
 

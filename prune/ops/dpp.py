@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from . import cosine
-from .fusing import fusable
+from .on_gpu import in_one_kernel
 
 _TINY = 1e-24  # of a squared norm: a token of zeros is like nothing
-_FUSED_UP_TO = 4096  # tokens: one program reads the rows of all its earlier picks at every pick
+_MOST_TOKENS = 4096  # tokens: one program reads the rows of all its earlier picks at every pick
 
 
 def weighted_greedy_map(images: Sequence[Tensor], weights: Tensor, count: int) -> Tensor:
@@ -65,10 +65,10 @@ def greedy_map(kernels: Tensor, count: int, fallback: Tensor) -> Tensor:
     Returns:
         (B, count) int64 indices in the order of picking.
     """
-    if fusable(kernels, _FUSED_UP_TO):
-        from . import fused  # Triton, which is there on a GPU only
+    if in_one_kernel(kernels, _MOST_TOKENS):
+        from . import triton_kernels  # Triton, which is there on a GPU only
 
-        return _completed(*fused.determinant(kernels, count), fallback)
+        return _completed(*triton_kernels.determinant(kernels, count), fallback)
     rows, growth = partial(cosine.rows_of, kernels), kernels.diagonal(dim1=1, dim2=2)
     return _completed(*_picks(rows, growth, count), fallback)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import cosine
-from .fusing import fusable
+from .on_gpu import in_one_kernel
 
 _BLOCK = 256
 
@@ -43,10 +43,10 @@ def _stored(units: Sequence[Tensor], count: int) -> Tensor:
     nearest = distances.amin(1)
     first = nearest.argmax(1, keepdim=True)
     diagonal.fill_(-torch.inf)  # a pick takes itself out of the race
-    if fusable(distances):
-        from . import fused  # Triton, which is there on a GPU only
+    if in_one_kernel(distances):
+        from . import triton_kernels  # Triton, which is there on a GPU only
 
-        return fused.max_min(distances, first[:, 0], count)
+        return triton_kernels.max_min(distances, first[:, 0], count)
     picks = first.new_empty(len(units), count)
     picks[:, :1] = last = first
     nearest.fill_(torch.inf)

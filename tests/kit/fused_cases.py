@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from vlmprune.prune.ops import dispersion, dpp, fused, maxmin
+from vlmprune.prune.ops import dispersion, dpp, maxmin, triton_kernels
 
 SIZES = ((1, 1), (2, 2), (7, 3), (16, 16), (33, 20))
 """Tokens and picks: all of them too, and numbers that are no powers of two."""
@@ -38,7 +38,9 @@ def both(select: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     for answer in (True, False):
         with ExitStack() as stack:
             for module in modules:
-                stack.enter_context(patch.object(module, "fusable", lambda *_, now=answer: now))
+                stack.enter_context(
+                    patch.object(module, "in_one_kernel", lambda *_, now=answer: now)
+                )
             found.append(select())
     return found[0], found[1]
 
@@ -82,8 +84,10 @@ def max_min_of(likeness: Tensor, first: Tensor, count: int) -> Tensor:
     distances = (1 - likeness).diagonal_scatter(
         torch.full_like(likeness[..., 0], -torch.inf), dim1=1, dim2=2
     )
-    parts = distances.split(len(distances) if maxmin.fusable() else 1)
-    return torch.cat([fused.max_min(part, first.repeat(len(part)), count) for part in parts])
+    parts = distances.split(len(distances) if maxmin.in_one_kernel() else 1)
+    return torch.cat(
+        [triton_kernels.max_min(part, first.repeat(len(part)), count) for part in parts]
+    )
 
 
 if __name__ == "__main__":

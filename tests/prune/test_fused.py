@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from kit.paths import TESTS
-from vlmprune.prune.ops.fusing import fusable
+from vlmprune.prune.ops.on_gpu import in_one_kernel
 
 CASES = TESTS / "kit" / "fused_cases.py"
 
@@ -31,12 +31,12 @@ def test_kernels_pick_what_torch_picks_in_the_interpreter():
 def test_kernels_pick_what_torch_picks_on_a_gpu():
     from kit import fused_cases
 
-    assert fusable(torch.zeros(3, 3, device="cuda"))
+    assert in_one_kernel(torch.zeros(3, 3, device="cuda"))
     assert fused_cases.compare("cuda") > 50
 
 
 def test_torch_picks_elsewhere():
-    assert not fusable(torch.zeros(3, 3))
+    assert not in_one_kernel(torch.zeros(3, 3))
     code = "import sys, torch; from vlmprune.prune.ops.maxmin import greedy_max_min as pick; "
     code += "pick(torch.eye(4), 2); sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

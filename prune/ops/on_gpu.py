@@ -1,4 +1,4 @@
-"""Where greedy selections run as one Triton kernel, see `fused`; elsewhere they run in torch."""
+"""Where greedy selections run as one Triton kernel (`triton_kernels`); elsewhere they run in torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 _MOST_TOKENS = 8192  # whose running values one program holds in registers
 
 
-def fusable(products: Tensor, most_tokens: int = _MOST_TOKENS) -> bool:
+def in_one_kernel(products: Tensor, most_tokens: int = _MOST_TOKENS) -> bool:
     """Whether the picks in products (..., N, N) can be made by one kernel.
 
     On a GPU of compute capability 7.0 or more, where Triton is installed and has the C compiler

@@ -6,7 +6,7 @@ for bit: each value goes through the same additions and comparisons in the same 
 sums in another order than a matrix product does (as every device has its own): picks may differ
 where two growths agree to rounding.
 
-Import this only where `fusing.fusable` says so.
+Import this only where `on_gpu.in_one_kernel` says so.
 """
 
 from __future__ import annotations
