@@ -1,4 +1,4 @@
-"""Where greedy selections run as one Triton kernel (`triton_kernels`); elsewhere they run in torch."""
+"""Where greedy selections run as one kernel, see `triton_kernels`; elsewhere they run in torch."""
 
 from __future__ import annotations
 
