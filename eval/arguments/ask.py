@@ -38,12 +38,14 @@ examples:
 
 @dataclass(frozen=True, kw_only=True)
 class AskRequest:
-    """Attributes:
-    asked: the question and its picture.
-    methods: words as on the command line.
-    method_args: fields of the method, if it is a single one.
-    budget: at most one, for methods without one of their own.
-    save: where the picture of the kept tokens goes.
+    """One question about one picture, and the methods that answer it.
+
+    Attributes:
+        asked: the question and its picture.
+        methods: words as on the command line.
+        method_args: fields of the method, if it is a single one.
+        budget: at most one, for methods without one of their own.
+        save: where the picture of the kept tokens goes.
 
     Raises:
         MethodFieldError: fields, and several methods that they may be for.

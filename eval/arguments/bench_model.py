@@ -17,15 +17,17 @@ EXAMPLES = None
 
 @dataclass(frozen=True, kw_only=True)
 class BenchModelRequest:
-    """Attributes:
-    methods, budgets: words as on the command line.
-    shape: the name of published sizes; or `model`, a checkpoint; or else a LLaVA of so many
-        `layers`, `width` and visual `tokens`.
-    picture: its height and width in pixels; None: what is usual for the model.
-    image: a file in its place.
-    ragged: whether prompts differ in length.
-    meta: run nothing, reckon from sizes alone.
-    memory: whether peak memory is measured on the CPU as well.
+    """One model, and the variants that are timed on it.
+
+    Attributes:
+        methods, budgets: words as on the command line.
+        shape: the name of published sizes; or `model`, a checkpoint; or else a LLaVA of so many
+            `layers`, `width` and visual `tokens`.
+        picture: its height and width in pixels; None: what is usual for the model.
+        image: a file in its place.
+        ragged: whether prompts differ in length.
+        meta: run nothing, reckon from sizes alone.
+        memory: whether peak memory is measured on the CPU as well.
 
     Raises:
         MethodFieldError: sizes that no model has, or a batch that cannot be ragged.

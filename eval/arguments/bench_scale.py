@@ -15,11 +15,13 @@ EXAMPLES = None
 
 @dataclass(frozen=True, kw_only=True)
 class BenchScaleRequest:
-    """Attributes:
-    methods: names; empty: all.
-    tokens: visual tokens of an image.
-    rounds: after one that warms up.
-    limit: seconds; sizes of which a round is expected to take longer are left out.
+    """Methods, and the sizes at which choosing is measured.
+
+    Attributes:
+        methods: names; empty: all.
+        tokens: visual tokens of an image.
+        rounds: after one that warms up.
+        limit: seconds; sizes of which a round is expected to take longer are left out.
     """
 
     methods: Sequence[str]

@@ -15,13 +15,15 @@ EXAMPLES = None
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSelectRequest:
-    """Attributes:
-    methods: names; empty: all before the LLM.
-    tokens: visual tokens of an image.
-    batches: images at once.
-    rounds: after one that warms up.
-    threads: of torch; None: as many as it has.
-    width: of the LLM's features.
+    """Methods before the LLM, and the sizes at which their choice is timed.
+
+    Attributes:
+        methods: names; empty: all before the LLM.
+        tokens: visual tokens of an image.
+        batches: images at once.
+        rounds: after one that warms up.
+        threads: of torch; None: as many as it has.
+        width: of the LLM's features.
     """
 
     methods: Sequence[str]

@@ -41,12 +41,14 @@ examples:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRequest:
-    """Attributes:
-    asked: the question about each picture, by what was typed for the picture.
-    methods: words as on the command line.
-    budget: at most one, for methods without one of their own; or `budgets`, several.
-    save: where the picture of the kept tokens goes.
-    repeats: times that each is timed.
+    """One question about each of several pictures, and the methods that answer it.
+
+    Attributes:
+        asked: the question about each picture, by what was typed for the picture.
+        methods: words as on the command line.
+        budget: at most one, for methods without one of their own; or `budgets`, several.
+        save: where the picture of the kept tokens goes.
+        repeats: times that each is timed.
     """
 
     asked: Mapping[str, Question]

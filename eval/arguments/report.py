@@ -24,11 +24,13 @@ examples:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest:
-    """Attributes:
-    runs: files, or folders that hold a `runs.jsonl`.
-    output: a file, or a folder for lm-eval's; None for stdout.
-    format: in place of the one that `output` ends on.
-    examples: questions with pictures of every task; None for all.
+    """Result files, and what becomes of them.
+
+    Attributes:
+        runs: files, or folders that hold a `runs.jsonl`.
+        output: a file, or a folder for lm-eval's; None for stdout.
+        format: in place of the one that `output` ends on.
+        examples: questions with pictures of every task; None for all.
     """
 
     runs: Sequence[str]
