@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import typing
 
 import pytest
 import vlmprune
@@ -35,6 +37,19 @@ def error_of(capsys, *argv: str) -> str:
 
 
 # --- Help ------------------------------------------------------------------------------------
+
+
+def test_every_verb_has_a_command_that_takes_one_frozen_request():
+    verbs = [*cli.VERBS.values(), *cli.BENCHES.values()]
+    for verb in verbs:
+        assert isinstance(verb.HELP, str) and (verb.EXAMPLES is None or verb.EXAMPLES)
+        if verb is cli.bench:  # its WHATs are verbs
+            continue
+        name = verb.__name__.rpartition(".")[2]
+        command = importlib.import_module(f"vlmprune.eval.commands.{name}")
+        (taken,) = typing.get_type_hints(command.run, include_extras=True).keys() - {"return"}
+        request = typing.get_type_hints(command.run)[taken]
+        assert request.__dataclass_params__.frozen and request.__name__.endswith("Request")
 
 
 def test_no_help_imports_torch():
