@@ -18,7 +18,7 @@ from ..prune.contract import (
 )
 from ..prune.registry import is_shipped
 
-_LLAVA_7B = ModelShape(
+_PUBLISHED_7B = ModelShape(
     tower=Tower(num_layers=24, has_cls=True, text_twin=True),
     decoder=Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008),
 )
@@ -38,7 +38,7 @@ def what_it_does(cls: type[Method]) -> str:
 
 def needs_of(method: Method) -> tuple[Signal, ...]:
     """What a method reads of LLaVA-1.5-7B, with its fields."""
-    return tuple(method.needs(_LLAVA_7B))
+    return tuple(method.needs(_PUBLISHED_7B))
 
 
 def reads(method: Method) -> str:

@@ -16,7 +16,7 @@ from ...adapters.registry import family_of
 from ...prune.errors import MethodFieldError
 from ..image_file import read_picture
 from ..models.loading import ModelLoadError, load, path_of, short_name
-from ..models.shapes import mid_size, prompt, shape, usual_picture
+from ..models.shapes import BY_SIZES, prompt, shape, usual_picture
 from .text_twin import random_text_twin
 
 
@@ -43,7 +43,7 @@ class Subject:
     def name(self) -> str:
         if self.model_name is not None:
             return short_name(self.model_name)
-        return f"{self.shape or 'LLaVA'}, random weights"
+        return f"{self.shape or BY_SIZES.line}, random weights"
 
     def config(self) -> PreTrainedConfig:
         if self.model_name is not None:
@@ -60,7 +60,7 @@ class Subject:
         if self.shape is not None:
             return shape(self.shape).config()
         side = math.isqrt(self.visual_tokens)
-        return mid_size(layers=self.layers, width=self.width, side=side)
+        return BY_SIZES.of_sizes(layers=self.layers, width=self.width, side=side)
 
     def model(self, device: str) -> PreTrainedModel:
         """On the device `meta` there are sizes only."""

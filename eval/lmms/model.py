@@ -27,7 +27,14 @@ from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError, UnsupportedFeatureError
 from ..measure.answering import Answer, answer, tokens_of
 from ..measure.times import PatchOptions
-from ..models.loading import EMBEDDED, limit_pixels, load, load_clip, resolve_device
+from ..models.loading import (
+    EMBEDDED,
+    limit_pixels,
+    load,
+    load_clip,
+    resolve_device,
+    scales_pictures,
+)
 from ..processes import Processes
 from .arguments import calls_of
 from .prompts import MAX_PIXELS, MIN_PIXELS, NUM_FRAMES, Encoded, Video, encoder_for
@@ -350,12 +357,12 @@ def _load(name: str, pixels: Mapping[str, int], **options: Any) -> tuple[PreTrai
 
 
 def as_wrapper_scales(model: PreTrainedModel, processor: Any, pixels: Mapping[str, int]) -> Any:
-    """The processor; for the Qwen families a copy with the limits of their wrappers, where `pixels`
-    gives no others.
+    """The processor; for families that scale pictures a copy with their wrappers' limits, where
+    `pixels` gives no others.
 
     Raises:
         MethodFieldError: `pixels` for another family.
     """
-    if not model.config.model_type.startswith("qwen") and not pixels:
+    if not pixels and not scales_pictures(model):
         return processor
     return limit_pixels(model, processor, _PIXELS | dict(pixels))

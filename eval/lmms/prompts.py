@@ -1,6 +1,6 @@
 """Chat messages of lmms-eval -> inputs of a model, as the family's own wrapper makes them.
 
-The wrappers of the LLaVA families hand pictures to the processor as they are; those of the Qwen
+The wrappers of most families hand pictures to the processor as they are; those of the Qwen
 families have qwen_vl_utils scale them first. Both are followed to the last pixel, but for JPEG.
 """
 
@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ...adapters.registry import family_of
+from ...adapters.family import VIDEO
+from ...adapters.registry import family_class, family_of, model_names
 from ...prune.errors import UnsupportedFeatureError, VlmpruneError
+from ..models.family import Scaling
+from ..models.registry import known_family
 
 if TYPE_CHECKING:
     from lmms_eval.protocol import ChatMessages
@@ -71,12 +74,14 @@ class Encoder(Protocol):
 
 def encoder_for(model: PreTrainedModel, processor: Any, video: Video) -> Encoder:
     """What makes inputs of this model."""
-    qwen = model.config.model_type.startswith("qwen")
-    return (QwenEncoder if qwen else LlavaEncoder)(model, processor, video)
+    family = known_family(model.config.model_type)
+    if family is None or family.scaling is None:
+        return PlainEncoder(model, processor, video)
+    return ScalingEncoder(family.scaling, processor, video)
 
 
-class LlavaEncoder:
-    """The LLaVA families, and any other whose processor takes pictures as they are."""
+class PlainEncoder:
+    """Families whose processor takes pictures as they are, and those of which nothing is known."""
 
     default_new_tokens = 1024
 
@@ -97,7 +102,7 @@ class LlavaEncoder:
         if not self.takes_videos and any(videos for _, videos, _ in found):
             raise UnsupportedFeatureError(
                 f"{self.model.config.model_type} models take no videos: choose a model that does, "
-                f"e.g. llava_onevision, or tasks with pictures."
+                f"e.g. {_with_videos()}, or tasks with pictures."
             )
         clips = [[_frames(video, self.num_frames) for video in videos] for _, videos, _ in found]
         images = [image for images, _, _ in found for image in images]
@@ -121,19 +126,18 @@ class LlavaEncoder:
         )
 
 
-class QwenEncoder:
-    """Qwen2-VL, 2.5 and 3: qwen_vl_utils reads and scales pictures and videos.
+class ScalingEncoder:
+    """Families for which qwen_vl_utils reads and scales pictures and videos.
 
     The wrapper of Qwen2-VL hands pictures on as JPEG, which ours does not.
     """
 
     default_new_tokens = 128
 
-    def __init__(self, model: PreTrainedModel, processor: Any, video: Video) -> None:
+    def __init__(self, scaling: Scaling, processor: Any, video: Video) -> None:
+        self.scaling = scaling
         self.processor = processor
         self.video = video
-        self.second = model.config.model_type == "qwen2_vl"
-        self.third = model.config.model_type == "qwen3_vl"
         size = processor.image_processor.size
         self.limits = {
             "min_pixels": size["shortest_edge"],
@@ -143,23 +147,24 @@ class QwenEncoder:
     def __call__(self, chats: Sequence[ChatMessages]) -> Encoded:
         from qwen_vl_utils import process_vision_info
 
+        size = self.scaling.patch_size
         messages = [self._messages(chat) for chat in chats]
         texts = [_prompt(self.processor, rows) for rows in messages]
         images, videos, options = process_vision_info(
             messages,
             return_video_kwargs=True,
             return_video_metadata=True,
-            **({"image_patch_size": 16} if self.third else {}),
+            **({"image_patch_size": size} if size else {}),
         )
         clips, metadata = map(list, zip(*videos, strict=True)) if videos else ([], [])
-        if self.second:
+        if self.scaling.thins_videos:
             clips, metadata = [_thinned(clip, self.video.num_frames) for clip in clips], []
         inputs = self.processor(
             text=texts,
             images=images,
             videos=clips or None,
             video_metadata=metadata or None,
-            **({**options, "do_resize": False} if self.third else {}),  # scaled once is enough
+            **({**options, "do_resize": False} if size else {}),  # scaled once is enough
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -178,13 +183,13 @@ class QwenEncoder:
 
     def _messages(self, chat: ChatMessages) -> list[dict[str, Any]]:
         messages = chat.to_hf_messages(
-            video_kwargs=self.limits, image_kwargs=self.limits if self.second else {}
+            video_kwargs=self.limits, image_kwargs=self.limits if self.scaling.limits_images else {}
         )
         for message in messages:
             for content in message["content"]:
                 if content["type"] == "video":
                     content |= self._sampling(content["video"])
-        if (self.second or self.third) and messages[0]["role"] != "system":
+        if self.scaling.system_prompt and messages[0]["role"] != "system":
             text = {"type": "text", "text": SYSTEM_PROMPT}
             messages.insert(0, {"role": "system", "content": [text]})
         return messages
@@ -192,9 +197,9 @@ class QwenEncoder:
     def _sampling(self, path: str) -> dict[str, float]:
         """How many frames: even, as two make one, and no more than there are."""
         if self.video.fps is not None:
-            most = {"max_frames": self.video.num_frames} if self.third else {}
+            most = {"max_frames": self.video.num_frames} if self.scaling.limits_fps else {}
             return {"fps": self.video.fps} | most
-        if self.second:  # two a second, and evenly spaced ones of these
+        if self.scaling.thins_videos:  # two a second, and evenly spaced ones of these
             return {}
         return {"nframes": max(2, min(self.video.num_frames, _count_frames(path)) // 2 * 2)}
 
@@ -209,7 +214,12 @@ def _prompt(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _takes_videos(model: PreTrainedModel) -> bool:
-    return any(modality.name == "video" for modality in family_of(model).modalities)
+    return VIDEO in family_of(model).modalities
+
+
+def _with_videos() -> str:
+    """The name of a family that takes videos."""
+    return next(name for name in model_names() if VIDEO in family_class(name).modalities)
 
 
 def _media(chat: ChatMessages) -> tuple[list[Any], list[Any], list[str]]:

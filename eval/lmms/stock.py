@@ -10,22 +10,14 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from ..models.registry import known_family
 from .manifest import NAME
-
-WRAPPERS = {
-    "llava": "llava_hf",
-    "llava_next": "llava_hf",
-    "llava_onevision": "llava_hf",
-    "qwen2_vl": "qwen2_vl",
-    "qwen2_5_vl": "qwen2_5_vl",
-    "qwen3_vl": "qwen3_vl",
-}
-"""`model_type` -> the wrapper that runs such checkpoints of the Hugging Face Hub."""
 
 
 def wrapper_of(model: Any) -> str:
     """The name of the wrapper that tasks know this model by; our own where there is none."""
-    return WRAPPERS.get(model.config.model_type, NAME)
+    family = known_family(model.config.model_type)
+    return NAME if family is None else family.wrapper
 
 
 def address(requests: Sequence[Any], wrapper: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...adapters.devices import offload_hooks
 from ...prune.errors import MethodFieldError, VlmpruneError, did_you_mean
 from ..embedded import MODEL_DIR
+from .registry import known_families, known_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -138,15 +139,27 @@ def split_model_args(args: Mapping[str, object]) -> tuple[dict[str, Any], dict[s
     return loading, pixels
 
 
+def scales_pictures(model: PreTrainedModel) -> bool:
+    """Whether the processors of this model's family scale pictures to limits."""
+    family = known_family(model.config.model_type)
+    return family is not None and family.scaling is not None
+
+
 def limit_pixels(model: PreTrainedModel, processor: Any, limits: Mapping[str, int]) -> Any:
     """A copy of a processor that scales pictures to `min_pixels` and `max_pixels`.
 
     Raises:
-        MethodFieldError: only the Qwen families do.
+        MethodFieldError: the model's family knows no such limits.
     """
-    if not model.config.model_type.startswith("qwen"):
+    if not scales_pictures(model):
+        lines = {
+            family.line
+            for family in map(known_family, known_families())
+            if family and family.scaling
+        }
         raise MethodFieldError(
-            f"{', '.join(limits)}: only the Qwen families scale pictures to limits, not "
+            f"{', '.join(limits)}: only the {' and '.join(sorted(lines))} families scale pictures "
+            f"to limits, not "
             f"{model.config.model_type}: leave it out."
         )
     limited = copy.deepcopy(processor)

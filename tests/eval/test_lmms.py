@@ -21,7 +21,8 @@ from lmms_eval.tasks import TaskManager
 from test_processes import WORLD, torchrun
 from vlmprune.eval.embedded import TASK
 from vlmprune.eval.lmms.model import VlmPrune
-from vlmprune.eval.lmms.stock import WRAPPERS, wrapper_of
+from vlmprune.eval.lmms.stock import wrapper_of
+from vlmprune.eval.models.registry import known_families, known_family
 from vlmprune.eval.tasks import TASKS_DIR
 from vlmprune.prune.errors import (
     BudgetError,
@@ -81,7 +82,7 @@ def in_order(calls: list[dict]) -> list[dict]:
     + [(name, "tiny_videos") for name in lmms_kit.PROCESSORS if zoo.CASES[name].qwen],
 )
 def test_prompts_and_answers_are_those_of_the_stock_wrapper(name, task, folder, monkeypatch):
-    wrapper = WRAPPERS[zoo.CASES[name].reference().config.model_type]
+    wrapper = wrapper_of(zoo.CASES[name].reference())
     options: dict = {"device": "cpu", "device_map": "cpu"}
     options |= PIXELS | {"max_num_frames": FRAMES} if zoo.CASES[name].qwen else {}
     options |= {} if zoo.CASES[name].qwen else {"dtype": "float32"}
@@ -115,11 +116,8 @@ def test_prompts_and_answers_are_those_of_the_stock_wrapper(name, task, folder, 
 
 
 def test_every_family_has_a_wrapper():
-    import vlmprune
-
-    assert set(WRAPPERS) == set(vlmprune.models())
-    for wrapper in WRAPPERS.values():
-        assert models.get_model(wrapper)
+    for name in known_families():
+        assert models.get_model(known_family(name).wrapper)
     model = zoo.CASES["qwen2_5_vl"].model()
     model.config.model_type = "another"
     assert wrapper_of(model) == "vlmprune"

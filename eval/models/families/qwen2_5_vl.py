@@ -1,0 +1,51 @@
+"""Qwen2.5-VL: windows in the encoder, sampled frames; otherwise as Qwen2-VL."""
+
+from __future__ import annotations
+
+from transformers import Qwen2_5_VLConfig
+
+from ..family import Scaling, Shape
+from .qwen2_vl import TOKEN_IDS, Qwen2VL
+
+
+def _qwen2_5_vl(
+    width: int = 3584, mlp: int = 18944, layers: int = 28, key_heads: int = 4, depth: int = 32
+) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL-7B at its defaults."""
+    vision = 1280 if width > 2048 else 640
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 152064,
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 128,
+            "num_key_value_heads": key_heads,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+        },
+        vision_config={
+            "depth": depth,
+            "hidden_size": vision,
+            "intermediate_size": 3420 * vision // 1280,
+            "num_heads": vision // 80,
+            "out_hidden_size": width,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [depth * (i + 1) // 4 - 1 for i in range(4)],
+        },
+        **TOKEN_IDS,
+    )
+
+
+class Qwen2_5_VL(Qwen2VL):
+    wrapper = "qwen2_5_vl"
+    scaling = Scaling()
+    shapes = (Shape("qwen2.5-vl-7b", _qwen2_5_vl, (1008, 1008)),)
+    small_shapes = (
+        Shape("qwen2.5-vl-small", lambda: _qwen2_5_vl(1024, 2752, 12, 4, 12), (672, 672)),
+    )

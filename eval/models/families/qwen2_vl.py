@@ -1,0 +1,45 @@
+"""Qwen2-VL: pictures of any size, their patches packed in one row; no published sizes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from ....prune.errors import MethodFieldError
+from ..family import EvalFamily, Pixels, Scaling, noise
+
+TOKEN_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+
+
+class Qwen2VL(EvalFamily):
+    line = "Qwen"
+    wrapper: ClassVar[str] = "qwen2_vl"
+    scaling: ClassVar[Scaling | None] = Scaling(
+        limits_images=True, thins_videos=True, system_prompt=True
+    )
+
+    def usual_picture(self, config: Any) -> tuple[int, int]:
+        side = 36 * config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        return side, side
+
+    def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
+        """Patches of all pictures in one row."""
+        vision = config.vision_config
+        unit = vision.patch_size * vision.spatial_merge_size
+        if picture[0] % unit or picture[1] % unit:
+            raise MethodFieldError(
+                f"A picture of {picture[0]}x{picture[1]}: sides must be multiples of {unit}."
+            )
+        rows, columns = (pixels // vision.patch_size for pixels in picture)
+        values = 3 * vision.temporal_patch_size * vision.patch_size**2
+        inputs = {
+            "pixel_values": noise(device, batch_size * rows * columns, values),
+            "image_grid_thw": torch.tensor([[1, rows, columns]] * batch_size),
+        }
+        return Pixels(rows * columns // vision.spatial_merge_size**2, inputs, framed=True)

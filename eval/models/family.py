@@ -1,0 +1,87 @@
+"""What benches, loading and lmms-eval know of a model family, said in one class a family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A configuration and the picture (height, width in pixels) that is usual for it."""
+
+    name: str
+    config: Callable[[], PreTrainedConfig]
+    picture: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a processor makes of a batch of pictures."""
+
+    tokens: int
+    """Visual tokens of each picture."""
+    inputs: dict[str, Tensor]
+    framed: bool = False
+    """Whether marks stand around each picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """How the family's wrapper in lmms-eval has qwen_vl_utils read and scale pictures and videos
+    before the processor sees them."""
+
+    limits_images: bool = False
+    """Whether pictures too, and not videos alone, are given the processor's limits there."""
+    thins_videos: bool = False
+    """Whether two frames a second are read, and evenly spaced ones of these are shown."""
+    limits_fps: bool = False
+    """Whether `num_frames` is the most where frames a second are asked for."""
+    system_prompt: bool = False
+    """Whether chats without a system prompt are given one."""
+    patch_size: int | None = None
+    """Of the encoder, where the processor leaves pictures as they were scaled; None: it scales them
+    once more."""
+
+
+class EvalFamily(ABC):
+    """One model family. A class is derived from it in `eval/models/families/<model_type>.py`."""
+
+    line: ClassVar[str]
+    """What the family and its relatives are called together."""
+    shapes: ClassVar[tuple[Shape, ...]] = ()
+    """Sizes of published checkpoints."""
+    small_shapes: ClassVar[tuple[Shape, ...]] = ()
+    wrapper: ClassVar[str]
+    """What lmms-eval calls its own wrapper of such checkpoints of the Hugging Face Hub."""
+    scaling: ClassVar[Scaling | None] = None
+    """None: the processor takes pictures as they are and knows no limits of their size."""
+
+    def of_sizes(self, *, layers: int, width: int, side: int) -> PreTrainedConfig:
+        """A model of `side` x `side` visual tokens; only families of one plain grid have such."""
+        raise NotImplementedError(f"{type(self).__name__} has no models by their sizes alone")
+
+    @abstractmethod
+    def usual_picture(self, config: Any) -> tuple[int, int]:
+        """Height and width in pixels, for a model that is no shape."""
+
+    @abstractmethod
+    def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
+        """Noise of `picture` (height, width in pixels), once a prompt.
+
+        Raises:
+            MethodFieldError: the model sees no pictures of this size.
+        """
+
+
+def noise(device: str, *shape: int) -> Tensor:
+    """The same values every time; none on the device `meta`."""
+    if device == "meta":
+        return torch.empty(*shape, device=device)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
