@@ -13,15 +13,13 @@ import torch
 import vlmprune
 from kit import zoo
 from kit.cache_oracle import CacheTruth, Entries
-from kit.reported import TOLERANCE, Noted, OnCache, cached_truth, entries_of
+from kit.decoding import SMALL, STEPS, call_of, generated, logits_of
+from kit.reported import TOLERANCE, OnCache, cached_truth, entries_of
 from transformers import DynamicCache
 from vlmprune.prune.budget import MethodCall
 from vlmprune.prune.contract import Compressing, ReceivedInLayer
 from vlmprune.prune.registry import method_class
 
-STEPS = 6
-SMALL = {"elastic_cache": {"distance": -5}, "token_select": {"n_init": 2, "n_local": 3}}
-"""Fields with which methods act on prompts as short as these."""
 NAMES = [*zoo.ON_CACHE, "visual_press:knorm", "visual_press:received"]
 METHODS = pytest.mark.parametrize("name", NAMES)
 POSITIONS = pytest.mark.parametrize(
@@ -34,24 +32,6 @@ POSITIONS = pytest.mark.parametrize(
     ],
 )
 CLIP, QWEN = zoo.CASES["llava-clip-llama"], zoo.CASES["qwen2_5_vl"]
-DETAILS = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-
-
-def call_of(name: str, **budget: float) -> MethodCall:
-    """A method by its name here, with fields that suit short prompts."""
-    name, _, press = name.partition(":")
-    fields = SMALL.get(name, {}) | ({"press": press} if press else {})
-    call = vlmprune.method(name, **fields, **budget)
-    return replace(call, method=Noted(**fields)) if name == "token_select" else call
-
-
-def generated(model, inputs: dict, steps: int = STEPS, **options):
-    return model.generate(**inputs, max_new_tokens=steps, **{**DETAILS, **options})
-
-
-def logits_of(out) -> torch.Tensor:
-    """(steps, B, V)"""
-    return torch.stack(out.logits)
 
 
 def check(case: zoo.Case, inputs: dict, model, handle) -> OnCache:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
+from kit.decoding import call_of, generated, logits_of
 from kit.flash_kernels import flash_attn_func, flash_attn_varlen_func, flash_kernels
-from test_cache_methods import call_of, generated, logits_of
-from test_cuda import BY_STEP, METHODS, STEPS, check, patched, truth_for
+from kit.precision import BY_STEP, METHODS, STEPS, check, patched, truth_for
 from transformers import DynamicCache
 from transformers import modeling_flash_attention_utils as utils
 

@@ -6,51 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 import vlmprune
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload
 from kit import zoo
-from test_undo import differences, snapshot
+from kit.snapshots import snapshot
+from kit.spread import METHODS, ROWS, STEPS, changed, to_disk, works_on
 from transformers import AutoModelForImageTextToText
 from vlmprune.eval.embedded.task import EmbeddedTask
 from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.models.loading import ModelLoadError, fingerprint, load, resolve_device
-
-STEPS = 4
-ROWS = (zoo.TWO, zoo.ONE)
-METHODS = {
-    "features": [vlmprune.method("divprune", keep_ratio=0.4)],
-    "tower": [vlmprune.method("hiprune", keep_ratio=0.4)],
-    "merging": [vlmprune.method("pool", keep_ratio=0.4)],
-    "aggregates": [vlmprune.method("visionzip", keep_ratio=0.4, scores="received")],
-    "words": [vlmprune.method("todre", keep_ratio=0.4, pivot="received")],
-    "text rows": [vlmprune.method("fastv", keep_ratio=0.4, layer=2)],
-    "next layer": [vlmprune.method("pyramiddrop", keep_ratio=0.4)],
-    "neurons": [vlmprune.method("corematching", keep_ratio=0.4)],
-    "recycling": [vlmprune.method("sparsevlm", keep_ratio=0.2)],
-    "ranking": [vlmprune.method("sparsevlm_plus", keep_ratio=0.4)],
-    "steps": [vlmprune.method("transprune", keep_ratio=0.4)],
-    "evicting": [vlmprune.method("elastic_cache", keep_ratio=0.4)],
-    "attending": [vlmprune.method("token_select", keep_ratio=0.4, n_init=1, n_local=2)],
-    "everywhere": [
-        vlmprune.method("divprune", keep_ratio=0.6),
-        vlmprune.method("pyramiddrop", keep_ratio=0.4),
-        vlmprune.method("visual_press", keep_ratio=0.3, press="received"),
-    ],
-}
-
-
-def to_disk(model, folder):
-    """Encoder, head and the middle of the decoder on disk; the rest in memory."""
-    text = "model.language_model"
-    device_map = {name: "cpu" for name, _ in model.named_children() if name != "model"}
-    device_map |= {f"model.{name}": "disk" for name, _ in model.model.named_children()}
-    device_map.pop(text)
-    device_map |= {f"{text}.{n}": "cpu" for n, _ in model.model.language_model.named_children()}
-    device_map.pop(f"{text}.layers")
-    layers = len(model.model.language_model.layers)
-    device_map |= {f"{text}.layers.{i}": "disk" if i % 2 else "cpu" for i in range(layers)}
-    device_map |= {f"model.{n}": "cpu" for n, _ in model.model.named_parameters(recurse=False)}
-    device_map["lm_head"] = "disk"
-    return dispatch_model(model, device_map, offload_dir=str(folder), force_hooks=True)
 
 
 def to_memory(model, folder):
@@ -73,18 +36,9 @@ OFFLOADS = pytest.mark.parametrize(
 )
 
 
-def works_on(case: zoo.Case, calls) -> bool:
-    return not any(zoo.lacks_signal(case, call) for call in calls)
-
-
 def generate(model, case: zoo.Case):
     with torch.no_grad():
         return model.generate(**case.inputs(ROWS), max_new_tokens=STEPS, do_sample=False)
-
-
-def changed(before: dict, after: dict) -> list[str]:
-    """Differences, but for parameters: accelerate exchanges them in every forward."""
-    return [one for one in differences(before, after) if not one.endswith("._parameters")]
 
 
 @pytest.mark.filterwarnings("ignore:The following device_map keys")  # a parameter is no module

@@ -12,11 +12,10 @@ import vlmprune
 from kit import zoo
 from kit.devices import Devices
 from kit.reported import TOLERANCE
+from kit.snapshots import differences, snapshot
+from kit.spread import ONE, changed, spread, to_disk
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from test_offload import changed, to_disk
-from test_sharded import ONE, spread
-from test_undo import differences, snapshot
 from vlmprune.adapters.registry import family_of
 from vlmprune.prune.registry import method_class
 

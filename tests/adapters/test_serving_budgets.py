@@ -13,7 +13,7 @@ import vlmprune
 from kit import zoo
 from kit.oracle import Truth
 from kit.reported import cached_truth, truth_of
-from test_undo import differences, snapshot
+from kit.snapshots import differences, snapshot
 from vlmprune.prune.contract import Place
 
 LLAVA = zoo.CASES["llava-clip-llama"]

@@ -3,33 +3,13 @@ are those of `devices`, which refuse tensors of one another as accelerators do."
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 import vlmprune
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from kit import zoo
 from kit.devices import CPU, Devices, Elsewhere
-from test_offload import METHODS, ROWS, STEPS, works_on
-from torch import nn
+from kit.spread import METHODS, ONE, ROWS, STEPS, TWO, spread, works_on
 from vlmprune.adapters.devices import execution_device, input_device
-
-ONE, TWO = torch.device("xla:0"), torch.device("xla:1")
-
-
-def spread(model, away: int) -> None:
-    """Every second layer of encoder and decoder (the `away`th first), and the head, on another
-    device."""
-    for name, module in model.named_modules():
-        layer = re.search(r"\.(\d+)(\.|$)", name)
-        other = layer is not None and int(layer[1]) % 2 == away
-        hook = AlignDevicesHook(TWO if other or name == "lm_head" else ONE, io_same_device=not name)
-        above_layers = any(isinstance(part, nn.ModuleList) for part in module.modules())
-        if name and above_layers:  # as accelerate does it: parameters are placed, inputs are not
-            hook.init_hook(module)
-        else:
-            add_hook_to_module(module, hook)
 
 
 def generate(model, inputs):

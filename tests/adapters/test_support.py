@@ -15,7 +15,7 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
-from kit.paths import TESTS
+from kit.support import EXPECTED, EXPECTED_FILE
 from vlmprune.eval.checking.tiny_clip import clip
 from vlmprune.prune.contract import Place
 from vlmprune.prune.registry import method_class
@@ -38,9 +38,6 @@ WAYS: dict[str, dict[str, object]] = {
     "`clip=`": {"clip": True},
 }
 METHODS = vlmprune.methods()
-EXPECTED_FILE = TESTS / "data" / "support.json"
-EXPECTED: dict[str, dict[str, str]] = json.loads(EXPECTED_FILE.read_text())
-"""Method -> column -> how it works there, one of `WAYS`, or "no"."""
 
 
 @functools.cache
@@ -70,16 +67,6 @@ def way(name: str, column: str) -> str:
             assert entries.shape[-1] == handle.last.text_tokens[0] + kept
         return words
     return "no"
-
-
-def method_support() -> str:
-    """Method x family as Markdown, as the tests below hold it."""
-    lines = [f"| Method | {' | '.join(COLUMNS)} |", f"| --- |{' --- |' * len(COLUMNS)}"]
-    lines += [
-        f"| {name} | {' | '.join(row[column] for column in COLUMNS)} |"
-        for name, row in EXPECTED.items()
-    ]
-    return "\n".join(lines)
 
 
 def found() -> dict[str, dict[str, str]]:

@@ -15,13 +15,12 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
+from kit.snapshots import differences, snapshot
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlmprune.prune.budget import Budget, MethodCall
 from vlmprune.prune.contract import BeforeLLM, Features
 
-UPSTREAM_STATE = {"rope_deltas"}
-"""Attributes that transformers itself writes on a module while it runs."""
 METHODS = {
     "before": [vlmprune.method("divprune", keep_ratio=0.4)],
     "tower": [vlmprune.method("hiprune", keep_ratio=0.4)],
@@ -66,48 +65,6 @@ def test_a_model_dropped_while_patched_leaves_no_global_name():
     del model
     gc.collect()
     assert sorted(ALL_ATTENTION_FUNCTIONS.keys()) == before
-
-
-def snapshot(model) -> dict:
-    """Everything observable of a model and of the library's global tables."""
-    if any("vlmprune" in name for name in ALL_ATTENTION_FUNCTIONS.keys()):  # noqa: SIM118
-        gc.collect()  # models that other tests dropped while patched take their names along
-    state = {}
-    for name, module in model.named_modules():
-        own = {k: id(v) for k, v in vars(module).items() if k not in UPSTREAM_STATE}
-        tables = {
-            k: [(key, id(value)) for key, value in v.items()]
-            for k, v in vars(module).items()
-            if isinstance(v, dict)
-        }
-        state[name] = (id(module), type(module), own, tables)
-    attention = sorted(ALL_ATTENTION_FUNCTIONS.keys()), sorted(ALL_MASK_ATTENTION_FUNCTIONS.keys())
-    config = model.config.to_json_string(), model.generation_config.to_json_string()
-    return {
-        "modules": state,
-        "keys": list(model.state_dict()),
-        "global": attention,
-        "config": config,
-        "attention": [
-            m.config._attn_implementation for m in model.modules() if hasattr(m, "config")
-        ],
-    }
-
-
-def differences(before: dict, after: dict) -> list[str]:
-    found = [
-        f"{k}: {before[k]} -> {after[k]}"
-        for k in before
-        if k != "modules" and before[k] != after[k]
-    ]
-    for name in before["modules"].keys() | after["modules"].keys():
-        one, two = before["modules"].get(name), after["modules"].get(name)
-        if one is None or two is None or one[:2] != two[:2]:
-            found.append(f"module {name!r} is another one")
-            continue
-        for kind, a, b in (("attribute", one[2], two[2]), ("entries of", one[3], two[3])):
-            found += [f"{kind} {name}.{k}" for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
-    return sorted(found)
 
 
 def warm(case, attention="sdpa"):

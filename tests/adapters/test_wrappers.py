@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import vlmprune
 from kit import zoo
+from kit.snapshots import differences, snapshot
 from peft import LoraConfig, get_peft_model
-from test_undo import differences, snapshot
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy

@@ -10,9 +10,9 @@ import typing
 
 import pytest
 import vlmprune
+from kit.fakes import FakeProcessor, FakeTask
 from kit.zoo import CASES
 from PIL import Image
-from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import cli
 from vlmprune.eval.arguments.sweep import DEFAULT_METHODS
 from vlmprune.eval.words.typed import parse_fields, split_list

@@ -12,10 +12,10 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
+from kit.fakes import FakeProcessor, picture
+from kit.snapshots import differences, snapshot
 from kit.zoo import CASES
 from PIL import Image, ImageChops
-from test_measure import FakeProcessor, picture
-from test_undo import differences, snapshot
 from vlmprune.eval import cli, embedded
 from vlmprune.eval.compare.side_by_side import Panel, side_by_side
 from vlmprune.eval.image_file import InputError

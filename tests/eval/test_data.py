@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kit.fakes import picture
+from kit.processors import PROCESSORS
 from kit.zoo import CASES
 from PIL import Image
-from test_measure import picture
-from test_processors import PROCESSORS
 from vlmprune.eval import cli, embedded
 from vlmprune.eval.arguments import config
 from vlmprune.eval.commands import sweep as sweep_command

@@ -10,9 +10,8 @@ import resource
 from contextlib import contextmanager
 
 import pytest
-import test_sweep
-from kit import zoo
-from test_measure import FakeProcessor, FakeTask
+from kit import sweeps, zoo
+from kit.fakes import FakeProcessor, FakeTask
 from vlmprune.eval import cli
 from vlmprune.eval.commands import sweep as sweep_command
 from vlmprune.eval.in_process import sweep_model
@@ -42,15 +41,15 @@ def room(bytes_a_file: int):
 
 
 def test_a_cell_that_the_disk_does_not_take_leaves_the_file_whole_and_is_in_the_error(tmp_path):
-    test_sweep.go(test_sweep.cells("grid", budgets=["0.5"]), test_sweep.Runner(), tmp_path)
+    sweeps.go(sweeps.cells("grid", budgets=["0.5"]), sweeps.Runner(), tmp_path)
     file = tmp_path / "runs.jsonl"
     before = file.read_bytes()
-    more = test_sweep.cells("divprune", budgets=["0.5"])
+    more = sweeps.cells("divprune", budgets=["0.5"])
     with room(len(before) + 100), pytest.raises(UnwrittenError, match="make room") as raised:
-        test_sweep.go(more, test_sweep.Runner(), tmp_path)
+        sweeps.go(more, sweeps.Runner(), tmp_path)
     assert file.read_bytes() == before
     assert raised.value.record["status"] == "ok" and "\n" not in str(raised.value)
-    assert len(test_sweep.go(more, test_sweep.Runner(), tmp_path).ok) == 1  # there is room again
+    assert len(sweeps.go(more, sweeps.Runner(), tmp_path).ok) == 1  # there is room again
 
 
 def test_pictures_that_cannot_be_written_undo_no_cell(tmp_path, caplog, monkeypatch):
@@ -96,8 +95,8 @@ def answered(monkeypatch):
     """The command runs its grid at once, without a model."""
 
     def instead(model, benchmarks, combinations, request, *, store, **_):
-        cells = test_sweep.cells("grid", budgets=["0.5"])
-        return cells, test_sweep.go(cells, test_sweep.Runner(), request.output_path)
+        cells = sweeps.cells("grid", budgets=["0.5"])
+        return cells, sweeps.go(cells, sweeps.Runner(), request.output_path)
 
     monkeypatch.setattr(sweep_command, "sweep_grid", instead)
     monkeypatch.setattr(sweep_command, "load", lambda *_, **__: (None, None))

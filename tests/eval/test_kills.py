@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_sweep import BASE, HARDWARE, VERSIONS, Cell, cells, measured
+from kit.sweeps import BASE, HARDWARE, VERSIONS, cells, measured
 from vlmprune.eval.results.store import FILE_NAME, Store, read_records
-from vlmprune.eval.sweep.grid import sweep
+from vlmprune.eval.sweep.grid import Cell, sweep
 
 KILLS = 20  # at least
 fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -15,10 +15,10 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install
 
 from kit import lmms as lmms_kit
 from kit import zoo
+from kit.torchrun import WORLD, torchrun
 from lmms_eval import models
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-from test_processes import WORLD, torchrun
 from vlmprune.eval.embedded import TASK
 from vlmprune.eval.lmms.model import VlmPrune
 from vlmprune.eval.lmms.stock import wrapper_of

@@ -16,9 +16,9 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install
 import vlmprune
 from kit import lmms as lmms_kit
 from kit import zoo
+from kit.torchrun import torchrun
 from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
-from test_processes import torchrun
 from vlmprune.eval import embedded
 from vlmprune.eval.embedded.task import EmbeddedTask
 from vlmprune.eval.lmms.benchmark import LmmsBenchmark, MissingLmmsError, benchmarks

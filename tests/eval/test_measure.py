@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import vlmprune
+from kit.fakes import FakeProcessor, FakeTask
 from kit.zoo import BOTH_FAMILIES, CASES, Case, hooks
-from PIL import Image
 from vlmprune.eval.measure import answering
 from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.measure.times import kv_bytes, measure
@@ -17,61 +15,6 @@ from vlmprune.prune.budget import layer_flops
 
 CLIP = CASES["llava-clip-llama"]
 HEAD_SIZE, KV_HEADS, LAYERS = 16, 4, 4  # of CLIP's decoder
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question whose picture is a letter of the zoo."""
-
-    id: int
-    kind: str
-    question: str
-    answer: str
-    image: Image.Image
-
-
-def picture(letter: str) -> Image.Image:
-    """Stands for an image of the zoo; its colour tells which."""
-    return Image.new("RGB", (40, 30), ("ABC".index(letter), 0, 0))
-
-
-class FakeTask:
-    """Prompts of different lengths over the zoo's images; the right answer is the dense model's."""
-
-    name, version, max_new_tokens = "fake", "1", 3
-
-    def __init__(self, answers: list[str] | None = None) -> None:
-        self.answers = answers or [""] * 6
-
-    def questions(self, limit: int | None) -> list[Asked]:
-        kinds = ("long", "short")
-        return [
-            Asked(i, kinds[i % 2], f"question {i}", self.answers[i], picture("ABC"[i % 3]))
-            for i in range(6)
-        ][:limit]
-
-    def prompt(self, processor, question):
-        return question
-
-    def is_correct(self, prediction, question):
-        return prediction == question.answer
-
-
-class FakeProcessor:
-    """Turns the zoo's rows into model inputs, as a real processor does with text and pictures."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-
-    def __call__(self, text, images, **options):
-        assert options["padding_side"] == "left"
-        words = {"long": 9, "short": 4}
-        letters = ["ABC"[image.getpixel((0, 0))[0]] for image in images]
-        rows = [(words[q.kind], letter, 2) for q, letter in zip(text, letters, strict=True)]
-        return self.case.inputs(rows)
-
-    def batch_decode(self, rows, **_):
-        return [" ".join(str(token) for token in row) for row in rows.tolist()]
 
 
 def evaluator(case: Case, batch_size: int = 4, answers: list[str] | None = None) -> Evaluator:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 
 import pytest
-from test_support import EXPECTED
+from kit.support import EXPECTED
 from vlmprune.eval import cli
 from vlmprune.eval.commands.method_page import _meaning, method_page
 from vlmprune.eval.models.support import support

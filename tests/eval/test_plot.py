@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import vlmprune
+from kit.sweeps import Runner, cells, go
 from PIL import Image
-from test_sweep import Runner, cells, go
 from vlmprune.eval.results.plot import draw, frontier
 from vlmprune.eval.results.store import Store
 

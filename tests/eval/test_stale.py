@@ -15,10 +15,9 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
-import test_sweep
-from kit import zoo
+from kit import sweeps, zoo
+from kit.fakes import FakeProcessor, FakeTask
 from PIL import Image
-from test_measure import FakeProcessor, FakeTask
 from vlmprune.eval import embedded
 from vlmprune.eval.content_hash import content_hash
 from vlmprune.eval.embedded.task import EmbeddedTask
@@ -224,7 +223,7 @@ def test_in_a_notebook_a_cell_may_import_what_its_method_calls(own):
 
 def test_values_that_a_definition_closes_over_count(own):
     def make(scale: int) -> type:
-        class Made(test_sweep.Cached):
+        class Made(sweeps.Cached):
             share = scale
 
             def needs(self, shape):
@@ -252,8 +251,8 @@ def test_what_has_no_source_is_never_skipped_and_says_so(tmp_path, own, caplog, 
     text = compile(METHOD.format(more="", kept=FIRST), "<string>", "exec", dont_inherit=True)
     exec(text, {"__name__": "nowhere"})
     for _ in range(2):
-        runner = test_sweep.Runner()
-        test_sweep.go(test_sweep.cells("own", budgets=["0.5"]), runner, tmp_path)
+        runner = sweeps.Runner()
+        sweeps.go(sweeps.cells("own", budgets=["0.5"]), runner, tmp_path)
         assert "own(keep_ratio=0.5)" in runner.ran
     assert "method own: nobody can tell" in caplog.text and "write it to a file" in caplog.text
     assert runner.ran == ["own(keep_ratio=0.5)"]  # the dense model is known
@@ -270,10 +269,10 @@ def test_every_shipped_method_has_a_version_and_no_source():
 
 
 def test_a_version_above_one_is_another_cell(monkeypatch):
-    (cell,) = test_sweep.cells("grid", budgets=["0.5"])[1:]
+    (cell,) = sweeps.cells("grid", budgets=["0.5"])[1:]
     assert "version" not in cell.config.as_json()["methods"][0]
     monkeypatch.setitem(VERSIONS, "grid", 2)
-    (newer,) = test_sweep.cells("grid", budgets=["0.5"])[1:]
+    (newer,) = sweeps.cells("grid", budgets=["0.5"])[1:]
     assert newer.config.as_json()["methods"][0]["version"] == 2
     assert newer.config.id != cell.config.id
 
@@ -293,9 +292,9 @@ def edited(tmp_path: Path, own) -> tuple[Path, list[str]]:
     ids = []
     for share, kept in ((0.5, FIRST), (0.25, LAST)):
         own("mine", METHOD.format(more="", kept=kept))
-        grid = test_sweep.cells("own", "grid", budgets=["0.5"])
-        runner = lambda cell, share=share: test_sweep.measured(share=share)  # noqa: E731
-        test_sweep.go(grid, runner, tmp_path)
+        grid = sweeps.cells("own", "grid", budgets=["0.5"])
+        runner = lambda cell, share=share: sweeps.measured(share=share)  # noqa: E731
+        sweeps.go(grid, runner, tmp_path)
         ids.append(grid[1].config.id)
     return tmp_path, ids
 
@@ -319,8 +318,8 @@ def test_tables_show_the_code_that_was_used_last_and_say_so(tmp_path, own):
 def test_an_edit_that_is_taken_back_shows_the_old_cell_again(tmp_path, own):
     folder, (first, last) = edited(tmp_path, own)
     own("mine", METHOD.format(more="", kept=FIRST))
-    runner = test_sweep.Runner()
-    test_sweep.go(test_sweep.cells("own", budgets=["0.5"]), runner, folder)
+    runner = sweeps.Runner()
+    sweeps.go(sweeps.cells("own", budgets=["0.5"]), runner, folder)
     assert not runner.ran
     assert {first} == {r["id"] for r in read_records(folder)} & {first, last}
     for record in Store(folder).read():
@@ -336,18 +335,18 @@ def test_results_of_before_sources_were_recorded_give_way(tmp_path, own):
     lines[1]["id"] = "0" * 16
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     own("mine", METHOD.format(more="", kept=FIRST))
-    runner = test_sweep.Runner()
-    test_sweep.go(test_sweep.cells("own", budgets=["0.5"]), runner, folder)
+    runner = sweeps.Runner()
+    sweeps.go(sweeps.cells("own", budgets=["0.5"]), runner, folder)
     assert runner.ran == ["own(keep_ratio=0.5)"]
     assert first in {r["id"] for r in read_records(folder)}
     assert len(sweep_table(read_records(folder)).rows) == 3
 
 
 def test_a_rerun_that_fails_does_not_hide_what_was_measured(tmp_path):
-    grid = test_sweep.cells("grid", budgets=["0.5"])
-    test_sweep.go(grid, test_sweep.Runner(), tmp_path)
-    failing = test_sweep.Runner(grid=RuntimeError("no memory"))
-    assert test_sweep.go(grid, failing, tmp_path, rerun=True).failed
+    grid = sweeps.cells("grid", budgets=["0.5"])
+    sweeps.go(grid, sweeps.Runner(), tmp_path)
+    failing = sweeps.Runner(grid=RuntimeError("no memory"))
+    assert sweeps.go(grid, failing, tmp_path, rerun=True).failed
     assert [r["status"] for r in Store(tmp_path).read()] == ["ok", "ok"]
 
 
@@ -355,19 +354,19 @@ def test_a_rerun_that_fails_does_not_hide_what_was_measured(tmp_path):
 
 
 def test_what_is_skipped_is_said_and_a_rerun_measures_it(tmp_path):
-    grid = test_sweep.cells("grid", budgets=["0.5"])
+    grid = sweeps.cells("grid", budgets=["0.5"])
     versions = {"vlmprune": "0.1.0", "torch": "2.14.1", "numpy": "2"}
-    test_sweep.go(grid, test_sweep.Runner(), tmp_path, versions)
-    summary = test_sweep.go(grid, test_sweep.Runner(), tmp_path, versions)
+    sweeps.go(grid, sweeps.Runner(), tmp_path, versions)
+    summary = sweeps.go(grid, sweeps.Runner(), tmp_path, versions)
     (line,) = summary.skipped_lines()
     said = r"skipped: dense, grid\(keep_ratio=0.5\), measured 2\d{3}-\d\d-\d\d with vlmprune "
     assert re.fullmatch(said + r"0\.1\.0, torch 2\.14\.1", line)
-    again = test_sweep.Runner()
-    assert not test_sweep.go(grid, again, tmp_path, versions, rerun=True).skipped
+    again = sweeps.Runner()
+    assert not sweeps.go(grid, again, tmp_path, versions, rerun=True).skipped
     assert again.ran == ["dense", "grid(keep_ratio=0.5)"]
-    many = test_sweep.cells("grid", "random")
-    test_sweep.go(many, test_sweep.Runner(), tmp_path, versions)
-    summary = test_sweep.go(many, test_sweep.Runner(), tmp_path, versions)
+    many = sweeps.cells("grid", "random")
+    sweeps.go(many, sweeps.Runner(), tmp_path, versions)
+    summary = sweeps.go(many, sweeps.Runner(), tmp_path, versions)
     assert summary.skipped_lines()[0].startswith("skipped: 5 cells, measured 2")
 
 

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import transformers
 from kit import zoo
-from test_processors import IDS, LLAVA, QWEN
+from kit.processors import IDS, LLAVA, QWEN
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 CHARACTERS = [*string.printable[:95], "\n"]

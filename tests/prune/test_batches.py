@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_selection import NAMES, make_tokens, same
+from kit.drawn import NAMES, make_tokens, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from vlmprune.prune.batches import Greedy
 from vlmprune.prune.contract import BeforeLLM, Pruning

@@ -4,7 +4,7 @@ on one. On a GPU either would stop the host until all work queued before it is d
 
 import pytest
 import torch
-from test_selection import CHOICES, TILINGS, at, make_tokens
+from kit.drawn import CHOICES, TILINGS, at, make_tokens
 from vlmprune.eval.checking.waiting import WaitsError, no_waiting
 from vlmprune.prune.select import select
 from vlmprune.prune.tiling import Tiling

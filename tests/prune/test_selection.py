@@ -9,23 +9,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.compressing import COMPRESSING
+from kit.drawn import (
+    CHOICES,
+    DECODER,
+    NAMES,
+    SHAPE,
+    TILINGS,
+    TOWERS,
+    at,
+    make_tokens,
+    same,
+    shape_of,
+)
 from kit.golden_runners import OfficialHiPrune
-from test_methods_cache import COMPRESSING
-from vlmprune.adapters.signals.draw import Sizes
-from vlmprune.adapters.signals.table import SOURCES
 from vlmprune.prune.budget import plan, round_tokens
 from vlmprune.prune.contract import (
     BeforeLLM,
     ClsAttention,
     Compressing,
-    Cut,
-    Decoder,
     LayerSignal,
-    MeanHidden,
     ModelShape,
     PixelSeed,
     Place,
-    Pruning,
     ReceivedAttention,
     Selection,
     TextAttention,
@@ -42,41 +48,12 @@ from vlmprune.prune.ops.topk import top_k
 from vlmprune.prune.registry import method, method_class, method_names
 from vlmprune.prune.select import most, select_all
 from vlmprune.prune.select import select as select_image
-from vlmprune.prune.tiling import Block, Tiling
+from vlmprune.prune.tiling import Tiling
 
-NAMES = [name for name in method_names() if issubclass(method_class(name), Pruning)]
-"""Methods that choose tokens."""
 ON_CACHE = [name for name in method_names() if name not in NAMES]
 """What these choose is tested in test_methods_cache."""
-DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)
-TOWERS = {
-    "clip": Tower(num_layers=24, has_cls=True),
-    "no cls": Tower(num_layers=27, has_cls=False),
-    "merging": Tower(num_layers=32, has_cls=False, merge_unit=4, full_attention=(7, 15, 23, 31)),
-    "tiny": Tower(num_layers=2, has_cls=True),
-    "one layer": Tower(num_layers=1, has_cls=True),
-}
-SHAPE = ModelShape(tower=TOWERS["clip"], decoder=DECODER)
 
 
-def choices() -> list[str]:
-    """Where every method chooses a given number: its name, with "@" and the layer for a cut in the
-    decoder; of many cuts the first three and the last."""
-    found = []
-    for name in NAMES:
-        cuts = [cut.layer for cut in method_class(name)().cuts(SHAPE) if not cut.adaptive]
-        for layer in sorted({*cuts[:3], *cuts[-1:]}):
-            found.append(f"{name}@{layer}" if layer else name)
-    return found
-
-
-def at(choice: str) -> tuple[Pruning, int]:
-    """The method of a choice, and the layer."""
-    name, _, layer = choice.partition("@")
-    return method_class(name)(), int(layer or 0)
-
-
-CHOICES = choices()
 LATE = [
     (name, cut.layer)
     for name in NAMES
@@ -92,65 +69,6 @@ RANKING = ["cls_topk", "divprune", "hiprune", "vtc_cls"] + [
 ]
 """Methods that keep the first tokens where all tokens are alike."""
 GRIDS = [(1, 2), (1, 7), (9, 1), (2, 3), (5, 4), (12, 12), (7, 30)]
-THUMBNAIL = Block((4,), (4,))
-TILINGS = {
-    "plain, newline": Tiling((Block((4,), (5,), "end"),)),
-    "2 x 2": Tiling((THUMBNAIL, Block((4, 4), (4, 4), "rows"))),
-    "2 x 2, uneven": Tiling((THUMBNAIL, Block((1, 3), (2, 4), "rows"))),
-    "1 x 3, one gone": Tiling((THUMBNAIL, Block((4,), (4, 2, 0), "rows"))),
-    "3 x 1": Tiling((THUMBNAIL, Block((4, 4, 2), (3,), "rows"))),
-    "video": Tiling((Block((3,), (2,)), Block((3,), (2,)), Block((3,), (2,), "end"))),
-}
-
-
-def shape_of(tower: str = "clip", depth: int = DECODER.num_layers) -> ModelShape:
-    return ModelShape(tower=TOWERS[tower], decoder=replace(DECODER, num_layers=depth))
-
-
-def make_tokens(
-    method,
-    tiling,
-    *,
-    layer: int = 0,
-    seed: int = 0,
-    tower: str = "clip",
-    depth: int = DECODER.num_layers,
-    constant: bool = False,
-) -> VisualTokens:
-    """What `method` may see of an image, which is a `Tiling` or the size of its grid, at a cut."""
-    if isinstance(tiling, tuple):
-        tiling = Tiling.single(*tiling)
-    shape = shape_of(tower, depth)
-    num_tokens = tiling.num_tokens
-    candidates = num_tokens
-    if not layer and method.newline_policy != "compete":
-        candidates = tiling.num_patches
-    generator = torch.Generator().manual_seed(seed)
-    cut = Cut(Place.DECODER if layer else Place.BEFORE_LLM, layer)
-    signals = {}
-    for signal in method.needs(shape):
-        if not readable(signal, cut):
-            continue
-        count = len(tiling.tiles) if signal.per == "tile" else candidates
-        drawn = SOURCES[type(signal)].draw(signal, count, Sizes(), generator)
-        one = isinstance(signal, MeanHidden)  # a vector, no rows
-        if constant and drawn.dim() and not one:  # all tokens alike
-            drawn = drawn[:1].expand_as(drawn).clone()
-        signals[signal] = drawn
-    alive = None
-    if layer:  # some tokens of a larger image are gone already, and the last row stands for none
-        alive = torch.arange(num_tokens) * 2
-        alive[-1] = -1
-        tiling = Tiling.single(2, num_tokens)
-    return VisualTokens(
-        num_tokens=num_tokens,
-        tiling=tiling,
-        shape=shape,
-        signals=signals,
-        alive=alive,
-        place=Place.DECODER if layer else Place.BEFORE_LLM,
-        layer=layer,
-    )
 
 
 def counts(num_tokens: int) -> list[int]:
@@ -194,11 +112,6 @@ def check(selection: Selection, tokens: VisualTokens, keep: int | None) -> None:
         given = range(num_tokens) if tokens.layer else tokens.tiling.patches(kept.device).tolist()
         assert set(member) <= set(given)
         assert len(set(zip(row, member, strict=True))) == len(row)
-
-
-def same(one: Selection, two: Selection) -> bool:
-    pairs = [(getattr(one, f.name), getattr(two, f.name)) for f in fields(Selection)]
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 # --- Every method ----------------------------------------------------------------------------

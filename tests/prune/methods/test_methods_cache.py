@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.compressing import COMPRESSING
 from kit.golden import CLIP_L, load
 from kit.golden_cache import OfficialElasticCache, OfficialTokenSelect, entries_of
 from kit.paths import TESTS
@@ -21,7 +22,6 @@ from vlmprune.prune.registry import method, method_class
 ElasticCache = method_class("elastic_cache")
 TokenSelect = method_class("token_select")
 VisualPress = method_class("visual_press")
-PRESSES = ("snapkv", "knorm", "received")
 GOLDEN = sorted((TESTS / "golden").glob("elasticcache__*.npz"))
 
 
@@ -62,14 +62,6 @@ def scored(*received: float) -> CacheEntries:
     return entries_of(keys, -keys, received=torch.tensor(received))
 
 
-COMPRESSING = [
-    ("elastic_cache", {}),
-    ("elastic_cache", {"start_size": 0}),
-    ("elastic_cache", {"start_size": 6}),
-    ("elastic_cache", {"start_size": 2}),
-    *(("visual_press", {"press": press}) for press in PRESSES),
-    ("visual_press", {"pooling": "max", "kernel": 7, "window": 3}),
-]
 IDS = [f"{name}-{'-'.join(map(str, fields.values()))}" for name, fields in COMPRESSING]
 
 
