@@ -51,19 +51,12 @@ def begin(
     cache: Any = kwargs.get("past_key_values")
     state = pruned_state(cache)
     setup = _setup(encoded.values(), state)
-    batch, length = embeds.shape[:2]
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise UnsupportedFeatureError(
-            "A custom 4-D attention mask cannot be shortened with the visual tokens: pass the "
-            "2-D padding mask of the processor, or unpatch the model."
-        )
-    real = torch.ones(batch, length, dtype=torch.bool, device=embeds.device)
-    if mask is not None:
-        real = mask[:, -length:].to(embeds.device, torch.bool)
+    real = _real(embeds, mask)
     images, samples = place(setup, encoded, visual)
+    repeats = len(embeds) // samples
     somewhere = torch.stack(list(visual.values())).any(0)
     text = real & ~somewhere
-    last = _report(setup, images, text.sum(1)[:: batch // samples])
+    last = _report(setup, images, text.sum(1)[::repeats])
     keeps = entries_to_keep(setup, images, last.text_tokens)
     if state is None and keeps is None and not any(image.plan for image in images):
         return None, last
@@ -79,21 +72,12 @@ def begin(
     elif state is not None and state.setup.on_cache not in (None, setup.on_cache):
         refuse_cache(state.setup, cache, shortened=True)
     if cache is not None:
-        new = state is None
-        state = make_pruned(cache, setup)
-        if new and mask is not None and mask.shape[1] > length:
-            for segment in state.segments:  # a text prefix, cached before the image came
-                segment.padding = mask[:, :-length].to(embeds.device, torch.bool)
+        state = _prune_cache(setup, cache, mask, real.shape[1], real.device)
         stored = int(cache.physical_length())
-        state.uncroppable = (
-            stored + first.length - min(_trailing_text(real, somewhere), first.length)
-        )
-        attend_budget(state, keeps, batch // samples, stored)
-    ids = kwargs.get("position_ids")
-    if ids is None:
-        seen = cache.get_seq_length() if cache is not None else 0
-        ids = torch.arange(length, device=embeds.device)[None] + seen
-    ids = ids[..., -length:].to(embeds.device)
+        behind = min(_trailing_text(real, somewhere), first.length)
+        state.uncroppable = stored + first.length - behind
+        attend_budget(state, keeps, repeats, stored)
+    ids = _given_positions(kwargs, cache)
     if keeps is not None and state is not None:
         note_prefix(setup, state, cache, ids, real)
     repacks = setup.positions.get(Place.BEFORE_LLM) == "repacked" and bool(_before_llm(images))
@@ -107,7 +91,7 @@ def begin(
         state=state,
         last=last,
         chosen=chosen,
-        compression=Compression.of(setup, cache, keeps, samples, batch // samples),
+        compression=Compression.of(setup, cache, keeps, samples, repeats),
     )
     kwargs["position_ids"] = prefill.positions.entering(first, earlier)
     kwargs["inputs_embeds"] = first.shorten(embeds)
@@ -116,6 +100,40 @@ def begin(
         # Without mask and cache, gaps in the positions would read as packed sequences.
         kwargs["attention_mask"] = first.valid
     return prefill, last
+
+
+def _real(embeds: Tensor, mask: Any) -> Tensor:
+    """(B, L) bool: no padding."""
+    if mask is None:
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UnsupportedFeatureError(
+            "A custom 4-D attention mask cannot be shortened with the visual tokens: pass the "
+            "2-D padding mask of the processor, or unpatch the model."
+        )
+    return mask[:, -embeds.shape[1] :].to(embeds.device, torch.bool)
+
+
+def _prune_cache(
+    setup: Setup, cache: Any, mask: Tensor | None, length: int, device: torch.device
+) -> PrunedState:
+    """The state of a cache that `length` columns are fed to; `mask` covers stored ones, too."""
+    new = pruned_state(cache) is None
+    state = make_pruned(cache, setup)
+    if new and mask is not None and mask.shape[1] > length:
+        for segment in state.segments:  # a text prefix, cached before the image came
+            segment.padding = mask[:, :-length].to(device, torch.bool)
+    return state
+
+
+def _given_positions(kwargs: Mapping[str, Any], cache: Any) -> Tensor:
+    """The caller's position ids, (B | 1, L) or (axes, B, L)."""
+    embeds, ids = kwargs["inputs_embeds"], kwargs.get("position_ids")
+    length = embeds.shape[1]
+    if ids is None:
+        seen = cache.get_seq_length() if cache is not None else 0
+        ids = torch.arange(length, device=embeds.device)[None] + seen
+    return ids[..., -length:].to(embeds.device)
 
 
 def _setup(encoded: Iterable[Encoded], state: PrunedState | None) -> Setup:
