@@ -209,7 +209,7 @@ def test_inside_the_llm_few_tokens_answer_as_well(loaded, call):
     """As published, or with a quarter of the cache: about as good as the dense model."""
     model, processor = loaded
     processor.tokenizer.padding_side = "left"
-    asked, said = embedded.questions(140), []
+    asked, said = embedded.questions(70), []
     with vlmprune.patch(model, call), torch.no_grad():
         for batch in (asked[start : start + 35] for start in range(0, len(asked), 35)):
             texts = [embedded.prompt(processor, question.question) for question in batch]
