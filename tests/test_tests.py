@@ -16,7 +16,9 @@ from kit.paths import ROOT, TESTS
 SOURCES = {p.relative_to(TESTS).as_posix(): p.read_text() for p in sorted(TESTS.rglob("*.py"))}
 ROOMS = {"prune", "adapters", "eval"}
 """Folders whose tests are in the folder of the same name."""
-AT_THE_TOP = {f"test_{topic}.py" for topic in ("imports", "notebooks", "readme", "server", "tests")}
+AT_THE_TOP = {
+    f"test_{topic}.py" for topic in ("imports", "notebooks", "readme", "server", "skips", "tests")
+}
 """What is about all rooms at once, or about none."""
 PLUGINS = {"families"}
 """Folders of whole features that live in several rooms, with all that tests hold of them."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import vlmprune
-from kit import zoo
+from kit import skips, zoo
 from kit.cache_oracle import CacheTruth, Entries
 from kit.decoding import SMALL, STEPS, call_of, generated, logits_of
 from kit.reported import TOLERANCE, OnCache, cached_truth, entries_of
@@ -406,10 +406,10 @@ def test_a_text_that_was_cached_before_the_image(case, which, rows):
         try:
             plain = turns(case.reference())
         except Exception as error:
-            pytest.skip(f"fails without a patch too: {type(error).__name__}")
+            skips.skip("fails unpatched", type(error).__name__)
         expected = logits_of(generated(case.reference(), inputs))
         if not torch.allclose(logits_of(plain), expected, atol=1e-3):
-            pytest.skip("without a patch the cached text gives other logits than the whole prompt")
+            skips.skip("differs unpatched")
         model = case.model()
         handle = vlmprune.patch(model, EVERYWHERE[which], positions=positions)
         out = turns(model)

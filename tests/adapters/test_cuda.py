@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 import torch
 import vlmprune
-from kit import zoo
+from kit import skips, zoo
 from kit.decoding import generated, logits_of
 from kit.drawn import NAMES, TILINGS, make_tokens
 from kit.precision import (
@@ -33,7 +33,6 @@ from kit.precision import (
 )
 from kit.snapshots import differences, snapshot
 from transformers import DynamicCache
-from transformers.utils import is_flash_attn_2_available
 from vlmprune.prune.contract import BeforeLLM
 from vlmprune.prune.registry import method_class
 from vlmprune.prune.select import select
@@ -42,15 +41,10 @@ from vlmprune.prune.tiling import Tiling
 DEVICE = torch.device("cuda")
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
-    ),
+    skips.needs("gpu"),
 ]
 KERNELS = ("sdpa", "flash_attention_2")
-FLASH = pytest.mark.skipif(
-    not is_flash_attn_2_available(),
-    reason="needs flash attention 2: pip install flash-attn, on a GPU that it supports",
-)
+FLASH = skips.needs("flash")
 HALF = [(dtype, attention) for dtype in (torch.bfloat16, torch.float16) for attention in KERNELS]
 WAYS = [(torch.float32, "sdpa"), *HALF]
 CASES = list(zoo.CASES.values())

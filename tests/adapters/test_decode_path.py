@@ -14,7 +14,7 @@ from unittest.mock import patch as replaced
 import pytest
 import torch
 import vlmprune
-from kit import zoo
+from kit import skips, zoo
 from kit.devices import VALUES, Devices, Elsewhere, _Values, dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -171,7 +171,7 @@ def test_without_padding_there_is_no_mask(case, name):
     """Neither in the prefill, where attention is causal by itself, nor in a step."""
     options = zoo.options_for(case, name)
     if options is None:
-        pytest.skip(f"{name} reads what this model does not have")
+        skips.skip("no signal", name)
     model, masks = case.model(), []
     for layer in model.model.language_model.layers:
         layer.self_attn.register_forward_pre_hook(

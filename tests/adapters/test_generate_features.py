@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import vlmprune
-from kit import zoo
+from kit import skips, zoo
 from kit.oracle import Rows, Truth
 from kit.paths import TESTS
 from kit.reported import Noted, cached_truth, features_of, truth_of
@@ -142,7 +142,7 @@ class Bench:
         try:
             return call(self.reference)
         except Exception as error:
-            pytest.skip(f"fails without a patch too: {type(error).__name__}: {str(error)[:80]}")
+            skips.skip("fails unpatched", f"{type(error).__name__}: {str(error)[:80]}")
 
     def positions(self, inputs: dict) -> dict:
         """Explicit positions where the model cannot work them out from embeddings."""
@@ -468,7 +468,7 @@ def prefix(bench):
     dense = bench.upstream(turns)
     plain = Truth(bench.case.reference("eager"), inputs)
     if not torch.allclose(dense.logits[0][0], plain.next_logits(0)[-1], atol=1e-3):
-        pytest.skip("without a patch the cached prefix gives other logits than the whole prompt")
+        skips.skip("differs unpatched")
     _ = bench.handle
     out = turns(bench.model)
     check_greedy(out, bench.truth(inputs))

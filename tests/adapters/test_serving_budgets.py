@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import vlmprune
-from kit import zoo
+from kit import skips, zoo
 from kit.oracle import Truth
 from kit.reported import cached_truth, truth_of
 from kit.snapshots import differences, snapshot
@@ -179,7 +179,7 @@ class During:
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}])
 def test_a_generation_under_way_ends_as_it_began(case, one, two, options):
     if "use_cache" in options and one in ("cache", "attending", "everywhere"):
-        pytest.skip("refused without a cache")
+        skips.skip("no cache")
     model = patched(case, SETTINGS[one])
     handle = model._vlmprune_handle
     expected = ask(model, case, **options)
@@ -193,7 +193,7 @@ def test_a_generation_under_way_ends_as_it_began(case, one, two, options):
 @pytest.mark.parametrize("two", ["schedule", "attending"])
 def test_a_chat_goes_on_with_what_pruned_its_cache(case, one, two):
     if case.qwen and one in ("tower", "merging"):
-        pytest.skip("reads the CLS token")
+        skips.skip("no signal", "the CLS token")
     model, alone = patched(case, SETTINGS[one]), patched(case, SETTINGS[one])
     inputs = case.inputs(zoo.BATCH)
     first, expected = ask(model, case, zoo.BATCH), ask(alone, case, zoo.BATCH)
@@ -427,7 +427,7 @@ def test_the_innermost_wish_holds_and_ends_with_an_exception():
 @pytest.mark.parametrize("name", KNOBS)
 def test_every_image_may_have_a_budget(case, name):
     if (options := zoo.options_for(case, name)) is None:
-        pytest.skip(f"{name} reads what this model does not have")
+        skips.skip("no signal", name)
     model = case.model()
     handle = vlmprune.patch(model, name, keep_ratio=0.5, **options, **zoo.SMALL.get(name, {}))
     with handle.budget(keep_tokens=[6, None, 10]):

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from kit import skips
 from kit.zoo import CASES
 from vlmprune.eval import cli
 from vlmprune.eval.bench.bench_table import before_after_table
@@ -410,7 +411,7 @@ def test_energy_that_cannot_be_read_is_left_out_with_the_reason(cuda, monkeypatc
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@skips.needs("gpu")
 def test_a_gpu_is_timed_by_events_and_its_memory_is_known(tmp_path):
     file = tmp_path / "bench.json"
     argv = ["bench", "model", *TINY, "--device", "cuda", "--methods", "grid", "--budgets", "4"]

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from kit import skips
 from kit.sweeps import BASE, HARDWARE, VERSIONS, cells, measured
 from vlmprune.eval.results.store import FILE_NAME, Store, read_records
 from vlmprune.eval.sweep.grid import Cell, sweep
 
 KILLS = 20  # at least
-fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+fork = skips.needs("fork")
 
 
 def many_cells() -> list[Cell]:

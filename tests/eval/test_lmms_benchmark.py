@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import skips
 
-pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install '.[lmms]'")
+pytest.importorskip("lmms_eval", reason=skips.why("lmms"))
 
 import vlmprune
 from kit import lmms as lmms_kit

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import statistics
 
 import pytest
+from kit import skips
 from vlmprune.eval import cli
 from vlmprune.eval.arguments.config import layered
 from vlmprune.eval.arguments.sweep import sweep_parser
@@ -118,7 +118,7 @@ def test_fastv_on_qwen_has_the_papers_averages():
         assert sum(tokens_per_layer(1000, stages, 28)) / 28_000 == pytest.approx(share, abs=1e-3)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("lmms_eval"), reason="lmms-eval is an extra")
+@skips.needs("lmms")
 def test_tasks_and_metrics_are_those_of_lmms_eval():
     import pathlib
     import re

@@ -8,7 +8,7 @@ import json
 import re
 
 import pytest
-from kit import chromium
+from kit import chromium, skips
 from kit.reports import fastv, record
 from PIL import Image
 from vlmprune.eval import cli
@@ -189,7 +189,7 @@ def test_stdout_is_markdown(runs, capsys):
     assert capsys.readouterr().out.startswith("# vlmprune report\n")
 
 
-@pytest.mark.skipif(chromium.find() is None, reason="no Chromium on PATH")
+@skips.needs("chromium")
 def test_page_in_a_browser(runs, tmp_path):
     page = tmp_path / "a.html"
     report(runs(HOSTILE), page)

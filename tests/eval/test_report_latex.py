@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 
-import pytest
+from kit import skips
 from kit.reports import fastv, record
 from vlmprune.eval import cli
 
@@ -112,7 +111,7 @@ def test_texts_of_a_result_file_are_inert(tmp_path):
     assert len(set(columns(text))) == 1
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on PATH")
+@skips.needs("latex")
 def test_it_compiles(tmp_path):
     table(tmp_path, *one_task(HOSTILE))
     packages = r"\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx}"

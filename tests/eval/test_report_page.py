@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from kit import chromium
+from kit import chromium, skips
 from kit.reports import record
 from PIL import Image
 from vlmprune.eval import cli
 
-pytestmark = pytest.mark.skipif(chromium.find() is None, reason="no Chromium on PATH")
+pytestmark = skips.needs("chromium")
 
 PLOT = "document.querySelector('.plot')"
 ALLOWED = {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}

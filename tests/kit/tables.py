@@ -10,6 +10,7 @@ from typing import Any
 
 from kit.error_page import error_page
 from kit.paths import ROOT, STORED, TESTS
+from kit.skips import skips_table
 from vlmprune.eval.bench.bench_table import before_after_table, bench_table, shapes_table
 from vlmprune.eval.bench.scale_table import scale_table
 from vlmprune.eval.bench.select_table import summary_table
@@ -103,6 +104,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "support": lambda: _expected("support.json", "Method"),
     "features": lambda: _expected("features.json", "Feature"),
     "errors": error_page,
+    "skips": skips_table,
     "files_prune": lambda: _files(ROOT / "prune"),
     "files_adapters": lambda: _files(ROOT / "adapters"),
     "files_eval": lambda: _files(ROOT / "eval"),

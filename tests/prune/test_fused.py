@@ -6,14 +6,15 @@ import sys
 
 import pytest
 import torch
+from kit import skips
 from kit.paths import TESTS
 from vlmprune.prune.ops.on_gpu import in_one_kernel
 
 CASES = TESTS / "kit" / "fused_cases.py"
 
 
+@skips.needs("triton")
 def test_kernels_pick_what_torch_picks_in_the_interpreter():
-    pytest.importorskip("triton", reason="needs Triton: pip install triton, on Linux")
     result = subprocess.run(
         [sys.executable, CASES],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -25,9 +26,7 @@ def test_kernels_pick_what_torch_picks_in_the_interpreter():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
-)
+@skips.needs("gpu")
 def test_kernels_pick_what_torch_picks_on_a_gpu():
     from kit import fused_cases
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kit import skips
 from kit.compressing import COMPRESSING
 from kit.golden import CLIP_L, load
 from kit.golden_cache import OfficialElasticCache, OfficialTokenSelect, entries_of
@@ -532,7 +533,7 @@ def test_half_precision_is_multiplied_in_float32():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@skips.needs("gpu")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_products_on_a_gpu(dtype):
     query, keys = seeded(2, 4, 3, 64).to(dtype), seeded(2, 4, 999, 64).to(dtype)
