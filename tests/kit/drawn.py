@@ -115,3 +115,7 @@ def make_tokens(
 def same(one: Selection, two: Selection) -> bool:
     pairs = [(getattr(one, f.name), getattr(two, f.name)) for f in fields(Selection)]
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def select(name: str, tokens: VisualTokens, keep: int, **given_fields) -> torch.Tensor:
+    return method_class(name)(**given_fields).select(tokens, keep).kept

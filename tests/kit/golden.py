@@ -1,15 +1,24 @@
-"""What the golden runners share: files, sizes of the published models, one call of a method."""
+"""Golden data: files, one call of a method, and where each method's runner is.
+
+A file `<key>__<case>.npz` holds inputs and the results of the authors' own code. The test file of
+a method, `prune/methods/test_<name>.py`, declares `GOLDEN = {key: Runner(...)}`: a runner builds
+the method's inputs from a file, runs the method and compares. Only the files' own sizes and
+settings are used, so that other cases of the same keys run as well.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from kit.paths import TESTS
 from torch import Tensor
 from vlmprune.prune.contract import (
     Decoder,
@@ -22,9 +31,10 @@ from vlmprune.prune.contract import (
     Tower,
     VisualTokens,
 )
-from vlmprune.prune.registry import method_class
+from vlmprune.prune.registry import method_class, method_names
 from vlmprune.prune.tiling import Tiling
 
+METHODS = TESTS / "prune" / "methods"
 LLAMA_7B = Decoder(num_layers=32, hidden_size=4096, intermediate_size=11008)
 CLIP_L = ModelShape(tower=Tower(num_layers=24, has_cls=True, text_twin=True), decoder=LLAMA_7B)
 MERGING = ModelShape(
@@ -97,3 +107,29 @@ def choose(
 
 def assert_equal(ours: Tensor, golden: Tensor) -> None:
     torch.testing.assert_close(ours, golden, rtol=0, atol=0)
+
+
+@cache
+def runners() -> dict[str, Runner]:
+    """Every key and its runner: `GOLDEN` of the methods' own test files."""
+    found: dict[str, Runner] = {}
+    for name in method_names():
+        path = METHODS / f"test_{name}.py"
+        if path.exists():
+            spec = spec_from_file_location(f"golden_of_{name}", path)
+            assert spec is not None and spec.loader is not None
+            module = module_from_spec(spec)
+            spec.loader.exec_module(module)
+            for key, runner in getattr(module, "GOLDEN", {}).items():
+                assert key not in found, f"{path.name}: key {key!r} has a runner already"
+                found[key] = runner
+    return found
+
+
+def run(path: Path) -> None:
+    """Compare one golden file. A key without a runner is an error, not a skip."""
+    key, known = path.name.partition("__")[0], runners()
+    if key not in known:
+        raise LookupError(f"{path.name}: no runner for key {key!r}; known: {', '.join(known)}")
+    runner, golden = known[key], load(path)
+    runner.compare(golden, runner.made(golden))

@@ -1,4 +1,4 @@
-"""What every method's selection must hold, whatever it is given; and what single ones must do."""
+"""What every method's selection must hold, whatever it is given."""
 
 import itertools
 import math
@@ -9,10 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit.compressing import COMPRESSING
 from kit.drawn import (
     CHOICES,
-    DECODER,
     NAMES,
     SHAPE,
     TILINGS,
@@ -22,28 +20,21 @@ from kit.drawn import (
     same,
     shape_of,
 )
-from kit.golden_runners import OfficialHiPrune
+from kit.entries import COMPRESSING
 from vlmprune.prune.budget import plan, round_tokens
 from vlmprune.prune.contract import (
     BeforeLLM,
     ClsAttention,
     Compressing,
     LayerSignal,
-    ModelShape,
-    PixelSeed,
     Place,
     ReceivedAttention,
     Selection,
-    TextAttention,
-    Tower,
     VisualTokens,
 )
 from vlmprune.prune.declared import readable
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.layers import scale_layer
-from vlmprune.prune.methods.before_llm.hiprune import HiPrune
-from vlmprune.prune.ops import cosine, maxmin
-from vlmprune.prune.ops.maxmin import greedy_max_min
 from vlmprune.prune.ops.topk import top_k
 from vlmprune.prune.registry import method, method_class, method_names
 from vlmprune.prune.select import most, select_all
@@ -51,7 +42,7 @@ from vlmprune.prune.select import select as select_image
 from vlmprune.prune.tiling import Tiling
 
 ON_CACHE = [name for name in method_names() if name not in NAMES]
-"""What these choose is tested in test_methods_cache."""
+"""What these choose is tested in methods/test_compressing."""
 
 
 LATE = [
@@ -74,10 +65,6 @@ GRIDS = [(1, 2), (1, 7), (9, 1), (2, 3), (5, 4), (12, 12), (7, 30)]
 def counts(num_tokens: int) -> list[int]:
     odd = num_tokens // 2 | 1
     return sorted({k for k in (1, 2, odd, num_tokens - 1) if 1 <= k < num_tokens})
-
-
-def select(name: str, tokens: VisualTokens, keep: int, **given_fields) -> torch.Tensor:
-    return method_class(name)(**given_fields).select(tokens, keep).kept
 
 
 def check(selection: Selection, tokens: VisualTokens, keep: int | None) -> None:
@@ -312,7 +299,7 @@ def test_declarations_of_methods_on_the_cache(name, depth):
 
 
 def test_every_method_that_compresses_is_tested_for_exact_counts():
-    """test_methods_cache holds what this file holds of the others."""
+    """methods/test_compressing holds what this file holds of the others."""
     assert {name for name, _ in COMPRESSING} == {
         name for name in ON_CACHE if issubclass(method_class(name), Compressing)
     }
@@ -393,249 +380,6 @@ def test_top_k_breaks_ties_by_index(scores, k):
 
 def test_top_k_compares_in_float32():
     assert top_k(torch.tensor([1, 1 + 1e-12], dtype=torch.float64), 2).tolist() == [0, 1]
-
-
-# --- divprune --------------------------------------------------------------------------------
-
-
-def published_max_min(features: torch.Tensor, count: int) -> list[int]:
-    """The published steps, read literally: every pick looks at all earlier picks again."""
-    unit = features / features.norm(dim=1, keepdim=True)
-    distance = 1 - unit @ unit.T
-    picks: list[int] = []
-    for _ in range(count):
-        if picks:
-            score = distance[picks].amin(0)
-        else:
-            score = distance.topk(2, dim=0, largest=False).values[1]
-        picks.append(int(score.argmax()))
-    return picks
-
-
-@given(st.integers(2, 60), st.floats(0, 1), st.integers(2, 24), st.integers(0, 2**31))
-def test_every_pick_is_the_farthest(num_tokens, share, width, seed):
-    """Up to float32: of two tokens equally far to six digits, either may be first."""
-    features = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed))
-    picks = greedy_max_min([features], max(1, round(share * num_tokens)))[0].tolist()
-    assert len(set(picks)) == len(picks)
-    unit = features.double() / features.double().norm(dim=1, keepdim=True)
-    distance = 1 - unit @ unit.T
-    scores = distance.topk(2, dim=0, largest=False).values[1]
-    for i, pick in enumerate(picks):
-        assert scores[pick] >= scores.max() - 1e-6
-        scores = distance[picks[: i + 1]].amin(0)
-
-
-@pytest.mark.parametrize("stored", [True, False])
-def test_max_min_is_the_published_one(stored, monkeypatch):
-    """With more tokens than a block holds, with and without the distances in memory."""
-    monkeypatch.setattr(maxmin, "_BLOCK", 32)
-    monkeypatch.setattr(cosine, "STORE_UP_TO", 10_000 if stored else 0)
-    features = torch.randn(150, 16, generator=torch.Generator().manual_seed(1))
-    assert greedy_max_min([features], 60)[0].tolist() == published_max_min(features.double(), 60)
-
-
-@pytest.mark.parametrize("stored", [True, False])
-def test_max_min_never_repeats_a_token(stored, monkeypatch):
-    """Ten distinct tokens, twenty wanted: the official code repeats some, here all are unique."""
-    monkeypatch.setattr(cosine, "STORE_UP_TO", 10_000 if stored else 0)
-    distinct = torch.randn(10, 6, generator=torch.Generator().manual_seed(2))
-    features = distinct.repeat(4, 1)
-    picks = greedy_max_min([features], 25)[0].tolist()
-    assert len(set(picks)) == 25
-    assert {pick % 10 for pick in picks[:10]} == set(range(10)), "one of each first"
-
-
-def test_max_min_survives_a_token_of_zeros():
-    features = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
-    features[5] = 0
-    picks = greedy_max_min([features], 7)[0]
-    assert len(set(picks.tolist())) == 7
-
-
-# --- hiprune ---------------------------------------------------------------------------------
-
-
-def hiprune_tokens(objects, deep, grid, tower="merging", **given_fields) -> VisualTokens:
-    shape = shape_of(tower)
-    needs = method_class("hiprune")(**given_fields).needs(shape)
-    signals = dict(zip(needs, (objects, deep), strict=True))
-    return VisualTokens(
-        num_tokens=len(objects), tiling=Tiling.single(*grid), shape=shape, signals=signals
-    )
-
-
-def test_hiprune_by_hand():
-    """5 x 6 tokens, 10 kept, half of them for one anchor with its buffers."""
-    objects, deep = torch.zeros(30), torch.zeros(30)
-    objects[14] = 1
-    deep[[3, 7, 15, 21, 27, 29]] = torch.tensor([1.0, 2, 9, 3, 4, 5])  # 15 is a buffer already
-    tokens = hiprune_tokens(objects, deep, (5, 6))
-    kept = select("hiprune", tokens, 10, alpha=0.5)
-    assert kept.tolist() == sorted([14, 13, 15, 8, 20, 29, 27, 21, 7, 3])
-
-
-def test_hiprune_buffers_wrap_and_clamp():
-    """As published: left of a row's first token is the row above, above the image is token 0."""
-    objects = torch.zeros(30)
-    objects[[6, 3]] = torch.tensor([2.0, 1.0])
-    deep = torch.arange(30, 0, -1.0)
-    tokens = hiprune_tokens(objects, deep, (5, 6))
-    # anchors 6 and 3; buffers 5 (row above), 7, 0, 12 and 2, 4, 0 (clamped), 9; register 1
-    assert select("hiprune", tokens, 10, alpha=1.0).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9, 12]
-
-
-def test_hiprune_takes_only_anchors_whose_buffers_fit():
-    objects, deep = torch.zeros(30), torch.arange(30.0)
-    objects[[14, 3]] = torch.tensor([2.0, 1.0])
-    tokens = hiprune_tokens(objects, deep, (5, 6))
-    # two anchors are called for, 8 tokens hold one with its four buffers
-    assert select("hiprune", tokens, 8, alpha=1.0).tolist() == [8, 13, 14, 15, 20, 27, 28, 29]
-    assert select("hiprune", tokens, 4, alpha=1.0).tolist() == [26, 27, 28, 29]
-
-
-@given(st.integers(1, 29), st.floats(0, 1), st.sampled_from(sorted(TOWERS)))
-def test_hiprune_is_exact_for_every_alpha(keep, alpha, tower):
-    method = method_class("hiprune")(alpha=alpha)
-    tokens = make_tokens(method, (5, 6), tower=tower, seed=keep)
-    assert len(method.select(tokens, keep).kept.unique()) == keep
-
-
-def test_hiprune_official_keeps_too_few_where_patches_merge():
-    generator = torch.Generator().manual_seed(4)
-    objects, deep = torch.rand(2, 100, generator=generator)
-    deep[objects.argmax()] = 50  # subtracting 1 does not keep the anchor out of the registers
-    tokens = hiprune_tokens(objects, deep, (10, 10))
-    exact, official = (m.select(tokens, 40).kept for m in (HiPrune(), OfficialHiPrune()))
-    assert len(official) < len(exact) == 40
-    assert set(official.tolist()) < set(exact.tolist())
-
-
-@pytest.mark.parametrize(
-    ("tower", "layers"),
-    [
-        (TOWERS["clip"], [8, 22]),
-        (TOWERS["no cls"], [9, 25]),
-        (TOWERS["merging"], [15, 31]),
-        (Tower(num_layers=32, has_cls=False, merge_unit=4), [15, 31]),
-        (Tower(num_layers=8, has_cls=False, merge_unit=4, full_attention=(1, 5)), [5, 5]),
-        (Tower(num_layers=3, has_cls=True), [1, 1]),
-    ],
-)
-def test_hiprune_layers(tower, layers):
-    shape = ModelShape(tower=tower, decoder=DECODER)
-    found = [signal.layer for signal in method_class("hiprune")().needs(shape)]
-    assert found == list(dict.fromkeys(layers))
-
-
-def test_hiprune_layers_of_the_user():
-    shape = shape_of("clip")
-    method = method_class("hiprune")(object_layer=3, deep_layer=-1)
-    assert [signal.layer for signal in method.needs(shape)] == [3, 23]
-    with pytest.raises(MethodFieldError, match=r"object_layer=24.*0\.\.23"):
-        method_class("hiprune")(object_layer=24).needs(shape)
-    with pytest.raises(MethodFieldError, match=r"deep_layer=-2.*windowed.*7, 15, 23, 31"):
-        method_class("hiprune")(deep_layer=-2).needs(shape_of("merging"))
-
-
-# --- vtc_cls and fastv -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("depth", "given_layer", "layers"),
-    [
-        (24, None, range(16, 23)),
-        (24, 10, range(10, 23)),
-        (24, -3, range(21, 23)),
-        (12, None, range(8, 11)),
-        (2, None, range(0, 1)),
-    ],
-)
-def test_vtc_cls_layers(depth, given_layer, layers):
-    shape = ModelShape(tower=Tower(num_layers=depth, has_cls=True), decoder=DECODER)
-    needs = method_class("vtc_cls")(layer=given_layer).needs(shape)
-    assert needs == tuple(ClsAttention(layer) for layer in layers)
-
-
-def test_vtc_cls_refuses_the_last_layer():
-    with pytest.raises(MethodFieldError, match=r"layer=-1 .*use 0\.\.22"):
-        method_class("vtc_cls")(layer=-1).needs(shape_of())
-
-
-def test_fastv_layers():
-    shape = shape_of()
-    for given_layer, layer in ((2, 2), (3, 3), (31, 31), (-1, 31)):
-        method = method_class("fastv")(layer=given_layer)
-        assert [cut.layer for cut in method.cuts(shape)] == [layer]
-        assert method.needs(shape) == (TextAttention(layer - 1),)
-    for wrong in (32, -33, -32):
-        with pytest.raises(MethodFieldError, match=f"layer={wrong} "):
-            method_class("fastv")(layer=wrong).cuts(shape)
-
-
-# --- random and grid -------------------------------------------------------------------------
-
-
-def test_random_depends_on_seed_and_picture_alone():
-    def kept(pixel_seed: int, seed: int = 0, grid: tuple[int, int] = (20, 20)) -> list[int]:
-        tokens = VisualTokens(
-            num_tokens=math.prod(grid),
-            tiling=Tiling.single(*grid),
-            shape=shape_of(),
-            signals={PixelSeed(): torch.tensor(pixel_seed)},
-        )
-        return select("random", tokens, 40, seed=seed).tolist()
-
-    assert kept(5) == kept(5)
-    # pictures, and seeds, that differ in high or low bits, or that only add up to the same
-    choices = [kept(5), kept(6), kept(5 + 2**40), kept(-5), kept(5, seed=1), kept(4, seed=1)]
-    choices += [kept(5, seed=2**40), kept(15), kept(1, seed=5), kept(5, seed=-1)]
-    assert len({tuple(choice) for choice in choices}) == len(choices)
-
-
-def test_random_is_uniform():
-    hits, choices = torch.zeros(50), set()
-    for pixel_seed in range(400):
-        tokens = VisualTokens(
-            num_tokens=50,
-            tiling=Tiling.single(5, 10),
-            shape=shape_of(),
-            signals={PixelSeed(): torch.tensor(pixel_seed)},
-        )
-        kept = select("random", tokens, 10)
-        hits[kept] += 1
-        choices.add(tuple(kept.tolist()))
-    # 400 draws at 1/5: mean 80, standard deviation 8
-    assert len(choices) == 400
-    assert hits.min() > 80 - 5 * 8
-    assert hits.max() < 80 + 5 * 8
-
-
-def test_grid_quarter_is_every_second_row_and_column():
-    method = method_class("grid")()
-    kept = method.select(make_tokens(method, (24, 24)), 144).kept
-    rows, columns = kept // 24, kept % 24
-    assert rows.unique().tolist() == columns.unique().tolist() == list(range(1, 24, 2))
-
-
-def test_grid_half_is_a_checkerboard():
-    method = method_class("grid")()
-    kept = method.select(make_tokens(method, (14, 14)), 98).kept
-    assert ((kept // 14 + kept % 14) % 2).unique().numel() == 1
-
-
-@given(st.integers(3, 24), st.integers(3, 24), st.floats(0, 1))
-def test_grid_leaves_no_hole(rows, columns, share):
-    """No token is much farther from a kept one than in a square lattice of that density."""
-    num_tokens = rows * columns
-    least = math.ceil(max(rows, columns) / min(rows, columns))  # fewer form a line, not a lattice
-    keep = min(num_tokens - 1, max(least, round(share * num_tokens)))
-    method = method_class("grid")()
-    kept = method.select(make_tokens(method, (rows, columns)), keep).kept
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
-    farthest = torch.cdist(places, places[kept]).amin(1).max()
-    half_diagonal = math.sqrt(num_tokens / keep / 2)
-    assert farthest <= 1.3 * (half_diagonal + 0.5)
 
 
 # --- Several images at once --------------------------------------------------------------------

@@ -1,11 +1,11 @@
 """Every golden file, index for index. `VLMPRUNE_GOLDEN` names another folder of them."""
 
 import pytest
-from kit.golden import load
-from kit.golden_runners import RUNNERS, run
+from kit import golden as kit_golden
+from kit.golden import METHODS, load, run, runners
 from kit.paths import GOLDEN, TESTS
-from vlmprune.prune.registry import method_names
 
+RUNNERS = runners()
 FOLDER = GOLDEN
 FILES = sorted(FOLDER.glob("*.npz"))
 RESULTS = ("kept", "kept_slots_0", "merged", "ttv")  # what a file holds to compare, first of these
@@ -30,16 +30,15 @@ def test_key_without_runner_fails(tmp_path):
 @pytest.mark.parametrize("key", RUNNERS)
 def test_a_wrong_result_is_noticed(key, tmp_path, monkeypatch):
     """Each runner compares: with one value of the official result changed, it fails."""
-    from kit import golden_runners
-
     path = min((TESTS / "golden").glob(f"{key}__*.npz"))
     golden = load(path)
     result = next(name for name in RESULTS if name in golden.arrays)
     golden.arrays[result][0] += 1
-    monkeypatch.setattr(golden_runners, "load", lambda _: golden)
+    monkeypatch.setattr(kit_golden, "load", lambda _: golden)
     with pytest.raises(AssertionError):
         run(path)
 
 
-def test_runners_name_methods():
-    assert {runner.method for runner in RUNNERS.values()} <= set(method_names())
+def test_runners_stand_in_the_file_of_their_method():
+    for key, runner in RUNNERS.items():
+        assert f'"{key}": Runner(' in (METHODS / f"test_{runner.method}.py").read_text()

@@ -1,4 +1,4 @@
-"""Schedules of cuts in the decoder: scores by hand, published counts, layers on other depths."""
+"""What schedules of cuts in the decoder hold: published counts, budgets, layers on other depths."""
 
 import math
 import re
@@ -8,22 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kit.decoder import TILED, at_cut, average, entering, layers_of, model, stages
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vlmprune.prune.budget import layer_flops, plan, tokens_per_layer
-from vlmprune.prune.contract import (
-    Decoder,
-    ModelShape,
-    ModuleStep,
-    Place,
-    TextAttention,
-    Tower,
-    VisualTokens,
-)
+from vlmprune.prune.budget import layer_flops, plan
+from vlmprune.prune.contract import TextAttention
 from vlmprune.prune.errors import BudgetError, MethodFieldError, UnsupportedModelError
 from vlmprune.prune.methods.decoder.transprune import transition
 from vlmprune.prune.registry import method, method_class
 from vlmprune.prune.select import select
-from vlmprune.prune.tiling import Block, Tiling
+from vlmprune.prune.tiling import Tiling
 
 HIGH, LOW = ("transprune", {}), ("transprune", {"schedule": "low"})
 TTV = ("transprune", {"scores": "ttv"})
@@ -31,46 +24,10 @@ TWO_CUTS = ("transprune", {"layers": (5, 16), "ratios": (0.5, 0.1)})
 PYRAMID = ("pyramiddrop", {})
 CALLS = [PYRAMID, ("pyramiddrop", {"layers": (3,), "ratios": (0.3,)}), HIGH, LOW, TTV]
 IDS = [f"{name}-{'-'.join(map(str, fields.values()))}" for name, fields in CALLS]
-TILED = Tiling((Block((3,), (3,)), Block((2, 3), (3, 2), "rows")))  # 9 + 25 patches, 5 newlines
-
-
-def model(depth: int = 32) -> ModelShape:
-    decoder = Decoder(num_layers=depth, hidden_size=4096, intermediate_size=11008)
-    return ModelShape(tower=Tower(num_layers=24, has_cls=True), decoder=decoder)
-
-
-def stages(call, num_tokens: int, depth: int = 32) -> list[tuple[int, int]]:
-    return [(stage.layer, stage.keep) for stage in plan(num_tokens, [call], model(depth))]
-
-
-def entering(call, num_tokens: int, depth: int = 32) -> list[int]:
-    return tokens_per_layer(num_tokens, plan(num_tokens, [call], model(depth)), depth)
-
-
-def average(call, num_tokens: int, depth: int = 32) -> float:
-    return sum(entering(call, num_tokens, depth)) / depth
 
 
 def teraflops(call, num_tokens: int) -> float:
     return sum(layer_flops(n, model().decoder) for n in entering(call, num_tokens)) / 1e12
-
-
-def layers_of(name: str, depth: int, **fields) -> list[int]:
-    return [cut.layer for cut in method_class(name)(**fields).cuts(model(depth))]
-
-
-def at_cut(method, signals, *, layer: int, depth: int = 32, tiling=None) -> VisualTokens:
-    """The tokens at a cut; of the signals those that a method may have seen by then."""
-    num_tokens = len(next(iter(signals.values())))
-    return VisualTokens(
-        num_tokens=num_tokens,
-        tiling=tiling or Tiling.single(1, num_tokens),
-        shape=model(depth),
-        signals=signals,
-        alive=torch.arange(num_tokens),
-        place=Place.DECODER if layer else Place.BEFORE_LLM,
-        layer=layer,
-    )
 
 
 def some_signals(method, cut: int, num_tokens: int, *, depth: int = 32, seed=0, constant=False):
@@ -84,106 +41,6 @@ def some_signals(method, cut: int, num_tokens: int, *, depth: int = 32, seed=0, 
     return signals
 
 
-# --- Scores by hand ----------------------------------------------------------------------------
-
-
-def test_a_transition_turns_and_stretches():
-    before = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
-    after = torch.tensor([[0.0, 1.0], [0.0, 1.0], [-6.0, -8.0]])
-    # lengths: 1 of 1, 1 of 2, 10 of 5; angles: right, none, half a turn
-    weights = [math.exp(1 - cosine) for cosine in (0, 1, -1)]
-    expected = [r * w / sum(weights) for r, w in zip((1, 0.5, 2), weights, strict=True)]
-    torch.testing.assert_close(transition(before, after), torch.tensor(expected))
-
-
-def test_a_transition_is_read_in_float32():
-    generator = torch.Generator().manual_seed(0)
-    before, after = (torch.randn(9, 16, generator=generator).bfloat16() for _ in range(2))
-    read = transition(before, after)
-    assert read.dtype == torch.float32
-    torch.testing.assert_close(read, transition(before.float(), after.float()), rtol=0, atol=0)
-
-
-def test_a_transition_of_zeros_is_a_number():
-    before, after = torch.ones(3, 4), torch.ones(3, 4)
-    before[0], after[:2] = 0, 0
-    read = transition(before, after)
-    assert read.isfinite().all() and torch.equal(read[:2], torch.zeros(2)) and read[2] > 0
-
-
-def transprune_signals(first: list[float], last: list[float], read: list[float], cut: int = 9):
-    """Transitions of the layers 6 and 8 (their MLP and their attention), and what the text reads.
-
-    A cut at layer 9 has seen both, one at layer 7 only the first.
-    """
-    zero = torch.zeros(len(read))
-    signals = {
-        ModuleStep(layer, module, transition): zero
-        for layer in range(6, cut)
-        for module in ("attention", "mlp")
-    }
-    signals[ModuleStep(6, "mlp", transition)] = torch.tensor(first)
-    signals[ModuleStep(8, "attention", transition)] = torch.tensor(last)
-    signals[TextAttention(cut, rows="text", ahead=True)] = torch.tensor(read)
-    return signals
-
-
-@pytest.mark.parametrize(("fields", "kept"), [({}, [0, 2]), ({"scores": "ttv"}, [2, 3])])
-def test_transprune_adds_shares_of_both_scores(fields, kept):
-    """Transitions 10, 20, 30, 40 are 0.1 .. 0.4 of their sum, and what the text reads 0.5, 0.25,
-    0.25 and 0: together 0.6, 0.45, 0.55 and 0.4. Read alone would keep tokens 0 and 1."""
-    signals = transprune_signals([9, 0, 29, 15], [1, 20, 1, 25], [0.02, 0.01, 0.01, 0])
-    chosen = method_class("transprune")(**fields)
-    assert chosen.select(at_cut(chosen, signals, layer=9), 2).kept.tolist() == kept
-
-
-def test_transprune_sums_over_modules_and_layers():
-    """Neither layer and neither module alone chooses what their sum does."""
-    signals = transprune_signals([9, 0, 6, 5], [0, 9, 5, 6], [0.25] * 4)
-    ttv = method_class("transprune")(scores="ttv")
-    assert ttv.select(at_cut(ttv, signals, layer=9), 2).kept.tolist() == [2, 3]
-
-
-@pytest.mark.parametrize("scores", ["both", "ttv"])
-def test_transprune_sees_no_layer_behind_the_cut(scores):
-    signals = transprune_signals([4, 3, 2, 1], [0, 0, 50, 90], [0.25] * 4)
-    signals[TextAttention(7, rows="text", ahead=True)] = torch.full((4,), 0.25)
-    signals[TextAttention(9, rows="text", ahead=True)] = torch.tensor([0, 0, 0, 0.9])
-    chosen = method_class("transprune")(scores=scores)
-    assert chosen.select(at_cut(chosen, signals, layer=7), 2).kept.tolist() == [0, 1]
-
-
-def test_transprune_without_any_attention_goes_by_transitions():
-    signals = transprune_signals([1, 2, 3, 4], [0] * 4, [0] * 4)
-    chosen = method_class("transprune")()
-    assert chosen.select(at_cut(chosen, signals, layer=9), 2).kept.tolist() == [2, 3]
-
-
-def test_pyramiddrop_reads_the_layer_that_is_cut():
-    rows = {8: [0.1, 0.4, 0.3, 0.2], 16: [0.3, 0.1, 0.2, 0.4], 24: [0.4, 0.3, 0.2, 0.1]}
-    signals = {TextAttention(k, rows="last", ahead=True): torch.tensor(r) for k, r in rows.items()}
-    chosen = method_class("pyramiddrop")()
-    for layer, kept in ((8, [1, 2]), (16, [0, 3]), (24, [0, 1])):
-        assert chosen.select(at_cut(chosen, signals, layer=layer), 2).kept.tolist() == kept
-
-
-# --- What is declared ----------------------------------------------------------------------------
-
-
-def test_signals_of_pyramiddrop():
-    row = [TextAttention(layer, rows="last", ahead=True) for layer in (8, 16, 24)]
-    assert list(method_class("pyramiddrop")().needs(model())) == row
-
-
-@pytest.mark.parametrize("scores", ["both", "ttv"])
-def test_signals_of_transprune(scores):
-    steps = {ModuleStep(k, m, transition) for k in range(6, 12) for m in ("attention", "mlp")}
-    read = {TextAttention(layer, rows="text", ahead=True) for layer in (7, 9, 12)}
-    needs = method_class("transprune")(scores=scores).needs(model())
-    assert len(needs) == len(set(needs))
-    assert set(needs) == (steps | read if scores == "both" else steps)
-
-
 @pytest.mark.parametrize(("name", "fields"), CALLS, ids=IDS)
 def test_equal_methods_declare_equal_signals(name, fields):
     one, two = (method_class(name)(**fields) for _ in range(2))
@@ -194,9 +51,6 @@ def test_equal_methods_declare_equal_signals(name, fields):
 def test_facts(name):
     cls = method_class(name)
     assert cls.positions == "repacked" and not cls.needs_budget and not cls.finds_count
-
-
-# --- Published counts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -268,14 +122,6 @@ def test_published_flops(call, num_tokens, published):
     assert round(teraflops(method(name, **fields), num_tokens), 2) == published
 
 
-def test_ratios_halve_at_any_number_of_layers():
-    call = method("pyramiddrop", layers=(6, 12, 18, 24))
-    assert stages(call, 576) == [(6, 288), (12, 144), (18, 72), (24, 36)]
-
-
-# --- Budgets -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("call", "shares"),
     [(PYRAMID, (4, 2, 1)), (HIGH, (7, 5, 1)), (LOW, (10, 3, 1)), (TWO_CUTS, (5, 1))],
@@ -332,15 +178,6 @@ def test_an_average_out_of_reach_names_the_nearest(name, nearest):
     assert stages(method(name, average_tokens=told), 576)[-1][1] == 1
 
 
-def test_earlier_cuts_reach_the_averages_of_the_tables():
-    for goal in (192, 128, 64):
-        call = method("pyramiddrop", layers=(2, 8, 16), average_tokens=goal)
-        assert average(call, 576) == pytest.approx(goal, abs=1)
-
-
-# --- Layers on other depths ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("depth", "pyramid", "trans"),
     [
@@ -370,9 +207,6 @@ def test_user_layers_hold_on_any_depth():
 def test_too_shallow_a_decoder_is_refused(name):
     with pytest.raises(UnsupportedModelError, match=r"3 cuts.*has 3.*fastv"):
         method_class(name)().cuts(model(3))
-
-
-# --- Fields --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -426,9 +260,6 @@ def test_layers_are_checked_against_the_model(name, layers, message):
         method_class(name)(layers=layers).cuts(model())
 
 
-# --- Every choice --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("depth", [4, 32])
 @pytest.mark.parametrize("tiling", [Tiling.single(3, 5), TILED], ids=["plain", "tiled"])
 @pytest.mark.parametrize(("name", "fields"), CALLS, ids=IDS)
@@ -438,7 +269,7 @@ def test_every_count_at_every_cut(name, fields, tiling, depth):
     for cut in chosen.cuts(model(depth)):
         signals = some_signals(chosen, cut.layer, tiling.num_tokens, depth=depth)
         before = {signal: tensor.clone() for signal, tensor in signals.items()}
-        tokens = at_cut(chosen, signals, layer=cut.layer, depth=depth, tiling=tiling)
+        tokens = at_cut(signals, layer=cut.layer, depth=depth, tiling=tiling)
         for keep in range(1, tiling.num_tokens + 1):
             kept = select(chosen, tokens, keep).kept
             assert len(kept) == keep and kept.dtype == torch.int64
@@ -451,7 +282,7 @@ def test_ties_go_to_the_lower_index(name, fields):
     chosen = method_class(name)(**fields)
     for cut in chosen.cuts(model()):
         signals = some_signals(chosen, cut.layer, 15, constant=True)
-        tokens = at_cut(chosen, signals, layer=cut.layer)
+        tokens = at_cut(signals, layer=cut.layer)
         for keep in range(1, 15):
             assert chosen.select(tokens, keep).kept.tolist() == list(range(keep))
 
@@ -463,7 +294,7 @@ def test_scores_are_float32(name, fields):
     for cut in chosen.cuts(model()):
         low = {s: t.bfloat16() for s, t in some_signals(chosen, cut.layer, 300).items()}
         high = {s: t.float() for s, t in low.items()}
-        tokens = [at_cut(chosen, signals, layer=cut.layer) for signals in (low, high)]
+        tokens = [at_cut(signals, layer=cut.layer) for signals in (low, high)]
         assert torch.equal(*(chosen.select(t, 140).kept for t in tokens))
 
 
@@ -472,7 +303,7 @@ def test_the_host_never_waits(name, fields):
     """Fake tensors have no values: whatever asked for one would raise."""
     chosen = method_class(name)(**fields)
     layer = chosen.cuts(model())[-1].layer
-    tokens = at_cut(chosen, some_signals(chosen, layer, 15), layer=layer)
+    tokens = at_cut(some_signals(chosen, layer, 15), layer=layer)
     with FakeTensorMode() as mode:
         signals = {signal: mode.from_tensor(t) for signal, t in tokens.signals.items()}
         assert chosen.select(replace(tokens, signals=signals), 6).count == 6
