@@ -25,21 +25,15 @@ from ...prune.errors import (
     UnsupportedModelError,
     VlmpruneError,
 )
+from ..models.tiny_layouts import BATCH, Row, images
+from ..models.tiny_models import Case
 from .asked import Question, copied, listening, same
-from .layouts import BATCH, Row, images
+from .cases import CASES
 from .tiny_clip import clip
-from .tiny_models import CASES, Case
 from .waiting import WaitsError, no_waiting
 
 State = Literal["pass", "FAIL", "n/a"]
-LAYOUTS = (
-    "llava-clip-llama",
-    "llava-siglip-qwen2",
-    "llava_next",
-    "llava_onevision",
-    "qwen2_5_vl",
-    "qwen3_vl",
-)
+LAYOUTS = tuple(name for name, case in CASES.items() if case.checked)
 """Tiny models: an encoder with CLS and one without, tiles and newlines, merged patches of any grid
 with M-RoPE."""
 RATIOS = (0.5, 0.25)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ...adapters.clip_text import ClipText
-from .layouts import TOWER, VOCAB
+from ..models.tiny_layouts import TOWER, VOCAB
 
 WORDS = ["[PAD]", "[BOS]", "[EOS]", *(f"w{i}" for i in range(VOCAB))]
 

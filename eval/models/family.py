@@ -1,4 +1,4 @@
-"""What benches, loading and lmms-eval know of a model family, said in one class a family."""
+"""What benches, checks, loading and lmms-eval know of a model family, in one class a family."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from .tiny_models import Case
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class EvalFamily(ABC):
     shapes: ClassVar[tuple[Shape, ...]] = ()
     """Sizes of published checkpoints."""
     small_shapes: ClassVar[tuple[Shape, ...]] = ()
+    tiny: ClassVar[tuple[Case, ...]]
+    """Tiny models that methods are checked on and tests run."""
     wrapper: ClassVar[str]
     """What lmms-eval calls its own wrapper of such checkpoints of the Hugging Face Hub."""
     scaling: ClassVar[Scaling | None] = None

@@ -397,7 +397,7 @@ def test_a_text_that_was_cached_before_the_image(case, which, rows):
             cache, mask = DynamicCache(config=model.config.text_config), inputs["attention_mask"]
             places = (mask.cumsum(1) - 1).clamp_min(0)
             given = {"input_ids": inputs["input_ids"][:, :before]}
-            if not case.qwen:
+            if not case.packed:
                 given["position_ids"] = places[:, :before]
             with torch.no_grad():
                 model(**given, attention_mask=mask[:, :before], past_key_values=cache)

@@ -146,7 +146,7 @@ class Bench:
 
     def positions(self, inputs: dict) -> dict:
         """Explicit positions where the model cannot work them out from embeddings."""
-        if not self.case.qwen:
+        if not self.case.packed:
             return {}
         mask = inputs["attention_mask"]
         grids = {k: inputs[k] for k in ("image_grid_thw", "video_grid_thw") if k in inputs}
@@ -245,11 +245,11 @@ def second_turn_with_an_image(bench):
         images = [zoo.encoder_inputs(x)["image"] for x in (inputs, follow_up)]
         merged = {"input_ids": torch.cat([first.sequences, follow_up["input_ids"]], 1)}
         merged["attention_mask"] = torch.ones_like(merged["input_ids"])
-        if bench.case.qwen:
+        if bench.case.packed:
             merged["mm_token_type_ids"] = (merged["input_ids"] == zoo.IMAGE).int()
         together = zoo.joined(*images)
         new = {**merged, **images[1]}
-        if bench.case.qwen:
+        if bench.case.packed:
             new["image_grid_thw"] = together["image_grid_thw"]
         merged |= together
         kept = copy.copy(bench.handle.last.stages) if model is bench.model else []
@@ -296,7 +296,7 @@ def prompt_lookup(bench):
     # cropped in between.
     ids = torch.cat([inputs["input_ids"], found[:, -6:], found[:, -6:-4]], 1)
     longer = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if bench.case.qwen:
+    if bench.case.packed:
         longer["mm_token_type_ids"] = (ids == zoo.IMAGE).int()
     with torch.no_grad():
         bench.model(**longer)
@@ -434,7 +434,7 @@ def chosen_rows(bench):
         cache = copy.deepcopy(first.past_key_values)
         change(cache)
         order = torch.tensor(rows)
-        if bench.case.qwen:  # transformers keeps the rows' offsets on the module
+        if bench.case.packed:  # transformers keeps the rows' offsets on the module
             offsets = [truth.rows[b].next_position - len(truth.rows[b].ids) for b in rows]
             bench.model.model.rope_deltas = torch.tensor(offsets)[:, None]
         out = bench.model.generate(
@@ -503,7 +503,7 @@ def own_loop(bench):
         try:
             loop(bench.reference)
         except Exception:  # Qwen's own position code fails on a grown mask
-            assert bench.case.qwen and masked
+            assert bench.case.packed and masked
             continue
         _, truth = bench.prefill(rows)
         torch.testing.assert_close(loop(bench.model), truth.decode(STEPS)[1], **CLOSE)
@@ -542,7 +542,7 @@ def logits_to_keep(bench):
 def explicit_positions(bench):
     inputs, truth = bench.prefill()
     given = {**inputs, **bench.positions(inputs)}
-    if not bench.case.qwen:
+    if not bench.case.packed:
         given["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
         logits = bench.model(**given).logits

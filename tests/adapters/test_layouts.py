@@ -252,8 +252,8 @@ def test_the_pictures_that_the_encoder_saw(case):
     for name, tiling in zip(zoo.images(rows), case.tilings(rows), strict=True):
         seen = list(next(found["video" if name in zoo.FRAMES else "image"]))
         tiles = sum(len(block.row_sizes) * len(block.column_sizes) for block in tiling.blocks)
-        if case.qwen:
-            _, height, width = zoo.QWEN_GRIDS[name]
+        if case.packed:
+            _, height, width = zoo.PATCH_GRIDS[name]
             assert seen == [(height // 2, width // 2)] * tiles
         else:
             assert seen == [(zoo.SIDE, zoo.SIDE)] * tiles

@@ -138,7 +138,7 @@ class Encoded:
 def encode(case: zoo.Case, rows) -> list[Encoded]:
     """All images, then all videos, of a batch on the unpatched model."""
     model, inputs = case.reference("eager"), case.inputs(rows)
-    if case.qwen:
+    if case.packed:
         return [
             image
             for kind, given in zoo.encoder_inputs(inputs).items()
@@ -283,7 +283,10 @@ def _raster(name: str, windowed: bool, values: torch.Tensor, mean: bool = True) 
     units = values[0].unflatten(0, (-1, 4))
     if windowed:
         window_index, _ = modeling_qwen2_5_vl.get_vision_window_index(
-            torch.tensor([zoo.QWEN_GRIDS[name]]), spatial_merge_size=2, window_size=16, patch_size=4
+            torch.tensor([zoo.PATCH_GRIDS[name]]),
+            spatial_merge_size=2,
+            window_size=16,
+            patch_size=4,
         )
         units = units[torch.argsort(window_index)]
     return units.mean(1) if mean else units.flatten(1)
@@ -308,7 +311,7 @@ def expected_signal(case: zoo.Case, signal: Signal, image: Encoded) -> torch.Ten
         case Keys(layer):
             return image.patches(image.keys[layer].transpose(1, 2))
         case EncoderFeatures():
-            if case.qwen:
+            if case.packed:
                 return image.place(image.hidden, mean=False)
             return image.patches(image.hidden)
         case ClsFeatures():  # of the tiles of which something is left
@@ -357,7 +360,7 @@ def test_what_the_projector_reads(case, attention, rows):
         if case.layout.takes_videos and image.name in "CDVW" and len(image.hidden) > 1:
             continue  # scaled or pooled after the projector, which is not linear
         with torch.no_grad():
-            if case.qwen:
+            if case.packed:
                 units = tokens.signals[EncoderFeatures()]
                 projected = core.visual.merger(units.view(-1, units.shape[-1] // 4))
             else:

@@ -22,12 +22,12 @@ def picture(width: int, height: int) -> Image.Image:
 
 def encode(case: zoo.Case, text: list[str], **media):
     """Placeholders in `text` are written {image} and {video}."""
-    words = {"image": LLAVA["image_token"], "video": LLAVA["video_token"]}
-    if case.qwen:
-        frame = "<|vision_start|> {} <|vision_end|>"
-        words = {kind: frame.format(QWEN[f"{kind}_token"]) for kind in words}
+    family = zoo.PROCESSORS[case.name]
+    words = {kind: family.MARKS[f"{kind}_token"] for kind in ("image", "video")}
+    if case.packed:
+        words = {kind: f"<|vision_start|> {word} <|vision_end|>" for kind, word in words.items()}
     prompts = [line.format(**words) for line in text]
-    return PROCESSORS[case.name]()(text=prompts, padding=True, return_tensors="pt", **media)
+    return family.processor()(text=prompts, padding=True, return_tensors="pt", **media)
 
 
 def check(case: zoo.Case, inputs, images: int) -> None:
@@ -56,7 +56,7 @@ def check(case: zoo.Case, inputs, images: int) -> None:
             assert {of_layer.shape[-1] for of_layer in entries} == {wanted}
 
 
-CASES = pytest.mark.parametrize("name", PROCESSORS)
+CASES = pytest.mark.parametrize("name", zoo.PROCESSORS)
 
 
 @CASES
@@ -74,7 +74,7 @@ def test_several_pictures_and_rows(name):
     check(case, encode(case, rows, images=images), 3)
 
 
-@pytest.mark.parametrize("name", [n for n in PROCESSORS if zoo.CASES[n].layout.takes_videos])
+@pytest.mark.parametrize("name", [n for n in zoo.PROCESSORS if zoo.CASES[n].layout.takes_videos])
 def test_videos(name):
     case = zoo.CASES[name]
     clip = np.random.default_rng(0).integers(0, 255, (4, 32, 48, 3)).astype(np.uint8)
@@ -84,5 +84,5 @@ def test_videos(name):
 
 
 def test_every_family_has_a_processor_here():
-    families = {zoo.CASES[name].reference().config.model_type for name in PROCESSORS}
+    families = {zoo.CASES[name].reference().config.model_type for name in zoo.PROCESSORS}
     assert families == set(vlmprune.models())

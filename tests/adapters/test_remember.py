@@ -319,7 +319,7 @@ def test_undo_is_exact_and_empties_the_memory(case):
     with vlmprune.patch(model, "divprune", remember_images=4, **BUDGET) as handle:
         for _ in range(2):
             ask(model, case, zoo.BATCH)
-    if case.qwen:
+    if case.packed:
         model.model.rope_deltas = None  # left there by any forward
     assert not differences(before, snapshot(model))
     assert handle.remembered.images == 0

@@ -192,13 +192,13 @@ def test_a_generation_under_way_ends_as_it_began(case, one, two, options):
 @pytest.mark.parametrize("one", SETTINGS)
 @pytest.mark.parametrize("two", ["schedule", "attending"])
 def test_a_chat_goes_on_with_what_pruned_its_cache(case, one, two):
-    if case.qwen and one in ("tower", "merging"):
+    if case.packed and one in ("tower", "merging"):
         skips.skip("no signal", "the CLS token")
     model, alone = patched(case, SETTINGS[one]), patched(case, SETTINGS[one])
     inputs = case.inputs(zoo.BATCH)
     first, expected = ask(model, case, zoo.BATCH), ask(alone, case, zoo.BATCH)
     model._vlmprune_handle.set(SETTINGS[two])
-    if not case.qwen:  # whose rope_deltas would be those of the last call
+    if not case.packed:  # whose rope_deltas would be those of the last call
         ask(model, case)
     for word in (5, 6):
         if word == 6:
@@ -229,7 +229,7 @@ def test_a_new_image_in_a_chat_is_pruned_by_what_is_set_now(case, one, two):
     together = zoo.joined(*images)
     whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **together}
     new = {**whole, **images[1]}
-    if case.qwen:
+    if case.packed:
         whole["mm_token_type_ids"] = (ids == zoo.IMAGE).int()
         new["position_ids"] = whole_positions(model, whole)
     if two == "dense":

@@ -35,7 +35,7 @@ def test_what_the_projector_reads_is_run_and_nothing_else(case: Case):
     family = family_of(model)
     everything = list(range(len(family.vision_attention)))
     unread = len(family.unread_layers({}))
-    if case.qwen:
+    if case.packed:
         assert unread == 0
     with torch.no_grad():
         dense = model(**inputs).logits

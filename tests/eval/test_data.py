@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from kit.fakes import picture
-from kit.processors import PROCESSORS
-from kit.zoo import CASES
+from kit.zoo import CASES, PROCESSORS
 from PIL import Image
 from vlmprune.eval import cli, embedded
 from vlmprune.eval.arguments import config
@@ -251,8 +250,8 @@ PLACES = {True: "<|vision_start|> <|image_pad|> <|vision_end|>", False: "<image>
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_models_of_every_family_are_swept_in_python(name, write, tmp_path):
-    case, processor = CASES[name], PROCESSORS[name]()
-    processor.chat_template = TEMPLATE.replace("IMAGE", PLACES[case.qwen])
+    case, processor = CASES[name], PROCESSORS[name].processor()
+    processor.chat_template = TEMPLATE.replace("IMAGE", PLACES[case.packed])
     for letter, size in (("a", (40, 60)), ("b", (90, 50)), ("c", (32, 32))):
         Image.radial_gradient("L").resize(size).save(tmp_path / f"{letter}.png")
     path = write(
@@ -263,7 +262,7 @@ def test_models_of_every_family_are_swept_in_python(name, write, tmp_path):
     task = JsonlTask(path, matching="contains", max_new_tokens=3)
     asked = {q.kind: task.prompt(processor, q) for q in task.questions(None)}
     assert asked["where"].split("\n") == [
-        f"{PLACES[case.qwen]} What is it?",
+        f"{PLACES[case.packed]} What is it?",
         "A. in",
         "B. out",
         f"{CHOICE_INSTRUCTION} ",

@@ -51,7 +51,7 @@ def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
 
 
 def analytic(case: Case, model, visual_per_layer, **options):
-    extra = 2 if case.qwen else 0  # start and end of vision
+    extra = 2 if case.packed else 0  # start and end of vision
     return model_cost(model).sample(
         pictures=family_of(model).pictures(Call(IMAGE, case.inputs([ROW])))[0],
         visual_per_layer=visual_per_layer,
@@ -71,8 +71,8 @@ def test_dense_prefill_equals_torch(case: Case, attention: str):
     parts = counter.get_flop_counts()
     name = type(model).__name__
     assert flops.prefill == sum(parts[f"{name}.model.language_model"].values())
-    tower = "visual" if case.qwen else "vision_tower"
-    vision = flops.vision + (flops.projector if case.qwen else 0)  # Qwen's merger is in its tower
+    tower = "visual" if case.packed else "vision_tower"
+    vision = flops.vision + (flops.projector if case.packed else 0)  # Qwen's merger is in its tower
     assert vision == sum(parts[f"{name}.model.{tower}"].values())
 
 

@@ -65,7 +65,7 @@ def evaluate(lm, task: str, folder: Path, *, name: str = "vlmprune", limit: int 
 
 
 def ours(name: str, folder: Path, **options):
-    options = {"num_frames": FRAMES} | (PIXELS if zoo.CASES[name].qwen else {}) | options
+    options = {"num_frames": FRAMES} | (PIXELS if zoo.CASES[name].packed else {}) | options
     return VlmPrune(str(lmms_kit.checkpoint(name, folder)), device="cpu", **options)
 
 
@@ -80,13 +80,13 @@ def in_order(calls: list[dict]) -> list[dict]:
 @pytest.mark.parametrize(
     ("name", "task"),
     [(name, "tiny_pictures") for name in lmms_kit.PROCESSORS]
-    + [(name, "tiny_videos") for name in lmms_kit.PROCESSORS if zoo.CASES[name].qwen],
+    + [(name, "tiny_videos") for name in lmms_kit.PROCESSORS if zoo.CASES[name].packed],
 )
 def test_prompts_and_answers_are_those_of_the_stock_wrapper(name, task, folder, monkeypatch):
     wrapper = wrapper_of(zoo.CASES[name].reference())
     options: dict = {"device": "cpu", "device_map": "cpu"}
-    options |= PIXELS | {"max_num_frames": FRAMES} if zoo.CASES[name].qwen else {}
-    options |= {} if zoo.CASES[name].qwen else {"dtype": "float32"}
+    options |= PIXELS | {"max_num_frames": FRAMES} if zoo.CASES[name].packed else {}
+    options |= {} if zoo.CASES[name].packed else {"dtype": "float32"}
     cls = models.get_model(wrapper)
     if wrapper == "qwen2_vl":  # hands pictures on as JPEG: lossless here
         from lmms_eval.models.model_utils.media_encoder import encode_image_to_data_url

@@ -93,7 +93,7 @@ def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     assert [s.kept for s in samples] == images
     assert dense["tokens"]["in_per_image"] == dense["tokens"]["kept_per_image"]
     assert dense["tokens"]["average_per_layer"] == dense["tokens"]["average_after_cuts"]
-    assert dense["tokens"]["text"] == {False: 8.5, True: 10.5}[case.qwen]
+    assert dense["tokens"]["text"] == {False: 8.5, True: 10.5}[case.packed]
     assert dense["flops"]["visual_share"] == dense["flops"]["prefill_share"] == 1
     answers = [s.prediction for s in samples]
 
@@ -116,7 +116,7 @@ def test_a_cell_reports_what_was_kept_and_what_it_costs(case: Case):
     assert pruned["flops"]["visual_share"] < pruned["flops"]["prefill_share"] < 1  # text stays
     # LLaVA's last encoder layer, which nobody reads, does not run.
     assert pruned["flops"]["vision"] <= dense["flops"]["vision"]
-    assert (pruned["flops"]["vision"] == dense["flops"]["vision"]) == case.qwen
+    assert (pruned["flops"]["vision"] == dense["flops"]["vision"]) == case.packed
     assert pruned["kv_bytes"] < dense["kv_bytes"]
     assert pruned["positions"] == "original"
     accuracy = pruned["scores"]["accuracy"]

@@ -11,8 +11,11 @@ import av
 import numpy as np
 import transformers
 from kit import zoo
-from kit.processors import IDS, LLAVA, QWEN
+from kit.words import FRAMED as QWEN
+from kit.words import IDS
+from kit.words import PLAIN as LLAVA
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from vlmprune.eval.models.families.llava_onevision import ASPECT_RATIO
 
 CHARACTERS = [*string.printable[:95], "\n"]
 
@@ -87,7 +90,7 @@ def _llava_onevision() -> transformers.ProcessorMixin:
         transformers.LlavaOnevisionVideoProcessor(size=size),
         num_image_tokens=zoo.SIDE**2,
         vision_feature_select_strategy="full",
-        vision_aspect_ratio=zoo.ASPECT_RATIO,
+        vision_aspect_ratio=ASPECT_RATIO,
         chat_template=LLAVA_TEMPLATE,
     )
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 import vlmprune
-from vlmprune.eval.checking.layouts import BATCH, SINGLE
+from vlmprune.eval.checking.cases import CASES
 from vlmprune.eval.checking.tiny_clip import clip
-from vlmprune.eval.checking.tiny_models import CASES, Case
+from vlmprune.eval.models.tiny_layouts import BATCH, SINGLE
+from vlmprune.eval.models.tiny_models import Case
 
 STORE = Path(__file__).parent.parent / "data" / "selections.json"
 MODELS = (

@@ -1,14 +1,18 @@
-"""The tiny models and layouts that ship with the package (`eval/checking`), as tests use them:
+"""The tiny models and layouts that ship with the package (`eval/models`), as tests use them:
 parametrized, and with what every method needs to run on them."""
 
 # ruff: noqa: F401  (tests say zoo.BATCH)
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import vlmprune
-from vlmprune.eval.checking.layouts import (
-    ASPECT_RATIO,
+from vlmprune.eval.checking.cases import CASES
+from vlmprune.eval.checking.tiny_clip import clip
+from vlmprune.eval.models.registry import known_families
+from vlmprune.eval.models.tiny_layouts import (
     BATCH,
     DECODER,
     FIRST_WORD,
@@ -18,9 +22,9 @@ from vlmprune.eval.checking.layouts import (
     NONE,
     ONE,
     PAD,
+    PATCH_GRIDS,
     PINPOINTS,
     PIXELS,
-    QWEN_GRIDS,
     SIDE,
     SINGLE,
     TOWER,
@@ -36,14 +40,21 @@ from vlmprune.eval.checking.layouts import (
     is_visual,
     joined,
 )
-from vlmprune.eval.checking.tiny_clip import clip
-from vlmprune.eval.checking.tiny_models import CASES, CLIP, GONE, SLIDING, Case
+from vlmprune.eval.models.tiny_models import Case
 from vlmprune.prune.budget import MethodCall
 from vlmprune.prune.contract import CacheMethod
 from vlmprune.prune.registry import method_class
 
+OF_TESTS = {name: importlib.import_module(f"families.{name}") for name in known_families()}
+"""What tests need of each family beyond what the package says of it."""
+assert list(CASES) == [name for family in OF_TESTS.values() for name in family.CASES]
+PROCESSORS = {family.CASES[0]: family for family in OF_TESTS.values()}
+"""The family that has the real processor of a tiny model: of the first one of each family."""
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-FAMILY_NAMES = ("llava-clip-llama", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
+FAMILY_NAMES = tuple(family.ONE for family in OF_TESTS.values() if family.ONE)
+CLIP = CASES[FAMILY_NAMES[0]].shape
+GONE = OF_TESTS["llava_next"].GONE
+SLIDING = OF_TESTS["llava"].SLIDING
 FAMILIES = pytest.mark.parametrize(
     "case", [CASES[name] for name in FAMILY_NAMES], ids=lambda case: case.name
 )

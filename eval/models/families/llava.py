@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from ....prune.errors import MethodFieldError
 from ..family import EvalFamily, Pixels, Shape, noise
+from ..tiny_layouts import DECODER, IMAGE, TOWER
+from ..tiny_models import Case, tiny_shape
 
 
 def clip(width: int = 1024, layers: int = 24, side: int = 336) -> CLIPVisionConfig:
@@ -59,6 +68,35 @@ def _of_sizes(*, layers: int, width: int, side: int) -> LlavaConfig:
     return _llava(vision, llama(width, round(width * 2.6875), layers, 32000))
 
 
+CLIP = tiny_shape(has_cls=True, text_twin=True)
+SIGLIP = tiny_shape(has_cls=False)
+
+
+def tiny_llava(vision: Any, text: Any, **options: Any) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=36,
+        **options,
+    )
+
+
+def _clip_llama() -> LlavaConfig:
+    return tiny_llava(CLIPVisionConfig(**TOWER), LlamaConfig(**DECODER, num_key_value_heads=4))
+
+
+def clip_mistral(sliding_window: int | None = None) -> LlavaConfig:
+    text = MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=sliding_window)
+    return tiny_llava(CLIPVisionConfig(**TOWER), text)
+
+
+def _siglip_qwen2() -> LlavaConfig:
+    text = Qwen2Config(**DECODER, num_key_value_heads=2)
+    vision = SiglipVisionConfig(**TOWER, vision_use_head=False)
+    return tiny_llava(vision, text, vision_feature_select_strategy="full", vision_feature_layer=-1)
+
+
 class Llava(EvalFamily):
     line = "LLaVA"
     wrapper = "llava_hf"
@@ -68,6 +106,11 @@ class Llava(EvalFamily):
     )
     small_shapes = (
         Shape("llava-small", lambda: _of_sizes(layers=12, width=1024, side=24), (336, 336)),
+    )
+    tiny = (
+        Case("llava-clip-llama", _clip_llama, CLIP),
+        Case("llava-clip-mistral", clip_mistral, CLIP, checked=False),
+        Case("llava-siglip-qwen2", _siglip_qwen2, SIGLIP),
     )
 
     def of_sizes(self, *, layers: int, width: int, side: int) -> LlavaConfig:

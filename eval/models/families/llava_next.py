@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from transformers import LlavaNextConfig
+from transformers import CLIPVisionConfig, LlavaNextConfig, MistralConfig
 
 from ....prune.errors import MethodFieldError
+from ....prune.tiling import Block
 from ..family import EvalFamily, Pixels, Shape, noise
-from .llava import clip, image_token, llama
+from ..tiny_layouts import DECODER, IMAGE, PINPOINTS, SIDE, TOWER, Tiles
+from ..tiny_models import Case
+from .llava import CLIP, clip, image_token, llama
 
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -20,6 +23,26 @@ def _llava_next(vision: Any, text: Any) -> LlavaNextConfig:
         text_config=text,
         image_token_id=image_token(text.vocab_size),
         image_grid_pinpoints=_PINPOINTS,
+    )
+
+
+_TINY = Tiles(
+    {  # 140, 96, 114 and 192 tokens
+        "A": ((30, 48), Block((4, 4), (6, 6), "rows")),
+        "B": ((48, 16), Block((6, 6), (4,), "rows")),
+        "C": ((24, 50), Block((6,), (3, 6, 3), "rows")),
+        "D": ((48, 48), Block((6, 6), (6, 6), "rows")),
+    }
+)
+
+
+def tiny_llava_next() -> LlavaNextConfig:
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=MistralConfig(**DECODER, num_key_value_heads=2, sliding_window=None),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=SIDE**2,
     )
 
 
@@ -36,6 +59,7 @@ class LlavaNext(EvalFamily):
             (672, 336),
         ),
     )
+    tiny: ClassVar[tuple[Case, ...]] = (Case("llava_next", tiny_llava_next, CLIP, _TINY),)
 
     def usual_picture(self, config: Any) -> tuple[int, int]:
         height, width = max(config.image_grid_pinpoints, key=lambda canvas: -canvas[0] * canvas[1])

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
+from ....prune.tiling import Block, Tiling
 from ..family import Pixels, Shape
+from ..tiny_layouts import (
+    DECODER,
+    FRAMES,
+    IMAGE,
+    PINPOINTS,
+    PIXELS,
+    SIDE,
+    TOWER,
+    VIDEO,
+    Row,
+    Tiles,
+    images,
+    noise,
+)
+from ..tiny_models import Case
+from .llava import SIGLIP
 from .llava_next import LlavaNext
 
 _PINPOINTS = [[384 * r, 384 * c] for r in range(1, 7) for c in range(1, 7)]
@@ -48,6 +66,55 @@ def _onevision(vision: Any, text: Any) -> LlavaOnevisionConfig:
     )
 
 
+class TilesAndVideos(Tiles):
+    """One of several images is plain with one newline; frames are pooled."""
+
+    takes_videos = True
+
+    def tiling(self, image: str, alone: bool) -> Tiling:
+        if image in FRAMES:
+            side = -(-SIDE // 2)
+            frames = [Block((side,), (side,))] * (FRAMES[image] - 1)
+            return Tiling((*frames, Block((side,), (side,), "end")))
+        if not alone:
+            return Tiling((Block((SIDE,), (SIDE,), "end"),))
+        return super().tiling(image, alone)
+
+    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict[str, Any]:
+        inputs = super().extra(rows, ids)
+        stills = [sum(name not in FRAMES for name in images([row])) for row in rows]
+        if any(stills):  # the processor leaves out rows without images
+            inputs["batch_num_images"] = torch.tensor([n for n in stills if n])
+        videos = [name for name in images(rows) if name in FRAMES]
+        if videos:
+            clips = [noise(name, FRAMES[name], 3, PIXELS, PIXELS) for name in videos]
+            inputs["pixel_values_videos"] = torch.stack(clips)
+        return inputs
+
+
+_TINY = TilesAndVideos(
+    {  # 114, 96, 102 and 96 tokens where they are alone; C and D are scaled down
+        "A": ((24, 50), Block((6,), (3, 6, 3), "rows")),
+        "B": ((48, 16), Block((6, 6), (4,), "rows")),
+        "C": ((30, 48), Block((3, 3), (5, 5), "rows")),
+        "D": ((24, 72), Block((4,), (5, 4, 5), "rows")),
+    }
+)
+ASPECT_RATIO = "anyres_max_2"
+"""More than 87 patches are scaled down to 72: as anyres_max_9 does it, on fewer tiles."""
+
+
+def _tiny_onevision() -> LlavaOnevisionConfig:
+    return LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+        text_config=Qwen2Config(**DECODER, num_key_value_heads=2),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        vision_aspect_ratio=ASPECT_RATIO,
+    )
+
+
 class LlavaOnevision(LlavaNext):
     shapes = (
         Shape(
@@ -63,6 +130,7 @@ class LlavaOnevision(LlavaNext):
             (384, 384),
         ),
     )
+    tiny = (Case("llava_onevision", _tiny_onevision, SIGLIP, _TINY),)
 
     def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
         made = super().pixels(config, picture, batch_size, device)

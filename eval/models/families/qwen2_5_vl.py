@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import Qwen2_5_VLConfig
 
 from ..family import Scaling, Shape
-from .qwen2_vl import TOKEN_IDS, Qwen2VL
+from ..tiny_layouts import DECODER
+from ..tiny_models import Case, tiny_shape
+from .qwen2_vl import PACKED, TOKEN_IDS, Qwen2VL, tiny_config
 
 
 def _qwen2_5_vl(
@@ -42,6 +46,24 @@ def _qwen2_5_vl(
     )
 
 
+def _tiny() -> Any:
+    return tiny_config(
+        Qwen2_5_VLConfig,
+        {},
+        hidden_size=48,
+        intermediate_size=64,
+        out_hidden_size=DECODER["hidden_size"],
+        window_size=16,
+        fullatt_block_indexes=[1, 3],
+        # With more, generate() (last position + 1) and forward (rope_deltas) number the first new
+        # token differently after a video, also without a patch.
+        tokens_per_second=1,
+    )
+
+
+WINDOWED = tiny_shape(has_cls=False, merge_unit=4, full_attention=(1, 3))
+
+
 class Qwen2_5_VL(Qwen2VL):
     wrapper = "qwen2_5_vl"
     scaling = Scaling()
@@ -49,3 +71,4 @@ class Qwen2_5_VL(Qwen2VL):
     small_shapes = (
         Shape("qwen2.5-vl-small", lambda: _qwen2_5_vl(1024, 2752, 12, 4, 12), (672, 672)),
     )
+    tiny = (Case("qwen2_5_vl", _tiny, WINDOWED, PACKED, fixed_positions=True),)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from transformers import Qwen2VLConfig
 
 from ....prune.errors import MethodFieldError
 from ..family import EvalFamily, Pixels, Scaling, noise
+from ..tiny_layouts import DECODER, IMAGE, MROPE, VIDEO, VISION_END, VISION_START, Packed
+from ..tiny_models import Case, tiny_shape
 
 TOKEN_IDS = {
     "image_token_id": 151655,
@@ -17,11 +20,36 @@ TOKEN_IDS = {
 }
 
 
+MERGING = tiny_shape(has_cls=False, merge_unit=4)
+PACKED = Packed()
+
+
+def tiny_config(config_class: Any, text: dict[str, Any], **vision: Any) -> Any:
+    """Decoder and encoder in the sizes of the others; `text` and `vision` are what differs."""
+    patches = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+    return config_class(
+        text_config={**DECODER, "num_key_value_heads": 2, "rope_parameters": MROPE, **text},
+        vision_config={"depth": 5, "num_heads": 4, **patches, **vision},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+
+
+def _tiny() -> Any:
+    sizes = {"embed_dim": 48, "hidden_size": DECODER["hidden_size"], "mlp_ratio": 2}
+    return tiny_config(Qwen2VLConfig, {}, **sizes)
+
+
 class Qwen2VL(EvalFamily):
     line = "Qwen"
     wrapper: ClassVar[str] = "qwen2_vl"
     scaling: ClassVar[Scaling | None] = Scaling(
         limits_images=True, thins_videos=True, system_prompt=True
+    )
+    tiny: ClassVar[tuple[Case, ...]] = (
+        Case("qwen2_vl", _tiny, MERGING, PACKED, fixed_positions=True, checked=False),
     )
 
     def usual_picture(self, config: Any) -> tuple[int, int]:

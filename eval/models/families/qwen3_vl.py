@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import Qwen3VLConfig
 
 from ..family import Scaling, Shape
-from .qwen2_vl import TOKEN_IDS, Qwen2VL
+from ..tiny_layouts import DECODER, FIRST_WORD, FRAMES, PATCH_GRIDS, Packed
+from ..tiny_models import Case
+from .qwen2_vl import MERGING, TOKEN_IDS, Qwen2VL, tiny_config
 
 
 def _qwen3_vl(
@@ -43,8 +47,34 @@ def _qwen3_vl(
     )
 
 
+class _Timestamped(Packed):
+    """Every frame of a video is a run of its own behind a timestamp."""
+
+    def framed(self, image: str, tokens: list[int]) -> list[int]:
+        if image not in FRAMES:
+            return super().framed(image, tokens)
+        frames, framed = PATCH_GRIDS[image][0], []
+        for frame in range(frames):
+            part = tokens[: len(tokens) // frames]
+            framed += [FIRST_WORD + frame, *super().framed(image, part)]
+        return framed
+
+
+def _tiny() -> Any:
+    return tiny_config(
+        Qwen3VLConfig,
+        {"head_dim": 16},
+        hidden_size=48,
+        intermediate_size=64,
+        out_hidden_size=DECODER["hidden_size"],
+        num_position_embeddings=36,
+        deepstack_visual_indexes=[1, 2, 3],
+    )
+
+
 class Qwen3VL(Qwen2VL):
     wrapper = "qwen3_vl"
     scaling = Scaling(limits_fps=True, system_prompt=True, patch_size=16)
     shapes = (Shape("qwen3-vl-8b", _qwen3_vl, (1024, 1024)),)
     small_shapes = (Shape("qwen3-vl-small", lambda: _qwen3_vl(1024, 2752, 12, 4, 12), (768, 768)),)
+    tiny = (Case("qwen3_vl", _tiny, MERGING, _Timestamped(), fixed_positions=True),)

@@ -50,7 +50,7 @@ TOWER = {
     "patch_size": 4,
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-QWEN_GRIDS = {
+PATCH_GRIDS = {
     "A": (1, 8, 12),
     "B": (1, 6, 10),
     "C": (1, 8, 8),
@@ -68,9 +68,11 @@ PINPOINTS = [[24, 48], [48, 24], [48, 48], [24, 72], [72, 24]]
 
 
 class Plain:
-    """LLaVA-1.5: every image is one square of tokens."""
+    """Every image is one square of tokens."""
 
     takes_videos = False
+    packed = False
+    """Whether patches of all images come in one row."""
 
     def tiling(self, image: str, alone: bool) -> Tiling:
         """How the tokens of an image lie; `alone`: no other image in its prompt."""
@@ -91,13 +93,14 @@ class Plain:
         return noise(image, 1, 3, PIXELS, PIXELS)
 
 
-class Qwen(Plain):
-    """Qwen2-VL and 2.5: grids of any size, patches of all images packed, two marks around each."""
+class Packed(Plain):
+    """Grids of any size, patches of all images packed, two marks around each."""
 
     takes_videos = True
+    packed = True
 
     def tiling(self, image: str, alone: bool) -> Tiling:
-        frames, height, width = QWEN_GRIDS[image]
+        frames, height, width = PATCH_GRIDS[image]
         return Tiling((Block((height // 2,), (width // 2,)),) * frames)
 
     def framed(self, image: str, tokens: list[int]) -> list[int]:
@@ -109,29 +112,16 @@ class Qwen(Plain):
             names = [n for n in images(rows) if (n in FRAMES) == (kind == "video")]
             if names:
                 inputs[pixels] = torch.cat([self.pixels(name) for name in names])
-                inputs[f"{kind}_grid_thw"] = torch.tensor([QWEN_GRIDS[name] for name in names])
+                inputs[f"{kind}_grid_thw"] = torch.tensor([PATCH_GRIDS[name] for name in names])
         return inputs
 
     def pixels(self, image: str) -> torch.Tensor:
         """Patches of one image: (P, 3 * 2 * 4 * 4)."""
-        return noise(image, math.prod(QWEN_GRIDS[image]), 3 * 2 * 4 * 4)
-
-
-class Qwen3(Qwen):
-    """Qwen3-VL: every frame of a video is a run of its own behind a timestamp."""
-
-    def framed(self, image: str, tokens: list[int]) -> list[int]:
-        if image not in FRAMES:
-            return super().framed(image, tokens)
-        frames, framed = QWEN_GRIDS[image][0], []
-        for frame in range(frames):
-            part = tokens[: len(tokens) // frames]
-            framed += [FIRST_WORD + frame, *super().framed(image, part)]
-        return framed
+        return noise(image, math.prod(PATCH_GRIDS[image]), 3 * 2 * 4 * 4)
 
 
 class Tiles(Plain):
-    """LLaVA-NeXT: a thumbnail and crops; `images`: sizes (height, width), and what is left of the
+    """A thumbnail and crops; `images`: sizes (height, width), and what is left of the
     canvas of crops."""
 
     def __init__(self, images: Mapping[str, tuple[tuple[int, int], Block]]) -> None:
@@ -159,32 +149,6 @@ class Tiles(Plain):
         return noise(image, count, 3, PIXELS, PIXELS)
 
 
-class TilesAndVideos(Tiles):
-    """LLaVA-OneVision: one of several images is plain with one newline; frames are pooled."""
-
-    takes_videos = True
-
-    def tiling(self, image: str, alone: bool) -> Tiling:
-        if image in FRAMES:
-            side = -(-SIDE // 2)
-            frames = [Block((side,), (side,))] * (FRAMES[image] - 1)
-            return Tiling((*frames, Block((side,), (side,), "end")))
-        if not alone:
-            return Tiling((Block((SIDE,), (SIDE,), "end"),))
-        return super().tiling(image, alone)
-
-    def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict[str, Any]:
-        inputs = super().extra(rows, ids)
-        stills = [sum(name not in FRAMES for name in images([row])) for row in rows]
-        if any(stills):  # the processor leaves out rows without images
-            inputs["batch_num_images"] = torch.tensor([n for n in stills if n])
-        videos = [name for name in images(rows) if name in FRAMES]
-        if videos:
-            clips = [noise(name, FRAMES[name], 3, PIXELS, PIXELS) for name in videos]
-            inputs["pixel_values_videos"] = torch.stack(clips)
-        return inputs
-
-
 def noise(name: str, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(ord(name)))
 
@@ -199,25 +163,7 @@ def placed(rows: Sequence[Row]) -> list[tuple[str, bool]]:
     return found
 
 
-PLAIN, QWEN, QWEN3 = Plain(), Qwen(), Qwen3()
-NEXT = Tiles(
-    {  # 140, 96, 114 and 192 tokens
-        "A": ((30, 48), Block((4, 4), (6, 6), "rows")),
-        "B": ((48, 16), Block((6, 6), (4,), "rows")),
-        "C": ((24, 50), Block((6,), (3, 6, 3), "rows")),
-        "D": ((48, 48), Block((6, 6), (6, 6), "rows")),
-    }
-)
-ONEVISION = TilesAndVideos(
-    {  # 114, 96, 102 and 96 tokens where they are alone; C and D are scaled down
-        "A": ((24, 50), Block((6,), (3, 6, 3), "rows")),
-        "B": ((48, 16), Block((6, 6), (4,), "rows")),
-        "C": ((30, 48), Block((3, 3), (5, 5), "rows")),
-        "D": ((24, 72), Block((4,), (5, 4, 5), "rows")),
-    }
-)
-ASPECT_RATIO = "anyres_max_2"
-"""More than 87 patches are scaled down to 72: as anyres_max_9 does it, on fewer tiles."""
+PLAIN = Plain()
 
 
 def joined(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:

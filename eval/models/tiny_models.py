@@ -1,0 +1,158 @@
+"""Tiny random-weight models and inputs for them as tensors, offline.
+
+The weights are drawn so that attention is peaky and every token matters: with the usual 0.02
+initialisation all tokens look alike and a wrong position or mask would not show.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from ...prune.contract import Decoder, ModelShape, Tower
+from ...prune.tiling import Tiling
+from .tiny_layouts import (
+    DECODER,
+    FIRST_WORD,
+    FRAMES,
+    IMAGE,
+    LAST_WORD,
+    PAD,
+    PLAIN,
+    SINGLE,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    Plain,
+    Row,
+    placed,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model layout: how to build it, what a method may know of it, and inputs for it."""
+
+    name: str
+    config: Callable[[], PreTrainedConfig]
+    shape: ModelShape
+    layout: Plain = PLAIN
+    fixed_positions: bool = False
+    """Whether the rotary positions are two-dimensional, so that only `original` is allowed."""
+    checked: bool = True
+    """Whether methods are checked on it; not where another one asks the same of them."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether patches of all images come in one row."""
+        return self.layout.packed
+
+    def model(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
+        """A new model with the same weights every time."""
+        model = copy.deepcopy(self.reference(attn_implementation))
+        if self.fixed_positions:
+            model.model.rope_deltas = None  # left there by earlier runs of the reference
+        return model
+
+    def reference(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
+        """The shared model that nobody patches."""
+        return _build(self, attn_implementation)
+
+    def tiling(self, image: str, alone: bool = True) -> Tiling:
+        """How the tokens of an image lie, in a prompt where it is the only one or is not."""
+        return self.layout.tiling(image, alone)
+
+    def tilings(self, rows: Sequence[Row]) -> list[Tiling]:
+        """Those of all images of a batch, in batch order."""
+        return [self.tiling(name, alone) for name, alone in placed(rows)]
+
+    def num_tokens(self, image: str, alone: bool = True) -> int:
+        """N of an image, newlines included."""
+        return self.tiling(image, alone).num_tokens
+
+    def counts(self, rows: Sequence[Row]) -> list[int]:
+        """N of all images of a batch, in batch order."""
+        return [tiling.num_tokens for tiling in self.tilings(rows)]
+
+    def grid(self, image: str) -> tuple[int, int]:
+        """Rows and columns of visual tokens of an image that is one rectangle."""
+        (tile,) = self.tiling(image).tiles
+        return tile.rows, tile.columns
+
+    def row_ids(self, row: Row) -> torch.Tensor:
+        """Token ids of one prompt (L,), without padding."""
+        words = torch.Generator().manual_seed(zlib.crc32(repr(row).encode()))
+        counts = iter(self.counts([row]))
+        ids: list[int] = []
+        for part in row:
+            if isinstance(part, int):
+                ids += torch.randint(FIRST_WORD, LAST_WORD, (part,), generator=words).tolist()
+            else:
+                token = VIDEO if part in FRAMES else IMAGE
+                ids += self.layout.framed(part, [token] * next(counts))
+        return torch.tensor(ids)
+
+    def inputs(self, rows: Sequence[Row] = SINGLE, padding: str = "left") -> dict[str, Any]:
+        """What a processor would give for these prompts, for `model(**x)` and `generate(**x)`."""
+        ids = [self.row_ids(row) for row in rows]
+        length = max(len(x) for x in ids)
+        input_ids = torch.full((len(ids), length), PAD)
+        mask = torch.zeros(len(ids), length, dtype=torch.long)
+        for b, x in enumerate(ids):
+            at = slice(length - len(x), None) if padding == "left" else slice(0, len(x))
+            input_ids[b, at], mask[b, at] = x, 1
+        inputs = {"input_ids": input_ids, "attention_mask": mask}
+        return inputs | self.layout.extra(rows, input_ids)
+
+
+@functools.cache
+def _build(case: Case, attn_implementation: str) -> PreTrainedModel:
+    torch.manual_seed(zlib.crc32(case.name.encode()))
+    model = AutoModelForImageTextToText.from_config(case.config()).eval()
+    model.set_attn_implementation(attn_implementation)
+    # Drawn under one seed whatever the attention, so that implementations can be compared.
+    draw = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    for name, weight in model.named_parameters():
+        weight.data = _weight(name, weight.shape, draw)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    model.requires_grad_(False)
+    return model
+
+
+def _weight(name: str, shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(shape, generator=draw)
+    if "norm" in name or "ln_q" in name:
+        return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+    if "image_newline" in name:
+        return noise
+    if len(shape) == 1:
+        return 0.3 * noise
+    if "embed_tokens" in name:
+        return noise
+    if "position_embedding" in name:
+        return 0.7 * noise
+    gain = 1.0
+    if any(part in name for part in ("q_proj", "k_proj", "attn.qkv")):
+        gain = 1.7  # sharp attention
+    if "lm_head" in name:
+        gain = 3.0  # clear winners
+        noise[[IMAGE, VIDEO, VISION_START, VISION_END]] = 0
+    fan_in = shape[1:].numel()
+    return gain * noise / fan_in**0.5
+
+
+def tiny_shape(**tower: Any) -> ModelShape:
+    """Of a tiny model; `tower`: what is so of its encoder."""
+    sizes = {k: DECODER[k] for k in ("hidden_size", "intermediate_size")}
+    return ModelShape(
+        tower=Tower(num_layers=5, **tower),
+        decoder=Decoder(num_layers=DECODER["num_hidden_layers"], **sizes),
+    )
