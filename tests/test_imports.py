@@ -247,6 +247,12 @@ def test_images_are_cut_and_grouped_in_one_place():
         assert calls == allowed
 
 
+def test_a_family_is_three_files_of_one_name():
+    folders = ("adapters/families", "eval/models/families", "tests/families")
+    names = [{p.stem for p in (ROOT / folder).glob("*.py")} - {"__init__"} for folder in folders]
+    assert names[0] == names[1] == names[2]
+
+
 def test_the_parsed_tree_is_the_real_one():
     assert len(METHOD_FILES) >= 28
     assert {Path(path).stem for path in METHOD_FILES} <= set(method_names())

@@ -7,11 +7,6 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
-from kit.processors import (
-    LLAVA,
-    PROCESSORS,
-    QWEN,
-)
 from PIL import Image
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import transformers
+from families.qwen2_vl import MARKS as MARKS
 from families.qwen2_vl import processor_of
 
 CASES = ("qwen3_vl",)
