@@ -226,6 +226,16 @@ def test_a_method_never_knows_a_model(path, text):
     assert model_names_in(path, text) == []
 
 
+@pytest.mark.parametrize("layer", ["adapters", "eval"])
+def test_nobody_outside_a_family_s_files_knows_its_name(layer):
+    """But for examples in help texts, the embedded model, which is of one, and a library that is
+    called after its first users."""
+    for path, text in MODULES[layer].items():
+        if not re.search(r"/families/|^eval/embedded/|^eval/arguments/", path):
+            found = {*model_names_in(path, text)} - {"qwen_vl_utils"}
+            assert found == set(), path
+
+
 @every("adapters")
 def test_an_adapter_never_knows_a_method(path, text):
     assert method_modules_in(path, text) == []
