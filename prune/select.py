@@ -98,12 +98,12 @@ def _among_newlines(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -
     among = None if keep is None else keep - len(newlines)
     question = _in_scope(method, patches, among)
 
-    def join(answers: list[Selection]) -> Selection:
+    def placed(answers: list[Selection]) -> Selection:
         chosen = question.join(answers)
         numbers = tiling.patches(tokens.device)
         return with_newlines(renumbered(chosen, numbers, tiling.num_tokens), newlines)
 
-    return replace(question, join=join)
+    return replace(question, join=placed)
 
 
 def _in_scope(method: BeforeLLM, tokens: VisualTokens, keep: int | None) -> _Question:

@@ -67,10 +67,6 @@ class EvalFamily(ABC):
     scaling: ClassVar[Scaling | None] = None
     """None: the processor takes pictures as they are and knows no limits of their size."""
 
-    def of_sizes(self, *, layers: int, width: int, side: int) -> PreTrainedConfig:
-        """A model of `side` x `side` visual tokens; only families of one plain grid have such."""
-        raise NotImplementedError(f"{type(self).__name__} has no models by their sizes alone")
-
     @abstractmethod
     def usual_picture(self, config: Any) -> tuple[int, int]:
         """Height and width in pixels, for a model that is no shape."""
@@ -82,6 +78,14 @@ class EvalFamily(ABC):
         Raises:
             MethodFieldError: the model sees no pictures of this size.
         """
+
+
+class EvalFamilyBySizes(EvalFamily):
+    """The family whose models the bench makes of any width, depth and number of visual tokens."""
+
+    @abstractmethod
+    def of_sizes(self, *, layers: int, width: int, side: int) -> PreTrainedConfig:
+        """A model of `side` x `side` visual tokens."""
 
 
 def noise(device: str, *shape: int) -> Tensor:

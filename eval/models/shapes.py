@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ...prune.errors import MethodFieldError, did_you_mean
-from . import families
-from .family import Shape
+from .family import EvalFamilyBySizes, Shape
 from .registry import eval_family, known_families
 
 TEXT_TOKENS = 40
@@ -27,8 +26,7 @@ _PUBLISHED = [shape for family in _KNOWN for shape in family.shapes]
 _SMALL = [shape for family in _KNOWN for shape in family.small_shapes]
 SHAPES = {shape.name: shape for shape in _PUBLISHED + _SMALL}
 """The published sizes of all families, then the small ones."""
-BY_SIZES = eval_family(families.BY_SIZES, "No model can be made by its sizes")
-"""The family whose models are made of any width, depth and number of visual tokens."""
+BY_SIZES = next(family for family in _KNOWN if isinstance(family, EvalFamilyBySizes))
 
 
 def shape(name: str) -> Shape:

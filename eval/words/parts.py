@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
-from ...prune.contract import Method, Place
+from ...prune.contract import Method
 from ...prune.errors import BudgetError, MethodFieldError
 from ...prune.registry import method, method_class
 from .typed import DENSE, parse_fields, split_parts
@@ -54,8 +54,7 @@ def parse(text: str, seed: int = 0) -> Parts:
         UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
     """
     parts = [_part(word, seed) for word in split_parts(text)]
-    places = list(Place)
-    return tuple(sorted(parts, key=lambda part: places.index(part.method.place)))
+    return tuple(sorted(parts, key=lambda part: part.method.place))
 
 
 def parse_budgets(words: Sequence[str]) -> list[Budget | None]:

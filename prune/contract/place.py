@@ -9,8 +9,7 @@ from typing import Literal
 from ..errors import MethodFieldError
 
 Positions = Literal["original", "repacked"]
-
-
+"""Of the tokens behind a cut: with the gaps that it leaves, or closed up."""
 Images = Literal["each", "context", "query"]
 """Which images a cut is for: every one on its own; all but the prompt's last one, pooled, so that
 the method chooses from all of them at once; the last one."""

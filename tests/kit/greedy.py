@@ -3,19 +3,19 @@
 import math
 
 import torch
+from kit import tilings
 from kit.golden import Golden
+from kit.tilings import DECODER, TOWERS
 from torch import Tensor
 from vlmprune.prune.contract import (
     ClipImage,
     ClipText,
-    Decoder,
     EncoderFeatures,
     Features,
     LayerSignal,
     ModelShape,
     PixelSeed,
     TextEmbeddings,
-    Tower,
     VisualTokens,
 )
 from vlmprune.prune.ops.parts import by_tile
@@ -39,24 +39,8 @@ def ids_of(tiling: Tiling) -> Tensor:
     return by_tile(tiling, torch.device("cpu")).argsort()
 
 
-DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)
-TOWERS = {
-    "clip": Tower(num_layers=24, has_cls=True, text_twin=True),
-    "siglip": Tower(num_layers=27, has_cls=False),
-    "windowed": Tower(num_layers=32, has_cls=False, merge_unit=4, full_attention=(7, 15, 23, 31)),
-    "one layer": Tower(num_layers=1, has_cls=True),
-}
-THUMBNAIL = Block((4,), (4,))
 TILINGS = {
-    "plain": Tiling.single(3, 5),
-    "two": Tiling.single(1, 2),
-    "line": Tiling.single(1, 7),
-    "plain with newlines": Tiling((Block((4,), (3,), "rows"),)),
-    "2 x 2": Tiling((THUMBNAIL, Block((4, 4), (4, 4)))),
-    "2 x 2 with newlines": Tiling((THUMBNAIL, Block((4, 4), (4, 4), "rows"))),
-    "without padding": Tiling((THUMBNAIL, Block((1, 4, 1), (4,), "rows"))),
-    "with a lost tile": Tiling((THUMBNAIL, Block((3, 4), (4, 0, 2), "rows"))),
-    "video": Tiling((*[Block((2,), (3,))] * 3, Block((2,), (3,), "end"))),
+    name: tiling for name, tiling in tilings.TILINGS.items() if name not in ("tall", "one crop")
 }
 
 

@@ -7,17 +7,12 @@ import torch
 from kit.golden import CLIP_L, Golden, assert_equal, choose
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from vlmprune.adapters.signals.draw import Sizes
+from vlmprune.adapters.signals.table import SOURCES
 from vlmprune.prune.contract import (
-    ClsAttention,
-    ClsAttentionOneHead,
-    ClsFeatures,
     Decoder,
-    EncoderFeatures,
-    Features,
-    Keys,
     Method,
     ModelShape,
-    ReceivedAttention,
     Tower,
     VisualTokens,
 )
@@ -49,28 +44,18 @@ SHAPE = ModelShape(
     tower=Tower(num_layers=24, has_cls=True),
     decoder=Decoder(num_layers=32, hidden_size=8, intermediate_size=16),
 )
+SIZES = Sizes(width=5, encoder=5, head_width=3)
 CPU = torch.device("cpu")
 CANVAS = Tiling((Block((4,), (4,)), Block((2, 4), (4, 3), newline="rows")))
 """A thumbnail of 16 patches, and a canvas of four tiles: 8 + 6 + 16 + 12 patches, 6 newlines."""
 
 
-def draw(signal, tiling: Tiling, generator: torch.Generator) -> torch.Tensor:
-    count = len(tiling.tiles) if signal.per == "tile" else tiling.num_patches
-    match signal:
-        case Keys():
-            return torch.randn(count, 2, 3, generator=generator)
-        case Features() | EncoderFeatures() | ClsFeatures():
-            return torch.randn(count, 5, generator=generator)
-        case ClsAttention() | ClsAttentionOneHead():
-            return torch.randn(count, generator=generator).mul(2).softmax(0)
-        case ReceivedAttention():
-            return torch.rand(count, generator=generator) * 2
-    raise NotImplementedError(f"{signal}: say here how a random one is drawn")
-
-
 def make(chooser, tiling: Tiling, *, seed: int = 0) -> VisualTokens:
     generator = torch.Generator().manual_seed(seed)
-    signals = {signal: draw(signal, tiling, generator) for signal in chooser.needs(SHAPE)}
+    signals = {}
+    for signal in chooser.needs(SHAPE):
+        count = len(tiling.tiles) if signal.per == "tile" else tiling.num_patches
+        signals[signal] = SOURCES[type(signal)].draw(signal, count, SIZES, generator)
     return VisualTokens(num_tokens=tiling.num_tokens, tiling=tiling, shape=SHAPE, signals=signals)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit.tiles import CPU, TILINGS
+from kit.tiles import CPU
+from kit.tilings import TILINGS
 from vlmprune.prune.ops.parts import apportion, canvas_of, sums_of_crops, tile_numbers, top_of_each
 from vlmprune.prune.tiling import Block, Tiling
 

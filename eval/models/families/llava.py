@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from ....prune.errors import MethodFieldError
-from ..family import EvalFamily, Pixels, Shape, noise
+from ..family import EvalFamilyBySizes, Pixels, Shape, noise
 from ..tiny_layouts import DECODER, IMAGE, TOWER
 from ..tiny_models import Case, tiny_shape
 
@@ -97,7 +97,7 @@ def _siglip_qwen2() -> LlavaConfig:
     return tiny_llava(vision, text, vision_feature_select_strategy="full", vision_feature_layer=-1)
 
 
-class Llava(EvalFamily):
+class Llava(EvalFamilyBySizes):
     line = "LLaVA"
     wrapper = "llava_hf"
     shapes = (

@@ -8,7 +8,8 @@ import pytest
 import torch
 from kit.golden import CLIP_L, Golden, Runner, assert_equal, choose, load
 from kit.paths import TESTS
-from kit.tiles import CPU, THUMBNAIL, TILINGS, given_signals, make_tokens, merged, shape_of, span_of
+from kit.tiles import CPU, given_signals, make_tokens, merged, shape_of, span_of
+from kit.tilings import THUMBNAIL, TILINGS
 from torch import Tensor
 from torch.nn.functional import interpolate
 from vlmprune.prune.contract import ClsLogits, Method, ReceivedAttention, Selection, VisualTokens

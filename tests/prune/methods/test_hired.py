@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from kit.golden import CLIP_L, Golden, Runner, assert_equal, choose
-from kit.tiles import CPU, TILINGS, given_signals, merged, shape_of, span_of
+from kit.tiles import CPU, given_signals, merged, shape_of, span_of
+from kit.tilings import TILINGS
 from torch import Tensor
 from vlmprune.prune.contract import Method, Selection, VisualTokens
 from vlmprune.prune.methods.before_llm.hired import HiRED

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kit.golden import CLIP_L, Golden, Runner, assert_equal, choose
-from kit.tiles import TILINGS, given_signals, make_tokens, shape_of
+from kit.tiles import given_signals, make_tokens, shape_of
+from kit.tilings import TILINGS
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 from vlmprune.prune.contract import Features, Method, ReceivedAttention, Selection, VisualTokens

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kit.tiles import TILINGS, TOWERS, counts, make_tokens, shape_of
+from kit.tiles import counts, make_tokens, shape_of
+from kit.tilings import TILINGS, TOWERS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vlmprune.prune.contract import ReceivedAttention
 from vlmprune.prune.errors import MethodFieldError

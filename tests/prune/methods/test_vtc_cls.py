@@ -2,7 +2,8 @@
 
 import pytest
 from kit.golden import LLAMA_7B, Golden, Runner, assert_equal, choose
-from kit.tiles import DECODER, given_signals, shape_of
+from kit.tiles import given_signals, shape_of
+from kit.tilings import DECODER
 from vlmprune.prune.contract import ClsAttention, Method, ModelShape, Tower
 from vlmprune.prune.errors import MethodFieldError
 from vlmprune.prune.registry import method_class
