@@ -36,9 +36,13 @@ def run(model, inputs):
     return logits, out.sequences, torch.stack(out.logits), lengths
 
 
-@zoo.ALL
 @pytest.mark.parametrize(
-    ("attention", "budget"), [("sdpa", {"keep_ratio": 1.0}), ("eager", {"keep_tokens": 10**6})]
+    ("case", "attention", "budget"),
+    [
+        *((case, "sdpa", {"keep_ratio": 1.0}) for case in zoo.CASES.values()),
+        *((zoo.CASES[name], "eager", {"keep_tokens": 10**6}) for name in zoo.TWO_NAMES),
+    ],
+    ids=lambda value: getattr(value, "name", None),
 )
 @zoo.METHODS
 def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, budget, name):

@@ -60,8 +60,19 @@ def ask(model, case: zoo.Case, rows) -> torch.Tensor:
     return model(**case.inputs(rows)).logits
 
 
-@zoo.FAMILIES
-@pytest.mark.parametrize("name", vlmprune.methods())
+def remembered() -> Iterator[tuple[zoo.Case, str]]:
+    """Every method on one family; on others, which differ in how images lie, one method each that
+    keeps tokens, merges them, cuts in the decoder and acts on the cache."""
+    for family in zoo.FAMILY_NAMES:
+        every = family == zoo.FAMILY_NAMES[0]
+        for name in vlmprune.methods() if every else ("divprune", "pool", "fastv", "visual_press"):
+            yield zoo.CASES[family], name
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [pytest.param(case, name, id=f"{name}-{case.name}") for case, name in remembered()],
+)
 def test_another_question_about_the_same_images(case, name):
     options = zoo.options_for(case, name)
     if options is None or name in READ_THE_PROMPT:

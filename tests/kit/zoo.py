@@ -58,8 +58,10 @@ SLIDING = OF_TESTS["llava"].SLIDING
 FAMILIES = pytest.mark.parametrize(
     "case", [CASES[name] for name in FAMILY_NAMES], ids=lambda case: case.name
 )
+TWO_NAMES = ("llava-clip-llama", "qwen2_5_vl")
+"""A family of each kind of positions: enough for what is one code path on all of them."""
 BOTH_FAMILIES = pytest.mark.parametrize(
-    "case", [CASES["llava-clip-llama"], CASES["qwen2_5_vl"]], ids=lambda case: case.name
+    "case", [CASES[name] for name in TWO_NAMES], ids=lambda case: case.name
 )
 _ALL = vlmprune.methods()
 ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
