@@ -6,8 +6,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("kit")  # a helper's failed assertion shows its values too
 
 torch.set_num_threads(1)
 settings.register_profile(

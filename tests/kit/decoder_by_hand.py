@@ -1,0 +1,225 @@
+"""A decoder written out by hand, and its signals as the contract says: one row, no padding, no
+cache, whole attention maps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from kit import zoo
+from kit.oracle import State, Truth, projected, turned
+from kit.recorders import CLOSE, FIRST, TWICE, Recorder, pick, ran
+from torch import Tensor
+from vlmprune.prune.contract import (
+    Cut,
+    Hidden,
+    MeanHidden,
+    ModuleStep,
+    Neurons,
+    ReceivedInLayer,
+    RotaryAffinity,
+    Rows,
+    Signal,
+    TextAttention,
+)
+
+
+@dataclass
+class Ran:
+    """One layer of one row."""
+
+    before: State
+    """What comes from the layer before, not yet cut."""
+    ahead: Tensor
+    """(H, n, n) its attention maps on the uncut input."""
+    places: Tensor
+    tables: tuple[Tensor, Tensor]
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    maps: Tensor
+    attention: tuple[Tensor, Tensor]
+    """Input and output of the module, (n, D) each."""
+    mlp: tuple[Tensor, Tensor]
+    neurons: Tensor
+
+    def at(self, places: Tensor) -> Tensor:
+        """Rows of the tokens at these places of the prompt, or of the last token before them."""
+        return torch.searchsorted(self.places, places, right=True) - 1
+
+
+class Expected:
+    """Signals of a batch on an unpatched model.
+
+    Args:
+        prefix: of each row, how many tokens an earlier call stored.
+    """
+
+    def __init__(self, case, rows, cuts=(), positions="original", prefix=None) -> None:
+        self.truth = Truth(case.reference("eager"), case.inputs(rows), cuts, positions)
+        self.prefix = prefix or [0] * len(rows)
+        with torch.no_grad():
+            self.rows = [list(self._walk(row)) for row in range(len(rows))]
+        self.image_rows = [
+            (row, number)
+            for row, spec in enumerate(self.truth.rows)
+            for number in range(len(spec.images))
+        ]
+
+    def _walk(self, row: int):
+        truth, state = self.truth, self.truth.start(row)
+        changes = {0, *(layer for layer, _ in truth.cuts)}
+        for number, layer in enumerate(truth.decoder.layers):
+            before = state
+            if number == 0:  # what is gone before the LLM never comes
+                before = truth.cut(row, 0, state)
+                tables = [table[0] for table in truth.rotary(before)]
+            _, _, *ahead = self._attend(layer, before.hidden, tables)
+            state = truth.cut(row, number, state)
+            if number in changes:
+                tables = [table[0] for table in truth.rotary(state)]
+            x, queries, keys, maps = self._attend(layer, state.hidden, tables)
+            values = projected_values(layer.self_attn, x)
+            mixed = maps @ values.repeat_interleave(len(maps) // len(values), 0)
+            added = layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
+            hidden = state.hidden + added
+            y = layer.post_attention_layernorm(hidden)
+            neurons = layer.mlp.act_fn(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y)
+            change = layer.mlp.down_proj(neurons)
+            yield Ran(
+                before=before,
+                ahead=ahead[-1],
+                places=state.places,
+                tables=tuple(tables),
+                queries=queries,
+                keys=keys,
+                values=values,
+                maps=maps,
+                attention=(x, added),
+                mlp=(y, change),
+                neurons=neurons,
+            )
+            hidden = hidden + change
+            if number < len(state.deep):
+                hidden = hidden + state.deep[number]
+            state = State(hidden, state.positions, state.places, state.deep, state.following)
+        logits = truth.model.lm_head(truth.decoder.norm(state.hidden))
+        torch.testing.assert_close(logits, truth.forward(row)[0], atol=1e-3, rtol=1e-3)
+
+    def _attend(self, layer, hidden: Tensor, tables):
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+        queries, keys = (turned(projected(attention, name, x), *tables) for name in "qk")
+        shared = keys.repeat_interleave(len(queries) // len(keys), 0)
+        scores = queries @ shared.mT / queries.shape[-1] ** 0.5
+        return x, queries, keys, (scores + self.truth.mask(len(x))).softmax(-1)
+
+    # --- signals ---------------------------------------------------------------------------
+
+    def asked(self, row: int, image: Tensor, rows: Rows) -> Tensor:
+        """Places of the text rows."""
+        spec = self.truth.rows[row]
+        last = torch.tensor([len(spec.ids) - 1])
+        behind = ~zoo.is_visual(spec.ids)
+        behind[: int(image.max()) + 1] = False
+        if rows == "last" or not behind.any():
+            return last
+        places = behind.nonzero()[:, 0]
+        if rows == "text":
+            return places
+        entered = image[self.truth.alive(row, 0)[image]]
+        return places[rows(spec.embeds[entered], spec.embeds[places])]
+
+    def signal(self, want: Signal, row: int, image: Tensor, alive: Tensor) -> Tensor:
+        """Of one of the row's images (its places), for the tokens at the places `alive`."""
+        here, spec = self.rows[row][want.layer], self.truth.rows[row]
+        new = here.places >= self.prefix[row]
+        match want:
+            case TextAttention(layer, rows, ahead, each):
+                maps, at = here.maps, here.at
+                if ahead:
+                    before = here.before.places
+                    maps = here.ahead
+
+                    def at(places):
+                        return torch.searchsorted(before, places, right=True) - 1
+
+                found = maps[:, at(self.asked(row, image, rows))][..., at(alive)]
+                return found.permute(2, 0, 1) if each else found.mean((0, 1))
+            case RotaryAffinity(layer, rows):
+                width = here.tables[0].shape[-1]
+                ones = turned(torch.ones(1, len(here.places), width), *here.tables)[0]
+                asked = here.at(self.asked(row, image, rows))
+                return (ones @ ones.T / width**0.5)[here.at(alive)][:, asked]
+            case ReceivedInLayer():
+                return here.maps.mean(0).sum(0)[here.at(alive)]
+            case Hidden():
+                return here.before.hidden[torch.isin(here.before.places, alive)]
+            case MeanHidden(layer, of):
+                places = here.before.places
+                first = spec.images[-1][0]
+                part = places >= first
+                if of == "context" and len(spec.images) > 1:
+                    part = places < first
+                elif of == "context":
+                    part = ~zoo.is_visual(spec.ids[places])
+                return here.before.hidden[part & (places >= self.prefix[row])].mean(0)
+            case ModuleStep(layer, module, read):
+                before, after = here.attention if module == "attention" else here.mlp
+                values = torch.zeros(len(new))
+                values[new] = read(before[new], after[new])
+                return values[here.at(alive)]
+            case Neurons(layer, read):
+                text = here.neurons[here.at(self.asked(row, image, "text"))]
+                whole = image[self.truth.alive(row, layer)[image]]
+                values = read(here.neurons[here.at(whole)], text)
+                return values[torch.isin(whole, alive)]
+        raise NotImplementedError(want)
+
+
+def projected_values(attention, x: Tensor) -> Tensor:
+    return attention.v_proj(x).view(len(x), -1, attention.head_dim).transpose(0, 1)
+
+
+@functools.cache
+def kept_tokens(case: zoo.Case, rows, first: bool, cuts: tuple[Cut, ...]) -> tuple:
+    """(layer, kept tokens of each image in batch order), from counts alone."""
+    found: dict[int, list[Tensor]] = {0: []} if first else {}
+    for total in case.counts(rows):
+        alive = torch.arange(total)
+        if first:
+            alive = alive[pick(0, total, round(FIRST * total))]
+            found[0].append(alive)
+        for cut in cuts:
+            keep = round(round(0.3 * total) * cut.share)
+            alive = alive[pick(cut.layer, len(alive), min(keep, len(alive)))]
+            found.setdefault(cut.layer, []).append(alive)
+    return tuple(found.items())
+
+
+@functools.cache
+def expected(case, rows, positions="original", first=False, cuts=TWICE, prefix=None) -> Expected:
+    kept = kept_tokens(case, rows, first, cuts)
+    return Expected(case, rows, kept, [positions] * len(kept), prefix)
+
+
+def check(recorder: Recorder, truth: Expected, cuts: Sequence[int]) -> None:
+    """All that was seen, against the reference."""
+    kept = dict(truth.truth.cuts)
+    for cut in cuts:
+        seen = recorder.of(cut)
+        assert len(seen) == len(truth.image_rows)
+        for number, ((row, place), one) in enumerate(zip(truth.image_rows, seen, strict=True)):
+            tokens, image = one.tokens, truth.truth.rows[row].images[place]
+            assert torch.equal(one.kept, kept[cut][number]), "another token is kept than expected"
+            assert set(tokens.signals) == ran(recorder.wants, cuts, cut)
+            before = truth.rows[row][cut].before.places
+            alive = image[torch.isin(image, before)]
+            assert torch.equal(image[tokens.alive], alive)
+            for want, found in tokens.signals.items():
+                assert found.dtype == torch.float32
+                wanted = truth.signal(want, row, image, alive)
+                torch.testing.assert_close(
+                    found, wanted, **CLOSE, msg=lambda m, w=want, r=row: f"{w} row {r}: {m}"
+                )
