@@ -26,10 +26,15 @@ from kit.reported import features_of
 
 
 def matrix():
-    """Each place on a family of each kind of positions; on others all places at once."""
+    """Each place on one family, and all places at once on one whose positions have several axes;
+    the other families take turns with them."""
     families = zoo.FAMILIES.args[1]
+    others = [case for case in families if case.name not in zoo.TWO_NAMES]
+    turns = dict(zip(FEATURES, itertools.cycle(others)))
     for case, name, place in itertools.product(families, FEATURES, PLACES):
-        if place != "all" and (name in SLOW or case.name not in zoo.TWO_NAMES):
+        everywhere = case.name == zoo.TWO_NAMES[0] and name not in SLOW
+        at_once = place == "all" and (case.name in zoo.TWO_NAMES or case == turns[name])
+        if not everywhere and not at_once:
             continue
         if name in SLOW and case.name in CALLS:
             continue
@@ -96,8 +101,14 @@ VIDEO_CASES = pytest.mark.parametrize(
 )
 
 
-@VIDEO_CASES
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        pytest.param(case, place, id=f"{place}-{case.name}".replace(" ", "_"))
+        for case, place in itertools.product(VIDEO_CASES.args[1], PLACES)
+        if place == "all" or case.name in zoo.TWO_NAMES
+    ],
+)
 @pytest.mark.parametrize(
     "name",
     [

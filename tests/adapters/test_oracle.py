@@ -24,9 +24,14 @@ ADAPTIVE = [
     for name in vlmprune.methods()
     if name not in zoo.ON_CACHE and not method_class(name).needs_budget
 ]
-VIDEO = pytest.mark.parametrize(
-    "case", [c for c in zoo.CASES.values() if c.layout.takes_videos], ids=lambda case: case.name
-)
+OF_EACH_KIND = ("divprune", "pool", "fastv", "sparsevlm")
+"""They choose, merge, cut in the decoder, and both in the decoder."""
+VIDEOS = [
+    pytest.param(case, name, id=f"{name}-{case.name}")
+    for case in zoo.CASES.values()
+    if case.layout.takes_videos
+    for name in (zoo.METHODS.args[1] if case.name in zoo.TWO_NAMES else OF_EACH_KIND)
+]
 
 
 def cut_layers(case: zoo.Case, rows, call) -> list[int]:
@@ -41,7 +46,7 @@ def cut_layers(case: zoo.Case, rows, call) -> list[int]:
         pytest.param(case, *given, id=f"{run}-{case.name}")
         for case in zoo.CASES.values()
         for run, given in RUNS.items()
-        if given[0] == "sdpa" or case.name in zoo.TWO_NAMES
+        if run == "sdpa-original" or case.name in zoo.TWO_NAMES
     ],
 )
 @zoo.METHODS
@@ -64,12 +69,12 @@ def test_equals_the_oracle(case, attention, budget, name, positions):
         kept = check_kept(case, rows, handle, lambda n: budget_of(budget, n))
         for image, indices in zip(zoo.images(rows), kept, strict=True):
             assert torch.equal(alone.setdefault(image, indices), indices), "depends on the batch"
-        if rows != (zoo.TWO,):
+        if rows == zoo.BATCH or (rows == zoo.SINGLE and case.name in zoo.TWO_NAMES):
             assert positions_of(case, handle) == positions
             check_against(truth_of(case, inputs, model, handle), model, inputs, handle, first)
 
 
-@zoo.ALL
+@zoo.BOTH_FAMILIES
 @zoo.METHODS
 def test_default_positions_are_those_of_the_method(case, name):
     model = case.model()
@@ -105,8 +110,7 @@ def test_methods_that_need_no_budget_equal_the_oracle(case, name):
         check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
-@VIDEO
-@zoo.METHODS
+@pytest.mark.parametrize(("case", "name"), VIDEOS)
 def test_videos_equal_the_oracle(case, name):
     model = case.model()
     handle = zoo.patch_or_refusal(model, case, name, keep_ratio=0.4)
@@ -118,7 +122,7 @@ def test_videos_equal_the_oracle(case, name):
     check_against(truth_of(case, inputs, model, handle), model, inputs, handle, first)
 
 
-@zoo.ALL
+@zoo.BOTH_FAMILIES
 @zoo.METHODS
 def test_text_only_rows_do_not_change(case, name):
     model = case.model()
