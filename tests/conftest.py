@@ -1,5 +1,6 @@
 """Settings for all tests: few threads, repeatable property tests."""
 
+import gc
 import os
 
 # Threads of this process and of the commands that tests start: one each, and no busy waiting.
@@ -21,3 +22,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("vlmprune")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_collection():
+    """What is there before a file of tests (modules, shared models) is not looked through at every
+    collection of garbage in it."""
+    gc.collect()
+    gc.freeze()

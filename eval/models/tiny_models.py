@@ -6,7 +6,6 @@ initialisation all tokens look alike and a wrong position or mask would not show
 
 from __future__ import annotations
 
-import copy
 import functools
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from ...prune.contract import Decoder, ModelShape, Tower
 from ...prune.tiling import Tiling
+from .pressed import Pressed
 from .tiny_layouts import (
     DECODER,
     FIRST_WORD,
@@ -56,14 +56,12 @@ class Case:
 
     def model(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
         """A new model with the same weights every time."""
-        model = copy.deepcopy(self.reference(attn_implementation))
-        if self.fixed_positions:
-            model.model.rope_deltas = None  # left there by earlier runs of the reference
+        model: PreTrainedModel = _build(self, attn_implementation)[1].made()
         return model
 
     def reference(self, attn_implementation: str = "sdpa") -> PreTrainedModel:
         """The shared model that nobody patches."""
-        return _build(self, attn_implementation)
+        return _build(self, attn_implementation)[0]
 
     def tiling(self, image: str, alone: bool = True) -> Tiling:
         """How the tokens of an image lie, in a prompt where it is the only one or is not."""
@@ -113,7 +111,8 @@ class Case:
 
 
 @functools.cache
-def _build(case: Case, attn_implementation: str) -> PreTrainedModel:
+def _build(case: Case, attn_implementation: str) -> tuple[PreTrainedModel, Pressed]:
+    """The shared model, and what it is before it runs."""
     torch.manual_seed(zlib.crc32(case.name.encode()))
     model = AutoModelForImageTextToText.from_config(case.config()).eval()
     model.set_attn_implementation(attn_implementation)
@@ -124,7 +123,7 @@ def _build(case: Case, attn_implementation: str) -> PreTrainedModel:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     model.requires_grad_(False)
-    return model
+    return model, Pressed(model)
 
 
 def _weight(name: str, shape: torch.Size, draw: torch.Generator) -> torch.Tensor:

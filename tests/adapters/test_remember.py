@@ -326,6 +326,9 @@ def test_threads_share_the_memory():
 @zoo.FAMILIES
 def test_undo_is_exact_and_empties_the_memory(case):
     model = case.model()
+    ask(model, case, zoo.BATCH)  # transformers installs hooks of its own then
+    if case.packed:
+        model.model.rope_deltas = None  # left there by any forward
     before = snapshot(model)
     with vlmprune.patch(model, "divprune", remember_images=4, **BUDGET) as handle:
         for _ in range(2):
