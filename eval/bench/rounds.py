@@ -205,5 +205,5 @@ def peak_memory(subject: Subject, parts: Parts, new_tokens: int, threads: int) -
     model = subject.model("cpu")
     inputs = subject.inputs("cpu")
     mask = inputs["attention_mask"] if subject.ragged else None
-    with Variant(parts).patched(model, subject.text_twin("cpu")):
+    with Variant(parts).patched(model, subject.text_twin("cpu", parts)):
         return added_at_peak(lambda: Decoding(model, prefill(model, inputs), mask).run(new_tokens))

@@ -17,6 +17,7 @@ from ...prune.errors import MethodFieldError
 from ..image_file import read_picture
 from ..models.loading import ModelLoadError, load, path_of, short_name
 from ..models.shapes import BY_SIZES, prompt, shape, usual_picture
+from ..words.parts import Parts
 from .text_twin import random_text_twin
 
 
@@ -80,12 +81,16 @@ class Subject:
             )
         return model.eval().to(dtype)
 
-    def text_twin(self, device: str) -> ClipText | None:
-        """The text encoder beside a CLIP tower of random weights; None for other models, where a
-        method that needs one says so."""
+    def text_twin(self, device: str, parts: Parts) -> ClipText | None:
+        """The text encoder beside a CLIP tower of random weights, where one of `parts` needs it;
+        None for other models, where a method that needs one says so."""
         config: Any = self.config()
         vision = config.vision_config
         if self.model_name is not None or vision.model_type != "clip_vision_model":
+            return None
+        tower = family_of(self.model("meta")).shape
+        needs = [need for part in parts for need in part.call.method.needs(tower)]
+        if not any(need.of_text_twin for need in needs):
             return None
         return random_text_twin(vision, device=device, dtype=getattr(torch, self.dtype))
 

@@ -110,7 +110,7 @@ class Variant:
         model_shape = family.shape
         self.pictures = list(family.pictures(Call(IMAGE, inputs))[0])
         self.visual_tokens = visual_tokens_of(model, inputs)
-        with self.patched(model, subject.text_twin("meta")) as handle:
+        with self.patched(model, subject.text_twin("meta", self.parts)) as handle:
             self.unread_layers = 0 if handle is None else handle.unread_layers
         stages = plan(self.visual_tokens, calls, model_shape)
         self.at_most = any(stage.adaptive for stage in stages)

@@ -106,7 +106,8 @@ def _measure(
     with progress() as bar:
         rounds = bar.add_task("bench", total=(repeats + 1 + in_children) * len(variants))
         model = subject.model(device)
-        inputs, clip = subject.inputs(device), subject.text_twin(device)
+        parts = tuple(part for variant in variants for part in variant.parts)
+        inputs, clip = subject.inputs(device), subject.text_twin(device, parts)
         for number in range(repeats + 1):
             advance = partial(bar.advance, rounds)
             compare(model, inputs, variants, new_tokens, number, clip, advance)

@@ -287,6 +287,15 @@ def test_a_checkpoint_is_measured_in_batches(tmp_path):
     assert reckoned.cache_bytes == dense["cache_bytes"]
 
 
+def test_a_text_encoder_is_made_for_methods_that_need_it():
+    subject = Subject(layers=2, width=64, visual_tokens=16)
+    assert subject.text_twin("meta", parse("grid@4")) is None
+    variant = Variant(parse("cdpruner@4"))
+    assert subject.text_twin("meta", variant.parts) is not None
+    variant.reckon(subject)
+    assert variant.visual_tokens == 16 and max(variant.per_layer) == 4
+
+
 def test_a_twin_shares_the_weights_and_is_patched_alone():
     subject = Subject(layers=2, width=64, visual_tokens=16)
     model, inputs = subject.model("cpu"), subject.inputs("cpu")
