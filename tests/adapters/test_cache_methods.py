@@ -104,16 +104,20 @@ def same(found, expected) -> bool:
     return all(map(torch.equal, found[:3], expected[:3])) and found[3] == expected[3]
 
 
-@zoo.ALL
+ALONE = ("sdpa", zoo.SINGLE, {"keep_ratio": 1.0})
+PADDED = ("sdpa", zoo.BATCH, {"keep_ratio": 1.0})
+EAGER = ("eager", zoo.BATCH, {"keep_tokens": 10**6})
+
+
 @METHODS
 @pytest.mark.parametrize(
-    ("attention", "rows", "budget"),
+    ("case", "attention", "rows", "budget"),
     [
-        ("sdpa", zoo.SINGLE, {"keep_ratio": 1.0}),
-        ("sdpa", zoo.BATCH, {"keep_ratio": 1.0}),
-        ("eager", zoo.BATCH, {"keep_tokens": 10**6}),
+        pytest.param(case, *how, id=f"{case.name}-{name}")
+        for case in zoo.CASES.values()
+        for name, how in {"single": ALONE, "batch": PADDED, "eager": EAGER}.items()
+        if how is PADDED or case in (CLIP, QWEN)
     ],
-    ids=["single", "batch", "eager"],
 )
 def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, rows, budget, name):
     model = case.model(attention)
@@ -147,8 +151,7 @@ def test_prompts_shorter_than_the_window_attend_to_everything(case, positions, f
         torch.testing.assert_close(found[2], expected[2], **TOLERANCE)
 
 
-@zoo.ALL
-@METHODS
+@zoo.turns("name", NAMES)
 def test_text_alone_is_the_unpatched_model_bit_for_bit(case, name):
     model, rows = case.model(), (zoo.NONE, (4,))
     vlmprune.patch(model, call_of(name, keep_ratio=0.2))
@@ -160,8 +163,15 @@ def test_text_alone_is_the_unpatched_model_bit_for_bit(case, name):
 # --- against the oracle ------------------------------------------------------------------------
 
 
-@POSITIONS
-@METHODS
+@pytest.mark.parametrize(
+    ("case", "positions", "name"),
+    [
+        pytest.param(case, word, name, id=f"{name}-{case.name}-{word}")
+        for word in ("original", "repacked")
+        for case, name in zoo.by_turns(zoo.CASES.values(), NAMES)
+        if word == "original" or not case.fixed_positions
+    ],
+)
 def test_every_step_equals_the_oracle(case, positions, name):
     model = case.model()
     handle = vlmprune.patch(model, call_of(name, keep_ratio=0.4), positions=positions)
@@ -180,8 +190,7 @@ def test_every_step_equals_the_oracle(case, positions, name):
         assert moved[1] > 0.05 if zoo.images([row]) else moved[1] < 1e-4
 
 
-@zoo.ALL
-@METHODS
+@zoo.turns("name", NAMES)
 def test_counts_under_eager_attention_with_the_positions_of_the_method(case, name):
     model = case.model("eager")
     handle = vlmprune.patch(model, call_of(name, keep_tokens=7))
@@ -208,8 +217,7 @@ def test_entries_are_evicted_while_decoding():
         assert kept + 2 <= truth.cached.lengths(row, [5] * (STEPS - 1))[0] <= kept + STEPS - 3
 
 
-@zoo.ALL
-@METHODS
+@zoo.turns("name", NAMES)
 def test_a_batch_mate_changes_no_sample(case, name):
     """With original positions, where no two keys are equal."""
     model = case.model()
@@ -338,13 +346,13 @@ def test_a_second_question_is_fed_at_once(case, which):
 def test_beams_and_copies_have_caches_of_their_own(case, which):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
     handle = vlmprune.patch(model, EVERYWHERE[which])
-    beams = generated(model, inputs, 5, num_beams=3, num_return_sequences=2).sequences[:, -5:]
+    beams = generated(model, inputs, 4, num_beams=3, num_return_sequences=2).sequences[:, -4:]
     torch.manual_seed(5)
     options = {"do_sample": True, "top_k": 0, "num_return_sequences": 2}
-    copies = generated(model, inputs, 5, **options).sequences[:, -5:]
+    copies = generated(model, inputs, 4, **options).sequences[:, -4:]
     truth = cached_truth(case, inputs, model, handle)
-    assert torch.equal(beams, truth.beams(5, 3)[0][:, :2].flatten(0, 1))
-    assert torch.equal(copies, truth.sample(5, seed=5, copies=2))
+    assert torch.equal(beams, truth.beams(4, 3)[0][:, :2].flatten(0, 1))
+    assert torch.equal(copies, truth.sample(4, seed=5, copies=2))
 
 
 @zoo.BOTH_FAMILIES

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +37,20 @@ POSITIONS = pytest.mark.parametrize(
         if word == "original" or not case.fixed_positions
     ],
 )
+
+
+def positions_and(name: str, words: Iterable[Any]):
+    """Both kinds of positions, and in each the words as `zoo.by_turns` deals them."""
+    words = list(words)
+    cells = [
+        pytest.param(case, kind, word, id=f"{case.name}-{kind}-{word}")
+        for kind in ("original", "repacked")
+        for case, word in zoo.by_turns(zoo.CASES.values(), words)
+        if kind == "original" or not case.fixed_positions
+    ]
+    return pytest.mark.parametrize(("case", "positions", name), cells)
+
+
 PACKED = pytest.mark.parametrize(
     "case", [c for c in zoo.CASES.values() if not c.fixed_positions], ids=lambda case: case.name
 )
@@ -77,8 +94,7 @@ NOTHING = {
 # --- nothing removed ---------------------------------------------------------------------------
 
 
-@POSITIONS
-@pytest.mark.parametrize("method", NOTHING)
+@positions_and("method", NOTHING)
 def test_with_nothing_removed_it_is_the_unpatched_model(case, positions, method):
     tokens, logits = greedy(case)
     given = case.inputs(zoo.BATCH)
@@ -128,8 +144,7 @@ def cuts_of(case: zoo.Case, name: str):
     return cuts, words
 
 
-@zoo.ALL
-@pytest.mark.parametrize("name", CUTS)
+@zoo.turns("name", CUTS)
 def test_decoding_with_stored_keys_agrees_with_no_cache(case, name):
     """New tokens at positions of their own in every layer, against the whole sequence at once."""
     cuts, words = cuts_of(case, name)
@@ -316,10 +331,9 @@ def compressed(kind: str):
     return compress
 
 
-@POSITIONS
-@pytest.mark.parametrize("kind", ["same", "per-head", "merged"])
-@pytest.mark.parametrize("evicts", [False, True], ids=["keep", "evict"])
-def test_removed_entries_against_the_cache_of_transformers(case, positions, kind, evicts):
+@positions_and("removed", itertools.product(["same", "per-head", "merged"], ["keep", "evict"]))
+def test_removed_entries_against_the_cache_of_transformers(case, positions, removed):
+    kind, evicts = removed[0], removed[1] == "evict"
     slots = [None, 3, 1, None] if evicts else [None] * 4
     asked: list[dict[str, int]] = []
 

@@ -32,8 +32,7 @@ def model_of(case: zoo.Case):
     return model
 
 
-@zoo.FAMILIES
-@pytest.mark.parametrize("name", [*METHODS, BY_STEP])
+@zoo.turns("name", [*METHODS, BY_STEP], [zoo.CASES[name] for name in zoo.FAMILY_NAMES])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_equals_the_oracle(kernels, case, name, batch):
     if zoo.options_for(case, name) is None:
@@ -45,7 +44,7 @@ def test_equals_the_oracle(kernels, case, name, batch):
         check(out, truth_for(case, rows, model, handle), torch.float32)
 
 
-@zoo.BOTH_FAMILIES
+@pytest.mark.parametrize("case", [zoo.CASES["llava-clip-llama"]], ids=lambda case: case.name)
 @pytest.mark.parametrize("name", vlmprune.methods())
 def test_every_method_does_what_it_does_with_sdpa(kernels, case, name):
     if (options := zoo.options_for(case, name)) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -371,11 +372,9 @@ def test_what_the_projector_reads(case, attention, rows):
 # --- Signals of the decoder --------------------------------------------------------------------
 
 
-@zoo.ALL
-@zoo.ATTENTION
-@LAYOUTS
-@pytest.mark.parametrize("layer", [0, 1, 3])
-def test_last_row_attention(case, attention, rows, layer):
+@zoo.turns("how", itertools.product(["sdpa", "eager"], ROWS, [0, 1, 3]))
+def test_last_row_attention(case, how):
+    attention, rows, layer = how[0], ROWS[how[1]], how[2]
     cut = min(layer + 1, 3)
     want = TextAttention(cut - 1)
     (seen,) = record(case, attention, rows, DecoderRecorder(wants=(want,), layer=cut))

@@ -3,6 +3,9 @@ are those of `devices`, which refuse tensors of one another as accelerators do."
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import torch
 import vlmprune
@@ -28,19 +31,22 @@ def test_tensors_of_two_devices_do_not_meet():
         assert isinstance(one, Elsewhere) and (one + two.to(ONE)).device == ONE
 
 
+def cells() -> Iterator[tuple[zoo.Case, int, list[str]]]:
+    """Every kind of reading on the first family, with either half away by turns, and with both what
+    acts in several layers; on others what acts everywhere, and one for each thing that a family's
+    layers do on their own: positions, deepstack, windows."""
+    for away in (0, 1):
+        yield zoo.CASES[zoo.FAMILY_NAMES[0]], away, [*list(METHODS)[away:-1:2], "everywhere"]
+    own = itertools.cycle(("merging", "next layer", "steps"))
+    for name in zoo.FAMILY_NAMES[1:]:
+        yield zoo.CASES[name], 1, [next(own), "everywhere"]
+
+
 @pytest.mark.parametrize(
-    ("case", "away"),
-    [
-        pytest.param(zoo.CASES[name], away, id=f"{name}-{away}")
-        for name in zoo.FAMILY_NAMES
-        for away in ((0, 1) if name == "llava-clip-llama" else (1,))
-    ],
+    ("case", "away", "kinds"),
+    [pytest.param(*cell, id=f"{cell[0].name}-{cell[1]}") for cell in cells()],
 )
-def test_methods_follow_the_layers(case, away):
-    """Every kind of reading on the first family, with either half away; on others one for each
-    thing that a family's layers do on their own: positions, deepstack, windows."""
-    first = case.name == zoo.FAMILY_NAMES[0]
-    kinds = METHODS if first else ("merging", "next layer", "steps", "everywhere")
+def test_methods_follow_the_layers(case, away, kinds):
     model = case.model()
     inputs = case.inputs(ROWS)
     expected = {"dense": (generate(model, inputs), None)}

@@ -209,10 +209,13 @@ SAME_BUDGETS = ("divprune", "hiprune", "vtc_cls", "cls_topk", "fopru", "cdpruner
 
 @pytest.fixture(scope="module")
 def scenes() -> dict[int, Scene]:
-    return {
-        tiles: Scene.random(tiles=tiles, images=2 if tiles == 1 else 1, width=256)
-        for tiles in (1, 3, 5)
-    }
+    """Of encoders with a few heads, which choose as those with all of them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bench_select, "_HEADS", 2)
+        return {
+            tiles: Scene.random(tiles=tiles, images=2 if tiles == 1 else 1, width=256)
+            for tiles in (1, 3, 5)
+        }
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
@@ -236,8 +239,9 @@ def test_both_sides_choose_the_same(scenes, name, tiles):
 # --- The command -----------------------------------------------------------------------------
 
 
-def test_bench_select_writes_both_sides(tmp_path, capsys):
+def test_bench_select_writes_both_sides(tmp_path, capsys, monkeypatch):
     path = tmp_path / "select.json"
+    monkeypatch.setattr(bench_select, "_HEADS", 2)
     argv = ["--tokens", "576,1728", "--batch", "1,2", "--rounds", "1", "--width", "64"]
     before = torch.get_num_threads()
     argv += ["--threads", "1", "-o", str(path), "--methods", "divprune", "random", "hiprune"]

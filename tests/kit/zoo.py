@@ -6,6 +6,9 @@ parametrized, and with what every method needs to run on them."""
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import vlmprune
@@ -63,6 +66,24 @@ TWO_NAMES = ("llava-clip-llama", "qwen2_5_vl")
 BOTH_FAMILIES = pytest.mark.parametrize(
     "case", [CASES[name] for name in TWO_NAMES], ids=lambda case: case.name
 )
+
+
+def by_turns(cases: Iterable[Case], words: Iterable[Any]) -> Iterator[tuple[Case, Any]]:
+    """Every word on models of a family of each kind of positions, and one by turns on each other:
+    for what is one code path on all of them."""
+    words = list(words)
+    turns = itertools.cycle(words)
+    for case in cases:
+        for word in words if case.name in TWO_NAMES else [next(turns)]:
+            yield case, word
+
+
+def turns(name: str, words: Iterable[Any], cases: Iterable[Case] = tuple(CASES.values())) -> Any:
+    """`by_turns` for parametrize, `name` being the argument that is a word."""
+    cells = [pytest.param(*cell, id=f"{cell[1]}-{cell[0].name}") for cell in by_turns(cases, words)]
+    return pytest.mark.parametrize(("case", name), cells)
+
+
 _ALL = vlmprune.methods()
 ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
 METHODS = pytest.mark.parametrize("name", [name for name in _ALL if name not in ON_CACHE])

@@ -18,12 +18,11 @@ SHAPE = ModelShape(
 )
 
 
-@pytest.mark.parametrize("module", ["choose", "scores", "select", "registry"])
-def test_nothing_of_transformers_is_loaded(module):
-    code = (
-        f"import sys, vlmprune.prune.{module}; "
-        "print([m for m in ('transformers', 'vlmprune.adapters') if m in sys.modules])"
-    )
+def test_nothing_of_transformers_is_loaded():
+    code = "import sys\n"
+    for module in ("registry", "scores", "select", "choose"):
+        code += f"import vlmprune.prune.{module}\n"
+    code += "print([m for m in ('transformers', 'vlmprune.adapters') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
