@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import subprocess
@@ -15,6 +16,7 @@ from kit.zoo import CASES
 from PIL import Image
 from vlmprune.eval import cli
 from vlmprune.eval.arguments.sweep import DEFAULT_METHODS
+from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.words.typed import parse_fields, split_list
 from vlmprune.prune.registry import method_class
 
@@ -206,11 +208,13 @@ def test_where_prints_folders_of_the_package(capsys):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The embedded model and benchmark replaced by the zoo's."""
+    """The embedded model and benchmark replaced by the zoo's, and one question timed."""
     from vlmprune.eval.arguments import early
     from vlmprune.eval.commands import sweep as sweep_command
 
     monkeypatch.setattr(early, "KINDS", {"short", "long"})
+    quick = functools.partialmethod(Evaluator.__init__, timed_questions=1)
+    monkeypatch.setattr(Evaluator, "__init__", quick)
 
     def use(case):
         monkeypatch.setattr(
