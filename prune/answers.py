@@ -16,6 +16,7 @@ from torch import Tensor
 from .contract import (
     Attending,
     CacheEntries,
+    Choosing,
     ClsFeatures,
     Compressed,
     Compressing,
@@ -24,7 +25,6 @@ from .contract import (
     Hidden,
     Method,
     Place,
-    Pruning,
     Selection,
     Signal,
     VisualTokens,
@@ -41,14 +41,14 @@ def looks_at_values(method: Method, debug: bool) -> bool:
 
 
 def check_batch(
-    method: Pruning, asked: Sequence[Asked], answers: object, *, values: bool
+    method: Choosing, asked: Sequence[Asked], answers: object, *, values: bool
 ) -> list[Selection]:
     """What `select_batch` returned.
 
     Raises:
         MethodAnswerError: the rule that is broken, the value, and what to return instead.
     """
-    own = type(method).select_batch is not Pruning.select_batch
+    own = type(method).select_batch is not Choosing.select_batch
     call = "select_batch" if own else "select"
     if not isinstance(answers, list | tuple) or len(answers) != len(asked):
         many = f"{len(answers)} answers" if isinstance(answers, list | tuple) else _said(answers)
@@ -62,7 +62,7 @@ def check_batch(
 
 
 def check_selection(
-    method: Pruning, call: str, tokens: VisualTokens, keep: int | None, given: object, values: bool
+    method: Choosing, call: str, tokens: VisualTokens, keep: int | None, given: object, values: bool
 ) -> Selection:
     """What `select` or (`keep` None) `select_adaptive` returned for some tokens.
 
@@ -354,7 +354,7 @@ def _check_numbers(answer: _Answer, tokens: VisualTokens, given: Selection) -> N
             )
 
 
-def _bounds(method: Pruning, tokens: VisualTokens) -> tuple[int, int]:
+def _bounds(method: Choosing, tokens: VisualTokens) -> tuple[int, int]:
     """The fewest and the most that may stay where the method decides: at a cut that is adaptive
     under a budget as well none may, and all."""
     cuts = method.cuts(tokens.shape)

@@ -1,7 +1,7 @@
 """Images (or tiles) of one size that a method can choose from in one pass: they are grouped here.
 
 A rule is written once, for several images: `InOnePass.select_equal` keeps as many tokens of each,
-`Greedy.picks` picks them one after the other. Rules for one image alone are `Pruning.select`.
+`Greedy.picks` picks them one after the other. Rules for one image alone are `Choosing.select`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .amount import BUDGET_WORDS, PUBLISHED, Budget, BudgetWord
-from .contract import CacheMethod, Cut, Decoder, Images, Method, ModelShape, Place, Pruning
+from .contract import Cut, Decoder, Images, Method, ModelShape, Place, Pruning
 from .errors import BudgetError, MethodAnswerError
 
 __all__ = [
@@ -35,13 +35,7 @@ class MethodCall:
     budget: Budget | None
 
     def __post_init__(self) -> None:
-        if self.budget is None or not isinstance(self.method, CacheMethod):
-            return
-        if self.budget.word in ("average_tokens", "flops_ratio"):
-            raise BudgetError(
-                f"{self.method.name} cannot reach {self.budget}: it acts on the KV cache, and "
-                f"every layer of the prefill sees all tokens. Give keep_ratio or keep_tokens."
-            )
+        self.method.check_budget(self.budget)
 
     @property
     def name(self) -> str:

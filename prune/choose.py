@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, MethodCall, Stage, plan
-from .contract import ModelShape, Place, Pruning, Selection, Signal, VisualTokens
+from .contract import Choosing, ModelShape, Place, Selection, Signal, VisualTokens
 from .errors import VlmpruneError
 from .select import select_all
 from .tiling import Tiling
@@ -151,7 +151,7 @@ def choose(
     if not stages:
         return []
     method = stages[0].call.method
-    if not isinstance(method, Pruning):
+    if not isinstance(method, Choosing):
         raise VlmpruneError(f"{method.name} removes nothing from the sequence.")
     keeps = [None if stage.adaptive else stage.keep for stage in stages]
     given = [replace(one, signals=_detached(one.signals)) for one in images]

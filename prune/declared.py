@@ -13,10 +13,17 @@ from torch import Tensor
 from . import contract
 from .contract import (
     BeforeLLM,
+    BlockCut,
+    BlockInput,
+    Choosing,
+    ClsAttention,
     Compressing,
     Cut,
+    HeadRank,
     Hidden,
     Images,
+    InEncoder,
+    Keys,
     LayerSignal,
     MeanHidden,
     Method,
@@ -24,9 +31,11 @@ from .contract import (
     ModuleStep,
     Place,
     Pruning,
+    ReceivedAttention,
     ReceivedInLayer,
     Signal,
     TextAttention,
+    Tower,
 )
 from .errors import MethodFieldError, MissingSignalError
 
@@ -36,6 +45,8 @@ SIGNALS: dict[str, type[Signal]] = {
     if isinstance(kind, type) and issubclass(kind, Signal) and kind not in (Signal, LayerSignal)
 }
 """All signals that can be read, by name."""
+IN_ENCODER = (BlockInput, ClsAttention, HeadRank, Keys, ReceivedAttention)
+"""Signals that a method inside the encoder can read of the block that is cut."""
 Refuse = Callable[[str], NoReturn]
 
 
@@ -102,6 +113,10 @@ def _check_cuts(method: Method, cuts: object, shape: ModelShape) -> None:
         if cuts:
             refuse(f"returned {cuts!r}", "a method on the cache removes nothing from the sequence")
         return
+    if isinstance(method, InEncoder):
+        _check_blocks(method, shape.tower)
+        if method.restores:
+            return
     if not cuts:
         refuse("returned no cut", "return at least one, e.g. (Cut(Place.DECODER, 2),)")
     for cut in cuts:
@@ -123,9 +138,36 @@ def _check_cuts(method: Method, cuts: object, shape: ModelShape) -> None:
             f"there: Cut(Place.{method.place.name}, ...); or derive from another class",
         )
     alone = method.finds_count or any(cut.adaptive for cut in cuts)
-    if alone and type(method).select_adaptive is Pruning.select_adaptive:
+    if not isinstance(method, Choosing):
+        return
+    if alone and type(method).select_adaptive is Choosing.select_adaptive:
         why = "finds_count" if method.finds_count else "an adaptive cut"
         refuse(f"has {why} and no rule for it", "write select_adaptive(tokens)")
+
+
+def _check_blocks(method: InEncoder, tower: Tower) -> None:
+    """That a method inside the encoder cuts blocks that there are, in order, and that are read."""
+
+    def refuse(what: str, instead: str) -> NoReturn:
+        raise MethodFieldError(f"{method.name}.blocks {what}: {instead}.")
+
+    cuts, depth = method.blocks(tower), tower.depth_read
+    if not isinstance(cuts, tuple) or not cuts or not all(isinstance(c, BlockCut) for c in cuts):
+        refuse(f"returned {cuts!r}", "return a tuple of BlockCut, at least one: (BlockCut(6),)")
+    for cut in cuts:
+        if not _whole(cut.block) or not 0 <= cut.block < depth or cut.at not in ("mlp", "block"):
+            refuse(
+                f"has {cut}",
+                f"the projector reads blocks 0 to {depth - 1}, which are cut at 'mlp' or 'block'",
+            )
+        if tower.full_attention is not None and cut.block not in tower.full_attention:
+            full = ", ".join(map(str, tower.full_attention))
+            refuse(f"has {cut}", f"only blocks that see the whole picture can be cut: {full}")
+    depths = [cut.depth for cut in cuts]
+    if depths != sorted(set(depths)):
+        refuse(f"has {cuts}", "cuts must ascend, each once")
+    if method.restores and len(cuts) > 1:
+        refuse(f"has {len(cuts)} cuts", "rows that are restored leave once")
 
 
 def _check_layer_of(cut: Cut, depth: int, refuse: Callable[[str, str], NoReturn]) -> None:
@@ -156,7 +198,11 @@ def _check_signal(method: Method, need: object, cuts: Sequence[Cut], shape: Mode
     _check_words(need, refuse)
     inside = isinstance(need, LayerSignal)
     _check_layer(need, shape, inside, refuse)
-    if not isinstance(method, Pruning):
+    if isinstance(method, InEncoder):
+        _check_in_encoder(method, need, shape.tower, refuse)
+    elif type(need) in (BlockInput, HeadRank):
+        refuse("which only methods inside the vision encoder can read: derive from InEncoder")
+    elif not isinstance(method, Pruning):
         if not isinstance(method, Compressing):
             refuse("and a method that attends is given all it sees: return () from needs")
         if type(need) is not ReceivedInLayer:
@@ -171,6 +217,16 @@ def _check_signal(method: Method, need: object, cuts: Sequence[Cut], shape: Mode
         )
     elif not any(readable(need, cut) for cut in cuts):
         refuse(_too_late(need, cuts))
+
+
+def _check_in_encoder(method: InEncoder, need: Signal, tower: Tower, refuse: Refuse) -> None:
+    if type(need) not in IN_ENCODER:
+        names = ", ".join(kind.__name__ for kind in IN_ENCODER)
+        refuse(f"and acts {Place.ENCODER.value}, where only these are read: {names}")
+    blocks = [cut.block for cut in method.blocks(tower)]
+    if need.layer not in blocks:  # type: ignore[attr-defined]
+        listed = ", ".join(map(str, blocks))
+        refuse(f"and only a block that is cut can be read, by its number: {listed}")
 
 
 def _check_layer(need: Signal, shape: ModelShape, inside: bool, refuse: Refuse) -> None:

@@ -1,5 +1,8 @@
 """Queries and keys -> numbers: rows of attention and running sums of it, without any model.
 
+Of an encoder's attention: query and key (B, H, S, D_head), the scale of their product, and where
+rows were merged or filled up `bias` (B, 1, 1, S), which is added to the logits of each key.
+
 Softmaxes are float32. No map of all rows and columns is ever stored: sums are streamed.
 """
 
@@ -14,12 +17,12 @@ _HIDDEN = torch.finfo(torch.float32).min
 _CHUNK_BYTES = 2**26  # of logits at once on an accelerator, where few launches count instead
 
 
-def cls_row(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def cls_row(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Softmaxed attention of the first query, averaged over heads: (B, S)."""
-    return _rows(query[:, :, :1], key, None, scaling).mean(1).squeeze(1)
+    return _biased(query[:, :, :1], key, scaling, bias).mean(1).squeeze(1)
 
 
-def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def received(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Attention received by each key: head mean, summed over all queries, (B, S).
 
     Queries go through in chunks, picture by picture: memory is O(H x chunk x S) and stays in the
@@ -27,33 +30,41 @@ def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """
     size = _chunk(query, key)
     total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=torch.float32)
-    for sums, q, k in zip(total, query.split(1), key.split(1), strict=True):
-        for chunk in q.split(size, dim=2):
-            sums += _rows(chunk, k, None, scaling).sum((0, 1, 2))
+    biases = [None] * len(query) if bias is None else bias.split(1)
+    for sums, q, k, own in zip(total, query.split(1), key.split(1), biases, strict=True):
+        filled = None if own is None else own.isinf().view(-1, 1).split(size)
+        for number, chunk in enumerate(q.split(size, dim=2)):
+            rows = _biased(chunk, k, scaling, own)
+            if filled is not None:  # rows that fill a batch up ask nothing
+                rows = rows.masked_fill(filled[number], 0)
+            sums += rows.sum((0, 1, 2))
     return total.div_(query.shape[1])
 
 
-def cls_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def cls_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Scaled q k^T of the first query before the softmax, averaged over heads: (B, S)."""
-    return _logits(query[:, :, :1], key, scaling).mean(1).squeeze(1)
+    return _with(_logits(query[:, :, :1], key, scaling), bias).mean(1).squeeze(1)
 
 
-def cls_row_one_head(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def cls_row_one_head(
+    query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
     """Softmaxed attention of the first query with all heads taken as one of full width: (B, S).
 
     `scaling` belongs to the split heads and is not used.
     """
     q, k = (rearrange(x, "b h s d -> b s (h d)").float() for x in (query[:, :, :1], key))
-    return (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1).squeeze(1)
+    logits = q @ k.mT * k.shape[-1] ** -0.5
+    return _with(logits, None if bias is None else bias[:, 0]).softmax(-1).squeeze(1)
 
 
-def to_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def to_cls(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Attention that each query gives to the first key, averaged over heads: (B, S)."""
     chunks = query.split(_chunk(query, key, len(query)), dim=2)
-    return torch.cat([_rows(q, key, None, scaling)[..., 0].mean(1) for q in chunks], dim=1)
+    return torch.cat([_biased(q, key, scaling, bias)[..., 0].mean(1) for q in chunks], dim=1)
 
 
-def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def keys(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """The keys themselves, heads behind the sequence: (B, S, H, D_head)."""
     return rearrange(key, "b h s d -> b s h d")
 
@@ -109,6 +120,15 @@ def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Te
     if mask is not None:
         logits = logits.masked_fill(~mask, _HIDDEN)
     return logits.softmax(-1)
+
+
+def _biased(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T + bias) in float32: (B, H, Q, S)."""
+    return _with(_logits(query, key, scaling), bias).softmax(-1)
+
+
+def _with(logits: Tensor, bias: Tensor | None) -> Tensor:
+    return logits if bias is None else logits + bias.float()
 
 
 def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from .answers import Asked, check_batch, check_selection, looks_at_values
-from .contract import BeforeLLM, Pruning, Selection, VisualTokens
+from .contract import BeforeLLM, Choosing, Selection, VisualTokens
 from .declared import Seen
 from .errors import BudgetError
 from .joining import renumbered, with_newlines
@@ -24,13 +24,13 @@ class _Question:
     join: Callable[[list[Selection]], Selection]
 
 
-def select(method: Pruning, tokens: VisualTokens, keep: int | None) -> Selection:
+def select(method: Choosing, tokens: VisualTokens, keep: int | None) -> Selection:
     """What `method` keeps of one image; see `select_all`."""
     return select_all(method, [tokens], [keep])[0]
 
 
 def select_all(
-    method: Pruning,
+    method: Choosing,
     images: Sequence[VisualTokens],
     keeps: Sequence[int | None],
     *,
@@ -60,7 +60,7 @@ def select_all(
     return [question.join([next(answers) for _ in question.asked]) for question in questions]
 
 
-def most(method: Pruning, tiling: Tiling) -> int:
+def most(method: Choosing, tiling: Tiling) -> int:
     """The largest number of tokens that `method` may keep of an image without a budget."""
     if not isinstance(method, BeforeLLM) or method.newline_policy == "compete":
         return method.most(tiling.num_tokens)
@@ -72,7 +72,7 @@ def most(method: Pruning, tiling: Tiling) -> int:
     return newlines + sum(method.most(tile.num_patches) for tile in tiling.tiles)
 
 
-def _question(method: Pruning, tokens: VisualTokens, keep: int | None) -> _Question:
+def _question(method: Choosing, tokens: VisualTokens, keep: int | None) -> _Question:
     if isinstance(method, BeforeLLM) and tokens.place is method.place:
         return _among_newlines(method, tokens, keep)
     return _Question([(tokens, keep)], _only)
@@ -123,7 +123,7 @@ def _unscored(selection: Selection) -> Selection:
     return selection if selection.scores is None else replace(selection, scores=None)
 
 
-def _answers(method: Pruning, asked: Sequence[Asked], debug: bool) -> list[Selection]:
+def _answers(method: Choosing, asked: Sequence[Asked], debug: bool) -> list[Selection]:
     """The answers, in order, checked; where everything stays the method is not asked."""
     values = looks_at_values(method, debug)
     asked = [(replace(seen, signals=Seen(method, seen.signals)), keep) for seen, keep in asked]

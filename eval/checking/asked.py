@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...prune.contract import Attending, Compressing, Method, Pruning
+from ...prune.contract import Attending, Choosing, Compressing, Method
 
 CALLS: tuple[tuple[Any, tuple[str, ...]], ...] = (
-    (Pruning, ("select_batch", "select_adaptive")),
+    (Choosing, ("select_batch", "select_adaptive")),
     (Compressing, ("compress",)),
     (Attending, ("attended",)),
 )
@@ -38,7 +38,7 @@ def listening(method: Method) -> tuple[Method, list[Question]]:
     noted: list[Question] = []
     cls = type(method)
     (calls,) = (names for kind, names in CALLS if isinstance(method, kind))
-    if getattr(cls, "select_batch", None) is Pruning.select_batch:
+    if getattr(cls, "select_batch", None) is Choosing.select_batch:
         calls = ("select", *calls[1:])
 
     def noting(name: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from ...adapters.handle import Handle
 from ...adapters.patching import patch
 from ...prune.answers import looks_at_values
 from ...prune.budget import Budget, MethodCall, entries_kept, round_tokens
-from ...prune.contract import Attending, Compressing, Method, Pruning
+from ...prune.contract import Attending, Choosing, Compressing, Method
 from ...prune.declared import check_declared
 from ...prune.errors import (
     BudgetError,
@@ -223,7 +223,7 @@ def _pure(subject: _Subject) -> None:
 def _each(subject: _Subject) -> None:
     """`select_batch` answers as `select` does, one by one."""
     own = getattr(type(subject.method), "select_batch", None)
-    if own is None or own is Pruning.select_batch:
+    if own is None or own is Choosing.select_batch:
         raise _NotApplicable("it answers one by one")
     for question in _questions(subject):
         if question.call != "select_batch":

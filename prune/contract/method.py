@@ -9,10 +9,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..errors import MethodFieldError
+from ..amount import Budget
+from ..errors import BudgetError, MethodFieldError
 from ..numbers import plain
 from .place import Cut, Place, Positions
-from .shape import ModelShape
+from .reduction import BlockCut, EncoderRows, Reduction
+from .shape import ModelShape, Tower
 from .signals import Signal
 from .tokens import CacheEntries, Compressed, Selection, VisualTokens
 
@@ -72,6 +74,9 @@ class Method(ABC):
         """Where tokens leave the sequence, in order of depth."""
         return ()
 
+    def check_budget(self, budget: Budget | None) -> None:  # noqa: B027  (most take any)
+        """Raise `BudgetError` for a budget that no model can bring the method to."""
+
     def fields(self) -> dict[str, object]:
         """The method's own fields and their values, for result files."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -82,11 +87,25 @@ class Pruning(Method):
     """A method that removes tokens from the sequence."""
 
     finds_count: ClassVar[bool] = False
-    """Whether `select_adaptive` decides every count where no budget is given."""
+    """Whether the method decides every count itself where no budget is given."""
 
     @abstractmethod
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         """Where tokens leave the sequence, in order of depth."""
+
+    def most(self, num_tokens: int) -> int:
+        """Without a budget: the count after the last cut of the paper's schedule, or the largest
+        that the method may keep of `num_tokens` where it decides."""
+        return num_tokens
+
+    def counts(self, shape: ModelShape, num_tokens: int, keep: int) -> tuple[int, ...]:
+        """Tokens alive after each of `cuts` if `keep` of `num_tokens` are to stay in the end."""
+        return tuple(round(keep * cut.share) for cut in self.cuts(shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing(Pruning):
+    """A method that chooses among the tokens of an image."""
 
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
@@ -102,25 +121,78 @@ class Pruning(Method):
         a cut that is adaptive."""
         raise NotImplementedError(f"{self.name} has no rule for its own number of tokens.")
 
-    def most(self, num_tokens: int) -> int:
-        """Without a budget: the count after the last cut of the paper's schedule, or the largest
-        that `select_adaptive` may keep of `num_tokens`."""
-        return num_tokens
 
-    def counts(self, shape: ModelShape, num_tokens: int, keep: int) -> tuple[int, ...]:
-        """Tokens alive after each of `cuts` if `keep` of `num_tokens` are to stay in the end."""
-        return tuple(round(keep * cut.share) for cut in self.cuts(shape))
+@dataclass(frozen=True, kw_only=True)
+class InEncoder(Pruning):
+    """A method that removes rows between blocks of the vision encoder, picture by picture.
+
+    Every picture (tile, frame) of an image has its share of the image's budget, which counts the
+    rows behind the last block that the projector reads. Newlines leave with the first rows.
+    """
+
+    place: ClassVar[Place] = Place.ENCODER
+    unranked: ClassVar[str | None] = "removes rows block by block, and ranks them anew in each"
+    proportional: ClassVar[bool] = False
+    """Whether later blocks attend to a row as to the patches in it: log(size) more."""
+    fused_values: ClassVar[bool] = False
+    """Whether the block's attention reads the values of merged rows already."""
+    restores: ClassVar[bool] = False
+    """Whether all rows come back behind the last block that is read: the LLM sees all tokens."""
+
+    @abstractmethod
+    def blocks(self, tower: Tower) -> tuple[BlockCut, ...]:
+        """Where rows leave, in order of depth, in blocks that the projector reads. In a windowed
+        encoder only blocks that see the whole picture can be cut."""
+
+    @abstractmethod
+    def block_counts(self, tower: Tower, rows: int, keep: int | None) -> tuple[int, ...]:
+        """Rows alive after each of `blocks` in a picture of `rows`, if `keep` are to stay in the
+        end; None: as the method's own fields say.
+
+        Raises:
+            BudgetError: that many cannot stay; the nearest count that can is named.
+        """
+
+    @abstractmethod
+    def reduce(self, rows: EncoderRows, keep: int) -> Reduction:
+        """Exactly `keep` rows of each picture, 1 <= keep < N."""
+
+    def restore(self, before: Tensor, after: Tensor, done: Reduction) -> Tensor:
+        """All rows (B, N, C) from those at the cut, `before` (B, N, C), and what became of the K
+        that stayed, `after` (B, K, C), by the reduction that was made."""
+        raise NotImplementedError(f"{self.name} does not restore rows.")
+
+    def reads(self, cut: BlockCut) -> tuple[Signal, ...]:
+        """The signals of its block that the method reads at a cut."""
+        return ()
+
+    def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        return tuple(need for cut in self.blocks(shape.tower) for need in self.reads(cut))
+
+    def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
+        return () if self.restores else (Cut(Place.ENCODER),)
+
+    def check_budget(self, budget: Budget | None) -> None:
+        if (
+            self.restores
+            and budget is not None
+            and budget.word not in ("keep_ratio", "keep_tokens")
+        ):
+            raise BudgetError(
+                f"{self.name} cannot reach {budget}: the LLM sees all tokens again. Give "
+                f"keep_ratio or keep_tokens, which then count the rows inside the vision encoder."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class InDecoder(Pruning):
+class InDecoder(Choosing):
     """A method that removes tokens between layers of the LLM decoder, in prefill."""
 
     place: ClassVar[Place] = Place.DECODER
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeforeLLM(Pruning):
+class BeforeLLM(Choosing):
     """A method that chooses once per image, between the vision encoder and the LLM; a second stage
     may follow in the decoder (cuts at layers above 0).
 
@@ -131,6 +203,9 @@ class BeforeLLM(Pruning):
     place: ClassVar[Place] = Place.BEFORE_LLM
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("drop", "keep")
     scopes: ClassVar[tuple[Scope, ...]] = ("tile",)
+    needs_grid: ClassVar[bool] = False
+    """Whether the method reads where tokens lie: then it needs all of them, and cannot follow one
+    that removes tokens in the vision encoder."""
 
     newlines: Newlines | None = None
     scope: Scope | None = None
@@ -177,6 +252,13 @@ class CacheMethod(Method):
     """
 
     place: ClassVar[Place] = Place.CACHE
+
+    def check_budget(self, budget: Budget | None) -> None:
+        if budget is not None and budget.word in ("average_tokens", "flops_ratio"):
+            raise BudgetError(
+                f"{self.name} cannot reach {budget}: it acts on the KV cache, and every layer of "
+                f"the prefill sees all tokens. Give keep_ratio or keep_tokens."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

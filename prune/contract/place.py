@@ -18,6 +18,7 @@ the method chooses from all of them at once; the last one."""
 class Place(enum.Enum):
     """Where a method acts, in the order in which a prompt passes the places: `<` is "before"."""
 
+    ENCODER = "in the vision encoder"
     BEFORE_LLM = "before the LLM"
     DECODER = "in the LLM decoder"
     CACHE = "in the KV cache"

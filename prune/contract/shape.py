@@ -11,9 +11,12 @@ from .signals import Signal
 class Tower:
     """Properties of a vision encoder that rules may depend on (never its name).
 
-    `full_attention` lists the layers whose attention is not windowed; `merge_unit` is the number
-    of encoder patches behind one visual token (4 for the 2 x 2 mergers of Qwen, else 1);
-    `text_twin` tells whether the encoder was trained with a text encoder of the same space (CLIP).
+    `prefix` counts the rows in front of the patches (CLS, distillation, registers); blocks from
+    `blocks_read` on are not read by the projector (None: all are); `rotary` tells whether attention
+    turns queries and keys by the positions of patches; `full_attention` lists the layers whose
+    attention is not windowed; `merge_unit` is the number of encoder patches behind one visual token
+    (4 for the 2 x 2 mergers of Qwen, else 1); `text_twin` tells whether the encoder was trained
+    with a text encoder of the same space (CLIP).
     """
 
     num_layers: int
@@ -21,6 +24,14 @@ class Tower:
     merge_unit: int = 1
     full_attention: tuple[int, ...] | None = None
     text_twin: bool = False
+    prefix: int = 0
+    blocks_read: int | None = None
+    rotary: bool = False
+
+    @property
+    def depth_read(self) -> int:
+        """Blocks whose result the projector reads."""
+        return self.num_layers if self.blocks_read is None else self.blocks_read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

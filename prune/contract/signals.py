@@ -120,6 +120,29 @@ class Keys(Signal):
 
 
 @dataclass(frozen=True, slots=True)
+class BlockInput(Signal):
+    """Rows that enter encoder block `layer`: (N, C), of merge units the mean of their patches. Only
+    for methods inside the encoder."""
+
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRank(Signal):
+    """Importance of each row in encoder block `layer`, head by head: (N, H), of mean 1 over all
+    rows of the picture, prefix included. Only for methods inside the encoder.
+
+    Each head's attention map, transposed, is applied to a vote of the rows `rounds` times; they
+    begin alike, but for CLS, whose vote begins `cls_start` times as large. One picture's map is
+    held at a time.
+    """
+
+    layer: int
+    rounds: int
+    cls_start: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ClipImage(Signal):
     """Each token in the space that CLIP shares with text, not normalised: (N, D_clip)."""
 
