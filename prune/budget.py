@@ -33,6 +33,8 @@ class MethodCall:
 
     method: Method
     budget: Budget | None
+    found: int | None = None
+    """The count that the method found for an image itself."""
 
     def __post_init__(self) -> None:
         self.method.check_budget(self.budget)
@@ -45,7 +47,8 @@ class MethodCall:
     def adaptive(self) -> bool:
         """Whether the method finds the number of tokens itself, image by image."""
         method = self.method
-        return self.budget is None and isinstance(method, Pruning) and method.finds_count
+        own = self.budget is None and self.found is None
+        return own and isinstance(method, Pruning) and method.finds_count
 
     def __str__(self) -> str:
         return f"{self.name}({self.budget})" if self.budget else self.name
@@ -185,7 +188,8 @@ def _stages(
     images: Images,
 ) -> tuple[Stage, ...]:
     """The method's cuts with `keep` tokens after the last one, never more than are alive."""
-    if call.budget is not None and keep >= num_tokens:
+    fixed = call.budget is not None or call.found is not None
+    if fixed and keep >= num_tokens:
         return ()
     alive = before[-1].keep if before else num_tokens
     stages: list[Stage] = []
@@ -216,6 +220,8 @@ def _last_count(
 ) -> int:
     """Tokens alive after the method's last cut."""
     budget = call.budget
+    if call.found is not None:
+        return call.found
     if budget is None:
         if method.needs_budget:
             raise BudgetError(f"{call.name} needs a budget, e.g. keep_ratio=0.25.")

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .budget import Budget, MethodCall, Stage, plan
+from .budget import MethodCall, Stage, plan
 from .contract import Choosing, ModelShape, Place, Selection, Signal, VisualTokens
 from .errors import VlmpruneError
+from .joining import composed, renumbered
 from .select import select_all
 from .tiling import Tiling
 
@@ -25,7 +26,7 @@ class ChosenImage:
 
     tiling: Tiling
     calls: tuple[MethodCall, ...]
-    """The methods, the first with the count that it found, where it finds its own."""
+    """The methods, with the counts that they found where they find their own."""
     plan: tuple[Stage, ...]
     """The cuts, as those of the last image of a prompt: others may have some of them alone."""
     slots: Tensor
@@ -86,6 +87,7 @@ def choose_images(
     calls: Sequence[tuple[MethodCall, ...]],
     device: torch.device,
     *,
+    encoded: Sequence[Selection | None] | None = None,
     record: bool = False,
     debug: bool = False,
     timed: AbstractContextManager[object] | None = None,
@@ -95,9 +97,10 @@ def choose_images(
     Args:
         shape: sizes of the model.
         tilings: how the tokens of each image lie.
-        signals: per image, what the method before the LLM declared.
+        signals: per image, what the method before the LLM declared, of the tokens that it sees.
         calls: per image, the methods in order of depth with their budgets.
         device: where the choice is to be.
+        encoded: per image, what a method in the vision encoder left; None: everything.
         record: keep the scores of the choice.
         debug: look at the numbers that shipped methods return, too.
         timed: what the method runs within.
@@ -106,32 +109,71 @@ def choose_images(
         BudgetError: a budget cannot be reached.
         MethodAnswerError: a method returned something else than it was asked for.
     """
-    plans = [
-        plan(tiling.num_tokens, given, shape) for tiling, given in zip(tilings, calls, strict=True)
+    images = [
+        _left_by_encoder(shape, tiling, given, left, device)
+        for tiling, given, left in zip(
+            tilings, calls, encoded or [None] * len(tilings), strict=True
+        )
     ]
-    firsts = [next((s for s in stages if s.place is Place.BEFORE_LLM), None) for stages in plans]
+    firsts = [next((s for s in one.plan if s.place is Place.BEFORE_LLM), None) for one in images]
     tokens = [
-        VisualTokens(num_tokens=tiling.num_tokens, tiling=tiling, shape=shape, signals=seen)
-        for tiling, seen, first in zip(tilings, signals, firsts, strict=True)
+        VisualTokens(
+            num_tokens=image.selection.count,
+            tiling=image.tiling,
+            shape=shape,
+            signals=seen,
+            alive=None if image.selection.count == image.num_tokens else image.selection.kept,
+        )
+        for image, seen, first in zip(images, signals, firsts, strict=True)
         if first is not None
     ]
     asked = [first for first in firsts if first is not None]
     with timed or nullcontext():
         made = iter(choose(asked, tokens, device, record=record, debug=debug))
-    images = []
-    for tiling, given, stages, first in zip(tilings, calls, plans, firsts, strict=True):
-        everything = torch.arange(tiling.num_tokens, device=device)
-        slots, selection = everything, Selection(kept=everything)
-        if first is not None:
-            chosen = next(made)
-            if first.adaptive:
-                found = Budget("keep_tokens", max(1, chosen.count))
-                given = (replace(given[0], budget=found), *given[1:])
-                stages = plan(tiling.num_tokens, given, shape)
-            if chosen.count < tiling.num_tokens:
-                slots, selection = slots_of(chosen, tiling.num_tokens), chosen
-        images.append(ChosenImage(tiling, given, stages, slots, selection))
-    return images
+    return [
+        image if first is None else _chosen(shape, image, first, next(made))
+        for image, first in zip(images, firsts, strict=True)
+    ]
+
+
+def _left_by_encoder(
+    shape: ModelShape,
+    tiling: Tiling,
+    calls: tuple[MethodCall, ...],
+    left: Selection | None,
+    device: torch.device,
+) -> ChosenImage:
+    """An image as it leaves the vision encoder."""
+    total = tiling.num_tokens
+    selection = Selection(kept=torch.arange(total, device=device)) if left is None else left
+    if left is not None:
+        calls = _found(calls, Place.ENCODER, left.count)
+    return ChosenImage(
+        tiling, calls, plan(total, calls, shape), slots_of(selection, total), selection
+    )
+
+
+def _chosen(shape: ModelShape, image: ChosenImage, stage: Stage, chosen: Selection) -> ChosenImage:
+    """The image behind the choice before the LLM, of the rows that it had."""
+    calls, stages, total = image.calls, image.plan, image.num_tokens
+    if stage.adaptive:
+        calls = _found(calls, Place.BEFORE_LLM, max(1, chosen.count))
+        stages = plan(total, calls, shape)
+    before = image.selection
+    if chosen.count == before.count:
+        return replace(image, calls=calls, plan=stages)
+    if before.count < total:
+        groups = composed(chosen, before.arranged, before.groups)
+        chosen = replace(renumbered(chosen, before.kept, total), groups=groups)
+    return ChosenImage(image.tiling, calls, stages, slots_of(chosen, total), chosen)
+
+
+def _found(calls: tuple[MethodCall, ...], place: Place, count: int) -> tuple[MethodCall, ...]:
+    """The methods, that of a place with the count that it found, if it looked for one."""
+    return tuple(
+        replace(call, found=count) if call.method.place is place and call.adaptive else call
+        for call in calls
+    )
 
 
 def choose(

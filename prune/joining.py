@@ -89,6 +89,39 @@ def with_newlines(chosen: Selection, newlines: Tensor) -> Selection:
     )
 
 
+def composed(chosen: Selection, tokens: Tensor, members: Tensor | None) -> Tensor | None:
+    """Pairs of a new row and a token in it, where `chosen` is of rows that stand for more already.
+
+    Args:
+        tokens: (K,) the token that each row before is, -1 for none.
+        members: (2, G) pairs of such a row and a token in it, sorted by row; None: each is one
+            token as it was.
+    """
+    if chosen.groups is None and members is None:
+        return None
+    rows = chosen.arranged
+    none = rows.new_zeros(2, 0)
+    groups = none if chosen.groups is None else chosen.groups
+    members = none if members is None else members
+    merged = members[0].bincount(minlength=len(tokens)) > 0
+    # Rows that stay what they were, and were merged earlier.
+    carried = (rows >= 0) & merged[rows.clamp_min(0)]
+    carried[groups[0]] = False
+    new = carried.nonzero()[:, 0]
+    pairs = torch.cat([groups, torch.stack([new, rows[new]])], 1)
+    plain = (~merged & (tokens >= 0)).nonzero()[:, 0]
+    before = torch.cat([members, torch.stack([plain, tokens[plain]])], 1)
+    before = before[:, before[0].argsort(stable=True)]
+    counts = before[0].bincount(minlength=len(tokens))
+    starts = counts.cumsum(0) - counts
+    repeats = counts[pairs[1]]
+    within = torch.arange(int(repeats.sum()), device=rows.device)
+    within = within - (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+    token = before[1][starts[pairs[1]].repeat_interleave(repeats) + within]
+    composed = torch.stack([pairs[0].repeat_interleave(repeats), token])
+    return composed[:, composed[0].argsort(stable=True)]
+
+
 def _united(parts: Sequence[Tensor]) -> Tensor | None:
     """Scores (N,) of different tokens each, NaN for the others', as one."""
     return reduce(lambda one, two: one.where(two.isnan(), two), parts) if parts else None

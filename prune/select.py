@@ -73,7 +73,7 @@ def most(method: Choosing, tiling: Tiling) -> int:
 
 
 def _question(method: Choosing, tokens: VisualTokens, keep: int | None) -> _Question:
-    if isinstance(method, BeforeLLM) and tokens.place is method.place:
+    if isinstance(method, BeforeLLM) and tokens.place is method.place and tokens.alive is None:
         return _among_newlines(method, tokens, keep)
     return _Question([(tokens, keep)], _only)
 

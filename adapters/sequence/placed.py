@@ -11,6 +11,7 @@ from torch import Tensor
 from ...prune.budget import Stage
 from ...prune.choose import ChosenImage, slots_of
 from ...prune.contract import Place, Selection, Signal
+from ...prune.joining import composed
 from ..stopwatch import Stopwatch
 from .layout import by_token
 
@@ -93,7 +94,7 @@ class PlacedImage:
             source = chosen.order.clamp_min(0)
             self.slots = before[slots_of(chosen, len(before))]
             self.order = torch.where(taken, tokens[source], -1)
-        self.members = _composed(chosen, tokens, self.members)
+        self.members = composed(chosen, tokens, self.members)
         rows = chosen.arranged
         merged = chosen.count > len(chosen.kept)  # rows that no earlier signal describes
         self.signals = {} if merged else _taken(self.signals, rows)
@@ -117,30 +118,3 @@ class PlacedImage:
 
 def _taken(signals: Mapping[Signal, Tensor], rows: Tensor) -> dict[Signal, Tensor]:
     return {s: v[rows] if s.per == "token" else v for s, v in signals.items()}
-
-
-def _composed(chosen: Selection, tokens: Tensor, members: Tensor | None) -> Tensor | None:
-    """Pairs of a new row and a token in it, from those of the rows before (K,)."""
-    if chosen.groups is None and members is None:
-        return None
-    rows = chosen.arranged
-    none = rows.new_zeros(2, 0)
-    groups = none if chosen.groups is None else chosen.groups
-    members = none if members is None else members
-    merged = members[0].bincount(minlength=len(tokens)) > 0
-    # Rows that stay what they were, and were merged earlier.
-    carried = (rows >= 0) & merged[rows.clamp_min(0)]
-    carried[groups[0]] = False
-    new = carried.nonzero()[:, 0]
-    pairs = torch.cat([groups, torch.stack([new, rows[new]])], 1)
-    plain = (~merged & (tokens >= 0)).nonzero()[:, 0]
-    before = torch.cat([members, torch.stack([plain, tokens[plain]])], 1)
-    before = before[:, before[0].argsort(stable=True)]
-    counts = before[0].bincount(minlength=len(tokens))
-    starts = counts.cumsum(0) - counts
-    repeats = counts[pairs[1]]
-    within = torch.arange(int(repeats.sum()), device=rows.device)
-    within = within - (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
-    token = before[1][starts[pairs[1]].repeat_interleave(repeats) + within]
-    composed = torch.stack([pairs[0].repeat_interleave(repeats), token])
-    return composed[:, composed[0].argsort(stable=True)]

@@ -11,7 +11,7 @@ from vlmprune.prune.contract import (
     MeanHidden,
     ModelShape,
     Place,
-    Pruning,
+    Choosing,
     Selection,
     Tower,
     VisualTokens,
@@ -20,7 +20,7 @@ from vlmprune.prune.declared import readable
 from vlmprune.prune.registry import method_class, method_names
 from vlmprune.prune.tiling import Block, Tiling
 
-NAMES = [name for name in method_names() if issubclass(method_class(name), Pruning)]
+NAMES = [name for name in method_names() if issubclass(method_class(name), Choosing)]
 """Methods that choose tokens."""
 DECODER = Decoder(num_layers=32, hidden_size=64, intermediate_size=128)
 TOWERS = {
@@ -44,7 +44,7 @@ def choices() -> list[str]:
     return found
 
 
-def at(choice: str) -> tuple[Pruning, int]:
+def at(choice: str) -> tuple[Choosing, int]:
     """The method of a choice, and the layer."""
     name, _, layer = choice.partition("@")
     return method_class(name)(), int(layer or 0)

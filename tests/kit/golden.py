@@ -25,7 +25,7 @@ from vlmprune.prune.contract import (
     Method,
     ModelShape,
     Place,
-    Pruning,
+    Choosing,
     Selection,
     Signal,
     Tower,
@@ -73,7 +73,7 @@ def load(path: Path) -> Golden:
 
 
 def choose(
-    method: Pruning,
+    method: Choosing,
     signals: Mapping[Signal, Tensor],
     keep: int | None,
     *,

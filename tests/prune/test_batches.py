@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from kit.drawn import NAMES, make_tokens, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from vlmprune.prune.batches import Greedy
-from vlmprune.prune.contract import BeforeLLM, Pruning
+from vlmprune.prune.contract import BeforeLLM, Choosing
 from vlmprune.prune.registry import method_class
 from vlmprune.prune.select import select, select_all
 from vlmprune.prune.tiling import Tiling
 
 BEFORE = [name for name in NAMES if issubclass(method_class(name), BeforeLLM)]
-ONE_PASS = [n for n in BEFORE if method_class(n).select_batch is not Pruning.select_batch]
+ONE_PASS = [n for n in BEFORE if method_class(n).select_batch is not Choosing.select_batch]
 """Methods that say that they choose for all images at once."""
 
 

@@ -7,7 +7,7 @@ from vlmprune.prune.registry import default_methods
 
 
 def test_places_are_in_the_order_in_which_a_prompt_passes_them():
-    assert sorted([Place.CACHE, Place.DECODER, Place.BEFORE_LLM]) == list(Place)
+    assert sorted([Place.CACHE, Place.DECODER, Place.BEFORE_LLM, Place.ENCODER]) == list(Place)
     assert Place.BEFORE_LLM < Place.DECODER < Place.CACHE
 
 
