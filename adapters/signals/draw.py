@@ -66,6 +66,12 @@ def affinity(need: Any, count: int, sizes: Sizes, generator: torch.Generator) ->
     return 1 + torch.rand(count, sizes.rows, generator=generator)
 
 
+def ranks(need: Any, count: int, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    """(N, H) positive, of mean 1."""
+    found = torch.rand(count, sizes.heads, generator=generator) + 0.1
+    return found / found.mean(0)
+
+
 def counts(need: Any, count: int, sizes: Sizes, generator: torch.Generator) -> Tensor:
     """(N,) small whole numbers."""
     return torch.randint(9, (count,), generator=generator).float()

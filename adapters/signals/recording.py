@@ -20,17 +20,34 @@ class Recording:
     def __init__(self) -> None:
         self._parts: dict[Signal, list[Tensor]] = {}
 
-    def hear(self, signal: Signal, query: Tensor, key: Tensor, scaling: float, **kw: Any) -> None:
-        """Windowed and packed encoders call attention once per segment, in sequence order."""
+    def hear(
+        self,
+        signal: Signal,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        bias: Tensor | None = None,
+        **kw: Any,
+    ) -> None:
+        """Windowed and packed encoders call attention once per segment, in sequence order.
+
+        Args:
+            bias: (B, 1, 1, S) that is added to the logits of each key.
+        """
         parts = self._parts.setdefault(signal, [])
         read = SOURCES[type(signal)].read
         bounds = kw.get("cu_seq_lens_q")
         if bounds is None:
-            parts.append(read(query, key, scaling))
+            parts.append(read(signal, query, key, scaling, bias))
             return
         sizes = bounds.diff().tolist()  # flash attention: all images in one packed sequence
-        for q, k in zip(query.split(sizes, 2), key.split(sizes, 2), strict=True):
-            parts.append(read(q, k, scaling))
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes, 3)
+        for q, k, b in zip(query.split(sizes, 2), key.split(sizes, 2), biases, strict=True):
+            parts.append(read(signal, q, k, scaling, b))
+
+    def note(self, signal: Signal, value: Tensor) -> None:
+        """A signal (B, S, ...) that is no part of attention."""
+        self._parts[signal] = [value]
 
     def values(self, signal: Signal) -> Tensor:
         """(B, S, ...) as the attention modules saw the tokens."""

@@ -12,6 +12,7 @@ from typing import Any
 from ...prune import scores
 from ...prune.contract import (
     AttentionToCls,
+    BlockInput,
     ClipImage,
     ClipText,
     ClsAttention,
@@ -20,6 +21,7 @@ from ...prune.contract import (
     ClsLogits,
     EncoderFeatures,
     Features,
+    HeadRank,
     Hidden,
     Keys,
     LayerSignal,
@@ -42,6 +44,8 @@ ENCODER_OUTPUT = "output"
 """What the encoder gave, and the prompt."""
 ENCODER_ATTENTION = "encoder"
 """Queries and keys of an encoder layer's attention."""
+ENCODER_INPUT = "encoder input"
+"""Rows that enter an encoder layer."""
 
 HOOKS = {
     ENCODER_ATTENTION: "encoder",
@@ -67,11 +71,17 @@ class Source:
     shown: str | Callable[[Any], str]
     """What it is read from; it may depend on the signal's fields."""
     read: Callable[..., Any]
-    """Of the encoder's attention: queries and keys (B, H, S, D_head), scale -> (B, S, ...); of what
+    """Of the encoder's attention: signal, queries and keys (B, H, S, D_head), scale, bias of the keys
+    (B, 1, 1, S) or None -> (B, S, ...); of its input: what is shown, (B, S, C); of what
     the encoder gave: images, signal -> a value for each; in the decoder: signal, batch, and what is
     shown, of which it notes a value for each image."""
     draw: Draw
     """A random one."""
+
+
+def _from(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of `prune.scores` that needs no more than the signal's name."""
+    return lambda need, *heads: read(*heads)
 
 
 SOURCES: Mapping[type[Signal], Source] = {
@@ -84,12 +94,14 @@ SOURCES: Mapping[type[Signal], Source] = {
     TextEmbeddings: Source(
         ENCODER_OUTPUT, encoder.text_embeddings, draw.normal("-", "text", "width")
     ),
-    ClsAttention: Source(ENCODER_ATTENTION, scores.cls_row, draw.shares),
-    ClsLogits: Source(ENCODER_ATTENTION, scores.cls_logits, draw.normal()),
-    ClsAttentionOneHead: Source(ENCODER_ATTENTION, scores.cls_row_one_head, draw.shares),
-    AttentionToCls: Source(ENCODER_ATTENTION, scores.to_cls, draw.positive),
-    ReceivedAttention: Source(ENCODER_ATTENTION, scores.received, draw.positive),
-    Keys: Source(ENCODER_ATTENTION, scores.keys, draw.normal("heads", "head_width")),
+    ClsAttention: Source(ENCODER_ATTENTION, _from(scores.cls_row), draw.shares),
+    ClsLogits: Source(ENCODER_ATTENTION, _from(scores.cls_logits), draw.normal()),
+    ClsAttentionOneHead: Source(ENCODER_ATTENTION, _from(scores.cls_row_one_head), draw.shares),
+    AttentionToCls: Source(ENCODER_ATTENTION, _from(scores.to_cls), draw.positive),
+    ReceivedAttention: Source(ENCODER_ATTENTION, _from(scores.received), draw.positive),
+    Keys: Source(ENCODER_ATTENTION, _from(scores.keys), draw.normal("heads", "head_width")),
+    HeadRank: Source(ENCODER_ATTENTION, scores.head_rank, draw.ranks),
+    BlockInput: Source(ENCODER_INPUT, lambda shown: shown, draw.normal("encoder")),
     TextAttention: Source(_heads, decoder.text_attention, draw.attention),
     ReceivedInLayer: Source("heads", decoder.received, draw.positive),
     RotaryAffinity: Source("rotary", decoder.rotary_affinity, draw.affinity),

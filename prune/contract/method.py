@@ -162,6 +162,10 @@ class InEncoder(Pruning):
         that stayed, `after` (B, K, C), by the reduction that was made."""
         raise NotImplementedError(f"{self.name} does not restore rows.")
 
+    def fuses(self, tower: Tower) -> bool:
+        """Whether some of the rows that it leaves stand for no patch."""
+        return False
+
     def reads(self, cut: BlockCut) -> tuple[Signal, ...]:
         """The signals of its block that the method reads at a cut."""
         return ()

@@ -1,0 +1,38 @@
+"""Qwen's vision transformers: the patches of all pictures in one row, merged four by four behind
+the last block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ..encoder import Encoder, EncoderBlock
+
+
+class QwenEncoder(Encoder):
+    """
+    Args:
+        tower: the vision transformer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+    """
+
+    packed = True
+
+    def __init__(self, tower: Any) -> None:
+        self._tower = tower
+        self.unit = tower.config.spatial_merge_size**2
+
+    @cached_property
+    def blocks(self) -> Sequence[EncoderBlock]:
+        return [
+            EncoderBlock(block, block.norm1, block.attn, block.norm2, tail=block.mlp)
+            for block in self._tower.blocks
+        ]
+
+    def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
+        attention = block.attention
+        mixed = attention.qkv(block.norm1(rows))
+        heads = mixed.unflatten(-1, (3, attention.num_heads, -1))[..., 2, :, :]
+        return heads.transpose(1, 2)
