@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from ..prune.choose import ChosenImage, choose_images
-from ..prune.contract import Features, Signal
+from ..prune.contract import Features, Selection, Signal
 from ..prune.errors import MissingSignalError
 from ..prune.tiling import Tiling
 from .patch_setup import Setup
 from .stopwatch import Stopwatch
 
+Entering = tuple[Sequence[int], Sequence[int]]
+"""Rows of each picture (tile, frame) that enter an encoder block's attention, and its MLP."""
 MARK = "_vlmprune_encoded"
 """Attribute of the encoder's output that carries `Encoded` through generate()."""
 
@@ -27,6 +29,8 @@ class Encoded:
     stopwatch: Stopwatch
     setup: Setup
     """What they were encoded with, and enter the LLM with."""
+    entering: Sequence[Entering] = ()
+    """Per encoder block from the first that rows left in; empty where none left."""
 
 
 def encode(
@@ -35,6 +39,10 @@ def encode(
     signals: Sequence[Mapping[Signal, Tensor]],
     device: torch.device,
     numbers: Sequence[int] | None = None,
+    *,
+    left: Sequence[Selection | None] | None = None,
+    entering: Sequence[Entering] = (),
+    stopwatch: Stopwatch | None = None,
 ) -> Encoded:
     """Count and choose for every image.
 
@@ -42,8 +50,11 @@ def encode(
         tilings: how the tokens of each image lie.
         signals: per image, what the method before the LLM declared.
         numbers: those of the images in the call; None: from 0 on.
+        left: per image, what a method in the encoder left.
+        entering: rows that entered the encoder's blocks.
+        stopwatch: what has timed choices in the encoder.
     """
-    stopwatch = Stopwatch(device)
+    stopwatch = stopwatch or Stopwatch(device)
     calls = setup.calls_of(range(len(tilings)) if numbers is None else numbers)
     images = choose_images(
         setup.shape,
@@ -51,11 +62,12 @@ def encode(
         signals,
         calls,
         device,
+        encoded=left,
         record=setup.record,
         debug=setup.debug,
         timed=stopwatch,
     )
-    return Encoded(images, stopwatch, setup)
+    return Encoded(images, stopwatch, setup, entering)
 
 
 def encode_merged(setup: Setup, embeds: Tensor, visual: Tensor) -> Encoded:

@@ -67,7 +67,9 @@ class Engine:
         self._exchange = threading.Lock()
         text: Any = family.text_model
         skippable = family.unread_layers({})
-        self._encoder = EncoderDriver(family.vision_attention, skippable, self._names)
+        self._encoder = EncoderDriver(
+            family.vision_attention, skippable, self._names, family.encoder, family.projectors
+        )
         self._before_llm = BeforeLLMDriver(
             family, self._encoder, self._hooks, self._flight, self.wanted, self.memory
         )
@@ -82,7 +84,7 @@ class Engine:
         )
         self._generation = Generation(model, self._hooks, self._flight, self.wanted, self._prompt)
         self._at: Mapping[str, Callable[[int], Undo]] = {
-            "encoder": self._encoder.tap,
+            **self._encoder.hooks,
             **self._decoder.hooks,
             **attending.hooks,
         }

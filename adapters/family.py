@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
 from ..prune.tiling import Tiling
+from .encoder import Encoder
 
 Fit = Literal["crop", "stretch"]
 """How a processor brings a picture to the shape of the token grid."""
@@ -99,6 +101,17 @@ class Family(ABC):
     @abstractmethod
     def tower(self) -> Tower:
         """The properties of the vision encoder."""
+
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """The blocks of the vision encoder, where rows can leave; None: they cannot."""
+        return None
+
+    @property
+    def projectors(self) -> Sequence[Any]:
+        """Modules that make tokens of the encoder's rows, each of the rows as they are where it
+        runs."""
+        return ()
 
     @abstractmethod
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:

@@ -14,13 +14,14 @@ from ..prune.contract import (
     Attending,
     BeforeLLM,
     CacheMethod,
+    Choosing,
     Compressing,
     Cut,
+    InEncoder,
     LayerSignal,
     ModelShape,
     Place,
     Positions,
-    Pruning,
     Signal,
 )
 from ..prune.errors import BudgetError
@@ -57,6 +58,8 @@ class Setup:
     clip: ClipText | None = None
     per_image: tuple[Budget, ...] | None = None
     """Budgets of the only method for the images of a call; None: that of `calls` for all."""
+    projectors: int = 0
+    """Modules that make tokens of the encoder's rows."""
     inherited: tuple[int, ...] = ()
     """Where segments begin besides, in a cache that another setup began."""
 
@@ -90,7 +93,7 @@ class Setup:
         return [
             need
             for call in self.calls
-            if isinstance(call.method, Pruning)
+            if isinstance(call.method, Choosing)
             for need in call.method.needs(self.shape)
             if isinstance(need, LayerSignal)
         ]
@@ -99,6 +102,11 @@ class Setup:
     def first(self) -> BeforeLLM | None:
         """The method before the LLM."""
         return next((c.method for c in self.calls if isinstance(c.method, BeforeLLM)), None)
+
+    @cached_property
+    def in_encoder(self) -> InEncoder | None:
+        """The method inside the vision encoder."""
+        return next((c.method for c in self.calls if isinstance(c.method, InEncoder)), None)
 
     @cached_property
     def read(self) -> list[Signal]:
@@ -125,7 +133,7 @@ class Setup:
     @property
     def inside_the_llm(self) -> bool:
         """Whether a method acts in the decoder or on its cache."""
-        return any(set(call.method.places) - {Place.BEFORE_LLM} for call in self.calls)
+        return any(place > Place.BEFORE_LLM for call in self.calls for place in call.method.places)
 
     @property
     def reported_positions(self) -> Positions:
@@ -174,6 +182,11 @@ class Setup:
         """Those of all calls, decoding included."""
         layers = range(len(self.text.layers))
         spots: set[Spot] = {("encoder", layer) for layer in self.tapped}
+        if self.in_encoder is not None:
+            tower = self.shape.tower
+            blocks = range(self.in_encoder.blocks(tower)[0].block, tower.num_layers)
+            spots |= {(what, block) for block in blocks for what in ("encoder", "block")}
+            spots |= {("project", number) for number in range(self.projectors)}
         spots |= {("enter", layer) for layer in layers[min([*self.starts[1:], len(layers)]) :]}
         if self.on_cache is not None and isinstance(self.on_cache.method, Attending):
             spots |= {(what, layer) for layer in layers for what in ("tables", "tap")}

@@ -14,7 +14,7 @@ from ..prune.errors import (
     MethodFieldError,
 )
 from ..prune.registry import method as make_call
-from .checks.patches import check_clip, check_decoder, check_memory, check_signals
+from .checks.patches import check_clip, check_decoder, check_encoder, check_memory, check_signals
 from .clip_text import ClipText
 from .family import Family
 from .patch_setup import Setup, Ticket
@@ -64,6 +64,7 @@ def make_setup(
     for call in calls:
         check_signals(call, shape, clip)
         check_decoder(call, family, model)
+    check_encoder(calls, family)
     modes = _positions_of(family, calls, positions)
     if (tokens := family.fixed_tokens) is not None:
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
@@ -72,7 +73,15 @@ def make_setup(
     check_memory(remember_images, calls, shape)
     for said in idle(calls):
         warnings.warn(said, UserWarning, stacklevel=3)
-    return Setup(calls, shape, modes, family.text_model, Ticket(), clip=clip)
+    return Setup(
+        calls,
+        shape,
+        modes,
+        family.text_model,
+        Ticket(),
+        clip=clip,
+        projectors=len(family.projectors),
+    )
 
 
 def _positions_of(

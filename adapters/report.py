@@ -11,6 +11,7 @@ from ..prune.contract import Place, Positions
 from ..prune.errors import NotRecordedError
 from ..prune.tiling import Tiling
 from .cache.report import CacheReport
+from .encoded import Entering
 from .stopwatch import Stopwatch
 
 NO_IMAGES = "the last prefill had no images"
@@ -83,6 +84,11 @@ class Last:
     members: list[Tensor | None] = field(repr=False)
     """Per image, (2, G) pairs of a row and a token merged into it; see `groups`."""
     stages: list[StageReport] = field(default_factory=list)
+    encoder: list[Entering] = field(default_factory=list, repr=False)
+    """Per block of the vision encoder from the first that rows left in, as far as blocks ran: the
+    rows of each picture (tile, frame) that entered its attention, and its MLP. Rows are patches, or
+    the merge units of Qwen; CLS is not counted. Of images first, then of videos; empty where
+    nothing left, or where all images were remembered."""
     entries: list[list[Tensor | None]] = field(default_factory=list, repr=False)
     """[layer][sample]: which entries of the prompt a method on the cache kept, of those that the
     layer stored: (K,), or (H_kv, K) where key heads keep their own; None: all."""

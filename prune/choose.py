@@ -32,6 +32,8 @@ class ChosenImage:
     slots: Tensor
     """(K,) ascending: places among the image's N tokens that the rows take, one each."""
     selection: Selection
+    encoded: Selection | None = None
+    """What a method in the vision encoder left; None: everything."""
 
     @property
     def num_tokens(self) -> int:
@@ -53,16 +55,12 @@ class ChosenImage:
         """The same on another device."""
         if self.slots.device == device:
             return self
-        chosen = self.selection
-        order, groups, scores = chosen.order, chosen.groups, chosen.scores
-        chosen = replace(
-            chosen,
-            kept=chosen.kept.to(device),
-            order=None if order is None else order.to(device),
-            groups=None if groups is None else groups.to(device),
-            scores=None if scores is None else scores.to(device),
+        return replace(
+            self,
+            slots=self.slots.to(device),
+            selection=_moved(self.selection, device),
+            encoded=None if self.encoded is None else _moved(self.encoded, device),
         )
-        return replace(self, slots=self.slots.to(device), selection=chosen)
 
     def emit(self, features: Tensor, projected: Tensor | None) -> Tensor:
         """The image's features (N, D) with the rows that enter the LLM in their slots.
@@ -149,7 +147,7 @@ def _left_by_encoder(
     if left is not None:
         calls = _found(calls, Place.ENCODER, left.count)
     return ChosenImage(
-        tiling, calls, plan(total, calls, shape), slots_of(selection, total), selection
+        tiling, calls, plan(total, calls, shape), slots_of(selection, total), selection, left
     )
 
 
@@ -165,14 +163,14 @@ def _chosen(shape: ModelShape, image: ChosenImage, stage: Stage, chosen: Selecti
     if before.count < total:
         groups = composed(chosen, before.arranged, before.groups)
         chosen = replace(renumbered(chosen, before.kept, total), groups=groups)
-    return ChosenImage(image.tiling, calls, stages, slots_of(chosen, total), chosen)
+    slots = slots_of(chosen, total)
+    return replace(image, calls=calls, plan=stages, slots=slots, selection=chosen)
 
 
 def _found(calls: tuple[MethodCall, ...], place: Place, count: int) -> tuple[MethodCall, ...]:
-    """The methods, that of a place with the count that it found, if it looked for one."""
+    """The methods, that of a place with the count that it found."""
     return tuple(
-        replace(call, found=count) if call.method.place is place and call.adaptive else call
-        for call in calls
+        replace(call, found=count) if call.method.place is place else call for call in calls
     )
 
 
@@ -224,6 +222,17 @@ def slots_of(chosen: Selection, num_tokens: int) -> Tensor:
     taken = torch.zeros(num_tokens, dtype=torch.uint8, device=chosen.kept.device)
     free = taken.index_fill(0, chosen.kept, 1).argsort(stable=True)[:extra]
     return torch.cat([chosen.kept, free]).sort().values
+
+
+def _moved(chosen: Selection, device: torch.device) -> Selection:
+    order, groups, scores = chosen.order, chosen.groups, chosen.scores
+    return replace(
+        chosen,
+        kept=chosen.kept.to(device),
+        order=None if order is None else order.to(device),
+        groups=None if groups is None else groups.to(device),
+        scores=None if scores is None else scores.to(device),
+    )
 
 
 def _noted(scores: Tensor, device: torch.device) -> Tensor:

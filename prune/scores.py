@@ -70,18 +70,24 @@ def keys(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None)
 
 
 def head_rank(
-    need: Any, query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    rounds: int,
+    cls_start: float,
 ) -> Tensor:
     """`HeadRank` of each row: (B, S, H). One picture's map is held at a time."""
     biases = [None] * len(query) if bias is None else bias.split(1)
     found = []
     for q, k, own in zip(query.split(1), key.split(1), biases, strict=True):
-        votes = _biased(q, k, scaling, own)[0]  # (H, S, S): row i votes for each column
+        votes = _biased(q, k, scaling, own)[0]  # (H, S, S): what each row gives to each column
         rank = torch.ones(votes.shape[:2], device=votes.device)
-        rank[:, 0] *= need.cls_start
+        rank[:, 0] *= cls_start
         if own is not None:  # rows that fill a batch up have no vote
             rank = rank.masked_fill(own[0, 0].isinf(), 0)
-        for _ in range(need.rounds):
+        for _ in range(rounds):
             rank = (rank[:, None] @ votes)[:, 0]
         found.append(rank / rank.mean(1, keepdim=True))
     return rearrange(torch.stack(found), "b h s -> b s h")

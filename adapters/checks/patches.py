@@ -7,7 +7,15 @@ from typing import Any
 from torch import nn
 
 from ...prune.budget import MethodCall
-from ...prune.contract import Attending, LayerSignal, Method, ModelShape, Place
+from ...prune.contract import (
+    Attending,
+    BeforeLLM,
+    InEncoder,
+    LayerSignal,
+    Method,
+    ModelShape,
+    Place,
+)
 from ...prune.declared import check_declared
 from ...prune.errors import (
     MethodFieldError,
@@ -123,6 +131,67 @@ def check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
             f"{call.name} exchanges the keys of a decoding step, which the block masks of flex "
             f'attention do not allow: call model.set_attn_implementation("sdpa") first.'
         )
+
+
+def check_encoder(calls: tuple[MethodCall, ...], family: Family) -> None:
+    """Refuse what cannot be done to a vision encoder, and what cannot follow it."""
+    call = next((call for call in calls if isinstance(call.method, InEncoder)), None)
+    if call is None or not isinstance(call.method, InEncoder):
+        return
+    method, tower = call.method, family.tower
+    if family.encoder is None:
+        raise UnsupportedModelError(
+            f"{call.name} removes rows between the blocks of the vision encoder, and nothing is "
+            f"known of those of {family.name}: use a method that acts before the LLM."
+        )
+    layers = getattr(family.model.config, "vision_feature_layer", None)
+    if isinstance(layers, list | tuple) and len(layers) > 1:
+        raise UnsupportedModelError(
+            f"{call.name} removes rows inside the vision encoder, and this model's projector reads "
+            f"several of its layers ({', '.join(map(str, layers))}) side by side: use a method "
+            f"that acts before the LLM."
+        )
+    if family.encoder.packed and (method.fused_values or method.restores):
+        raise UnsupportedModelError(
+            f"{call.name} needs an encoder that sees each picture on its own, and that of "
+            f"{family.name} takes the patches of all as one sequence: use {_in_encoder(family)}."
+        )
+    attention = str(family.vision_attention[0].config._attn_implementation)
+    if "flex" in attention and method.proportional:
+        raise UnsupportedModelError(
+            f"{call.name} adds numbers to attention's logits, which the block masks of flex "
+            f'attention do not allow: call model.set_attn_implementation("sdpa") first.'
+        )
+    following = next((c for c in calls if isinstance(c.method, BeforeLLM)), None)
+    if following is None or method.restores:
+        return
+    assert isinstance(following.method, BeforeLLM)  # noqa: S101  (for the types)
+    if following.method.needs_grid:
+        free = [
+            name
+            for name in _working(family.shape)
+            if issubclass(cls := method_class(name), BeforeLLM) and not cls.needs_grid
+        ]
+        raise MethodFieldError(
+            f"{following.name} reads where tokens lie, and {call.name} leaves only some of them: "
+            f"behind it use one of {', '.join(free)}."
+        )
+    if method.fuses(tower):
+        raise MethodFieldError(
+            f"{call.name} leaves a row that stands for no token, which {following.name} cannot "
+            f"rank: give {call.name} fuse=False, or another method behind it."
+        )
+
+
+def _in_encoder(family: Family) -> str:
+    """Methods that act in an encoder that takes all pictures as one sequence."""
+    return ", ".join(
+        name
+        for name in _working(family.shape)
+        if issubclass(cls := method_class(name), InEncoder)
+        and not cls.fused_values
+        and not cls.restores
+    )
 
 
 def refuse_compiled(model: nn.Module, family: Family) -> None:

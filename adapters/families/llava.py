@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from ...prune.contract import Tower
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
+from ..encoder import Encoder
+from ..encoders.clip import ClipEncoder
 from ..family import Call, Family, Fit, Inputs
 
 _TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -35,7 +38,17 @@ class Llava(Family):
             num_layers=tower.config.num_hidden_layers,
             has_cls=hasattr(tower.embeddings, "class_embedding"),
             text_twin=tower.config.model_type == "clip_vision_model",
+            prefix=int(hasattr(tower.embeddings, "class_embedding")),
+            blocks_read=tower.config.num_hidden_layers - len(self.unread_layers({})),
         )
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return ClipEncoder(self.vision_tower)
+
+    @property
+    def projectors(self) -> Sequence[Any]:
+        return [self.core.multi_modal_projector]
 
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         return [Tiling.single(*grid) for (grid,) in self.pictures(call)]

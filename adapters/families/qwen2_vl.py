@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 from einops import rearrange
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ...prune.contract import Tower
 from ...prune.tiling import Block, Tiling
+from ..encoder import Encoder
+from ..encoders.qwen import QwenEncoder
 from ..family import IMAGE, VIDEO, Call, Family, Modality
 
 
@@ -33,7 +36,16 @@ class Qwen2VL(Family):
             num_layers=config.depth,
             has_cls=False,
             merge_unit=config.spatial_merge_size**2,
+            rotary=True,
         )
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return QwenEncoder(self.vision_tower)
+
+    @property
+    def projectors(self) -> Sequence[Any]:
+        return [self.vision_tower.merger]
 
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         """A block per frame: the encoder sees each on its own, as two pictures in one."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...prune.contract import Signal
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
+from ..checks.encoding import refuse_encoder
 from ..encoded import MARK, Encoded, encode, encode_merged
 from ..family import Call, Family, Inputs, Modality
 from ..hooks import Hooks, Undo, all_of, shadow
@@ -21,6 +22,7 @@ from ..remember import ImageMemory
 from ..signals.encoder import Images
 from .call import InFlight
 from .encoder import EncoderDriver
+from .handover import Handover
 
 
 class BeforeLLMDriver:
@@ -86,11 +88,17 @@ class BeforeLLMDriver:
         """Images on their way through the encoder, and what was chosen of them; `numbers`: which
         images of the call they are, where not all."""
         flight = self._flight
+        calls, handover = None, None
+        if setup.in_encoder is not None:
+            refuse_encoder(self._family, call, setup.in_encoder)
+            calls = setup.calls_of(self._numbers(setup, call, numbers))
+            handover = Handover(self._family, call, setup, calls)
+        passage = None if handover is None else handover.passage
         # Another caller may read all that the encoder gives.
         unread = self.unread(setup, call.inputs) if flight.active else frozenset()
         self._hooks.hold(setup.standing)
         try:
-            with self._encoder.read(setup.tapped, unread) as recording:
+            with self._encoder.read(setup.tapped, unread, passage) as recording:
                 output = original(**call.inputs)
         finally:
             self._hooks.release(setup.standing)
@@ -98,21 +106,51 @@ class BeforeLLMDriver:
         if features is None:  # return_dict=False: a plain tuple cannot carry the choice
             return output, None
         tilings = self._tilings(call, features)
+        device = features[0].device
+        left = None if handover is None else handover.selections(device)
         signals: list[dict[Signal, Tensor]] = [{} for _ in features]
         if setup.first is not None:
-            compete = setup.first.newline_policy == "compete"
+            compete = setup.first.newline_policy == "compete" and passage is None
             images = Images(
-                self._family, call, output, features, tilings, flight.prompt, setup.clip, compete
+                self._family,
+                call,
+                output,
+                features,
+                tilings,
+                flight.prompt,
+                setup.clip,
+                compete,
+                None if passage is None else passage.spread_at,
             )
             signals = recording.of_images(images, setup.read)
-        if setup.per_image is not None:  # an earlier modality of the call has the first budgets
-            others = [one for other, one in flight.encoded.items() if other is not call.modality]
-            before = sum(len(one.images) for one in others) if flight.active else 0
-            numbers = range(len(tilings)) if numbers is None else numbers
-            numbers = [before + number for number in numbers]
-        encoded = encode(setup, tilings, signals, features[0].device, numbers)
+            if handover is not None and left is not None:
+                signals = handover.alive(left, signals)
+        encoded = encode(
+            setup,
+            tilings,
+            signals,
+            device,
+            self._numbers(setup, call, numbers, len(tilings)),
+            left=left,
+            entering=() if passage is None else passage.entering,
+            stopwatch=None if passage is None else passage.stopwatch,
+        )
         output.pooler_output = self._emit(features, encoded)
         return output, encoded
+
+    def _numbers(
+        self, setup: Setup, call: Call, numbers: Sequence[int] | None, count: int | None = None
+    ) -> Sequence[int]:
+        """Those of the images of a call among all that budgets are given for."""
+        if count is None:
+            count = len(self._family.pictures(call))
+        numbers = range(count) if numbers is None else numbers
+        if setup.per_image is None or not self._flight.active:
+            return numbers
+        # An earlier modality of the call has the first budgets.
+        others = [one for other, one in self._flight.encoded.items() if other is not call.modality]
+        before = sum(len(one.images) for one in others)
+        return [before + number for number in numbers]
 
     def _tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         """How the tokens of each image lie, if the family knows it."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from ...prune.budget import Stage, remark
 from ...prune.choose import ChosenImage
-from ...prune.contract import Place
+from ...prune.contract import Place, Selection
 from ...prune.errors import UnsupportedFeatureError
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
 from ..checks.calls import refuse_cache
@@ -56,7 +56,7 @@ def begin(
     repeats = len(embeds) // samples
     somewhere = torch.stack(list(visual.values())).any(0)
     text = real & ~somewhere
-    last = _report(setup, images, text.sum(1)[::repeats])
+    last = _report(setup, images, text.sum(1)[::repeats], encoded.values())
     keeps = entries_to_keep(setup, images, last.text_tokens)
     if state is None and keeps is None and not any(image.plan for image in images):
         return None, last
@@ -80,7 +80,8 @@ def begin(
     ids = _given_positions(kwargs, cache)
     if keeps is not None and state is not None:
         note_prefix(setup, state, cache, ids, real)
-    repacks = setup.positions.get(Place.BEFORE_LLM) == "repacked" and bool(_before_llm(images))
+    ahead = {s.place for image in images for s in image.plan if s.place < Place.DECODER}
+    repacks = any(setup.positions[place] == "repacked" for place in ahead)
     earlier = None if state is None else state.segments[0].shift
     prefill = Prefill(
         setup=setup,
@@ -150,7 +151,9 @@ def _setup(encoded: Iterable[Encoded], state: PrunedState | None) -> Setup:
     return setup if state is None else setup.on_cache_of(state.setup)
 
 
-def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
+def _report(
+    setup: Setup, images: list[PlacedImage], text: Tensor, encoded: Iterable[Encoded]
+) -> Last:
     """What is known before the decoder runs; `text` (samples,) counts the text tokens."""
     read: dict[str, list[int]] = {}
     for call in setup.calls:
@@ -174,15 +177,17 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
         note=_remarks([image.encoded for image in images]),
     )
+    last.encoder = [entering for one in encoded for entering in one.entering]
+    if any(image.encoded.encoded is not None for image in images):
+        last.stages.append(_in_encoder(setup, images))
     before = _before_llm(images)
     if before:
-        mode = setup.positions[Place.BEFORE_LLM]
         report = StageReport(
             before[0].call.name,
             Place.BEFORE_LLM,
             before[0].layer,
             last.kept,
-            mode,
+            setup.positions[Place.BEFORE_LLM],
             order=last.order,
             groups=last.members,
             rows=last.order,
@@ -192,6 +197,28 @@ def _report(setup: Setup, images: list[PlacedImage], text: Tensor) -> Last:
             report = replace(report, scores=[image.encoded.selection.scores for image in images])
         last.stages.append(report)
     return last
+
+
+def _in_encoder(setup: Setup, images: Sequence[PlacedImage]) -> StageReport:
+    """What left inside the vision encoder."""
+    everything = [torch.arange(i.encoded.num_tokens, device=i.slots.device) for i in images]
+    left = [
+        Selection(kept=all_) if image.encoded.encoded is None else image.encoded.encoded
+        for image, all_ in zip(images, everything, strict=True)
+    ]
+    (name,) = [call.name for call in setup.calls if call.method.place is Place.ENCODER]
+    return StageReport(
+        name,
+        Place.ENCODER,
+        0,
+        [one.kept for one in left],
+        setup.positions[Place.ENCODER],
+        order=[one.order for one in left],
+        groups=[one.groups for one in left],
+        scores=[None for _ in left] if setup.record else None,
+        rows=[one.order for one in left],
+        members=[one.groups for one in left],
+    )
 
 
 def _before_llm(images: Sequence[PlacedImage]) -> list[Stage]:

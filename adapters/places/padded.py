@@ -1,4 +1,4 @@
-"""The passage of pictures that are a batch: as long as the longest of them, the others filled up."""
+"""The passage of pictures that are a batch: as long as the longest, the others filled up."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class PaddedPassage(Passage):
         return torch.cat([prefix.expand(len(rows), -1), rows], 1)
 
     def spread_rows(self, values: Tensor, cuts: int) -> Tensor:
-        if self.restored or not cuts:
+        if not cuts:
             return values
         spread = self._spread(values[:, self.prefix :], cuts)
         return torch.cat([values[:, : self.prefix], spread], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -53,7 +53,7 @@ class Alike:
     grid: tuple[int, int]
     counts: tuple[int, ...] | None
     present: Tensor | None
-    """(B, P)"""
+    """(B, P) the places that reach the prompt; None: all."""
     raster: Tensor
     """(B, N)"""
     place: Tensor
@@ -64,6 +64,8 @@ class Alike:
     """(B, N) after 0, 1, ... cuts: the row that each place is in, -1 where it was dropped."""
     made: Reduction | None = None
     """What was decided at the cut that is made next; None: nothing leaves."""
+    merged: bool = False
+    """Whether rows were merged."""
 
     @classmethod
     def of(cls, pictures: Sequence[Picture], numbers: Sequence[int], device: torch.device) -> Alike:
@@ -73,7 +75,7 @@ class Alike:
         raster, present = places, None
         if first.raster is not None:
             raster = torch.stack([one.raster for one in own if one.raster is not None]).to(device)
-        if first.present is not None and first.counts is not None:
+        if first.present is not None:
             present = torch.stack([one.present for one in own if one.present is not None])
         return cls(
             pictures=numbers,
@@ -128,6 +130,16 @@ class Alike:
         made = made if chosen is None else made.among(chosen, self.rows)
         self.made = made.in_order(self.place.gather(1, made.source)) if in_order else made
 
+    def left(self, at: int) -> tuple[Tensor, Tensor]:
+        """Of its picture number `at`: the place of each row that is left for the prompt (K,), and
+        the row that each place is in (N,), -1 for none."""
+        place, member = self.place[at], self.members[-1][at]
+        if self.counts is not None or self.present is None:
+            return place, member
+        place = self.present[at]  # nothing left in the encoder
+        rows = torch.arange(len(place), device=place.device)
+        return place, member.new_full(member.shape, -1).scatter(0, place, rows)
+
     def reduced(self, rows: Tensor) -> Tensor:
         """Rows (B, n, ...) as decided."""
         return rows if self.made is None else self.made.apply(rows)
@@ -141,6 +153,7 @@ class Alike:
             place = self.place.gather(1, made.source.clamp_min(0))
             self.place = place.where(made.source >= 0, -1)
             member = owner.gather(1, member.clamp_min(0)).where(member >= 0, -1)
+            self.merged |= made.owner is not None
             self.made = None
         self.members.append(member)
 
@@ -181,12 +194,16 @@ class Passage(ABC):
         """Of the attention that runs: (B, 1, 1, S), added to its logits."""
         self.made = 0
         """Cuts that rows have passed."""
+        self.entered: Tensor | None = None
+        """Rows as they entered the block that runs, where its attention needs them."""
+        self.extra: list[Tensor] = []
+        """Per picture, the tokens of rows that stand for no patch (R, D)."""
         self.restored = False
         """Whether all rows are there again."""
         self.entering: list[tuple[list[int], list[int]]] = []
         """Per block that ran: rows of each picture at its attention, and at its MLP."""
         self._open: tuple[Tensor, Tensor | None] | None = None
-        """In a block whose rows leave in front of its MLP: the rows that stay, and what that adds."""
+        """In a block whose rows leave in front of its MLP: the rows that stay, and what it adds."""
         self._uncut: tuple[Tensor, Sequence[Reduction | None]] | None = None
         """Rows that are to be restored, and how they were reduced, by group."""
 
@@ -200,10 +217,6 @@ class Passage(ABC):
     def reads(self, block: int) -> list[Signal]:
         """What the method reads of a block."""
         return [need for cut in self.cuts if cut.block == block for need in self.method.reads(cut)]
-
-    def cuts_before(self, block: int) -> int:
-        """Cuts that rows have passed when they come to the attention of a block."""
-        return sum(cut.depth <= (block, False) for cut in self.cuts)
 
     @property
     def counts(self) -> list[int]:
@@ -228,6 +241,8 @@ class Passage(ABC):
                 self._uncut = hidden, [group.made for group in self.groups]
             hidden = self.shorten(hidden) if self.leaves else hidden
             self.passed()
+        fuses = self.method.fused_values and self.cut_at(block, "mlp") is not None
+        self.entered = hidden if fuses else None
         counts = self.counts
         self.entering.append((counts, counts))
         return hidden, self.follow(kwargs)
@@ -290,9 +305,7 @@ class Passage(ABC):
         """Hidden states with the rows of every picture as decided."""
 
     @abstractmethod
-    def restore(
-        self, before: Tensor, made: Sequence[Reduction | None], after: Tensor
-    ) -> Tensor:
+    def restore(self, before: Tensor, made: Sequence[Reduction | None], after: Tensor) -> Tensor:
         """Hidden states with all rows, from those at the cut and those that came of them."""
 
     @abstractmethod
@@ -316,6 +329,13 @@ class Passage(ABC):
     def spread_tokens(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What the projector made of the rows alive: the tokens of all patches, spread like that;
         and per picture, those of rows that stand for no patch (R, D)."""
+
+    def spread_at(self, values: Tensor, block: int | None) -> Tensor:
+        """`spread_rows` of values at the attention of a block; None: behind the last that is
+        read."""
+        if block is None:
+            return values if self.restored else self.spread_rows(values, len(self.cuts))
+        return self.spread_rows(values, sum(c.depth <= (block, False) for c in self.cuts))
 
     def passed(self) -> None:
         """The rows are those that were decided on."""

@@ -6,7 +6,7 @@ says which reader serves which signal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ class Images:
     clip: ClipText | None
     newlines_compete: bool
     """Whether newlines are among the tokens that signals cover."""
+    spread: Callable[[Tensor, int | None], Tensor] | None = None
+    """Where rows left in the encoder: values of those that came to a block's attention (None: that
+    left the last block that is read), as those of all patches."""
 
     def patches(self, values: Tensor) -> Sequence[Tensor]:
         """Values of encoder tokens (B, S, ...) as those of each image's patches: (P, ...)."""
@@ -44,7 +47,8 @@ class Images:
     @property
     def encoder_features(self) -> Tensor:
         """(B, S, C): what the projector reads, CLS included."""
-        return self.family.encoder_features(self.call, self.output)
+        given = self.family.encoder_features(self.call, self.output)
+        return given if self.spread is None else self.spread(given, None)
 
     @property
     def text_encoder(self) -> ClipText:

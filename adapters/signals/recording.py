@@ -62,7 +62,12 @@ class Recording:
         for need in needs:
             with torch.set_grad_enabled(torch.is_grad_enabled() and need.of_rows):
                 if shown(need) == ENCODER_ATTENTION:
-                    columns[need] = images.patches(self.values(need))
+                    values = self.values(need)
+                    if images.spread is not None:
+                        layer = need.layer  # type: ignore[attr-defined]
+                        layer += images.family.tower.num_layers if layer < 0 else 0
+                        values = images.spread(values, layer)
+                    columns[need] = images.patches(values)
                 else:
                     columns[need] = SOURCES[type(need)].read(images, need)
         # An encoder may be spread over several devices: choices are made where its features are.

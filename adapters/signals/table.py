@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ...prune import scores
 from ...prune.contract import (
     AttentionToCls,
@@ -71,7 +73,7 @@ class Source:
     shown: str | Callable[[Any], str]
     """What it is read from; it may depend on the signal's fields."""
     read: Callable[..., Any]
-    """Of the encoder's attention: signal, queries and keys (B, H, S, D_head), scale, bias of the keys
+    """Of the encoder's attention: signal, queries and keys (B, H, S, D_head), scale, bias of keys
     (B, 1, 1, S) or None -> (B, S, ...); of its input: what is shown, (B, S, C); of what
     the encoder gave: images, signal -> a value for each; in the decoder: signal, batch, and what is
     shown, of which it notes a value for each image."""
@@ -100,7 +102,11 @@ SOURCES: Mapping[type[Signal], Source] = {
     AttentionToCls: Source(ENCODER_ATTENTION, _from(scores.to_cls), draw.positive),
     ReceivedAttention: Source(ENCODER_ATTENTION, _from(scores.received), draw.positive),
     Keys: Source(ENCODER_ATTENTION, _from(scores.keys), draw.normal("heads", "head_width")),
-    HeadRank: Source(ENCODER_ATTENTION, scores.head_rank, draw.ranks),
+    HeadRank: Source(
+        ENCODER_ATTENTION,
+        lambda need, *heads: scores.head_rank(*heads, rounds=need.rounds, cls_start=need.cls_start),
+        draw.ranks,
+    ),
     BlockInput: Source(ENCODER_INPUT, lambda shown: shown, draw.normal("encoder")),
     TextAttention: Source(_heads, decoder.text_attention, draw.attention),
     ReceivedInLayer: Source("heads", decoder.received, draw.positive),

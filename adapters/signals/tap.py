@@ -95,13 +95,17 @@ def _tapped_attention(
     config, listeners, instead = getattr(module.config, "_vlmprune_tap", none)
     for listener in listeners:
         listener(query, key, attention_mask, **kwargs)
+    width = value.shape[-1]
     if instead is not None:
         query, key, value, attention_mask = instead(query, key, value, attention_mask)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     if "flash" in config._attn_implementation:  # which loads its kernels by the module's own word
         module = _Untapped(module, config)
-    return attention(module, query, key, value, attention_mask, **kwargs)
+    output, weights = attention(module, query, key, value, attention_mask, **kwargs)
+    if value.shape[-1] != width:  # a kernel was given more columns
+        output = output[..., :width]
+    return output, weights
 
 
 class _Untapped:

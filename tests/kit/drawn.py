@@ -6,12 +6,12 @@ import torch
 from vlmprune.adapters.signals.draw import Sizes
 from vlmprune.adapters.signals.table import SOURCES
 from vlmprune.prune.contract import (
+    Choosing,
     Cut,
     Decoder,
     MeanHidden,
     ModelShape,
     Place,
-    Choosing,
     Selection,
     Tower,
     VisualTokens,

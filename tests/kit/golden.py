@@ -21,11 +21,11 @@ import torch
 from kit.paths import TESTS
 from torch import Tensor
 from vlmprune.prune.contract import (
+    Choosing,
     Decoder,
     Method,
     ModelShape,
     Place,
-    Choosing,
     Selection,
     Signal,
     Tower,

@@ -1,0 +1,32 @@
+"""What cannot be combined with rows that leave in the vision encoder, refused when it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...prune.contract import InEncoder
+from ...prune.errors import UnsupportedFeatureError
+from ..family import Call, Family
+
+
+def refuse_encoder(family: Family, call: Call, method: InEncoder) -> None:
+    """Refuse a pass of the encoder in which a method cannot remove rows.
+
+    Raises:
+        UnsupportedFeatureError: the projector is to read other layers than the model's own, or
+            blocks would run a second time.
+    """
+    tower: Any = family.vision_tower
+    if len(family.unread_layers(call.inputs)) != len(family.unread_layers({})):
+        raise UnsupportedFeatureError(
+            f"vision_feature_layer={call.inputs.get('vision_feature_layer')} reads another layer "
+            f"of the vision encoder than {method.name} was planned for: set it in model.config "
+            f"before vlmprune.patch."
+        )
+    if tower.training and getattr(tower, "is_gradient_checkpointing", False):
+        raise UnsupportedFeatureError(
+            f"{method.name} removes rows inside the vision encoder, which cannot be combined with "
+            f"gradient checkpointing of it, where blocks run a second time: call "
+            f"model.activation_checkpointing_disable() or model.eval(), or use a method that acts "
+            f"before the LLM."
+        )
