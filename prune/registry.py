@@ -12,12 +12,12 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from .budget import BUDGET_WORDS, Budget, MethodCall
-from .contract import Attending, BeforeLLM, Compressing, InDecoder, Method
+from .contract import Attending, BeforeLLM, Compressing, InDecoder, InEncoder, Method
 from .errors import BudgetError, MethodFieldError, PluginError, UnknownMethodError, did_you_mean
 from .plugins import ENTRY_POINT_GROUP, Plugins, owner_of
 from .shipped import PACKAGE, shipped
 
-_BASES = (BeforeLLM, InDecoder, Compressing, Attending)
+_BASES = (InEncoder, BeforeLLM, InDecoder, Compressing, Attending)
 _M = TypeVar("_M", bound=type[Method])
 _classes: dict[str, type[Method]] = {}
 
