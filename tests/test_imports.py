@@ -24,7 +24,7 @@ ROOMS = {
     "prune": (
         *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped", "ops"),
         *("contract", "declared", "budget", "registry", "answers", "joining", "tiles", "select"),
-        *("fields", "layers", "schedule", "salience", "presses", "batches", "methods"),
+        *("fields", "layers", "schedule", "blocks", "salience", "presses", "batches", "methods"),
         *("choose", "scores"),
     ),
     "adapters": (

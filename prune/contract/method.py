@@ -166,12 +166,13 @@ class InEncoder(Pruning):
         """Whether some of the rows that it leaves stand for no patch."""
         return False
 
-    def reads(self, cut: BlockCut) -> tuple[Signal, ...]:
+    def reads(self, cut: BlockCut, tower: Tower) -> tuple[Signal, ...]:
         """The signals of its block that the method reads at a cut."""
         return ()
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        return tuple(need for cut in self.blocks(shape.tower) for need in self.reads(cut))
+        tower = shape.tower
+        return tuple(need for cut in self.blocks(tower) for need in self.reads(cut, tower))
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         return () if self.restores else (Cut(Place.ENCODER),)

@@ -8,7 +8,14 @@ from kit.paths import GOLDEN, TESTS
 RUNNERS = runners()
 FOLDER = GOLDEN
 FILES = sorted(FOLDER.glob("*.npz"))
-RESULTS = ("kept", "kept_slots_0", "merged", "ttv")  # what a file holds to compare, first of these
+RESULTS = (
+    "kept",
+    "kept_slots_0",
+    "merged",
+    "ttv",
+    "assign",
+    "centers",
+)  # what a file holds to compare, first of these
 
 
 def test_folder_has_files():
