@@ -216,7 +216,12 @@ class Passage(ABC):
 
     def reads(self, block: int) -> list[Signal]:
         """What the method reads of a block."""
-        return [need for cut in self.cuts if cut.block == block for need in self.method.reads(cut)]
+        return [
+            need
+            for cut in self.cuts
+            if cut.block == block
+            for need in self.method.reads(cut, self.tower)
+        ]
 
     @property
     def counts(self) -> list[int]:
@@ -251,7 +256,9 @@ class Passage(ABC):
         """Let the method say what becomes of the rows at a cut, from what was heard there."""
         with self.stopwatch, torch.autocast(self.stopwatch.device.type, enabled=False):
             here = self.cuts[cut]
-            heard = {need: self.recording.values(need) for need in self.method.reads(here)}
+            heard = {
+                need: self.recording.values(need) for need in self.method.reads(here, self.tower)
+            }
 
             def ask(group: Alike, chosen: Tensor | None, keep: int) -> Reduction:
                 return self._ask(here, group, chosen, keep, heard)

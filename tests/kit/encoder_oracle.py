@@ -189,8 +189,8 @@ def padded(tower, pixels: Tensor, made: Made, depth: int) -> tuple[list[Walk], l
 
 
 def packed(tower, pixels: Tensor, grids: Tensor, made: Made) -> tuple[list[Walk], list[list]]:
-    """Qwen's towers: a walk per frame, in the tower's own order of units, and per deeper merger what
-    it reads of each: (walk's member, rows)."""
+    """Qwen's towers: a walk per frame, in the tower's own order of units, and what each deeper
+    merger reads of it: (its member, rows)."""
     unit = tower.config.spatial_merge_size**2
     walks: list[Walk] = []
     deeper: list[list] = []
@@ -243,9 +243,7 @@ def packed(tower, pixels: Tensor, grids: Tensor, made: Made) -> tuple[list[Walk]
             )
         x, cos, sin = (y.unflatten(0, (-1, unit))[order] for y in (x, cos, sin))
         windows = windows[order]
-        for own, c, s, w in zip(
-            *(y.chunk(frames) for y in (x, cos, sin, windows)), strict=True
-        ):
+        for own, c, s, w in zip(*(y.chunk(frames) for y in (x, cos, sin, windows)), strict=True):
             walk, deep = _frame(tower, own, c, s, w, made, len(walks))
             walks.append(walk)
             deeper.append(deep)
@@ -259,8 +257,14 @@ def _frame(tower, x, cos, sin, windows, made: Made, picture: int) -> tuple[Walk,
     for number, block in enumerate(tower.blocks):
         attention = block.attn
         rows = walk.rows.flatten(0, 1)
-        c, s, w = (y[walk.place].flatten(0, 1) for y in (cos, sin, windows[:, None].expand(-1, unit)))
-        width = attention.head_dim if hasattr(attention, "head_dim") else attention.dim // attention.num_heads
+        c, s, w = (
+            y[walk.place].flatten(0, 1) for y in (cos, sin, windows[:, None].expand(-1, unit))
+        )
+        width = (
+            attention.head_dim
+            if hasattr(attention, "head_dim")
+            else attention.dim // attention.num_heads
+        )
         mixed = attention.qkv(block.norm1(rows)).view(len(rows), 3, -1, width)
         q, k, v = mixed.permute(1, 2, 0, 3)
 
