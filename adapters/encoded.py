@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..prune.choose import ChosenImage, choose_images
 from ..prune.contract import Features, Selection, Signal
-from ..prune.errors import MissingSignalError
+from ..prune.errors import MissingSignalError, UnsupportedFeatureError
 from ..prune.tiling import Tiling
 from .patch_setup import Setup
 from .stopwatch import Stopwatch
@@ -75,6 +75,12 @@ def encode_merged(setup: Setup, embeds: Tensor, visual: Tensor) -> Encoded:
 
     Each run of visual tokens counts as one image of a single row.
     """
+    if setup.in_encoder is not None:
+        raise UnsupportedFeatureError(
+            f"{setup.in_encoder.name} removes rows inside the vision encoder, which has run "
+            f"already where inputs_embeds come with visual_mask: give input_ids and pixel_values, "
+            f"or use a method that acts before the LLM."
+        )
     signals, tilings = [], []
     for row, marks in zip(embeds, visual.tolist(), strict=True):
         start = None

@@ -71,6 +71,7 @@ class InTiles(BeforeLLM):
     asked about all tiles of all images at once, except those that stay or go as a whole.
     """
 
+    needs_grid: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
 
     def seen(self, tokens: VisualTokens) -> VisualTokens:

@@ -23,7 +23,8 @@ def refuse_encoder(family: Family, call: Call, method: InEncoder) -> None:
             f"of the vision encoder than {method.name} was planned for: set it in model.config "
             f"before vlmprune.patch."
         )
-    if tower.training and getattr(tower, "is_gradient_checkpointing", False):
+    blocks = family.encoder.blocks if family.encoder is not None else ()
+    if tower.training and any(getattr(b.module, "gradient_checkpointing", False) for b in blocks):
         raise UnsupportedFeatureError(
             f"{method.name} removes rows inside the vision encoder, which cannot be combined with "
             f"gradient checkpointing of it, where blocks run a second time: call "

@@ -136,7 +136,7 @@ def padded(tower, pixels: Tensor, made: Made, depth: int) -> tuple[list[Walk], l
     """CLIP and SigLIP: a walk per picture, and its prefix rows (p, C)."""
     walks, fronts = [], []
     prefix = int(hasattr(tower.embeddings, "class_embedding"))
-    proportional = made.method.proportional
+    proportional = made.cuts and made.method.proportional
     for picture, one in enumerate(pixels):
         x = tower.embeddings(one[None])
         x = getattr(tower, "pre_layrnorm", lambda y: y)(x)[0]
@@ -271,7 +271,9 @@ def _frame(tower, x, cos, sin, windows, made: Made, picture: int) -> tuple[Walk,
         def turn(y, c=c, s=s, half=width // 2):
             return y * c + torch.cat([-y[..., half:], y[..., :half]], -1) * s
 
-        sizes = walk.sizes.repeat_interleave(unit) if made.method.proportional else None
+        sizes = (
+            walk.sizes.repeat_interleave(unit) if made.cuts and made.method.proportional else None
+        )
         full = getattr(tower, "fullatt_block_indexes", None)
         see = None if full is None or number in full else w[:, None] == w[None]
         weights = soft(turn(q), turn(k), width**-0.5, sizes, see)
@@ -353,54 +355,65 @@ def seen(model, kind: str, given: dict) -> Seen:
     return Seen(tensors, caught[1].flatten(0, -2), list(output.pooler_output))
 
 
-@torch.no_grad()
-def encoder_truth(case, inputs: dict, rows, made: list[Made], positions: str):
-    """The `Truth` of a model in whose encoder rows left, as `made` says.
+@dataclass
+class Left:
+    """What the encoder leaves of the images of a batch, in the order of the prompts."""
 
-    Args:
-        rows: the prompts of the batch.
-        made: what `recorded` found, a pass for the images and one for the videos.
-    """
+    rows: list[Rows]
+    deep: list[list[dict[int, Tensor]]]
+    """Per image and level, what is added behind a decoder layer to each token: {token: (D,)}."""
+
+    def truth(self, reference, inputs: dict, cuts, positions) -> Truth:
+        """A `Truth` with these cuts, whose deeper features are those of the shorter encoder."""
+        truth = Truth(reference, inputs, cuts, positions)
+        for row in truth.rows:
+            for places, number in zip(row.images, row.numbers, strict=True):
+                for target, of_level in zip(row.deep, self.deep[number], strict=True):
+                    for token, value in of_level.items():
+                        target[places[token]] = value
+        return truth
+
+
+@torch.no_grad()
+def left_by_encoder(case, inputs: dict, model) -> Left:
+    """What a patched model's encoder leaves, by the reductions that it makes of these inputs."""
     reference = case.reference("eager")
-    core = reference.model
     found: dict[str, list] = {}
-    passes = iter(made)
     for kind, given in zoo.encoder_inputs(inputs).items():
-        dense_run, here = seen(reference, kind, given), next(passes)
-        if hasattr(core, "visual"):
-            walks, deeper = packed(core.visual, *dense_run.given, here)
-            embeds = [core.visual.merger(walk.rows.flatten(0, 1)) for walk in walks]
-        else:
-            layer = reference.config.vision_feature_layer
-            depth = layer % (len(core.vision_tower.encoder.layers) + 1)
-            walks, _ = padded(core.vision_tower, dense_run.given[0], here, depth)
-            embeds = [core.multi_modal_projector(walk.rows[None, :, 0])[0] for walk in walks]
-            deeper = [[] for _ in walks]
-        starts = [0]
-        for walk in walks:
-            starts.append(starts[-1] + len(walk.member))
-        found[kind] = []
-        for of_token in tokens_of(dense_run.places, dense_run.features):
-            left = rows_of_image(of_token, starts[:-1], walks, embeds)
-            deep = []
-            for level in range(len(deeper[0])):
-                of_level = {}
-                for token, place in of_token.items():
-                    picture = max(i for i, s in enumerate(starts[:-1]) if s <= place)
-                    member, values = deeper[picture][level]
-                    if (row := int(member[place - starts[picture]])) >= 0:
-                        of_level[token] = values[row]
-                deep.append(of_level)
-            found[kind].append((left, deep))
-    kept, deeps = [], []
-    for name in zoo.images(rows):
-        left, deep = found["video" if name in zoo.FRAMES else "image"].pop(0)
-        kept.append(left)
-        deeps.append(deep)
-    truth = Truth(reference, inputs, [(0, kept)], positions)
-    for row in truth.rows:
-        for places, number in zip(row.images, row.numbers, strict=True):
-            for target, of_level in zip(row.deep, deeps[number], strict=True):
-                for token, value in of_level.items():
-                    target[places[token]] = value
-    return truth
+        with recorded() as passes:
+            getattr(model.model, f"get_{kind}_features")(**given)
+        found[kind] = [*_left(reference, kind, given, passes[0] if passes else Made(None))]
+    config, rows, deep = reference.config, [], []
+    for row in Truth(reference, inputs).rows:
+        for places in row.images:
+            video = int(row.ids[places[0]]) == getattr(config, "video_token_id", None)
+            left, levels = found["video" if video else "image"].pop(0)
+            rows.append(left)
+            deep.append(levels)
+    return Left(rows, deep)
+
+
+def _left(reference, kind: str, given: dict, made: Made) -> Iterator[tuple[Rows, list]]:
+    core, unpatched = reference.model, seen(reference, kind, given)
+    if hasattr(core, "visual"):
+        walks, deeper = packed(core.visual, *unpatched.given, made)
+        embeds = [core.visual.merger(walk.rows.flatten(0, 1)) for walk in walks]
+    else:
+        depth = reference.config.vision_feature_layer % (len(core.vision_tower.encoder.layers) + 1)
+        walks, _ = padded(core.vision_tower, unpatched.given[0], made, depth)
+        embeds = [core.multi_modal_projector(walk.rows[None, :, 0])[0] for walk in walks]
+        deeper = [[] for _ in walks]
+    starts = [0]
+    for walk in walks:
+        starts.append(starts[-1] + len(walk.member))
+    for of_token in tokens_of(unpatched.places, unpatched.features):
+        levels = []
+        for level in range(len(deeper[0])):
+            of_level = {}
+            for token, place in of_token.items():
+                picture = max(i for i, s in enumerate(starts[:-1]) if s <= place)
+                member, values = deeper[picture][level]
+                if (row := int(member[place - starts[picture]])) >= 0:
+                    of_level[token] = values[row]
+            levels.append(of_level)
+        yield rows_of_image(of_token, starts[:-1], walks, embeds), levels

@@ -10,6 +10,7 @@ import torch
 import vlmprune
 from kit import zoo
 from kit.cache_oracle import CacheTruth, Entries, is_soft_vote, merged_into_nearest
+from kit.encoder_oracle import left_by_encoder
 from kit.oracle import Rows, Truth
 from vlmprune.prune.contract import Compressing, Place
 from vlmprune.prune.methods.cache.token_select import TokenSelect
@@ -43,13 +44,22 @@ def rows_that_enter(case: zoo.Case, inputs: dict, model, handle) -> list[Rows]:
 def truth_of(case: zoo.Case, inputs: dict, model, handle) -> Truth:
     """What a patched model must compute of the inputs that it saw last."""
     last, reference = handle.last, case.reference("eager")
+    make = Truth
+    if last.stages and last.stages[0].place is Place.ENCODER:
+        left = left_by_encoder(case, inputs, model)
+        make = left.truth
     rows = [torch.arange(n) for n in last.tokens_in]  # the token of each row alive, -1 for none
     cuts: list = []
     positions: list[str] = []
     for stage in last.stages:
-        if stage.layer:
-            truth = Truth(reference, inputs, cuts, positions)
+        if stage.place is Place.ENCODER:
+            kept = left.rows
+            check_left(kept, stage)
+        elif stage.layer:
+            truth = make(reference, inputs, cuts, positions)
             kept = [_kept(truth, last, stage, i, tokens) for i, tokens in enumerate(rows)]
+        elif make is not Truth:  # behind the encoder methods only choose
+            kept = stage.kept
         elif any(x is not None for x in (*last.order, *last.groups)):
             kept = rows_that_enter(case, inputs, *_before_llm(case, inputs, model, handle))
         else:
@@ -59,7 +69,13 @@ def truth_of(case: zoo.Case, inputs: dict, model, handle) -> Truth:
         # As it was before stages said so: decoder cuts left positions as they were.
         word = last.positions if stage.layer == 0 else "original"
         positions = [*positions, getattr(stage, "positions", word)]
-    return Truth(reference, inputs, cuts, positions)
+    return make(reference, inputs, cuts, positions)
+
+
+def check_left(rows: Sequence[Rows], stage) -> None:
+    """What the encoder left is what the stage reports."""
+    for of_image, kept, order in zip(rows, stage.kept, stage.order, strict=True):
+        assert torch.equal(of_image.order, kept if order is None else order)
 
 
 def _said(stage, name: str, i: int):

@@ -53,6 +53,7 @@ class FoPru(InOnePass):
     one with the larger variance.
     """
 
+    needs_grid: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = ("tile", "image")
 
     strategy: Strategy = "rank"

@@ -68,6 +68,7 @@ class GlobalCom2(BeforeLLM):
     `layer` (None: the last) is the ViT layer whose CLS logits are read.
     """
 
+    needs_grid: ClassVar[bool] = True
     newline_policies: ClassVar[tuple[Newlines, ...]] = ("keep", "drop")
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
     without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS

@@ -24,6 +24,7 @@ from ...registry import register
 class Grid(BeforeLLM):
     """Rows spread evenly over the image, tokens spread evenly over each row."""
 
+    needs_grid: ClassVar[bool] = True
     unranked: ClassVar[str | None] = "keeps a lattice, whatever the image shows"
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:

@@ -43,6 +43,7 @@ class HiPrune(InOnePass):
     of 24, or 15 and -1 of 32 on an encoder that merges patches.
     """
 
+    needs_grid: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, object]] = {"official": False}
 
     alpha: float = 0.1

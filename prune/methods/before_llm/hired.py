@@ -46,6 +46,7 @@ class HiRED(BeforeLLM):
     (None: the last but one) which tokens of each tile are kept.
     """
 
+    needs_grid: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
     without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
     retired: ClassVar[Mapping[str, object]] = {"official": False}

@@ -52,6 +52,7 @@ class HoloV(BeforeLLM):
     an encoder that merges patches.
     """
 
+    needs_grid: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = ("image", "tile")
     without_cls: ClassVar[Mapping[str, object]] = WITHOUT_CLS
     retired: ClassVar[Mapping[str, object]] = {"official": False}

@@ -28,6 +28,7 @@ from ...registry import register
 class Pool(BeforeLLM):
     """Each kept token is the mean of a rectangle of tokens, and stands in its middle."""
 
+    needs_grid: ClassVar[bool] = True
     unranked: ClassVar[str | None] = "averages regular cells, whatever the image shows"
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:

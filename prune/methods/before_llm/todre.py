@@ -65,6 +65,7 @@ class ToDRE(Greedy):
     until then, as published.
     """
 
+    needs_grid: ClassVar[bool] = True
     scopes: ClassVar[tuple[Scope, ...]] = ("image",)
     unranked: ClassVar[str | None] = (
         "picks each token by its distance to the picks before it, which is no number of the token "
