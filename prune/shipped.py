@@ -28,6 +28,7 @@ VERSIONS: dict[str, int] = {
     "hiprune": 1,
     "hired": 1,
     "holov": 1,
+    "mctf": 1,
     "pool": 1,
     "prumerge": 1,
     "prumerge_plus": 1,
