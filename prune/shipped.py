@@ -21,6 +21,7 @@ VERSIONS: dict[str, int] = {
     "divprune": 1,
     "elastic_cache": 1,
     "evit": 1,
+    "expedit": 1,
     "fastv": 1,
     "fopru": 1,
     "globalcom2": 1,
