@@ -4,12 +4,42 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from .amount import Budget
-from .contract import Tower
+from .contract import BlockCut, InEncoder, Tower
 from .errors import BudgetError, MethodFieldError, UnsupportedModelError
 from .layers import nearest_layer, scale_layer, user_layer
+from .schedule import check_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewCuts(InEncoder):
+    """A method that cuts a few blocks; a budget keeps the same share of the rows at each.
+
+    `layers`: the blocks that are cut, None for those at the published depths.
+    """
+
+    published: ClassVar[tuple[int, ...]] = (3, 6, 9)
+    """Of 12 blocks."""
+
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            check_layers(self.layers)
+
+    def blocks(self, tower: Tower) -> tuple[BlockCut, ...]:
+        blocks = blocks_at(self.layers, self.published, tower, depth_published=12)
+        return tuple(BlockCut(block) for block in blocks)
+
+    def block_counts(self, tower: Tower, rows: int, keep: int | None) -> tuple[int, ...]:
+        if keep is None:
+            raise BudgetError(f"{self.name} needs a budget, e.g. keep_ratio=0.25.")
+        return geometric(rows, keep, len(self.blocks(tower)))
 
 
 def seeing_all(tower: Tower) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ VERSIONS: dict[str, int] = {
     "fopru": 1,
     "globalcom2": 1,
     "grid": 1,
+    "grid_encoder": 1,
     "hiprune": 1,
     "hired": 1,
     "holov": 1,
@@ -35,6 +36,7 @@ VERSIONS: dict[str, int] = {
     "prumerge_plus": 1,
     "pyramiddrop": 1,
     "random": 1,
+    "random_encoder": 1,
     "sparsevlm": 1,
     "sparsevlm_plus": 1,
     "spatten": 1,
@@ -46,6 +48,7 @@ VERSIONS: dict[str, int] = {
     "vispruner": 1,
     "visual_press": 1,
     "vtc_cls": 1,
+    "zero_tprune": 1,
 }
 
 

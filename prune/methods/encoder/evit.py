@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from ...amount import Budget
-from ...blocks import blocks_at, geometric, refuse_both
+from ...blocks import FewCuts, refuse_both
 from ...contract import (
     BlockCut,
     ClsAttention,
     EncoderRows,
-    InEncoder,
     ReceivedAttention,
     Reduction,
     Signal,
@@ -38,15 +37,13 @@ from ...errors import MethodFieldError
 from ...fields import check_flag, check_fraction
 from ...ops.topk import ascending, top_k
 from ...registry import register
-from ...schedule import check_layers
 
-_BLOCKS, _DEPTH = (3, 6, 9), 12
 _RATE = 0.7
 
 
 @register("evit")
 @dataclass(frozen=True, kw_only=True)
-class EViT(InEncoder):
+class EViT(FewCuts):
     """The rows with the highest attention stay; the others become one row, their sum weighted by
     attention.
 
@@ -58,14 +55,11 @@ class EViT(InEncoder):
     needs_budget: ClassVar[bool] = False
     finds_count: ClassVar[bool] = True
 
-    layers: tuple[int, ...] | None = None
     rate: float | None = None
     fuse: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is not None:
-            check_layers(self.layers)
         if self.rate is not None:
             check_fraction("rate", self.rate)
             if self.rate == 0:
@@ -86,16 +80,14 @@ class EViT(InEncoder):
                 "fuse=True is not possible in an encoder that turns rows by their positions, as a "
                 "fused row has none: leave it out."
             )
-        blocks = blocks_at(self.layers, _BLOCKS, tower, depth_published=_DEPTH)
-        return tuple(BlockCut(block) for block in blocks)
+        return super().blocks(tower)
 
     def block_counts(self, tower: Tower, rows: int, keep: int | None) -> tuple[int, ...]:
-        cuts = len(self.blocks(tower))
         if keep is not None:
-            return geometric(rows, keep, cuts)
+            return super().block_counts(tower, rows, keep)
         rate = _RATE if self.rate is None else self.rate
         counts = []
-        for _ in range(cuts):
+        for _ in self.blocks(tower):
             rows = min(rows, math.ceil(rate * rows) + self.fuses(tower))
             counts.append(rows)
         return tuple(counts)
