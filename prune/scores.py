@@ -85,11 +85,13 @@ def head_rank(
         votes = _biased(q, k, scaling, own)[0]  # (H, S, S): what each row gives to each column
         rank = torch.ones(votes.shape[:2], device=votes.device)
         rank[:, 0] *= cls_start
+        count: Tensor | int = rank.shape[1]
         if own is not None:  # rows that fill a batch up have no vote
-            rank = rank.masked_fill(own[0, 0].isinf(), 0)
+            filled = own[0, 0].isinf()
+            rank, count = rank.masked_fill(filled, 0), (~filled).sum()
         for _ in range(rounds):
             rank = (rank[:, None] @ votes)[:, 0]
-        found.append(rank / rank.mean(1, keepdim=True))
+        found.append(rank * (count / rank.sum(1, keepdim=True)))
     return rearrange(torch.stack(found), "b h s -> b s h")
 
 

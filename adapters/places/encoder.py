@@ -179,14 +179,15 @@ class EncoderDriver:
         return (*_with_column(query, key, value, bias, block.attention), mask)
 
     def _fused(self, passage: PaddedPassage, layer: int, value: Tensor) -> Tensor:
-        """Values (B, H, S, D_head) in which each row has that of the row it goes into."""
+        """Values (B, H, S, D_head) in which each row has that of the row it goes into; rows that are
+        dropped have their own."""
         assert self._encoder is not None  # noqa: S101  (for the types)
         hidden = passage.entered
         assert hidden is not None  # noqa: S101  (for the types)
         merged = self._encoder.values(self._encoder.blocks[layer], passage.shorten(hidden))
         owner = passage.owners(value.shape[2]).to(value.device)
-        at = owner[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])
-        return merged.gather(2, at)
+        at = owner[:, None, :, None].expand_as(value)
+        return merged.gather(2, at.clamp_min(0)).where(at >= 0, value)
 
     # --- a block -------------------------------------------------------------------------------
 

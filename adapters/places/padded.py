@@ -58,14 +58,15 @@ class PaddedPassage(Passage):
         return own[:, self.prefix : self.prefix + group.rows]
 
     def owners(self, length: int) -> Tensor:
-        """(B, length): the row of the shortened batch that each row goes into, as decided."""
+        """(B, length): the row of the shortened batch that each row goes into, as decided; -1 where
+        it is dropped."""
         found = []
         for group in self.groups:
             rows = torch.arange(group.rows, device=group.place.device)
             owner = rows.expand(len(group.pictures), -1)
             owner = owner if group.made is None else group.made.owners(group.rows)
             filled = length - self.prefix - group.rows
-            found.append(pad(owner.clamp_min(0) + self.prefix, (0, filled)))
+            found.append(pad((owner + self.prefix).where(owner >= 0, -1), (0, filled), value=-1))
         prefix = torch.arange(self.prefix, device=found[0].device)
         rows = self._in_order(found)
         return torch.cat([prefix.expand(len(rows), -1), rows], 1)

@@ -83,7 +83,7 @@ def test_videos_equal_the_oracle(case, name):
 
 
 @zoo.BOTH_FAMILIES
-@pytest.mark.parametrize("name", REMOVING)
+@pytest.mark.parametrize("name", [n for n in REMOVING if not method_class(n).needs_budget])
 def test_the_methods_own_numbers_hold_without_a_budget(case, name):
     model = case.model()
     handle = patched(model, case, name, **NATIVE.get(name, {}))
@@ -92,11 +92,11 @@ def test_the_methods_own_numbers_hold_without_a_budget(case, name):
     inputs = case.inputs(zoo.BATCH)
     with torch.no_grad():
         first = model(**inputs)
-    method, tower = handle.methods[0].method, case.shape.tower
+    method = handle.methods[0].method
     if case.name == zoo.TWO_NAMES[0]:  # a picture an image
         expected = method.block_counts(handle._engine.setup.shape.tower, zoo.SIDE**2, None)
         assert set(handle.last.tokens_kept) == {expected[-1]}
-    assert tower.num_layers and handle.last.pruned
+    assert handle.last.pruned
     check_against(truth_of(case, inputs, model, handle), model, inputs, handle, first)
 
 
@@ -168,9 +168,9 @@ def test_what_chooses_before_the_llm_follows_unless_it_reads_the_grid(case, then
     handle = vlmprune.patch(model, calls, clip=clip)
     with torch.no_grad():
         model(**inputs)
-    first, second = handle.last.stages[:2]  # catp goes on in the decoder
-    assert second.place is Place.BEFORE_LLM
-    if then != "catp":
+    first, second = handle.last.stages[:2]
+    if then != "catp":  # which had nothing left to do before the decoder
+        assert second.place is Place.BEFORE_LLM
         counts = [budget_of({"keep_ratio": 0.2}, n) for n in handle.last.tokens_in]
         assert handle.last.tokens_kept == counts
     for left, chosen in zip(first.kept, second.kept, strict=True):
@@ -209,14 +209,14 @@ def test_pictures_that_the_model_resamples_are_refused_unless_all_stays():
 @pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)
 def test_restoring_methods_let_the_llm_see_all_tokens(case, name):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
-    handle = patched(model, case, name, keep_tokens=9)
+    handle = patched(model, case, name, keep_ratio=0.25)
     if handle is None:
         skips.skip("no signal", name)
     with torch.no_grad():
         dense = case.reference()(**inputs).logits
         found = model(**inputs).logits
     assert handle.last.tokens_kept == handle.last.tokens_in
-    assert set(handle.last.encoder[-1][1]) == {9}
+    assert max(handle.last.encoder[-1][1]) == zoo.SIDE**2 // 4
     assert not torch.allclose(found, dense, atol=1e-3)
     features = [(model, True), (case.reference(), False)]
     of_each = [

@@ -164,10 +164,11 @@ def padded(tower, pixels: Tensor, made: Made, depth: int) -> tuple[list[Walk], l
             if fused:  # rows averaged, columns summed, values of merged rows
                 matrix = torch.block_diag(torch.eye(prefix), made.matrices[here[0]][picture])
                 member = torch.block_diag(torch.eye(prefix), made.members[here[0]][picture])
-                weights = matrix @ weights @ member.T
+                weights = matrix @ weights
                 own = matrix @ own
-                normed = layer.layer_norm1(own)
-                v = heads(attention.v_proj(normed), attention.head_dim)
+                merged = heads(attention.v_proj(layer.layer_norm1(own)), attention.head_dim)
+                stays = member.any(0)[:, None]  # padding leaves behind this attention
+                v = (member.T @ merged).where(stays, v)
             mixed = attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
             own = own + mixed
             front, walk.rows = own[:prefix], own[prefix:, None]
