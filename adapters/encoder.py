@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from .hooks import Undo
-from .signals.tap import Exchange, Listener, Names, Tap
+from .tap import Exchange, Listener, Names, Tap
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from .places.encoder import EncoderDriver
 from .remember import ImageMemory
 from .report import DISABLED, Last
 from .sequence.prompt import Prompt
-from .signals.tap import Names
+from .tap import Names
 
 
 class Engine:

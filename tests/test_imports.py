@@ -23,13 +23,13 @@ PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "einops"}
 ROOMS = {
     "prune": (
         *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped", "ops"),
-        *("contract", "declared", "budget", "registry", "answers", "joining", "tiles", "select"),
-        *("fields", "layers", "schedule", "blocks", "salience", "presses", "batches", "methods"),
-        *("choose", "scores"),
+        *("contract", "declared", "budget", "registry", "answers", "reductions"),
+        *("joining", "tiles", "select", "fields", "layers", "schedule", "blocks", "salience"),
+        *("presses", "batches", "methods", "choose", "scores"),
     ),
     "adapters": (
-        *("__init__", "devices", "wrappers", "stopwatch", "hooks", "clip_text"),
-        *("family", "families", "registry"),
+        *("__init__", "devices", "wrappers", "stopwatch", "hooks", "tap", "clip_text"),
+        *("encoder", "encoders", "family", "families", "registry"),
         *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
         *("cache", "report", "pictures", "checks", "places", "generation"),
         *("engine", "prepare", "handle", "patching"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...prune.contract import Tower
 from ...prune.tiling import Block, Tiling
 from ..encoder import Encoder
-from ..encoders.qwen import QwenEncoder
+from ..encoders.packed import PackedEncoder
 from ..family import IMAGE, VIDEO, Call, Family, Modality
 
 
@@ -41,7 +41,7 @@ class Qwen2VL(Family):
 
     @cached_property
     def encoder(self) -> Encoder:
-        return QwenEncoder(self.vision_tower)
+        return PackedEncoder(self.vision_tower)
 
     @property
     def projectors(self) -> Sequence[Any]:

@@ -21,7 +21,7 @@ from ..cache.pruned import PrunedState
 from ..hooks import Undo
 from ..patch_setup import Setup
 from ..sequence.layout import stored_columns
-from ..signals.tap import Exchange
+from ..tap import Exchange
 from .call import InFlight
 
 Tables = tuple[Tensor, Tensor]

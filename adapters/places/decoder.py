@@ -19,7 +19,7 @@ from ..family import IMAGE, Modality
 from ..hooks import Undo, all_of, shadow
 from ..patch_setup import Setup
 from ..report import Last
-from ..signals.tap import Exchange, Names, Tap
+from ..tap import Exchange, Names, Tap
 from .before_llm import BeforeLLMDriver
 from .beginning import begin
 from .cache_evict import evict

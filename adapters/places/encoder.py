@@ -21,7 +21,7 @@ from ..encoder import Encoder
 from ..hooks import Undo, all_of, shadow
 from ..signals.recording import Recording
 from ..signals.table import ENCODER_ATTENTION, shown
-from ..signals.tap import Names, Tap
+from ..tap import Names, Tap
 from .padded import PaddedPassage
 from .passage import Passage
 
@@ -179,8 +179,8 @@ class EncoderDriver:
         return (*_with_column(query, key, value, bias, block.attention), mask)
 
     def _fused(self, passage: PaddedPassage, layer: int, value: Tensor) -> Tensor:
-        """Values (B, H, S, D_head) in which each row has that of the row it goes into; rows that are
-        dropped have their own."""
+        """Values (B, H, S, D_head) in which each row has that of the row it goes into; rows that
+        are dropped have their own."""
         assert self._encoder is not None  # noqa: S101  (for the types)
         hidden = passage.entered
         assert hidden is not None  # noqa: S101  (for the types)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from vlmprune.adapters.places.encoder import EncoderDriver
-from vlmprune.adapters.signals.tap import Names
+from vlmprune.adapters.tap import Names
 from vlmprune.prune.contract import ClsAttention, ReceivedAttention
 
 

@@ -45,7 +45,7 @@ from vlmprune.eval.models.tiny_layouts import (
 )
 from vlmprune.eval.models.tiny_models import Case
 from vlmprune.prune.budget import MethodCall
-from vlmprune.prune.contract import CacheMethod
+from vlmprune.prune.contract import CacheMethod, InEncoder
 from vlmprune.prune.registry import method_class
 
 OF_TESTS = {name: importlib.import_module(f"families.{name}") for name in known_families()}
@@ -86,7 +86,10 @@ def turns(name: str, words: Iterable[Any], cases: Iterable[Case] = tuple(CASES.v
 
 _ALL = vlmprune.methods()
 ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
-METHODS = pytest.mark.parametrize("name", [name for name in _ALL if name not in ON_CACHE])
+IN_ENCODER = [name for name in _ALL if issubclass(method_class(name), InEncoder)]
+METHODS = pytest.mark.parametrize(
+    "name", [name for name in _ALL if name not in ON_CACHE + IN_ENCODER]
+)
 """Methods that remove tokens from the sequence."""
 CACHE_METHODS = pytest.mark.parametrize("name", ON_CACHE)
 SMALL = {"token_select": {"n_init": 1, "n_local": 2}}

@@ -1,4 +1,4 @@
-"""Qwen's vision transformers: the patches of all pictures in one row, merged four by four behind
+"""Vision transformers that take the patches of all pictures as one sequence, merged behind
 the last block."""
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 from ..encoder import Encoder, EncoderBlock
 
 
-class QwenEncoder(Encoder):
+class PackedEncoder(Encoder):
     """
     Args:
-        tower: the vision transformer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+        tower: its blocks have `attn.qkv`, `norm1`, `norm2` and `mlp`.
     """
 
     packed = True
