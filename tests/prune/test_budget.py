@@ -335,7 +335,8 @@ def test_no_budget_and_two_budgets(name):
         with pytest.raises(BudgetError, match=r"needs a budget.*keep_ratio=0\.25.*keep_tokens=64"):
             method(name)
     else:
-        assert method(name).budget is None
+        own = {"tome": {"r": 8}}.get(name, {})  # the one with a number that nobody published
+        assert method(name, **own).budget is None
 
 
 def test_budget_errors_are_value_errors():

@@ -196,7 +196,7 @@ def test_a_method_that_derives_from_no_place_is_refused():
         def select(self, tokens: VisualTokens, keep: int) -> Selection:
             raise NotImplementedError
 
-    places = "BeforeLLM, InDecoder, Compressing, Attending"
+    places = "InEncoder, BeforeLLM, InDecoder, Compressing, Attending"
     with pytest.raises(TypeError, match=f"derive it from one of {places}"):
         register("bare")(Bare)
 
@@ -256,6 +256,7 @@ def test_own_methods_of_every_place(own_registry, cls, place, needs_budget):
 
 
 FOLDERS = {
+    "encoder": Place.ENCODER,
     "before_llm": Place.BEFORE_LLM,
     "decoder": Place.DECODER,
     "cache": Place.CACHE,

@@ -28,6 +28,7 @@ from vlmprune.prune.contract import (
     Compressing,
     LayerSignal,
     Place,
+    Pruning,
     ReceivedAttention,
     Selection,
     VisualTokens,
@@ -41,7 +42,7 @@ from vlmprune.prune.select import most, select_all
 from vlmprune.prune.select import select as select_image
 from vlmprune.prune.tiling import Tiling
 
-ON_CACHE = [name for name in method_names() if name not in NAMES]
+ON_CACHE = [n for n in method_names() if not issubclass(method_class(n), Pruning)]
 """What these choose is tested in methods/test_compressing."""
 
 
