@@ -5,8 +5,8 @@ Reference: Not All Patches are What You Need: Expediting Vision Transformers via
 Upstream: youweiliang/evit, evit.py (Attention.forward, Block.forward), helpers.py,
     commit 5ca95a7cf4a8637193284895c5bc0dd9dc365982.
 Differs: kept rows stay in their order (official: by falling attention, which attention without
-    windows and rotation does not see). Where the fused row would have no other row to spare,
-    nothing is fused. Encoders without CLS use the mean attention that a row receives. Rotary
+    windows and rotation does not see). A single row that would be fused stays as it is without
+    a budget. Encoders without CLS use the mean attention that a row receives. Rotary
     encoders fuse nothing, as a fused row has no position. A budget counts the fused row, and keeps
     the same share at each cut. Scores are float32 and ties go to the lower row (official: the
     model's dtype, ties open). Published accuracies are of models trained with it. Blocks 3, 6 and 9

@@ -1,5 +1,7 @@
 """MCTF: against the authors' fusion and its attention, by hand, its blocks and its counts."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -186,6 +188,49 @@ def test_mctf_partitions_rows(tower, count, seed, sized, both, data):
     mctf, keep = MCTF(bidirectional=both), data.draw(st.integers(count - count // 2, count - 1))
     rows = inside.drawn(mctf, inside.TOWERS[tower], count, batch=3, seed=seed, sized=sized)
     inside.assert_partition(inside.checked(mctf, rows, keep), rows)
+
+
+def slowly(x: Tensor, received: Tensor, sizes: Tensor, prefix: int, one: int, back: int):
+    """The members of each new row, in order, by products of factors as published."""
+    x, received, sizes = x.double(), received.double(), sizes.double()
+    info = 1 / (received / len(x))
+    info, small = info / info.max(), sizes.min() / sizes
+
+    def score(a: int, b: int) -> float:
+        if min(a, b) < prefix:
+            return -math.inf
+        a, b = a - prefix, b - prefix
+        likeness = (torch.cosine_similarity(x[a], x[b], 0) + 1) / 2
+        return float(likeness * (info[a] * info[b]) ** 0.05 * (small[a] * small[b]) ** 0.025)
+
+    evens, odds = (list(range(first, len(x) + prefix, 2)) for first in (0, 1))
+    scores = {(a, b): score(a, b) for a in evens for b in odds}
+    best = {a: max(odds, key=lambda b: scores[a, b]) for a in evens}
+    order = sorted(evens, key=lambda a: -scores[a, best[a]])
+    into = {a: best[a] for a in order[:one]}
+    left = sorted(order[one:]) if prefix else order[one:]
+    host = {b: max(left, key=lambda a: scores[a, b]) for b in odds}
+    order = sorted(odds, key=lambda b: -scores[host[b], b]) if back else odds
+    into |= {b: host[b] for b in order[:back]}
+    members = {n: [n] for n in [*left, *order[back:]]}
+    for n in into:
+        end = n
+        while end in into:
+            end = into[end]
+        members[end].append(n)
+    return [sorted(n - prefix for n in group) for m, group in members.items() if m >= prefix]
+
+
+@given(st.sampled_from([0, 1]), st.integers(3, 30), st.integers(0, 2**31), st.booleans(), st.data())
+def test_mctf_equals_a_slow_reading(prefix, count, seed, both, data):
+    merged = data.draw(st.integers(1, count // 2))
+    mctf, tower = MCTF(bidirectional=both), Tower(num_layers=2, has_cls=prefix > 0, prefix=prefix)
+    rows = inside.drawn(mctf, tower, count, batch=1, seed=seed, sized=True)
+    made = inside.checked(mctf, rows, count - merged)
+    groups = [(made.owner[0] == new).nonzero().flatten().tolist() for new in range(made.count)]
+    back = merged - merged // 2 if both else 0
+    x, received = (value[0] for value in rows.signals.values())
+    assert groups == slowly(x, received, rows.sizes[0], prefix, merged - back, back)
 
 
 def test_mctf_is_given_r_or_a_budget():

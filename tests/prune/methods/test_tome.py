@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit import inside
 from kit.golden import Runner
+from torch import Tensor
 from vlmprune.prune.blocks import merging
-from vlmprune.prune.contract import BlockCut, Tower
+from vlmprune.prune.contract import BlockCut, Keys, Tower
 from vlmprune.prune.errors import BudgetError, MethodFieldError
 from vlmprune.prune.registry import method, method_class
 
@@ -124,6 +125,34 @@ def test_tome_partitions_rows(tower, count, seed, sized, data):
     keep = data.draw(st.integers(count - count // 2, count - 1))
     rows = inside.drawn(TOME(), inside.TOWERS[tower], count, batch=3, seed=seed, sized=sized)
     inside.assert_partition(inside.checked(TOME(), rows, keep), rows)
+
+
+def slowly(keys: Tensor, prefix: int, merged: int) -> list[list[int]]:
+    """The members of each new row, in order, of a sequence with protected rows in front."""
+    keys = keys.double()
+    protected = [None] * prefix
+    rows = [*protected, *(key / key.norm() for key in keys)]
+    targets = [n for n in range(1, len(rows), 2) if rows[n] is not None]
+    nearest = {}
+    for n in range(0, len(rows), 2):
+        if rows[n] is not None:
+            nearest[n] = max((float(rows[n] @ rows[m]), -m) for m in targets)
+    order = sorted(nearest, key=lambda n: (-nearest[n][0], n))
+    gone, left = order[:merged], order[merged:]
+    members = {n: [n] for n in ([*sorted(left), *targets] if prefix else [*left, *targets])}
+    for n in gone:
+        members[-nearest[n][1]].append(n)
+    return [sorted(n - prefix for n in group) for group in members.values()]
+
+
+@given(st.integers(0, 5), st.integers(2, 30), st.integers(0, 2**31), st.data())
+def test_tome_equals_a_slow_reading(prefix, count, seed, data):
+    merged = data.draw(st.integers(1, count // 2))
+    tower = Tower(num_layers=2, has_cls=prefix > 0, prefix=prefix)
+    rows = inside.drawn(TOME(), tower, count, batch=1, seed=seed)
+    made = inside.checked(TOME(), rows, count - merged)
+    groups = [(made.owner[0] == new).nonzero().flatten().tolist() for new in range(made.count)]
+    assert groups == slowly(rows.signals[Keys(0)][0].mean(1), prefix, merged)
 
 
 def test_tome_ties_go_to_the_lower_row():
