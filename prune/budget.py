@@ -223,7 +223,7 @@ def _last_count(
     if call.found is not None:
         return call.found
     if budget is None:
-        if method.needs_budget:
+        if method.wants_budget:
             raise BudgetError(f"{call.name} needs a budget, e.g. keep_ratio=0.25.")
         # How many an adaptive rule finds at most depends on the tiles (`select.most`).
         return num_tokens if call.adaptive else method.most(num_tokens)

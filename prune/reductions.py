@@ -37,13 +37,19 @@ def rows_kept(call: MethodCall, num_tokens: int, num_patches: int, planned: int)
 
 
 def counts_of(
-    method: InEncoder, tower: Tower, pictures: Sequence[int], keep: int | None
+    method: InEncoder,
+    tower: Tower,
+    pictures: Sequence[int],
+    keep: int | None,
+    grids: Sequence[tuple[int, int]] | None = None,
 ) -> list[tuple[int, ...]]:
     """Rows alive after each cut in each picture of an image.
 
     Args:
         pictures: patches (or units) of each picture that reach the prompt.
         keep: of all of them; None: as the method's fields say.
+        grids: rows and columns of each picture, where `keep` need not be exact; see
+            `InEncoder.reachable`.
 
     Raises:
         BudgetError: the method cannot come to that many.
@@ -53,6 +59,9 @@ def counts_of(
     shares: Sequence[int | None] = [None] * len(pictures)
     if keep is not None:
         shares = share(keep, pictures) if keep < sum(pictures) else pictures
+        if grids is not None:
+            both = zip(grids, shares, strict=True)
+            shares = [method.reachable(grid, max(1, own)) for grid, own in both]
     found: list[tuple[int, ...]] = []
     for rows, own in zip(pictures, shares, strict=True):
         if not rows or own == 0:

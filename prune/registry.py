@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -151,24 +151,32 @@ def method(name: str, **fields_and_budget: object) -> MethodCall:
     Raises:
         UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
     """
-    cls = method_class(name)
     words = {k: v for k, v in fields_and_budget.items() if k in BUDGET_WORDS and v is not None}
     given = {k: v for k, v in fields_and_budget.items() if k not in BUDGET_WORDS}
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in given:
-        if key not in known:
-            raise MethodFieldError(
-                f"{name} has no field {key!r}. {did_you_mean(key, [*known, *BUDGET_WORDS])}"
-            )
-    budget = Budget.of(**words)
-    if budget is None and cls.needs_budget:
+    made, budget = made_of(name, given), Budget.of(**words)
+    if budget is None and made.wants_budget:
         raise BudgetError(
             f"{name} needs a budget: pass one of keep_ratio=0.25, keep_tokens=64, "
             f"average_tokens=128 or flops_ratio=0.3."
         )
-    try:
-        made = cls(**given)
-    except TypeError as error:  # a value of another type than the class counts on, or too few
-        shown = ", ".join(f"{key}={value!r}" for key, value in given.items()) or "no fields"
-        raise MethodFieldError(f"{name} with {shown} is not possible: {error}.") from error
     return MethodCall(method=made, budget=budget)
+
+
+def made_of(name: str, fields: Mapping[str, object]) -> Method:
+    """A method with its fields alone.
+
+    Raises:
+        UnknownMethodError, MethodFieldError: each says what to type instead.
+    """
+    cls = method_class(name)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in fields:
+        if key not in known:
+            raise MethodFieldError(
+                f"{name} has no field {key!r}. {did_you_mean(key, [*known, *BUDGET_WORDS])}"
+            )
+    try:
+        return cls(**fields)
+    except TypeError as error:  # a value of another type than the class counts on, or too few
+        shown = ", ".join(f"{key}={value!r}" for key, value in fields.items()) or "no fields"
+        raise MethodFieldError(f"{name} with {shown} is not possible: {error}.") from error

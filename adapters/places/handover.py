@@ -67,7 +67,7 @@ class Handover:
             present = None if whole is None else self._present(whole, image)
             inside = [rows * columns for rows, columns in grids]
             inside = inside if present is None else [len(own) for own in present]
-            spare, counts = _counts(calls[number], setup.shape, tilings[number], inside)
+            spare, counts = _counts(calls[number], setup.shape, tilings[number], inside, grids)
             if counts is not None and present is None and not method.restores:
                 _refuse_resampled(method, family, call, number)
             for n, grid in enumerate(grids):
@@ -232,7 +232,11 @@ def _picture(
 
 
 def _counts(
-    calls: tuple[MethodCall, ...], shape: ModelShape, tiling: Tiling, patches: Sequence[int]
+    calls: tuple[MethodCall, ...],
+    shape: ModelShape,
+    tiling: Tiling,
+    patches: Sequence[int],
+    grids: Sequence[tuple[int, int]],
 ) -> tuple[int, list[tuple[int, ...]] | None]:
     """Newlines that stay of an image, and rows after each cut in each of its pictures; None where
     nothing leaves."""
@@ -248,7 +252,8 @@ def _counts(
     if keep is not None and keep >= seen and method.restores:
         return 0, None
     spare = max(0, planned - seen) if call.budget is not None else 0
-    return spare, counts_of(method, shape.tower, patches, keep)
+    near = method.restores and call.budget is not None and call.budget.word == "keep_ratio"
+    return spare, counts_of(method, shape.tower, patches, keep, grids if near else None)
 
 
 def _refuse_resampled(method: InEncoder, family: Family, call: Call, number: int) -> None:

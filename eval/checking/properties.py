@@ -144,7 +144,7 @@ def _exact_entries(call: MethodCall, entries: Any, case: Case, text: list[int]) 
 
 def _published(subject: _Subject) -> None:
     """Without a budget the method runs by its own rule."""
-    if subject.method.needs_budget:
+    if subject.method.wants_budget:
         raise _NotApplicable("it needs a budget")
     with subject.patched(None):
         if not torch.equal(subject.logits(), subject.logits()):
@@ -256,7 +256,7 @@ def _free(subject: _Subject) -> None:
 
 def _questions(subject: _Subject, debug: bool = False) -> Iterator[Question]:
     """What the method is asked in a batch, by a budget and as published."""
-    ratios = [RATIOS[0], *([] if subject.method.needs_budget else [None])]
+    ratios = [RATIOS[0], *([] if subject.method.wants_budget else [None])]
     for ratio in ratios:
         method, noted = listening(subject.method)
         options = {**subject.options, "debug": debug or looks_at_values(method, False)}

@@ -331,7 +331,7 @@ def _cells_of(
     budgets = parse_budgets([str(word) for word in several]) if several else [one]
     if budgets == [None]:
         for part in (part for parts in wanted for part in parts):
-            if part.open and part.method.needs_budget:
+            if part.open and part.method.wants_budget:
                 name = part.method.name
                 raise BudgetError(
                     f"{name} needs a budget: give keep_ratio=0.25 or another one for all methods, "

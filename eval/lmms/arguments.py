@@ -51,7 +51,7 @@ def _budgeted(parts: Parts, budget: Budget | None, word: str) -> list[Part]:
         raise BudgetError(f"method={word} has its own budgets: leave {budget} out.")
     found = [part.at(budget) for part in parts]
     for part in found:
-        if part.budget is None and part.method.needs_budget:
+        if part.budget is None and part.method.wants_budget:
             name = part.method.name
             raise BudgetError(
                 f"{name} needs a budget: add one of keep_ratio=0.25, keep_tokens=64, "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ...prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
 from ...prune.contract import Method
 from ...prune.errors import BudgetError, MethodFieldError
-from ...prune.registry import method, method_class
+from ...prune.registry import made_of, method_class
 from .typed import DENSE, parse_fields, split_parts
 
 
@@ -97,7 +97,7 @@ def refuse_without_budget(words: Sequence[Parts], budgets: Sequence[Budget | Non
     for parts in words:
         if parts and len(grid([parts], budgets)) == 1:  # the dense model alone
             name = next(
-                part.method.name for part in parts if part.open and part.method.needs_budget
+                part.method.name for part in parts if part.open and part.method.wants_budget
             )
             raise BudgetError(
                 f"{name} needs a budget: give one of keep_ratio=0.25, keep_tokens=64, "
@@ -107,7 +107,7 @@ def refuse_without_budget(words: Sequence[Parts], budgets: Sequence[Budget | Non
 
 
 def _lacks_budget(part: Part) -> bool:
-    return part.budget is None and part.method.needs_budget
+    return part.budget is None and part.method.wants_budget
 
 
 def _part(text: str, seed: int) -> Part:
@@ -122,7 +122,7 @@ def _part(text: str, seed: int) -> Part:
             )
     if "seed" in {field.name for field in dataclasses.fields(method_class(name))}:
         fields.setdefault("seed", seed)
-    made = method(name, **fields, keep_ratio=1.0).method
+    made = made_of(name, fields)
     return Part(made, _own_budget(made, budget)) if at else Part(made, open=True)
 
 
@@ -132,7 +132,7 @@ def _own_budget(made: Method, text: str) -> Budget | None:
             f"'@{text}': fields come before the budget, e.g. fastv:layer=3@0.25."
         )
     (budget,) = parse_budgets([text])
-    if budget is None and made.needs_budget:
+    if budget is None and made.wants_budget:
         raise BudgetError(
             f"'{made.name}@{PUBLISHED}' is not possible, as {made.name} has no schedule of its "
             f"own: give a budget, e.g. {made.name}@0.25."

@@ -41,7 +41,7 @@ class Method(ABC):
     """Default of the paper for the positions of the tokens that follow a cut."""
     needs_budget: ClassVar[bool] = True
     """Whether `patch` must be given a budget. False: without one the paper's own schedule holds,
-    or its adaptive rule, which is `select_adaptive`."""
+    or its adaptive rule, which is `select_adaptive`. See `wants_budget`."""
     unranked: ClassVar[str | None] = None
     """Why the method gives no `Selection.scores`, or none at one of its cuts: the end of a sentence
     that begins with its name."""
@@ -65,6 +65,11 @@ class Method(ABC):
     def places(self) -> tuple[Place, ...]:
         """Everywhere the method acts, with these fields; first where it acts first."""
         return (self.place,)
+
+    @property
+    def wants_budget(self) -> bool:
+        """Whether `patch` must be given a budget, with these fields."""
+        return self.needs_budget
 
     @abstractmethod
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
@@ -161,6 +166,11 @@ class InEncoder(Pruning):
         """All rows (B, N, C) from those at the cut, `before` (B, N, C), and what became of the K
         that stayed, `after` (B, K, C), by the reduction that was made."""
         raise NotImplementedError(f"{self.name} does not restore rows.")
+
+    def reachable(self, grid: tuple[int, int], keep: int) -> int:
+        """Where rows are restored, so that a share of them need not be exact: the count nearest to
+        `keep` that can stay of a picture's grid of rows and columns."""
+        return keep
 
     def fuses(self, tower: Tower) -> bool:
         """Whether some of the rows that it leaves stand for no patch."""

@@ -22,7 +22,7 @@ RUNS = {
 ADAPTIVE = [
     name
     for name in vlmprune.methods()
-    if name not in zoo.ON_CACHE and not method_class(name).needs_budget
+    if name not in zoo.ON_CACHE + zoo.IN_ENCODER and not method_class(name).needs_budget
 ]
 OF_EACH_KIND = ("divprune", "pool", "fastv", "sparsevlm")
 """They choose, merge, cut in the decoder, and both in the decoder."""

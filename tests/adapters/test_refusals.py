@@ -15,6 +15,7 @@ from vlmprune.prune.registry import method_class
 
 CLIP, QWEN = zoo.CASES["llava-clip-llama"], zoo.CASES["qwen2_5_vl"]
 REPRESENTATIVE = {
+    Place.ENCODER: "tome",
     Place.BEFORE_LLM: "divprune",
     Place.DECODER: "fastv",
     Place.CACHE: "elastic_cache",

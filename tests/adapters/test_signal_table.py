@@ -3,11 +3,12 @@
 import pytest
 import torch
 from vlmprune.adapters.signals.draw import Sizes
-from vlmprune.adapters.signals.table import ENCODER_OUTPUT, HOOKS, SOURCES, shown
-from vlmprune.prune.contract import LayerSignal, ModuleStep, Neurons, TextAttention
+from vlmprune.adapters.signals.table import ENCODER_INPUT, ENCODER_OUTPUT, HOOKS, SOURCES, shown
+from vlmprune.prune.contract import HeadRank, LayerSignal, ModuleStep, Neurons, TextAttention
 from vlmprune.prune.declared import SIGNALS
 
 EXAMPLES = {
+    HeadRank: lambda: HeadRank(1, rounds=3),
     ModuleStep: lambda: ModuleStep(1, "mlp", lambda before, after: after[:, 0]),
     Neurons: lambda: Neurons(1, lambda visual, text: visual[:, 0]),
 }
@@ -29,7 +30,7 @@ def test_a_row_says_what_shows_the_signal_and_draws_one(kind):
     if issubclass(kind, LayerSignal):
         assert shown(need) in HOOKS
     else:
-        assert shown(need) in (*HOOKS, ENCODER_OUTPUT)
+        assert shown(need) in (*HOOKS, ENCODER_INPUT, ENCODER_OUTPUT)
     drawn = SOURCES[kind].draw(need, 7, Sizes(), torch.Generator().manual_seed(0))
     again = SOURCES[kind].draw(need, 7, Sizes(), torch.Generator().manual_seed(0))
     assert torch.equal(drawn, again)

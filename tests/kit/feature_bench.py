@@ -24,12 +24,14 @@ ELASTIC = vlmprune.method("elastic_cache", keep_ratio=0.15, distance=-4)
 PRESS = vlmprune.method("visual_press", keep_ratio=0.2)
 SELECT = MethodCall(method=Noted(n_init=2, n_local=3), budget=Budget("keep_ratio", 0.2))
 PLACES = {
+    "in the encoder": [vlmprune.method("tome", keep_ratio=0.4)],
     "before the LLM": [vlmprune.method("divprune", keep_ratio=0.4)],
     "in the decoder": [vlmprune.method("pyramiddrop", keep_ratio=0.2)],
     "on the cache": [ELASTIC],
     "all": [*TWO_PLACES, ELASTIC],
 }
 MOVED = {
+    "in the encoder": [vlmprune.method("evit", keep_ratio=0.4)],
     "before the LLM": [vlmprune.method("visionzip", keep_ratio=0.4, scores="cls")],
     "in the decoder": [vlmprune.method("sparsevlm", keep_ratio=0.2)],
     "on the cache": [PRESS],
@@ -37,6 +39,7 @@ MOVED = {
 }
 """The same places with rows that are merged, moved, or no token (CLS of every tile)."""
 MERGED = {
+    "in the encoder": PLACES["in the encoder"],
     "before the LLM": [vlmprune.method("pool", keep_ratio=0.4)],
     "in the decoder": MOVED["in the decoder"],
     "on the cache": [SELECT],

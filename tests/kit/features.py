@@ -19,6 +19,7 @@ REFUSED: dict[str, tuple[set[str], str]] = {
     "use_cache=False": (CACHE, "use_cache=False"),
     "static cache": (CACHE, "cache_implementation"),
     "second turn with a new image": (CACHE, "new image"),
+    "merged inputs_embeds with visual_mask=": ({"in the encoder"}, "has run already"),
 }
 """Features that are refused, at which places, and a word that the message holds."""
 SLOW = {"torch.compile"}

@@ -68,8 +68,8 @@ def _of_sizes(*, layers: int, width: int, side: int) -> LlavaConfig:
     return _llava(vision, llama(width, round(width * 2.6875), layers, 32000))
 
 
-CLIP = tiny_shape(has_cls=True, text_twin=True)
-SIGLIP = tiny_shape(has_cls=False)
+CLIP = tiny_shape(has_cls=True, text_twin=True, prefix=1, blocks_read=4)
+SIGLIP = tiny_shape(has_cls=False, blocks_read=5)
 
 
 def tiny_llava(vision: Any, text: Any, **options: Any) -> LlavaConfig:

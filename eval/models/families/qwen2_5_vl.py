@@ -61,7 +61,7 @@ def _tiny() -> Any:
     )
 
 
-WINDOWED = tiny_shape(has_cls=False, merge_unit=4, full_attention=(1, 3))
+WINDOWED = tiny_shape(has_cls=False, merge_unit=4, rotary=True, full_attention=(1, 3))
 
 
 class Qwen2_5_VL(Qwen2VL):

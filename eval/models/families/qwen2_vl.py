@@ -20,7 +20,7 @@ TOKEN_IDS = {
 }
 
 
-MERGING = tiny_shape(has_cls=False, merge_unit=4)
+MERGING = tiny_shape(has_cls=False, merge_unit=4, rotary=True)
 PACKED = Packed()
 
 

@@ -89,6 +89,12 @@ class Expedit(InEncoder):
             raise BudgetError(f"{self.name} needs a budget, e.g. keep_ratio=0.25.")
         return (keep,)
 
+    def reachable(self, grid: tuple[int, int], keep: int) -> int:
+        """The lower one of two."""
+        total = grid[0] * grid[1]
+        near = (n for step in count() for n in (keep - step, keep + step) if 1 <= n <= total)
+        return next(n for n in near if n == total or _like(grid, n))
+
     def reads(self, cut: BlockCut, tower: Tower) -> tuple[Signal, ...]:
         return (BlockInput(cut.block),)
 
@@ -126,12 +132,9 @@ class Expedit(InEncoder):
         found = _like(grid, keep)
         if found is not None:
             return found
-        total = grid[0] * grid[1]
-        near = (n for step in count(1) for n in (keep - step, keep + step) if 1 <= n <= total)
-        nearest = next(n for n in near if _like(grid, n))
         raise BudgetError(
             f"{self.name} cannot lay {keep} centres on a grid like the picture's {grid[0]} x "
-            f"{grid[1]}: the nearest count that it can is {nearest}."
+            f"{grid[1]}: the nearest count that it can is {self.reachable(grid, keep)}."
         )
 
 

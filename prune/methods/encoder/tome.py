@@ -23,7 +23,6 @@ from torch.nn.functional import normalize
 from ...amount import Budget
 from ...blocks import merging, merging_to, refuse_both, seeing_all
 from ...contract import BlockCut, EncoderRows, InEncoder, Keys, Reduction, Signal, Tower
-from ...errors import BudgetError
 from ...fields import check_int
 from ...ops.bipartite import matched, sides
 from ...registry import register
@@ -38,7 +37,6 @@ class ToMe(InEncoder):
     `r` rows merge in each block, half of them at most; or give a budget instead.
     """
 
-    needs_budget: ClassVar[bool] = False
     finds_count: ClassVar[bool] = True
     proportional: ClassVar[bool] = True
 
@@ -50,14 +48,13 @@ class ToMe(InEncoder):
             hint = "give a whole number of rows that each block merges, at least 1"
             check_int("r", self.r, at_least=1, hint=hint)
 
+    @property
+    def wants_budget(self) -> bool:
+        return self.r is None
+
     def check_budget(self, budget: Budget | None) -> None:
         super().check_budget(budget)
         refuse_both(self.name, budget, r=self.r)
-        if budget is None and self.r is None:
-            raise BudgetError(
-                f"{self.name} has no published number for every model: give r=16, the rows that "
-                f"each block merges, or a budget such as keep_ratio=0.25."
-            )
 
     def blocks(self, tower: Tower) -> tuple[BlockCut, ...]:
         return tuple(BlockCut(block) for block in seeing_all(tower))
