@@ -8,6 +8,7 @@ import functools
 import torch
 import vlmprune
 from kit import zoo
+from kit.encoder_oracle import left_by_encoder
 from kit.feature_bench import (
     CLOSE,
     DETAILS,
@@ -117,8 +118,11 @@ def second_turn_with_an_image(bench):
         for one, two in zip(kept, bench.handle.last.stages, strict=True)
     ]
     modes = [stage.positions for stage in bench.handle.last.stages]
-    truth = Truth(bench.case.reference("eager"), inputs, cuts, modes)
-    check_greedy(out, truth)
+    make = Truth
+    if bench.place == "in the encoder":
+        left = left_by_encoder(bench.case, inputs, bench.model)
+        make, cuts = left.truth, [(0, left.rows)]
+    check_greedy(out, make(bench.case.reference("eager"), inputs, cuts, modes))
 
 
 @feature("use_cache=False")
