@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .hooks import Undo
 from .tap import Exchange, Listener, Names, Tap
+
+Bias = Callable[[Tensor], Tensor | None]
+"""Of rows (B, S, C) that enter attention: what is added to its logits, (B, 1, 1, S)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +50,24 @@ class Encoder(ABC):
         block: (B, H, S, D_head)."""
 
     def tap(
-        self, block: EncoderBlock, names: Names, listener: Listener, exchange: Exchange
+        self,
+        block: EncoderBlock,
+        names: Names,
+        listener: Listener,
+        exchange: Exchange,
+        bias: Bias,
     ) -> Undo:
-        """Let a block's attention show its queries and keys, and compute with others."""
+        """Let a block's attention show its queries and keys, and compute with others; `bias` is
+        for attention that takes numbers to add, and cannot exchange the rest."""
         return Tap(block.attention, names, [listener], exchange).remove
 
     def name_tap(self, block: EncoderBlock, names: Names) -> None:
         """Register the name of a block's tap, which stays while taps come and go."""
         names.of(block.attention.config._attn_implementation)
+
+    def follow(self, kwargs: dict[str, Any], places: Tensor) -> dict[str, Any]:
+        """What goes with rows into a block, for those that are left: `places` (B, K) says which."""
+        return kwargs
 
     def attention_of(self, block: EncoderBlock) -> str:
         """The implementation of attention that the block uses: sdpa, eager, flash..."""

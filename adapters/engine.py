@@ -16,55 +16,52 @@ only prefills need is on the layers during prefills only.
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..prune.budget import MethodCall
+from ..prune.contract import Positions
 from ..prune.errors import UnsupportedFeatureError
 from .budgets import Budgets
 from .checks.calls import check_mask
+from .checks.patches import refuse_compiled
+from .clip_text import ClipText
 from .encoded import MARK, Encoded
 from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .generation import Generation
-from .hooks import Hooks, Spot, Undo
+from .hooks import Spot, Undo
+from .installed import Installed
 from .patch_setup import Setup
 from .places.before_llm import BeforeLLMDriver
 from .places.cache_attend import CacheAttendDriver
-from .places.call import InFlight, Wish
+from .places.call import InFlight
 from .places.decoder import DecoderDriver
 from .places.encoder import EncoderDriver
+from .prepare import make_setup
 from .remember import ImageMemory
-from .report import DISABLED, Last
+from .report import DISABLED
 from .sequence.prompt import Prompt
-from .tap import Names
 
 
-class Engine:
-    """Everything that `patch` installs on one model; `remove()` takes all of it away.
+class Engine(Installed):
+    """Everything that `patch` installs on a vision-language model."""
 
-    What is on the model at all times asks `_flight` what belongs to the call of its thread. Hooks
-    that depend on the methods are at `Spots`, for as long as the setup or a call needs them.
-    """
+    _flight: InFlight
 
     def __init__(
         self, model: Model, family: Family, setup: Setup, remember_images: int = 0
     ) -> None:
-        self.model, self.family = model, family
+        super().__init__(model, setup)
+        self.family = family
         self.core: Any = family.core
-        self.setup = setup
-        """What calls that begin now run with, where their threads ask for nothing else."""
+        self.fit = family.fit
         self.memory = ImageMemory(remember_images) if remember_images else None
-        self._hooks = Hooks(self._install_at)
         self._flight = InFlight(self._hooks)
-        self._names = Names(model)
         self._warned = False
-        self._undo: list[Undo] = []
-        self._exchange = threading.Lock()
         text: Any = family.text_model
         skippable = family.unread_layers({})
         self._encoder = EncoderDriver(
@@ -89,13 +86,7 @@ class Engine:
             **attending.hooks,
         }
         """What installs each kind of hook."""
-        try:
-            self._install()
-            self._name_taps()
-            self._hooks.hold(setup.standing)
-        except BaseException:
-            self.remove()
-            raise
+        self._start()
 
     # --- installing and removing -------------------------------------------------------------
 
@@ -113,76 +104,34 @@ class Engine:
         self._undo.append(self._decoder.install())
 
     def _install_at(self, spot: Spot) -> Undo:
-        """The hook of a spot: `Setup.standing` and `Setup.passing` say which are needed."""
         kind, index = spot
         return self._at[kind](index)
 
-    def _name_taps(self) -> None:
-        """Names of taps that the setup needs: they stay while taps come and go."""
-        for kind, index in self.setup.standing | self.setup.passing:
-            if kind == "encoder":
-                self._encoder.name_tap(index)
-            elif kind == "tap":
-                self._decoder.name_tap(index)
-
-    def remove(self) -> None:
-        """Put the model back exactly as it was. A second call does nothing."""
-        self.setup.ticket.active = False
-        if self.memory is not None:
-            self.memory.forget()
-        self._hooks.take_off()
-        self._names.release()
-        while self._undo:
-            self._undo.pop()()
-
-    def put_back(self) -> None:
-        """Patch the model again as it was before `remove()`."""
-        self.setup.ticket.active = True
-        self._install()
-        self._name_taps()
-        self._hooks.put_back()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UnsupportedFeatureError(
-            "A patched model cannot be copied or pickled, because its hooks belong to this one "
-            "object: call vlmprune.unpatch(model) first. model.save_pretrained() works as it is."
-        )
+    def _name_tap(self, kind: str, index: int) -> None:
+        if kind == "encoder":
+            self._encoder.name_tap(index)
+        elif kind == "tap":
+            self._decoder.name_tap(index)
 
     # --- what calls run with -----------------------------------------------------------------
 
-    def exchange(self, setup: Setup) -> None:
-        """Let calls that begin from now on run with another setup; others end with theirs."""
-        with self._exchange:
-            self._hooks.hold(setup.standing)
-            before, self.setup = self.setup, setup
-            self._name_taps()
-            self._hooks.release(before.standing)
+    def planned(
+        self,
+        calls: tuple[MethodCall, ...],
+        positions: Positions | None,
+        clip: ClipText | None,
+    ) -> Setup:
+        remembered = 0 if self.memory is None else self.memory.capacity
+        return make_setup(self.model, self.family, calls, positions, clip, remembered)
 
-    def wanted(self) -> Setup | None:
-        """What a call that begins now in this thread runs with; None: without any method."""
-        wish = self._flight.wish
-        if wish is None:
-            return self.setup
-        return wish.applied(self.setup) if isinstance(wish, Budgets) else None
+    def check(self, budgets: Budgets) -> Setup:
+        return budgets.check(self.setup, self.family.fixed_tokens)
 
-    @contextmanager
-    def wishing(self, wish: Wish) -> Iterator[None]:
-        """Calls of this thread that begin within it run with something else."""
-        flight = self._flight
-        outer, flight.wish = flight.wish, wish
-        try:
-            yield
-        finally:
-            flight.wish = outer
-
-    @property
-    def last(self) -> Last | None:
-        """What the last prefill of this thread did."""
-        return self._flight.last
+    def refuse_compiled(self) -> None:
+        refuse_compiled(self.model, self.core, self.family.text_model)
 
     @property
     def unread_layers(self) -> int:
-        """Encoder layers that do not run in `forward` and `generate`."""
         return len(self._before_llm.unread(self.setup, {}))
 
     # --- a call of the model -----------------------------------------------------------------

@@ -17,12 +17,11 @@ from ..prune.errors import (
     UnsupportedModelError,
 )
 from .budgets import Budgets
-from .checks.patches import refuse_compiled
 from .clip_text import ClipText
-from .engine import Engine
 from .family import Fit
+from .installed import Installed
 from .pictures.show import show
-from .prepare import calls_of, make_setup
+from .prepare import calls_of
 from .remember import Remembered
 from .report import Last
 
@@ -36,7 +35,7 @@ class Handle:
     Also a context manager: `with vlmprune.patch(model, "divprune", keep_ratio=0.25) as h: ...`.
     """
 
-    _engine: Engine
+    _engine: Installed
     _positions: Positions | None
     """As given to `patch`."""
     _outer: Handle | None
@@ -45,7 +44,9 @@ class Handle:
     _suspended: bool
     """Whether another patch is on the model meanwhile."""
 
-    def __init__(self, engine: Engine, positions: Positions | None, outer: Handle | None) -> None:
+    def __init__(
+        self, engine: Installed, positions: Positions | None, outer: Handle | None
+    ) -> None:
         own = {"_engine": engine, "_positions": positions, "_outer": outer}
         self.__dict__.update(own, _entered=False, _suspended=False)
 
@@ -134,7 +135,7 @@ class Handle:
             self.last,
             image if isinstance(image, (list, tuple)) else [image],
             index,
-            fit=fit or self._engine.family.fit,
+            fit=fit or self._engine.fit,
             stage=stage,
             layer=layer,
             scores=scores,
@@ -178,19 +179,14 @@ class Handle:
                     "A list gives the images of one call their budgets: use it for a request, "
                     "with handle.budget(keep_tokens=[64, None]): ..."
                 )
-            engine.exchange(budgets.check(now, self._fixed_tokens))
+            engine.exchange(engine.check(budgets))
             return
-        made = make_setup(
-            engine.model,
-            engine.family,
-            calls_of(method, fields_and_budget),
-            positions or self._positions,
-            clip or now.clip,
-            0 if engine.memory is None else engine.memory.capacity,
+        made = engine.planned(
+            calls_of(method, fields_and_budget), positions or self._positions, clip or now.clip
         )
         made = replace(made, ticket=now.ticket, record=now.record, debug=now.debug)
         if (made.standing, made.passing) != (now.standing, now.passing):
-            refuse_compiled(engine.model, engine.family)
+            engine.refuse_compiled()
         engine.exchange(made)
 
     def budget(self, **budget: object) -> AbstractContextManager[None]:
@@ -206,7 +202,7 @@ class Handle:
         """
         self._require_active()
         budgets = Budgets.of(**budget)
-        budgets.check(self._engine.setup, self._fixed_tokens)
+        self._engine.check(budgets)
         return self._engine.wishing(budgets)
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -214,10 +210,6 @@ class Handle:
         that was pruned goes on as it is. A `budget()` inside it prunes again."""
         self._require_active()
         return self._engine.wishing("dense")
-
-    @property
-    def _fixed_tokens(self) -> int | None:
-        return self._engine.family.fixed_tokens
 
     def _require_active(self) -> None:
         if self.active:

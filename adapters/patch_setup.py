@@ -49,7 +49,7 @@ class Setup:
     positions: Mapping[Place, Positions]
     """The mode at every place where a method acts."""
     text: Any
-    """The text model, a `transformers` object."""
+    """The text model, a `transformers` object; None: an image encoder without an LLM."""
     ticket: Ticket
     record: bool = False
     """Whether the scores of all choices are kept for `handle.last`."""
@@ -180,7 +180,7 @@ class Setup:
     @cached_property
     def standing(self) -> Spots:
         """Those of all calls, decoding included."""
-        layers = range(len(self.text.layers))
+        layers = range(0 if self.text is None else len(self.text.layers))
         spots: set[Spot] = {("encoder", layer) for layer in self.tapped}
         if self.in_encoder is not None:
             tower = self.shape.tower
@@ -195,12 +195,14 @@ class Setup:
     @cached_property
     def passing(self) -> Spots:
         """Those of prefills alone."""
-        layers = range(len(self.text.layers))
+        layers = range(0 if self.text is None else len(self.text.layers))
         spots: set[Spot] = set()
         for need in self.heard:
             spots.add((HOOKS[shown(need)], need.layer))
         if self.on_cache is not None and isinstance(self.on_cache.method, Compressing):
             spots |= {(what, layer) for layer in layers for what in ("attention", "tap")}
+        if self.text is None:
+            return frozenset()
         # Flash attention reads gapped position ids as packed sequences: hook every layer there.
         flash = "flash" in (self.config._attn_implementation or "")
         if flash and "original" in self.positions.values():

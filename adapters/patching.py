@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -19,8 +20,14 @@ from .checks.patches import refuse_compiled
 from .clip_text import ClipText
 from .engine import Engine
 from .handle import HANDLE, Handle
+from .installed import Installed
+from .patch_setup import Setup
 from .prepare import calls_of, make_setup
 from .registry import family_of
+from .standalone.checks import refuse_llm_options
+from .standalone.engine import ImageEngine
+from .standalone.prepare import make_setup as make_image_setup
+from .standalone.registry import image_model_of
 from .wrappers import patchable, unwrapped
 
 
@@ -77,17 +84,27 @@ def patch(
             f"record={record!r}: use True to keep the scores of tokens, or False."
         )
     model, remember_images = patchable(model), plain(remember_images)
-    family = family_of(model)
-    refuse_compiled(model, family)
-    setup = make_setup(
-        model, family, calls_of(method, fields_and_budget), positions, clip, remember_images
-    )
-    setup = replace(setup, record=record, debug=debug)
+    given = method, fields_and_budget
+
+    def made(setup: Setup) -> Setup:
+        return replace(setup, record=record, debug=debug)
+
+    install: Callable[[], Installed]
+    if (images := image_model_of(model)) is not None:
+        refuse_llm_options(positions, clip, remember_images)
+        refuse_compiled(model, images.tower)
+        setup = made(make_image_setup(images, calls_of(*given)))
+        install = partial(ImageEngine, images, setup)
+    else:
+        family = family_of(model)
+        refuse_compiled(model, family.core, family.text_model)
+        setup = made(make_setup(model, family, calls_of(*given), positions, clip, remember_images))
+        install = partial(Engine, model, family, setup, remember_images)
     outer: Handle | None = model.__dict__.get(HANDLE)
     if outer is not None:
         outer._suspend()
     try:
-        handle = Handle(Engine(model, family, setup, remember_images), positions, outer)
+        handle = Handle(install(), positions, outer)
     except BaseException:
         if outer is not None:
             outer._resume()

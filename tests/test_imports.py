@@ -29,10 +29,10 @@ ROOMS = {
     ),
     "adapters": (
         *("__init__", "devices", "wrappers", "stopwatch", "hooks", "tap", "clip_text"),
-        *("encoder", "encoders", "family", "families", "registry"),
+        *("encoder", "image_model", "encoders", "family", "families", "registry"),
         *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
-        *("cache", "report", "pictures", "checks", "places", "generation"),
-        *("engine", "prepare", "handle", "patching"),
+        *("cache", "report", "reporting", "pictures", "checks", "places", "generation"),
+        *("prepare", "installed", "engine", "standalone", "handle", "patching"),
     ),
     "eval": (
         "__init__",

@@ -194,11 +194,9 @@ def _in_encoder(family: Family) -> str:
     )
 
 
-def refuse_compiled(model: nn.Module, family: Family) -> None:
-    compiled: list[Any] = [
-        getattr(part, "_compiled_call_impl", None)
-        for part in (model, family.core, family.text_model)
-    ]
+def refuse_compiled(model: nn.Module, *parts: Any) -> None:
+    """Refuse a model that is compiled, or has such a part."""
+    compiled: list[Any] = [getattr(part, "_compiled_call_impl", None) for part in (model, *parts)]
     if "_compiled_call" in model.__dict__ or any(call is not None for call in compiled):
         raise UnsupportedModelError(
             "This model is compiled already, and compiled code would ignore the hooks: patch the "

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from einops import rearrange
 from torch import Tensor
 
 from ..encoder import Encoder, EncoderBlock
+from ..image_model import Keywords
+from .transformers_model import TransformersModel
 
 
 class ClipEncoder(Encoder):
@@ -35,3 +37,31 @@ class ClipEncoder(Encoder):
         attention = block.attention
         projected = attention.v_proj(block.norm1(rows))
         return rearrange(projected, "b s (h d) -> b h s d", d=attention.head_dim)
+
+
+class ClipModel(TransformersModel):
+    """CLIP and SigLIP without an LLM: the text encoder beside it, if any, is left alone."""
+
+    library = "transformers.models."
+    classes: ClassVar = {
+        "CLIPVisionModel": "",
+        "CLIPVisionModelWithProjection": "vision_model",
+        "CLIPModel": "vision_model",
+        "CLIPForImageClassification": "vision_model",
+        "SiglipVisionModel": "",
+        "SiglipModel": "vision_model",
+        "SiglipForImageClassification": "vision_model",
+    }
+    means: ClassVar = {"CLIPForImageClassification", "SiglipForImageClassification"}
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return ClipEncoder(self.tower)
+
+    @property
+    def attention_pool(self) -> Any:
+        head = getattr(self.tower, "head", None)
+        return None if head is None else head.attention
+
+    def biased(self, kwargs: Keywords, bias: Tensor, rows: Tensor) -> Keywords:
+        return {**kwargs, "key_padding_mask": bias[:, 0, 0]}

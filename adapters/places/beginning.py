@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ...prune.budget import Stage, remark
-from ...prune.choose import ChosenImage
+from ...prune.budget import Stage
 from ...prune.contract import Place, Selection
 from ...prune.errors import UnsupportedFeatureError
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
@@ -20,6 +19,7 @@ from ..encoded import Encoded
 from ..family import Modality
 from ..patch_setup import Setup
 from ..report import Last, StageReport
+from ..reporting import in_encoder, layers_read, remarks
 from ..sequence.batch import Batch
 from ..sequence.layout import Layout
 from ..sequence.placed import PlacedImage
@@ -155,11 +155,6 @@ def _report(
     setup: Setup, images: list[PlacedImage], text: Tensor, encoded: Iterable[Encoded]
 ) -> Last:
     """What is known before the decoder runs; `text` (samples,) counts the text tokens."""
-    read: dict[str, list[int]] = {}
-    for call in setup.calls:
-        for need in call.method.needs(setup.shape):
-            if hasattr(need, "layer"):
-                read.setdefault(f"{call.name}: {type(need).__name__}", []).append(need.layer)
     last = Last(
         tilings=[image.encoded.tiling for image in images],
         kept=[image.tokens for image in images],
@@ -171,15 +166,19 @@ def _report(
         plans=[image.plan for image in images],
         positions=setup.reported_positions,
         num_layers=setup.shape.decoder.num_layers,
-        layers_read=read,
+        layers_read=layers_read(setup),
         recorded=setup.record,
         unranked={call.name: call.method.unranked for call in setup.calls},
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
-        note=_remarks([image.encoded for image in images]),
+        note=remarks([(image.encoded.num_tokens, image.encoded.calls) for image in images]),
     )
     last.encoder = [entering for one in encoded for entering in one.entering]
-    if any(image.encoded.encoded is not None for image in images):
-        last.stages.append(_in_encoder(setup, images))
+    left = [image.encoded.encoded for image in images]
+    if any(one is not None for one in left):
+        everything = [torch.arange(i.encoded.num_tokens, device=i.slots.device) for i in images]
+        whole = [Selection(kept=all_) for all_ in everything]
+        own = [one or all_ for one, all_ in zip(left, whole, strict=True)]
+        last.stages.append(in_encoder(setup, own))
     before = _before_llm(images)
     if before:
         report = StageReport(
@@ -199,37 +198,9 @@ def _report(
     return last
 
 
-def _in_encoder(setup: Setup, images: Sequence[PlacedImage]) -> StageReport:
-    """What left inside the vision encoder."""
-    everything = [torch.arange(i.encoded.num_tokens, device=i.slots.device) for i in images]
-    left = [
-        Selection(kept=all_) if image.encoded.encoded is None else image.encoded.encoded
-        for image, all_ in zip(images, everything, strict=True)
-    ]
-    (name,) = [call.name for call in setup.calls if call.method.place is Place.ENCODER]
-    return StageReport(
-        name,
-        Place.ENCODER,
-        0,
-        [one.kept for one in left],
-        setup.positions[Place.ENCODER],
-        order=[one.order for one in left],
-        groups=[one.groups for one in left],
-        scores=[None for _ in left] if setup.record else None,
-        rows=[one.order for one in left],
-        members=[one.groups for one in left],
-    )
-
-
 def _before_llm(images: Sequence[PlacedImage]) -> list[Stage]:
     """Cuts before the LLM."""
     return [stage for image in images for stage in image.plan if stage.place is Place.BEFORE_LLM]
-
-
-def _remarks(images: Sequence[ChosenImage]) -> str | None:
-    """What the report says of the budgets, each thing once."""
-    said = (remark(call, image.num_tokens) for image in images for call in image.calls)
-    return " ".join(dict.fromkeys(filter(None, said))) or None
 
 
 def _trailing_text(real: Tensor, visual: Tensor) -> int:

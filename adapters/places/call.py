@@ -22,7 +22,16 @@ Wish = Budgets | Literal["dense"]
 """What a thread asks for its calls, beside the settings of the patch."""
 
 
-class InFlight(threading.local):
+class Calling(threading.local):
+    """What one thread asks for, and what its last call did."""
+
+    def __init__(self) -> None:
+        self.wish: Wish | None = None
+        self.last: Last | None = None
+        """What the thread's last pass over images did."""
+
+
+class InFlight(Calling):
     """One generate(), or one forward() of the model outside of it.
 
     `setup`, `chosen` and `visual_mask` are fixed by generate() for all steps; the rest belongs to
@@ -30,10 +39,10 @@ class InFlight(threading.local):
     """
 
     def __init__(self, hooks: Hooks) -> None:
+        super().__init__()
         self._hooks = hooks
         self._held: list[Spots] = []
         """Hooks that are there for this call."""
-        self.wish: Wish | None = None
         self.setup: Setup | None = None
         """What the call runs with, fixed when it began; None: without any method."""
         self.prompt: Prompt | None = None
@@ -51,8 +60,6 @@ class InFlight(threading.local):
         self.continued: Continued | None = None
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
         """Rotary tables of the attention modules, for methods that undo the rotation."""
-        self.last: Last | None = None
-        """What the thread's last prefill did."""
         self.unpruned: str = NO_IMAGES
         """Why the call prunes nothing, if it is a prefill."""
 

@@ -84,16 +84,24 @@ class EncoderDriver:
         if self._encoder is None:
             return Tap(self._attention[layer], self._names, [listener]).remove
         block, exchange = self._encoder.blocks[layer], functools.partial(self._exchange, layer)
-        return self._encoder.tap(block, self._names, listener, exchange)
+        return self._encoder.tap(block, self._names, listener, exchange, self._bias)
 
     def name_tap(self, layer: int) -> None:
         """Register the name of a layer's tap, which stays while taps come and go."""
-        self._names.of(self._attention[layer].config._attn_implementation)
+        if self._encoder is None:
+            self._names.of(self._attention[layer].config._attn_implementation)
+        else:
+            self._encoder.name_tap(self._encoder.blocks[layer], self._names)
 
     @property
     def reading(self) -> bool:
         """Whether this thread is within `read`."""
         return self._pass.recording is not None
+
+    @property
+    def passage(self) -> Passage | None:
+        """What leaves in the pass of this thread."""
+        return self._pass.passage
 
     @contextmanager
     def read(
@@ -155,6 +163,14 @@ class EncoderDriver:
                         passage.recording.hear(need, query, key, scaling, bias, **kwargs)
             for need in now.tapped.get(layer, ()):
                 now.recording.hear(need, query, key, scaling, bias, **kwargs)
+
+    @torch.compiler.disable
+    def _bias(self, rows: Tensor) -> Tensor | None:
+        """What is added to the logits of an attention that rows (B, S, C) enter."""
+        if (passage := self._pass.passage) is None:
+            return None
+        passage.prepare_bias(rows.shape[1])
+        return None if passage.bias is None else passage.bias.to(rows.device, rows.dtype)
 
     @torch.compiler.disable
     def _exchange(
@@ -219,10 +235,13 @@ class EncoderDriver:
         passage = self._pass.passage
         if passage is None or kwargs is None:  # another thread puts the hook on or takes it off
             return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden, kwargs = passage.enter(index, hidden, kwargs)
+        if isinstance(passage, PaddedPassage) and passage.made:
+            assert self._encoder is not None  # noqa: S101  (for the types)
+            kwargs = self._encoder.follow(kwargs, passage.places)
         if args:
-            hidden, kwargs = passage.enter(index, args[0], kwargs)
             return (hidden, *args[1:]), kwargs
-        hidden, kwargs = passage.enter(index, kwargs["hidden_states"], kwargs)
         return (), {**kwargs, "hidden_states": hidden}
 
     @torch.compiler.disable

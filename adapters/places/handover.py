@@ -67,7 +67,9 @@ class Handover:
             present = None if whole is None else self._present(whole, image)
             inside = [rows * columns for rows, columns in grids]
             inside = inside if present is None else [len(own) for own in present]
-            spare, counts = _counts(calls[number], setup.shape, tilings[number], inside, grids)
+            spare, counts = counts_of_image(
+                calls[number], setup.shape, tilings[number], inside, grids
+            )
             if counts is not None and present is None and not method.restores:
                 _refuse_resampled(method, family, call, number)
             for n, grid in enumerate(grids):
@@ -231,7 +233,7 @@ def _picture(
     return Picture(total=total, grid=grid, counts=counts, present=present, raster=raster)
 
 
-def _counts(
+def counts_of_image(
     calls: tuple[MethodCall, ...],
     shape: ModelShape,
     tiling: Tiling,

@@ -57,6 +57,13 @@ class PaddedPassage(Passage):
         own = self._own(group, values)
         return own[:, self.prefix : self.prefix + group.rows]
 
+    @property
+    def places(self) -> Tensor:
+        """(B, K) the place that each row stands for; 0 for rows that fill up or stand for none."""
+        longest = max(group.rows for group in self.groups)
+        own = [pad(g.place.clamp_min(0), (0, longest - g.rows)) for g in self.groups]
+        return self._in_order(own)
+
     def owners(self, length: int) -> Tensor:
         """(B, length): the row of the shortened batch that each row goes into, as decided; -1 where
         it is dropped."""

@@ -349,6 +349,7 @@ class Passage(ABC):
         for group in self.groups:
             group.passed()
         self.made += 1
+        self.recording = Recording()  # every cut reads its own block
 
     def _ask(
         self,

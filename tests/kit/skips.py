@@ -45,6 +45,11 @@ REASONS: dict[str, Reason] = {
         "`.ci/run`, in the environment of this extra alone",
         lambda: find_spec("lmms_eval"),
     ),
+    "timm": Reason(
+        "timm is not installed: pip install '.[timm]'",
+        "`.ci/run`, in the environment of this extra alone",
+        lambda: find_spec("timm"),
+    ),
     "chromium": Reason(
         f"no Chromium on PATH ({', '.join(chromium.NAMES)})",
         "wherever one is on PATH",

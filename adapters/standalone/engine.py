@@ -1,0 +1,237 @@
+"""The machinery between an image encoder and the method inside it.
+
+The encoder's own method that takes pixels begins a passage, the hooks of `places.encoder` shorten
+rows in its blocks, and what pools them afterwards is told how many patches each row stands for.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...prune.budget import MethodCall
+from ...prune.contract import InEncoder, Positions
+from ...prune.errors import BudgetError, UnsupportedFeatureError
+from ..budgets import Budgets
+from ..checks.patches import refuse_compiled
+from ..clip_text import ClipText
+from ..hooks import Spot, Undo, shadow
+from ..image_model import ImageModel
+from ..installed import Installed
+from ..patch_setup import Setup
+from ..places.call import Calling
+from ..places.encoder import EncoderDriver
+from ..places.padded import PaddedPassage
+from ..places.passage import Passage, Picture
+from ..report import DISABLED, Last
+from .checks import check_budget, refuse_call, refuse_llm_options, refuse_maps
+from .prepare import check_counts, counts_of, make_setup
+from .report import report
+
+SIZES = "_vlmprune_sizes"
+"""Attribute of shortened rows that a later method of the encoder pools: what is added to logits."""
+
+
+class Pass(Calling):
+    """The pass of one thread, and what its last one left for pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report: Callable[[], Last] | None = None
+        """Makes `last`, when somebody asks."""
+        self.rows: tuple[int, int] | None = None
+        """Pictures and rows of the last pass, prefix included, if rows stand for several."""
+        self.bias: Tensor | None = None
+        """Of the rows that are pooled now."""
+
+
+class ImageEngine(Installed):
+    """Everything that `patch` installs on an image encoder."""
+
+    _flight: Pass
+
+    def __init__(self, model: ImageModel, setup: Setup) -> None:
+        super().__init__(model.model, setup)
+        self._images, self._flight = model, Pass()
+        blocks = model.encoder.blocks
+        attention = [block.attention for block in blocks]
+        self._encoder = EncoderDriver(attention, [], self._names, model.encoder)
+        self._start()
+
+    def _install(self) -> None:
+        images, tower = self._images, self._images.tower
+        self._undo.append(shadow(tower, images.entry, self._run))
+        for name in images.full:
+            self._undo.append(shadow(tower, name, functools.partial(self._map, name)))
+        if (pooling := images.pooling) is not None:
+            self._undo.append(shadow(tower, pooling.__name__, self._pool))
+        if (pool := images.attention_pool) is not None:
+            hook = pool.register_forward_pre_hook(self._before_pool, with_kwargs=True)
+            self._undo.append(hook.remove)
+
+    def _install_at(self, spot: Spot) -> Undo:
+        kind, index = spot
+        return self._encoder.hooks[kind](index)
+
+    def _name_tap(self, kind: str, index: int) -> None:
+        if kind == "encoder":
+            self._encoder.name_tap(index)
+
+    # --- what calls run with ------------------------------------------------------------------
+
+    def planned(
+        self,
+        calls: tuple[MethodCall, ...],
+        positions: Positions | None,
+        clip: ClipText | None,
+    ) -> Setup:
+        refuse_llm_options(positions, clip, 0)
+        return make_setup(self._images, calls)
+
+    def check(self, budgets: Budgets) -> Setup:
+        if budgets.per_image:
+            raise BudgetError(
+                "A list gives each picture its own number of rows, and the pictures of a batch "
+                "leave an image encoder with as many each: give one budget."
+            )
+        check_budget(budgets.each[0], type(self.model).__name__)
+        applied = budgets.applied(self.setup)
+        check_counts(applied, self._images)
+        return applied
+
+    def refuse_compiled(self) -> None:
+        refuse_compiled(self.model, self._images.tower)
+
+    @property
+    def last(self) -> Last | None:
+        flight = self._flight
+        if flight.report is not None:
+            flight.last, flight.report = flight.report(), None
+        return flight.last
+
+    # --- a call -------------------------------------------------------------------------------
+
+    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The encoder's method that takes pixels."""
+        passage = self._begin(original, args, kwargs)
+        if passage is None:
+            return original(*args, **kwargs)
+        with self._encoder.read({}, frozenset(), passage):
+            output = original(*args, **kwargs)
+        return self._end(passage, output)
+
+    @torch.compiler.disable
+    def _begin(
+        self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Passage | None:
+        """What leaves in this call; None: nothing."""
+        flight, images = self._flight, self._images
+        flight.last = flight.report = flight.rows = None
+        setup = self.wanted()
+        if setup is None:
+            flight.last = Last.nothing("original", 0, DISABLED)
+            return None
+        bound = inspect.signature(original).bind(*args, **kwargs).arguments
+        inputs = {**bound, **bound.get("kwargs", {})}
+        pixels: Tensor = inputs[images.pixels]
+        grid, count = images.grid(pixels), len(pixels)
+        counts = counts_of(setup, grid)
+        passage = None
+        if counts is not None:
+            method = setup.in_encoder
+            assert method is not None  # noqa: S101  (for the types)
+            refuse_call(images, method, inputs)
+            passage = self._passage(setup, method, [_picture(grid, counts)] * count, pixels.device)
+        flight.report = functools.partial(report, setup, grid, count, passage)
+        return passage
+
+    def _passage(
+        self, setup: Setup, method: InEncoder, pictures: list[Picture], device: torch.device
+    ) -> PaddedPassage:
+        encoder = self._images.encoder
+        return PaddedPassage(
+            method,
+            setup.shape.tower,
+            pictures,
+            device,
+            prefix=encoder.prefix,
+            unit=encoder.unit,
+            debug=setup.debug,
+        )
+
+    @torch.compiler.disable
+    def _end(self, passage: Passage, output: Any) -> Any:
+        bias = self._sizes(passage)
+        if bias is None:
+            return output
+        if self._images.pooling is None:
+            return self._images.weighed(output, bias)
+        self._flight.rows = bias.shape[0], bias.shape[-1]
+        setattr(output, SIZES, bias)
+        return output
+
+    def _sizes(self, passage: Passage) -> Tensor | None:
+        """What attention adds for the rows that are left behind the last block."""
+        if passage.restored:
+            return None
+        passage.prepare_bias(passage.prefix + max(passage.counts))
+        return passage.bias
+
+    # --- pooling ------------------------------------------------------------------------------
+
+    def _pool(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's method that pools rows."""
+        bias = self._of_rows(x)
+        if bias is None:
+            return original(x, *args, **kwargs)
+        flight, images = self._flight, self._images
+        if images.attention_pool is not None:
+            flight.bias = bias
+            try:
+                return original(x, *args, **kwargs)
+            finally:
+                flight.bias = None
+        return images.pooled(original, x, bias, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _of_rows(self, x: Tensor) -> Tensor | None:
+        """How many patches stand behind rows that are pooled now; None: one behind each."""
+        bias: Tensor | None = getattr(x, SIZES, None)
+        if bias is None and self._flight.rows == tuple(x.shape[:2]):
+            raise UnsupportedFeatureError(
+                "These rows stand for several patches each, and nothing is known of how many: "
+                "hand what forward_features returned to forward_head or pool as it is, or call "
+                "both in handle.disabled()."
+            )
+        return bias
+
+    @torch.compiler.disable
+    def _before_pool(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        bias, passage = self._flight.bias, self._encoder.passage
+        if bias is None and passage is not None:
+            bias = self._sizes(passage)
+        if bias is None or kwargs is None:
+            return None
+        rows = args[1] if len(args) > 1 else args[0]
+        return args, self._images.biased(kwargs, bias.to(rows.dtype), rows)
+
+    def _map(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method of the encoder that returns maps of all patches."""
+        setup = self.wanted()
+        if setup is not None:
+            inputs = inspect.signature(original).bind(*args, **kwargs).arguments
+            counts = counts_of(setup, self._images.grid(inputs[self._images.pixels]))
+            if counts is not None and setup.in_encoder is not None:
+                raise refuse_maps(name, setup.in_encoder)
+        return original(*args, **kwargs)
+
+
+def _picture(grid: tuple[int, int], counts: tuple[int, ...]) -> Picture:
+    return Picture(total=grid[0] * grid[1], grid=grid, counts=counts)
