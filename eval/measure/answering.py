@@ -15,6 +15,7 @@ from ...adapters.registry import family_of
 from ...adapters.report import Last
 from ..results.records import FlopsRecord, Tokens
 from .flops import Flops, ModelCost, after_cuts, cache_entries, visual_flops, visual_share
+from .shortened import Grid, Shortened, measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,8 @@ class Answer:
     """New tokens, the end token included."""
     pictures: list[tuple[int, int]]
     """Rows and columns of every picture that the vision encoder saw."""
+    shortened: list[Shortened | None]
+    """How rows of each left in the encoder; None: they did not."""
     unread_layers: int
     """Layers at the end of the vision encoder that did not run."""
     cache_entries: int | None
@@ -71,9 +74,9 @@ def answer(
     counts = {"image": list(images), "video": list(videos or [0] * len(images))}
     visual = _visual_tokens(model, inputs)
     real = inputs["attention_mask"].sum(1).tolist()
-    pictures = _pictures(model, inputs, counts)
     num_layers = family_of(model).shape.decoder.num_layers
     last = handle.last if handle is not None and any(visual) else None
+    pictures = _pictures(model, inputs, counts, handle, last)
     answers = []
     left = last.cache_kept if last is not None else None
     for row, text in enumerate(texts):
@@ -88,7 +91,8 @@ def answer(
                 per_layer=last.tokens_per_layer[row] if last else [visual[row]] * num_layers,
                 text_tokens=text_tokens,
                 generated=_length(model, new[row].tolist()),
-                pictures=pictures[row],
+                pictures=[grid for grid, _ in pictures[row]],
+                shortened=[shortened for _, shortened in pictures[row]],
                 unread_layers=handle.unread_layers if handle is not None else 0,
                 cache_entries=reach,
                 cache_visual=fmean(left[row])
@@ -127,9 +131,9 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
     pruned: list[Flops] = []
     dense: list[Flops] = []
     for a in answers:
-        for target, per_layer, unread, entries in (
-            (pruned, a.per_layer, a.unread_layers, a.cache_entries),
-            (dense, [a.visual] * len(a.per_layer), 0, None),
+        for target, per_layer, unread, entries, shortened in (
+            (pruned, a.per_layer, a.unread_layers, a.cache_entries, a.shortened),
+            (dense, [a.visual] * len(a.per_layer), 0, None, None),
         ):
             target.append(
                 cost.sample(
@@ -139,6 +143,7 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
                     new_tokens=a.generated,
                     unread_layers=unread,
                     cache_entries=entries,
+                    shortened=shortened,
                 )
             )
     return FlopsRecord(
@@ -178,18 +183,24 @@ def _visual_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[in
 
 
 def _pictures(
-    model: PreTrainedModel, inputs: Mapping[str, Any], counts: Mapping[str, Sequence[int]]
-) -> list[list[tuple[int, int]]]:
-    """What the encoder saw of each row's images and videos."""
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    counts: Mapping[str, Sequence[int]],
+    handle: Handle | None,
+    last: Last | None,
+) -> list[list[tuple[Grid, Shortened | None]]]:
+    """What the encoder saw of each row's images and videos, and how it shortened them."""
     family = family_of(model)
-    rows: list[list[tuple[int, int]]] = [[] for _ in counts["image"]]
-    for modality in MODALITIES:
-        if modality.pixels not in inputs:
-            continue
-        seen = iter(family.pictures(Call(modality, inputs)))
+    given = [modality for modality in MODALITIES if modality.pixels in inputs]
+    seen = [family.pictures(Call(modality, inputs)) for modality in given]
+    flat = [[grid for of_image in of_all for grid in of_image] for of_all in seen]
+    shortened = measured(handle, last, flat, family.shape)
+    rows: list[list[tuple[Grid, Shortened | None]]] = [[] for _ in counts["image"]]
+    for modality, of_all, own in zip(given, seen, shortened, strict=True):
+        images, left = iter(of_all), iter(own)
         for row, count in enumerate(counts[modality.name]):
             for _ in range(count):
-                rows[row] += next(seen)
+                rows[row] += [(grid, next(left)) for grid in next(images)]
     return rows
 
 

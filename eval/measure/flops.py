@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ...adapters.family import Family
 from ...adapters.registry import family_of
 from ...prune.budget import MethodCall, entries_kept, layer_flops
-from ...prune.contract import CacheMethod, Decoder, ModelShape
+from ...prune.contract import CacheMethod, Decoder
+from .shortened import Grid, Shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A transformer block: FLOPs per token, and per pair of a query and a key."""
+    """A transformer block: FLOPs of its attention and of its MLP per token, and of a pair of a query
+    and a key."""
 
-    per_token: int
+    attention: int
+    mlp: int
     per_pair: int
+
+    @property
+    def per_token(self) -> int:
+        return self.attention + self.mlp
 
     def flops(self, queries: int, keys: int) -> int:
         return self.per_token * queries + self.per_pair * queries * keys
@@ -41,12 +49,13 @@ class VisionCost:
     """The vision encoder and everything between it and the decoder.
 
     `window` is the side of an attention window in visual tokens, for the blocks that are not in
-    `full_attention`; 0 where every block sees the whole image.
+    `full_attention`; 0 where every block sees the whole image. `projectors` has the FLOPs per token
+    of each, and the block that it reads behind.
     """
 
     blocks: tuple[Block, ...]
     per_patch: int
-    per_token: int
+    projectors: tuple[tuple[int, int], ...]
     has_cls: bool
     merge_unit: int
     window: int = 0
@@ -54,22 +63,48 @@ class VisionCost:
     head_per_token: int = 0
     head_fixed: int = 0
 
-    def encoder(self, grid: tuple[int, int], unread_layers: int = 0) -> int:
+    def encoder(
+        self, grid: Grid, unread_layers: int = 0, shortened: Shortened | None = None
+    ) -> int:
         """FLOPs of the encoder for a picture of `grid` rows by columns of future tokens, without
-        its last `unread_layers`, which a patched model does not run."""
-        patches = grid[0] * grid[1] * self.merge_unit
-        sequence = patches + self.has_cls
-        total = self.per_patch * patches + self.head_per_token * sequence + self.head_fixed
-        windows = [n * self.merge_unit for n in _windows(grid, self.window)]
-        for index, block in enumerate(self.blocks[: len(self.blocks) - unread_layers]):
-            full = self.full_attention is None or index in self.full_attention
-            spans = [sequence] if full else windows
-            total += sum(block.flops(n, n) for n in spans)
-        return total
+        its last `unread_layers`, which a patched model does not run.
 
-    def projector(self, grid: tuple[int, int]) -> int:
-        """FLOPs of the projector or merger for one picture."""
-        return self.per_token * grid[0] * grid[1]
+        Args:
+            shortened: where rows leave in it. Which of them is not known: windows count as if those
+                that are left filled the largest ones up, the most that it can be.
+        """
+        whole, windows = grid[0] * grid[1], _windows(grid, self.window)
+        total = self.per_patch * whole * self.merge_unit
+        for index, block in enumerate(self.blocks[: len(self.blocks) - unread_layers]):
+            at = (whole, whole) if shortened is None else shortened.at(index, whole)
+            queries, through_mlp = (rows * self.merge_unit + self.has_cls for rows in at)
+            full = self.full_attention is None or index in self.full_attention
+            spans = [queries] if full else [n * self.merge_unit for n in _filled(windows, at[0])]
+            total += block.attention * queries + block.mlp * through_mlp
+            total += block.per_pair * sum(n * n for n in spans)
+        last = self._behind(len(self.blocks) - unread_layers - 1, whole, unread_layers, shortened)
+        return total + self.head_fixed + self.head_per_token * (
+            last * self.merge_unit + self.has_cls
+        )
+
+    def projector(
+        self, grid: Grid, unread_layers: int = 0, shortened: Shortened | None = None
+    ) -> int:
+        """FLOPs of the projector or mergers for one picture."""
+        whole = grid[0] * grid[1]
+        return sum(
+            per_token * self._behind(block, whole, unread_layers, shortened)
+            for per_token, block in self.projectors
+        )
+
+    def _behind(
+        self, block: int, whole: int, unread_layers: int, shortened: Shortened | None
+    ) -> int:
+        """Rows behind a block, or behind the last that is read."""
+        if shortened is None:
+            return whole
+        read = len(self.blocks) - unread_layers - 1
+        return shortened.behind(min(block, read), whole, last=block >= read)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,13 +155,14 @@ class ModelCost:
     def sample(
         self,
         *,
-        pictures: Sequence[tuple[int, int]],
+        pictures: Sequence[Grid],
         visual_per_layer: Sequence[int],
         text_tokens: int,
         new_tokens: int = 1,
         logits: int = 1,
         cache_entries: int | None = None,
         unread_layers: int = 0,
+        shortened: Sequence[Shortened | None] | None = None,
     ) -> Flops:
         """FLOPs of one sample.
 
@@ -140,12 +176,14 @@ class ModelCost:
                 where a method on the cache limits them.
             unread_layers: last encoder layers that a patched model does not run, because neither
                 the projector nor its methods read them.
+            shortened: how rows of each picture leave in the encoder; None: they do not.
         """
+        seen = list(zip(pictures, shortened or [None] * len(pictures), strict=True))
         entering = [n + text_tokens for n in visual_per_layer]
         attended = [n if cache_entries is None else min(n, cache_entries) for n in entering]
         return Flops(
-            vision=sum(self.vision.encoder(grid, unread_layers) for grid in pictures),
-            projector=sum(map(self.vision.projector, pictures)),
+            vision=sum(self.vision.encoder(grid, unread_layers, own) for grid, own in seen),
+            projector=sum(self.vision.projector(grid, unread_layers, own) for grid, own in seen),
             prefill=self.prefill(entering),
             lm_head=self.lm_head * logits,
             decode=self.decode(attended, new_tokens),
@@ -200,9 +238,13 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     )
     shape = family.shape
     return ModelCost(
-        vision=_vision_cost(family.core, family.vision_tower, text_model, shape),
+        vision=_vision_cost(family),
         layers=tuple(
-            Block(_matmuls(layer), 4 * config.num_attention_heads * head_size)
+            Block(
+                attention=_matmuls(layer.self_attn),
+                mlp=_matmuls(layer) - _matmuls(layer.self_attn),
+                per_pair=4 * config.num_attention_heads * head_size,
+            )
             for layer in text_model.layers
         ),
         lm_head=_matmuls(model.get_output_embeddings()),
@@ -210,20 +252,28 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     )
 
 
-def _vision_cost(
-    core: nn.Module, tower: Any, text_model: nn.Module, shape: ModelShape
-) -> VisionCost:
+def _vision_cost(family: Family) -> VisionCost:
+    tower, shape = family.vision_tower, family.shape
     config = tower.config
     width = getattr(config, "embed_dim", None) or config.hidden_size
     stack = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
     head = getattr(tower, "head", None)  # SigLIP's attention pooling, run although nobody reads it
-    elsewhere = [m for m in (stack, head, text_model) if m is not None]
-    between = list(_outside(core, elsewhere))
+    elsewhere = [m for m in (stack, head, family.text_model) if m is not None]
+    between = list(_outside(family.core, elsewhere))
+    # Where features are taken between the blocks, each merger has a block of its own.
+    behind = [len(stack) - 1, *getattr(tower, "deepstack_visual_indexes", ())]
+    attention = list(map(_matmuls, family.vision_attention))
     side = getattr(config, "window_size", None)
     return VisionCost(
-        blocks=tuple(Block(_matmuls(block), 4 * width) for block in stack),
+        blocks=tuple(
+            Block(attention=own, mlp=_matmuls(block) - own, per_pair=4 * width)
+            for block, own in zip(stack, attention, strict=True)
+        ),
         per_patch=sum(_weights(m) for m in between if isinstance(m, nn.Conv2d | nn.Conv3d)),
-        per_token=sum(_weights(m) for m in between if isinstance(m, nn.Linear)),
+        projectors=tuple(
+            (_matmuls(module), block)
+            for module, block in zip(family.projectors, behind, strict=True)
+        ),
         has_cls=shape.tower.has_cls,
         merge_unit=shape.tower.merge_unit,
         window=side // config.spatial_merge_size // config.patch_size if side else 0,
@@ -240,6 +290,16 @@ def _windows(grid: tuple[int, int], side: int) -> list[int]:
         return [grid[0] * grid[1]]
     rows, columns = ([min(side, n - start) for start in range(0, n, side)] for n in grid)
     return [height * width for height in rows for width in columns]
+
+
+def _filled(windows: Sequence[int], rows: int) -> list[int]:
+    """Rows in each window where those of the largest have all stayed, and of others as many as are
+    left: no other way to leave as many has as many pairs of rows."""
+    found = []
+    for size in sorted(windows, reverse=True):
+        found.append(min(size, rows))
+        rows -= found[-1]
+    return found
 
 
 def _outside(root: nn.Module, excluded: Sequence[nn.Module]) -> Iterator[nn.Module]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import vlmprune
+from kit.flop_counter import counting
 from kit.zoo import ALL, ATTENTION, BOTH_FAMILIES, CASES, Case
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode
 from vlmprune.adapters.family import IMAGE, Call
 from vlmprune.adapters.registry import family_of
 from vlmprune.eval.measure.flops import (
@@ -24,19 +24,6 @@ from vlmprune.prune.contract import CacheMethod, Decoder
 
 ROW = (4, "B", 6)  # Qwen: 3 x 5 tokens in windows of 2 x 2, so some are smaller
 TEXT = 10
-
-# Releases of torch before 2.15 count 0 for the fused attention that a CPU runs.
-FUSED_ON_A_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def fused_attention(query, key, value, *args, **kwargs) -> int:
-    """FLOPs of `q k^T` and `p v`, from shapes (B, H, L, D); key and value may have fewer heads."""
-    return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
-
-
-def counting() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping={FUSED_ON_A_CPU: fused_attention})
-
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
