@@ -193,7 +193,7 @@ def _reading(need: Signal, tiles: int, patches: int, draw: torch.Generator) -> C
     if shown(need) == ENCODER_ATTENTION:
         read = SOURCES[type(need)].read
         query, key = (normal(tiles, _HEADS, patches + 1, _HEAD_WIDTH) for _ in range(2))
-        return lambda: read(query, key, _HEAD_WIDTH**-0.5)[:, 1:].flatten(0, 1)
+        return lambda: read(need, query, key, _HEAD_WIDTH**-0.5, None)[:, 1:].flatten(0, 1)
     if isinstance(need, PixelSeed):
         pixels = normal(3)
         return lambda: pixel_seed(pixels)

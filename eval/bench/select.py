@@ -136,7 +136,8 @@ class Scene:
         if shown(need) == ENCODER_ATTENTION:
             layer: int = need.layer  # type: ignore[attr-defined]
             read = SOURCES[type(need)].read
-            return self._per_image(read(self.queries[layer], self.keys[layer], _HEAD_WIDTH**-0.5))
+            heads = self.queries[layer], self.keys[layer]
+            return self._per_image(read(need, *heads, _HEAD_WIDTH**-0.5, None))
         match need:
             case Features():
                 return [picture.packed for picture in self.pictures]
