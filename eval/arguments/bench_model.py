@@ -21,10 +21,11 @@ class BenchModelRequest:
 
     Attributes:
         methods, budgets: words as on the command line.
-        shape: the name of published sizes; or `model`, a checkpoint; or else a LLaVA of so many
-            `layers`, `width` and visual `tokens`.
-        picture: its height and width in pixels; None: what is usual for the model.
-        image: a file in its place.
+        shapes: names of published sizes, each of which is measured; or `model`, a checkpoint; or
+            else a LLaVA of so many `layers`, `width` and visual `tokens`.
+        pictures: heights and widths in pixels, each of which is measured; none: what is usual for
+            the model.
+        image: a file in their place.
         ragged: whether prompts differ in length.
         meta: run nothing, reckon from sizes alone.
         memory: whether peak memory is measured on the CPU as well.
@@ -35,9 +36,9 @@ class BenchModelRequest:
 
     methods: Sequence[str]
     budgets: Sequence[str]
-    shape: str | None
+    shapes: Sequence[str]
     model: str | None
-    picture: tuple[int, int] | None
+    pictures: Sequence[tuple[int, int]]
     image: str | None
     layers: int
     width: int
@@ -84,18 +85,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--shape",
+        dest="shapes",
+        nargs="+",
+        default=[],
         metavar="NAME",
-        help="sizes of a published model with random weights, or a small one of its family: "
+        help="sizes of published models with random weights, or small ones of their families: "
         "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-onevision-7b, qwen2.5-vl-7b, "
         "qwen3-vl-8b, llava-small, llava-next-small, llava-onevision-small, qwen2.5-vl-small, "
-        "qwen3-vl-small (default: a LLaVA of --layers, --width and --tokens)",
+        "qwen3-vl-small; llava-1.5-encoder, qwen2.5-vl-encoder: the published encoder in front of "
+        "two layers (default: a LLaVA of --layers, --width and --tokens)",
     )
     which.add_argument("--model", metavar="DIR_OR_NAME", help="a checkpoint instead")
     parser.add_argument(
         "--picture",
+        dest="pictures",
+        nargs="+",
+        default=[],
         type=_picture,
         metavar="HxW",
-        help="its height and width in pixels (default: what is usual for the model)",
+        help="its height and width in pixels; several are measured in turn (default: what is usual "
+        "for the model)",
     )
     parser.add_argument(
         "--image", metavar="FILE", help="a picture for --model (default: noise of --picture)"
@@ -145,7 +154,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attn_implementation", default="sdpa", metavar="NAME", help="default: sdpa"
     )
     parser.add_argument(
-        "--output_path", "-o", metavar="FILE", help="also write the numbers as JSON"
+        "--output_path",
+        "-o",
+        metavar="FILE",
+        help="also write the numbers as JSON, a list where there are several models or pictures",
     )
     import_argument(parser)
 
@@ -159,10 +171,11 @@ def request(args: argparse.Namespace) -> BenchModelRequest:
     from . import early
 
     methods, budgets = split_list(args.methods), split_list(args.budgets)
+    shapes = split_list(args.shapes)
     early.refuse_unknown_methods(methods)
     early.refuse_unknown_budgets(budgets)
     same = {field.name: getattr(args, field.name) for field in fields(BenchModelRequest)}
-    return BenchModelRequest(**same | {"methods": methods, "budgets": budgets})
+    return BenchModelRequest(**same | {"methods": methods, "budgets": budgets, "shapes": shapes})
 
 
 def _picture(text: str) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Its time is the limit of what pruning can save, with choosing and bookkeeping for nothing. Which
 tokens stay does not change a time, so the first ones stand for those that a method would choose:
-the logits mean nothing, and M-RoPE models are given the positions of a text.
+the logits mean nothing, and M-RoPE models are given the positions of a text. In the vision encoder
+it is `slicing.py` that keeps the first rows.
 """
 
 from __future__ import annotations

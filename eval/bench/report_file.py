@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..results.records import ResultsError
 
 
-def write_report(report: Mapping[str, Any], output_path: str) -> None:
+def write_report(report: Mapping[str, Any] | Sequence[Mapping[str, Any]], output_path: str) -> None:
     """All or nothing, so that an interrupt leaves the last whole report.
 
     Raises:

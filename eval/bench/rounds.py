@@ -20,10 +20,12 @@ from ...adapters.handle import Handle
 from ...adapters.registry import family_of
 from ..measure.energy import energy_meter
 from ..measure.memory import added_at_peak
+from ..measure.shortened import measured
 from ..measure.times import kv_bytes
 from ..words.parts import Parts
 from .decoding import Decoding, in_turn
 from .oracle import oracle_prefill, shorten
+from .slicing import sliced
 from .subject import Subject, visual_tokens_of
 from .turns import Timed, take_turns
 from .variant import Round, Run, Variant
@@ -80,7 +82,10 @@ class _Bench:
     def side_by_side(self, variant: Variant, number: int) -> tuple[Run, Run | None]:
         """The patched model and the oracle, layer by layer and step by step in turn; the dense
         model and round 0 have no oracle."""
-        with variant.patched(self.twin, self.clip) as handle:
+        with (
+            variant.patched(self.twin, self.clip) as handle,
+            sliced(self.model, variant.calls if number else ()),
+        ):
             calls = [Timed(partial(prefill, self.twin, self.inputs), self.twin)]
             if variant.parts and number:
                 given = partial(oracle_prefill, self.model, self.inputs, variant.cuts)
@@ -97,7 +102,8 @@ class _Bench:
 
     def patched(self, variant: Variant, handle: Handle | None, call: Timed) -> _Prefilled:
         """A prefill as the variant has it; what it leaves is noted."""
-        variant.pictures = list(self.family.pictures(Call(IMAGE, self.inputs))[0])
+        images = self.family.pictures(Call(IMAGE, self.inputs))
+        variant.pictures = list(images[0])
         variant.visual_tokens = self.visual
         variant.text_tokens = self.inputs["input_ids"].shape[1] - self.visual
         variant.per_layer = [self.visual] * self.layers
@@ -106,6 +112,9 @@ class _Bench:
             run.select, variant.cuts = handle.last.select_seconds, cuts_of(handle)
             variant.per_layer = longest(handle)
             variant.unread_layers = handle.unread_layers
+            every = [picture for image in images for picture in image]
+            (rows,) = measured(handle, handle.last, [every], self.family.shape)
+            variant.shortened = rows[: len(images[0])]
         cache = call.result.past_key_values
         variant.cache_bytes = kv_bytes(cache)
         variant.entries = _attended(cache)

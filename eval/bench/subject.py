@@ -149,6 +149,7 @@ class Subject:
             "name": self.name,
             "layers": decoder.num_layers,
             "width": decoder.hidden_size,
+            "picture": self.picture,
             "visual_tokens": visual,
             "text_tokens": int(inputs["input_ids"].shape[1]) - visual,
             "batch_size": self.batch_size,

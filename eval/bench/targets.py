@@ -30,20 +30,30 @@ class Target:
         return "open" if measured["q1"] <= self.limit else "missed"
 
 
-def targets(model: Mapping[str, Any], place: str | None) -> list[Target]:
+def targets(
+    model: Mapping[str, Any], place: str | None, *, in_encoder: bool = False
+) -> list[Target]:
     """The promises for a method that acts at `place`, its deepest; none for the dense model.
 
     Args:
         model: what a report says of it.
+        in_encoder: whether rows leave inside the vision encoder, too.
     """
     if place is None:
         return []
     prefill = 1.10
     if place == Place.BEFORE_LLM.value:
         prefill = 1.05 if model.get("ragged") else 1.03
-    return [
+    elif place == Place.ENCODER.value:
+        prefill = 1.05
+    both = [
         Target("first token / oracle", "total_over_oracle", prefill),
         Target("decoding / oracle", "decode_over_oracle", 1.02),
+    ]
+    if in_encoder:
+        return [*both, Target("encoder / slicing", "vision_over_slicing", 1.05)]
+    return [
+        *both,
         Target("vision / plain", "vision_over_plain", 1.02),
         Target(
             "choosing / dense prefill",
@@ -58,6 +68,6 @@ def verdicts(model: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[Targe
     ratios = variant["ratios"]
     return {
         target: target.verdict(ratios[target.ratio])
-        for target in targets(model, variant["place"])
+        for target in targets(model, variant["place"], in_encoder="vision_over_slicing" in ratios)
         if ratios.get(target.ratio)
     }

@@ -15,9 +15,10 @@ from ...adapters.family import IMAGE, Call
 from ...adapters.handle import Handle
 from ...adapters.patching import patch
 from ...adapters.registry import family_of
-from ...prune.budget import plan, tokens_per_layer
-from ...prune.contract import Compressing, Place
+from ...prune.budget import MethodCall, plan, tokens_per_layer
+from ...prune.contract import Compressing, InEncoder, Place
 from ..measure.flops import ModelCost, after_cuts, cache_entries, visual_share
+from ..measure.shortened import Shortened, reckoned
 from ..results.records import method_record
 from ..results.statistics import spread
 from ..words.parts import Parts
@@ -33,7 +34,8 @@ class Run:
     vision: float
     """Of the total: in the vision encoder, reading scores included."""
     select: float = 0.0
-    """Of the total: choosing; inside the decoder with reading scores."""
+    """Of the total: choosing; inside the decoder with reading scores, in the encoder a part of
+    `vision`."""
     per_decoded_token: float | None = None
     """The median of the steps; None where such a step cannot be run."""
     joules: float | None = None
@@ -73,6 +75,8 @@ class Variant:
     """Rows and columns of what the encoder sees of a prompt."""
     unread_layers: int = 0
     """Layers at the end of the vision encoder that do not run."""
+    shortened: list[Shortened | None] | None = None
+    """How rows of each picture leave in the encoder."""
     at_most: bool = False
     """Whether the counts are those that an adaptive rule may not exceed."""
     cache_bytes: int = 0
@@ -82,6 +86,15 @@ class Variant:
     @property
     def name(self) -> str:
         return parts_text(self.parts)
+
+    @property
+    def calls(self) -> list[MethodCall]:
+        return [part.call for part in self.parts]
+
+    @property
+    def in_encoder(self) -> bool:
+        """Whether rows leave inside the vision encoder."""
+        return any(isinstance(call.method, InEncoder) for call in self.calls)
 
     @property
     def place(self) -> Place | None:
@@ -95,7 +108,7 @@ class Variant:
         """The model as this variant has it, inside the block."""
         if not self.parts:
             return nullcontext()
-        return patch(model, [part.call for part in self.parts], clip=clip)
+        return patch(model, self.calls, clip=clip)
 
     def reckon(self, subject: Subject) -> None:
         """Counts and bytes from sizes alone.
@@ -106,12 +119,13 @@ class Variant:
         model = subject.model("meta")
         family, inputs = family_of(model), subject.inputs("meta")
         config: Any = family.text_model.config
-        calls = [part.call for part in self.parts]
+        calls = self.calls
         model_shape = family.shape
         self.pictures = list(family.pictures(Call(IMAGE, inputs))[0])
         self.visual_tokens = visual_tokens_of(model, inputs)
         with self.patched(model, subject.text_twin("meta", self.parts)) as handle:
             self.unread_layers = 0 if handle is None else handle.unread_layers
+        self.shortened = reckoned(calls, self.pictures, self.visual_tokens, model_shape)
         stages = plan(self.visual_tokens, calls, model_shape)
         self.at_most = any(stage.adaptive for stage in stages)
         self.per_layer = tokens_per_layer(
@@ -122,10 +136,10 @@ class Variant:
         # Those that only attend to less keep everything.
         compressing = [call for call in calls if isinstance(call.method, Compressing)]
         most = cache_entries(compressing, [self.visual_tokens], text)
-        entries = sum(min(n + text, n + text if most is None else most) for n in self.per_layer)
+        self.entries = [min(n + text, n + text if most is None else most) for n in self.per_layer]
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_entry = 2 * config.num_key_value_heads * head * getattr(torch, subject.dtype).itemsize
-        self.cache_bytes = entries * per_entry * subject.batch_size
+        self.cache_bytes = sum(self.entries) * per_entry * subject.batch_size
 
     def as_json(self, cost: ModelCost) -> dict[str, Any]:
         flops = cost.sample(
@@ -133,6 +147,7 @@ class Variant:
             visual_per_layer=self.per_layer,
             text_tokens=self.text_tokens,
             unread_layers=self.unread_layers,
+            shortened=self.shortened,
         )
         mine = [one.patched for one in self.rounds]
         oracle = [one.oracle for one in self.rounds if one.oracle is not None]
@@ -146,6 +161,13 @@ class Variant:
             "average_per_layer": fmean(self.per_layer),
             "average_after_cuts": fmean(after_cuts(self.per_layer)),
             "first_token_flops": flops.first_token,
+            "flops": {
+                "vision": flops.vision,
+                "projector": flops.projector,
+                "prefill": flops.prefill,
+                "lm_head": flops.lm_head,
+                "per_decoded_token": cost.decode(self.entries, 2),
+            },
             "visual_share": visual_share(self.per_layer, self.visual_tokens, cost.decoder),
             "cache_bytes": self.cache_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -159,10 +181,16 @@ class Variant:
                     ]
                 ),
             },
+            "shares": {
+                "vision": spread([r.vision / r.total for r in mine]),
+                "select": spread([r.select / r.total for r in mine if self.parts]),
+                "rest": spread([r.rest / r.total for r in mine]),
+            },
             "seconds": {
                 "total": spread([r.total for r in mine]),
                 "vision": spread([r.vision for r in mine]),
                 "select": spread([r.select for r in mine]),
+                "rest": spread([r.rest for r in mine]),
                 "per_decoded_token": spread(_decoding(mine)),
                 "oracle_total": spread([r.total for r in oracle]),
                 "oracle_vision": spread([r.vision for r in oracle]),
@@ -176,6 +204,7 @@ class Variant:
         both = [(one.patched, one.oracle) for one in self.rounds if one.oracle is not None]
         pruned = [one for one in self.rounds if one.oracle is not None]
         steps = [(r.patched.per_decoded_token, r.dense.per_decoded_token) for r in self.rounds]
+        vision = [p.vision / o.vision for p, o in both]
         against = [(p.per_decoded_token, o.per_decoded_token) for p, o in both]
         return {
             "speed_up": [one.dense.total / one.patched.total for one in self.rounds],
@@ -183,9 +212,11 @@ class Variant:
             "total_over_oracle": [p.total / o.total for p, o in both],
             "rest_over_oracle": [p.rest / o.rest for p, o in both],
             "decode_over_oracle": [own / least for own, least in against if own and least],
-            "vision_over_plain": [p.vision / o.vision for p, o in both],
-            "select_over_dense_prefill": [r.patched.select / r.dense.rest for r in pruned],
-        }
+            "vision_over_plain": [] if self.in_encoder else vision,
+            "select_over_dense_prefill": []
+            if self.in_encoder
+            else [r.patched.select / r.dense.rest for r in pruned],
+        } | ({"vision_over_slicing": vision} if self.in_encoder else {})
 
 
 def _decoding(runs: list[Run]) -> list[float]:

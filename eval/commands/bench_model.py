@@ -12,12 +12,14 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
 from ..arguments.bench_model import BenchModelRequest
 from ..bench.bench_table import bench_table
+from ..bench.parts_table import parts_table
 from ..bench.report_file import write_report
 from ..bench.rounds import compare, peak_memory
 from ..bench.subject import Subject
@@ -32,24 +34,42 @@ from ..words.typed import DENSE
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 4
-"""4: `ratios`; the oracle decodes as well."""
+SCHEMA = 5
+"""4: `ratios`; the oracle decodes as well. 5: `flops` and `shares` of the first token by part."""
 
 
 def run(request: BenchModelRequest) -> int:
     """The command. Returns the exit code."""
+    device = resolve_device(request.device)
+    shapes: Sequence[str | None] = request.shapes or [None]
+    pictures: Sequence[tuple[int, int] | None] = request.pictures or [None]
+    asked = product(shapes, pictures)
+    subjects = [_subject(request, device, shape, picture) for shape, picture in asked]
+    for subject in subjects if len(subjects) > 1 else ():
+        subject.inputs("meta")  # which says what is wrong with a picture, before hours are spent
+    reports: list[dict[str, Any]] = []
+    for subject in subjects:
+        reports.append({})
+        _report(request, subject, device, reports)
+        bench_table(reports[-1]).print(stdout())
+    parts_table(reports).print(stdout())
+    return 0
+
+
+def _report(
+    request: BenchModelRequest, subject: Subject, device: str, reports: list[dict[str, Any]]
+) -> None:
+    """One model and picture; its report becomes the last of `reports`, round by round."""
     words = [parse(text) for text in request.methods if text != DENSE]
     variants = [Variant(parts) for parts in grid(words, parse_budgets(request.budgets))]
-    device = resolve_device(request.device)
-    subject = _subject(request, device)
     meta = request.meta or not _fits(subject, device)
     if meta and request.dtype == "auto":  # as it would run where it fits
         subject = replace(subject, dtype="bfloat16")
     cost = model_cost(subject.model("meta"))
 
-    def save() -> dict[str, Any]:
-        """The report so far, also in the file."""
-        report = {
+    def save() -> None:
+        """What there is so far, also in the file."""
+        reports[-1] = {
             "schema": SCHEMA,
             "measured": not meta,
             "model": subject.as_json(),
@@ -62,26 +82,29 @@ def run(request: BenchModelRequest) -> int:
             "variants": [v.as_json(cost) for v in variants if v.per_layer],
         }
         if request.output_path:
-            write_report(report, request.output_path)
-        return report
+            write_report(reports[0] if len(reports) == 1 else reports, request.output_path)
 
     if meta:
         for variant in variants:
             variant.reckon(subject)
     else:
         _measure(request, subject, variants, device, save)
-    bench_table(save()).print(stdout())
-    return 0
+    save()
 
 
-def _subject(request: BenchModelRequest, device: str) -> Subject:
+def _subject(
+    request: BenchModelRequest,
+    device: str,
+    shape: str | None,
+    picture: tuple[int, int] | None,
+) -> Subject:
     dtype = request.dtype
     if dtype == "auto":
         dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     return Subject(
-        shape=request.shape,
+        shape=shape,
         model_name=request.model,
-        picture=request.picture,
+        picture=picture,
         layers=request.layers,
         width=request.width,
         visual_tokens=request.tokens,

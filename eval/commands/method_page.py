@@ -92,7 +92,7 @@ def _budgets(cls: type[Method]) -> str:
         except BudgetError:
             continue
         taken.append(word)
-    without = "one is needed" if cls.needs_budget else f"or none: as {PUBLISHED}"
+    without = "one is needed" if cls().wants_budget else f"or none: as {PUBLISHED}"
     return f"{', '.join(taken)}; {without}"
 
 

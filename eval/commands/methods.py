@@ -64,7 +64,7 @@ def _row(name: str, method: Method) -> tuple[str, ...]:
         " and ".join(place.value for place in method.places),
         reads(method),
         on_tiles(cls),
-        "needed" if cls.needs_budget else f"or {PUBLISHED}",
+        "needed" if method.wants_budget else f"or {PUBLISHED}",
         cls.positions,
         fields,
         paper(cls),

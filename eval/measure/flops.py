@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A transformer block: FLOPs of its attention and of its MLP per token, and of a pair of a query
+    """A transformer block: FLOPs of its attention and of its MLP per token, and per pair of a query
     and a key."""
 
     attention: int
@@ -83,8 +83,8 @@ class VisionCost:
             total += block.attention * queries + block.mlp * through_mlp
             total += block.per_pair * sum(n * n for n in spans)
         last = self._behind(len(self.blocks) - unread_layers - 1, whole, unread_layers, shortened)
-        return total + self.head_fixed + self.head_per_token * (
-            last * self.merge_unit + self.has_cls
+        return (
+            total + self.head_fixed + self.head_per_token * (last * self.merge_unit + self.has_cls)
         )
 
     def projector(

@@ -55,9 +55,7 @@ def measured(
         return found
     first = method.blocks(shape.tower)[0].block
     blocks_cut = shape.tower.num_layers - first
-    passes = [
-        last.encoder[n : n + blocks_cut] for n in range(0, len(last.encoder), blocks_cut)
-    ]
+    passes = [last.encoder[n : n + blocks_cut] for n in range(0, len(last.encoder), blocks_cut)]
     for own, seen in zip(found, pictures, strict=True):
         if not seen or not passes or len(passes[0][0][0]) != len(seen):
             continue  # nothing left: the next pass is of the next modality
@@ -105,9 +103,7 @@ def reckoned(
             now = inside[0] if inside else before
             entering.append((before, now))
         restored = rows if method.restores else None
-        found.append(
-            Shortened(first=cuts[0].block, entering=tuple(entering), restored=restored)
-        )
+        found.append(Shortened(first=cuts[0].block, entering=tuple(entering), restored=restored))
     return found
 
 

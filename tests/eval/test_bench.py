@@ -36,7 +36,7 @@ def bench(path, *argv: str) -> list[dict]:
     assert cli.main(["bench", "model", *TINY, "-o", str(path), *argv]) == 0
     report = json.loads(path.read_text())
     assert (
-        report["schema"] == 4
+        report["schema"] == 5
         and report["measured"]
         and report["versions"]["torch"]
         and report["hardware"]["cpu"]

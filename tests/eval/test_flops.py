@@ -25,6 +25,7 @@ from vlmprune.prune.contract import CacheMethod, Decoder
 ROW = (4, "B", 6)  # Qwen: 3 x 5 tokens in windows of 2 x 2, so some are smaller
 TEXT = 10
 
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
     query, key = torch.randn(2, 4, 7, 16), torch.randn(2, kv_heads, 9, 16)

@@ -95,9 +95,7 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize(("method", "budget"), BUDGETS)
-@pytest.mark.parametrize(
-    "case", ["llava-clip-llama", "llava-siglip-qwen2", "qwen2_vl", "qwen3_vl"]
-)
+@pytest.mark.parametrize("case", ["llava-clip-llama", "llava-siglip-qwen2", "qwen2_vl", "qwen3_vl"])
 def test_rows_that_left_cost_nothing(case: str, method: str, budget: dict):
     found = run(case, "B", method, **budget)
     short, whole = found.flops(found.rows), found.flops(None)
@@ -171,9 +169,8 @@ def test_images_and_videos_of_one_call_have_rows_of_their_own():
         found = measured(handle, handle.last, pictures, family.shape)
         left = sum(handle.last.tokens_kept)
     for own, seen in zip(found, pictures, strict=True):
-        assert [one.at(0, rows * columns)[0] for one, (rows, columns) in zip(own, seen)] == [
-            rows * columns for rows, columns in seen
-        ]
+        whole = [rows * columns for rows, columns in seen]
+        assert [one.at(0, count)[0] for one, count in zip(own, whole, strict=True)] == whole
     assert sum(one.entering[-1][1] for own in found for one in own) == left
 
 

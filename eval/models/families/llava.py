@@ -106,6 +106,7 @@ class Llava(EvalFamilyBySizes):
     )
     small_shapes = (
         Shape("llava-small", lambda: _of_sizes(layers=12, width=1024, side=24), (336, 336)),
+        Shape("llava-1.5-encoder", lambda: _llava(clip(), llama(1024, 2752, 2)), (336, 336)),
     )
     tiny = (
         Case("llava-clip-llama", _clip_llama, CLIP),

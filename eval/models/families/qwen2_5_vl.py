@@ -13,10 +13,14 @@ from .qwen2_vl import PACKED, TOKEN_IDS, Qwen2VL, tiny_config
 
 
 def _qwen2_5_vl(
-    width: int = 3584, mlp: int = 18944, layers: int = 28, key_heads: int = 4, depth: int = 32
+    width: int = 3584,
+    mlp: int = 18944,
+    layers: int = 28,
+    key_heads: int = 4,
+    depth: int = 32,
+    vision: int = 1280,
 ) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-7B at its defaults."""
-    vision = 1280 if width > 2048 else 640
+    """Qwen2.5-VL-7B at its defaults; `depth` and `vision` are layers and width of the encoder."""
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 152064,
@@ -69,6 +73,7 @@ class Qwen2_5_VL(Qwen2VL):
     scaling = Scaling()
     shapes = (Shape("qwen2.5-vl-7b", _qwen2_5_vl, (1008, 1008)),)
     small_shapes = (
-        Shape("qwen2.5-vl-small", lambda: _qwen2_5_vl(1024, 2752, 12, 4, 12), (672, 672)),
+        Shape("qwen2.5-vl-small", lambda: _qwen2_5_vl(1024, 2752, 12, 4, 12, 640), (672, 672)),
+        Shape("qwen2.5-vl-encoder", lambda: _qwen2_5_vl(1024, 2752, 2), (672, 672)),
     )
     tiny = (Case("qwen2_5_vl", _tiny, WINDOWED, PACKED, fixed_positions=True),)
