@@ -157,7 +157,7 @@ class EncoderDriver:
             bias = None
             if (passage := now.passage) is not None:
                 passage.prepare_bias(key.shape[2])
-                bias = passage.bias
+                bias = None if passage.bias is None else passage.bias.to(query.device)
                 for need in passage.reads(layer):
                     if shown(need) == ENCODER_ATTENTION:
                         passage.recording.hear(need, query, key, scaling, bias, **kwargs)

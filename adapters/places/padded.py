@@ -26,7 +26,7 @@ class PaddedPassage(Passage):
             short = self.of_group(group, after)
             if done is not None:
                 whole = self._own(group, before)[:, self.prefix :]
-                short = self.method.restore(whole, short, done)
+                short = self.method.restore(whole, short, done.to(short.device))
             rows.append(short)
         return self._behind_prefix(after, rows)
 
@@ -99,8 +99,8 @@ class PaddedPassage(Passage):
         """Values (B, n, ...) without prefix: (B, N, ...)."""
         found = []
         for group in self.groups:
-            member = group.members[cuts]
             rows = self._own(group, values)
+            member = group.members[cuts].to(rows.device)
             rows = pad(rows, (0, 0) * (rows.dim() - 2) + (0, 1))  # a last row of zeros
             found.append(take(rows, member.where(member >= 0, rows.shape[1] - 1)))
         return self._in_order(found)

@@ -142,7 +142,7 @@ class Alike:
 
     def reduced(self, rows: Tensor) -> Tensor:
         """Rows (B, n, ...) as decided."""
-        return rows if self.made is None else self.made.apply(rows)
+        return rows if self.made is None else self.made.to(rows.device).apply(rows)
 
     def passed(self) -> None:
         """The rows are those that were decided on."""
@@ -359,7 +359,8 @@ class Passage(ABC):
         keep: int,
         heard: Mapping[Signal, Tensor],
     ) -> Reduction:
-        signals = {need: self.of_group(group, values) for need, values in heard.items()}
+        device = group.place.device  # of a sharded encoder, blocks may be elsewhere
+        signals = {need: self.of_group(group, values).to(device) for need, values in heard.items()}
         numbers, sizes = group.numbers, group.sizes
         if chosen is not None:
             signals = {need: take(value, chosen) for need, value in signals.items()}

@@ -94,6 +94,19 @@ class Reduction:
             return take(before, self.source)
         return self._sums(before[..., None], torch.ones_like(before))[..., 0]
 
+    def to(self, device: torch.device) -> Reduction:
+        """The same on another device."""
+        if self.source.device == device:
+            return self
+        owner, weights, matrix = self.owner, self.weights, self.matrix
+        return Reduction(
+            source=self.source.to(device),
+            owner=None if owner is None else owner.to(device),
+            weights=None if weights is None else weights.to(device),
+            normal=self.normal,
+            matrix=None if matrix is None else matrix.to(device),
+        )
+
     def among(self, chosen: Tensor, total: int) -> Reduction:
         """The same, where the N rows are rows `chosen` (B, N) of `total`; others are dropped."""
         source = chosen.gather(1, self.source.clamp_min(0)).where(self.source >= 0, -1)

@@ -24,6 +24,7 @@ from vlmprune.prune.budget import Budget, MethodCall
 from vlmprune.prune.contract import BeforeLLM, Features
 
 METHODS = {
+    "encoder": [vlmprune.method("tome", keep_ratio=0.4)],
     "before": [vlmprune.method("divprune", keep_ratio=0.4)],
     "tower": [vlmprune.method("hiprune", keep_ratio=0.4)],
     "decoder": [vlmprune.method("fastv", keep_ratio=0.4)],

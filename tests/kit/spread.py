@@ -15,6 +15,8 @@ from torch import nn
 STEPS = 4
 ROWS = (zoo.TWO, zoo.ONE)
 METHODS = {
+    "in the encoder": [vlmprune.method("tome", keep_ratio=0.4)],
+    "fusing": [vlmprune.method("evit", keep_ratio=0.4)],
     "features": [vlmprune.method("divprune", keep_ratio=0.4)],
     "tower": [vlmprune.method("hiprune", keep_ratio=0.4)],
     "merging": [vlmprune.method("pool", keep_ratio=0.4)],
@@ -52,7 +54,8 @@ def to_disk(model, folder):
 
 
 def works_on(case: zoo.Case, calls) -> bool:
-    return not any(zoo.lacks_signal(case, call) for call in calls)
+    resampled = case.name == "llava_onevision" and calls[0].name in zoo.IN_ENCODER
+    return not resampled and not any(zoo.lacks_signal(case, call) for call in calls)
 
 
 def changed(before: dict, after: dict) -> list[str]:
