@@ -151,7 +151,7 @@ def check_encoder(calls: tuple[MethodCall, ...], family: Family) -> None:
             f"several of its layers ({', '.join(map(str, layers))}) side by side: use a method "
             f"that acts before the LLM."
         )
-    if family.encoder.packed and (method.fused_values or method.restores):
+    if family.encoder.packed and method.restores:
         raise UnsupportedModelError(
             f"{call.name} needs an encoder that sees each picture on its own, and that of "
             f"{family.name} takes the patches of all as one sequence: use {_in_encoder(family)}."
@@ -188,9 +188,7 @@ def _in_encoder(family: Family) -> str:
     return ", ".join(
         name
         for name in _working(family.shape)
-        if issubclass(cls := method_class(name), InEncoder)
-        and not cls.fused_values
-        and not cls.restores
+        if issubclass(cls := method_class(name), InEncoder) and not cls.restores
     )
 
 

@@ -183,9 +183,7 @@ class EncoderDriver:
         block = encoder.blocks[layer]
         cut = passage.cut_at(layer, "mlp")
         if cut is not None and passage.method.fused_values:
-            passage.decide(cut)
-            if passage.leaves and isinstance(passage, PaddedPassage):
-                value = self._fused(passage, layer, value)
+            value = passage.fuse(cut, value, functools.partial(encoder.values, block))
         if passage.bias is None:
             return query, key, value, mask
         bias = passage.bias.to(query.device)
@@ -193,17 +191,6 @@ class EncoderDriver:
             bias = bias.to(query.dtype)
             return query, key, value, bias if mask is None else mask + bias
         return (*_with_column(query, key, value, bias, block.attention), mask)
-
-    def _fused(self, passage: PaddedPassage, layer: int, value: Tensor) -> Tensor:
-        """Values (B, H, S, D_head) in which each row has that of the row it goes into; rows that
-        are dropped have their own."""
-        assert self._encoder is not None  # noqa: S101  (for the types)
-        hidden = passage.entered
-        assert hidden is not None  # noqa: S101  (for the types)
-        merged = self._encoder.values(self._encoder.blocks[layer], passage.shorten(hidden))
-        owner = passage.owners(value.shape[2]).to(value.device)
-        at = owner[:, None, :, None].expand_as(value)
-        return merged.gather(2, at.clamp_min(0)).where(at >= 0, value)
 
     # --- a block -------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,14 @@ class PackedPassage(Passage):
     _offset = 0
     """Rows of the encoder that attention has seen in this block, segment by segment."""
 
+    _fused = 0
+    """Rows whose values were merged in this block."""
+    _singles: dict[int, Alike]
+    """Pictures that this block has decided on, each on its own."""
+
     def enter(self, block: int, hidden: Tensor, kwargs: Keywords) -> tuple[Tensor, Keywords]:
-        self._offset = 0
+        self._offset = self._fused = 0
+        self._singles = {}
         return super().enter(block, hidden, kwargs)
 
     def shorten(self, hidden: Tensor) -> Tensor:
@@ -30,6 +36,38 @@ class PackedPassage(Passage):
         rows = [group.reduced(self._own(group, units)) for group in self.groups]
         counts = [part.shape[1] for part in rows]
         return self._in_order(rows, counts).flatten(0, 1)
+
+    def fuse(self, cut: int, value: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
+        assert self.entered is not None  # noqa: S101  (for the types)
+        begin, length = self._fused, value.shape[2]
+        self._fused += length
+        starts = [self.unit * start for start in _starts(self.counts)]
+        for group in self.groups:
+            for at, picture in enumerate(group.pictures):
+                first, count = starts[picture], self.unit * group.rows
+                if not (begin <= first < begin + length and count):
+                    continue
+                one = self._singles[picture] = group.one(at)
+                self.decide(cut, [one])
+                if one.made is None:
+                    continue
+                rows = self._units(self.entered[first : first + count])[None]
+                merged = values(one.reduced(rows).flatten(1, 2))
+                owner = one.made.owners(group.rows)[0].to(value.device)
+                patch = torch.arange(self.unit, device=value.device)
+                at_row = (owner[:, None] * self.unit + patch).flatten()
+                own = value[:, :, first - begin : first - begin + count]
+                of_owner = merged[:, :, at_row.clamp_min(0)].where((at_row >= 0)[:, None], own)
+                before, behind = first - begin, first - begin + count
+                value = torch.cat([value[:, :, :before], of_owner, value[:, :, behind:]], 2)
+        return value
+
+    def gather(self) -> None:
+        for group in self.groups:
+            made = [self._singles[p].made for p in group.pictures if p in self._singles]
+            found = [one for one in made if one is not None]
+            group.made = Reduction.together(found) if found else None
+        self._singles = {}
 
     def restore(self, before: Tensor, made: Sequence[Reduction | None], after: Tensor) -> Tensor:
         raise UnsupportedFeatureError(
@@ -98,7 +136,7 @@ class PackedPassage(Passage):
 
     def _own(self, group: Alike, units: Tensor) -> Tensor:
         """Those of a group: (B, n, ...)."""
-        if len(self.groups) == 1:
+        if len(group.pictures) == self.num_pictures:
             return units.unflatten(0, (len(group.pictures), group.rows))
         starts = _starts(self.counts)
         first = torch.tensor([starts[picture] for picture in group.pictures], device=units.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,16 @@ class PaddedPassage(Passage):
     def shorten(self, hidden: Tensor) -> Tensor:
         rows = [group.reduced(self.of_group(group, hidden)) for group in self.groups]
         return self._behind_prefix(hidden, rows)
+
+    def fuse(self, cut: int, value: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
+        self.decide(cut)
+        if not self.leaves:
+            return value
+        assert self.entered is not None  # noqa: S101  (for the types)
+        merged = values(self.shorten(self.entered))
+        owner = self.owners(value.shape[2]).to(value.device)
+        at = owner[:, None, :, None].expand_as(value)
+        return merged.gather(2, at.clamp_min(0)).where(at >= 0, value)
 
     def restore(self, before: Tensor, made: Sequence[Reduction | None], after: Tensor) -> Tensor:
         rows = []

@@ -140,6 +140,21 @@ class Alike:
         rows = torch.arange(len(place), device=place.device)
         return place, member.new_full(member.shape, -1).scatter(0, place, rows)
 
+    def one(self, at: int) -> Alike:
+        """Its picture number `at` alone, as it is now."""
+        own = slice(at, at + 1)
+        return Alike(
+            pictures=self.pictures[own],
+            total=self.total,
+            grid=self.grid,
+            counts=self.counts,
+            present=None if self.present is None else self.present[own],
+            raster=self.raster[own],
+            place=self.place[own],
+            sizes=self.sizes[own],
+            members=[],
+        )
+
     def reduced(self, rows: Tensor) -> Tensor:
         """Rows (B, n, ...) as decided."""
         return rows if self.made is None else self.made.to(rows.device).apply(rows)
@@ -252,8 +267,12 @@ class Passage(ABC):
         self.entering.append((counts, counts))
         return hidden, self.follow(kwargs)
 
-    def decide(self, cut: int) -> None:
-        """Let the method say what becomes of the rows at a cut, from what was heard there."""
+    def decide(self, cut: int, groups: Sequence[Alike] | None = None) -> None:
+        """Let the method say what becomes of the rows at a cut, from what was heard there.
+
+        Args:
+            groups: of which pictures; None: all.
+        """
         with self.stopwatch, torch.autocast(self.stopwatch.device.type, enabled=False):
             here = self.cuts[cut]
             heard = {
@@ -263,7 +282,7 @@ class Passage(ABC):
             def ask(group: Alike, chosen: Tensor | None, keep: int) -> Reduction:
                 return self._ask(here, group, chosen, keep, heard)
 
-            for group in self.groups:
+            for group in self.groups if groups is None else groups:
                 group.decide(cut, ask, self.sorts)
 
     @property
@@ -275,8 +294,10 @@ class Passage(ABC):
         """The rows that go on from a block's attention to its MLP; None: all."""
         if (cut := self.cut_at(block, "mlp")) is None:
             return None
-        if not self.method.fused_values:  # else its attention has decided
+        if not self.method.fused_values:
             self.decide(cut)
+        else:  # its attention has decided
+            self.gather()
         if not self.leaves:
             self.passed()
             return None
@@ -310,6 +331,19 @@ class Passage(ABC):
     @abstractmethod
     def shorten(self, hidden: Tensor) -> Tensor:
         """Hidden states with the rows of every picture as decided."""
+
+    @abstractmethod
+    def fuse(self, cut: int, value: Tensor, values: Callable[[Tensor], Tensor]) -> Tensor:
+        """Decide what becomes of the rows that an attention is about to mix, and give each the
+        value of the row that it goes into; rows that are dropped have their own.
+
+        Args:
+            value: (B, H, S, D_head), of these rows.
+            values: those of any rows of the block (B, S, C).
+        """
+
+    def gather(self) -> None:  # noqa: B027  (most decide on all pictures at once)
+        """All of a block's attention has run: the decisions are those of all pictures."""
 
     @abstractmethod
     def restore(self, before: Tensor, made: Sequence[Reduction | None], after: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -105,6 +105,22 @@ class Reduction:
             weights=None if weights is None else weights.to(device),
             normal=self.normal,
             matrix=None if matrix is None else matrix.to(device),
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence[Reduction]) -> Reduction:
+        """Those of several pictures, with as many rows each, as one."""
+
+        def joined(name: str) -> Any:
+            found = [getattr(part, name) for part in parts]
+            return None if found[0] is None else torch.cat(found)
+
+        return cls(
+            source=joined("source"),
+            owner=joined("owner"),
+            weights=joined("weights"),
+            normal=parts[0].normal,
+            matrix=joined("matrix"),
         )
 
     def among(self, chosen: Tensor, total: int) -> Reduction:

@@ -278,10 +278,24 @@ def _frame(tower, x, cos, sin, windows, made: Made, picture: int) -> tuple[Walk,
         full = getattr(tower, "fullatt_block_indexes", None)
         see = None if full is None or number in full else w[:, None] == w[None]
         weights = soft(turn(q), turn(k), width**-0.5, sizes, see)
+        here = [n for n, cut in enumerate(made.cuts) if cut.block == number]
+        fused = here and made.method.fused_values and picture in made.matrices[here[0]]
+        if fused:  # patch by patch: rows averaged, columns summed, values of merged rows
+            each = torch.eye(unit)
+            matrix = torch.kron(made.matrices[here[0]][picture], each)
+            member = torch.kron(made.members[here[0]][picture], each)
+            weights, rows = matrix @ weights @ member.T, matrix @ rows
+            v = (
+                attention.qkv(block.norm1(rows))
+                .view(len(rows), 3, -1, width)
+                .permute(1, 2, 0, 3)[2]
+            )
         rows = rows + attention.proj((weights @ v).transpose(0, 1).flatten(1))
         walk.rows = rows.unflatten(0, (-1, unit))
-        for n, cut in enumerate(made.cuts):
-            if cut.block == number:
+        for n in here:
+            if fused:
+                walk.note(made, n, picture)
+            else:
                 walk.reduce(made, n, picture)
         rows = walk.rows.flatten(0, 1)
         walk.rows = (rows + block.mlp(block.norm2(rows))).unflatten(0, (-1, unit))
