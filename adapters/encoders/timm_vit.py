@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ...prune.errors import UnsupportedModelError
 from ..encoder import Bias, Encoder, EncoderBlock
 from ..hooks import Undo
 from ..image_model import ImageModel, Keywords, unlike, weigh
 from ..tap import Exchange, Listener, Names
-from .timm_tap import TimmTap
+from .timm_tap import TimmTap, mixes
 
 _ATTENTION = ("Attention", "AttentionRope", "EvaAttention")
 """Those whose queries and keys pass `q_norm` and `k_norm` as they go into the kernel."""
@@ -37,7 +38,9 @@ class TimmEncoder(Encoder):
         ]
 
     def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
-        raise NotImplementedError("timm's attention takes no other values than its own.")
+        attention = block.attention
+        mixed = attention.qkv.forward(block.norm1(rows))  # past the hooks of the tap
+        return mixed.unflatten(-1, (3, attention.num_heads, -1))[..., 2, :, :].transpose(1, 2)
 
     def tap(
         self,
@@ -47,7 +50,7 @@ class TimmEncoder(Encoder):
         exchange: Exchange,
         bias: Bias,
     ) -> Undo:
-        return TimmTap(block.attention, listener, bias).remove
+        return TimmTap(block.attention, listener, exchange, bias).remove
 
     def name_tap(self, block: EncoderBlock, names: Names) -> None:
         """Its hooks have no name."""
@@ -115,10 +118,12 @@ class TimmVit(ImageModel):
             )
 
     def check_values(self, name: str) -> None:
-        raise unlike(
-            self.model,
-            f"{name} lets attention read other values than its own, which timm's has no place for",
-        )
+        if not all(mixes(block.attention) for block in self.encoder.blocks):
+            kind = type(self.encoder.blocks[0].attention).__name__
+            raise UnsupportedModelError(
+                f"{name} lets attention read the values of merged rows, and {kind} does not make "
+                f"them in one module with queries and keys: use another method on this model."
+            )
 
     def check_pooling(self, name: str) -> None:
         pool = self.attention_pool

@@ -156,9 +156,15 @@ def refuse_call(model: ImageModel, method: InEncoder, inputs: Mapping[str, Any])
         )
 
 
-def refuse_maps(name: str, method: InEncoder) -> UnsupportedFeatureError:
-    """The error for a method of the model that returns maps of all patches."""
+def refuse_maps(name: str, method: InEncoder, first: int) -> UnsupportedFeatureError:
+    """The error for a method of the model that returns maps of all patches, some of blocks behind
+    which rows are missing; `first` is the first of these."""
+    behind = (
+        f"{method.name} restores rows behind the last block alone, and they are missing from block "
+        f"{first} on: ask for the last block, indices=1"
+        if method.restores
+        else f"{method.name} leaves only some of their rows: use forward or forward_features"
+    )
     return UnsupportedFeatureError(
-        f"{name} returns maps of all patches, and {method.name} leaves only some of their rows: "
-        f"use forward or forward_features, or call it in handle.disabled()."
+        f"{name} returns maps of all patches, and {behind}, or call it in handle.disabled()."
     )

@@ -116,6 +116,8 @@ class ImageEngine(Installed):
 
     # --- a call -------------------------------------------------------------------------------
 
+    # Compiled code of one block would be used for others, which have other hooks.
+    @torch.compiler.disable
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The encoder's method that takes pixels."""
         passage = self._begin(original, args, kwargs)
@@ -125,7 +127,6 @@ class ImageEngine(Installed):
             output = original(*args, **kwargs)
         return self._end(passage, output)
 
-    @torch.compiler.disable
     def _begin(
         self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Passage | None:
@@ -164,7 +165,6 @@ class ImageEngine(Installed):
             debug=setup.debug,
         )
 
-    @torch.compiler.disable
     def _end(self, passage: Passage, output: Any) -> Any:
         bias = self._sizes(passage)
         if bias is None:
@@ -177,13 +177,14 @@ class ImageEngine(Installed):
 
     def _sizes(self, passage: Passage) -> Tensor | None:
         """What attention adds for the rows that are left behind the last block."""
-        if passage.restored:
+        if passage.method.restores:
             return None
         passage.prepare_bias(passage.prefix + max(passage.counts))
         return passage.bias
 
     # --- pooling ------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _pool(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The encoder's method that pools rows."""
         bias = self._of_rows(x)
@@ -198,7 +199,6 @@ class ImageEngine(Installed):
                 flight.bias = None
         return images.pooled(original, x, bias, *args, **kwargs)
 
-    @torch.compiler.disable
     def _of_rows(self, x: Tensor) -> Tensor | None:
         """How many patches stand behind rows that are pooled now; None: one behind each."""
         bias: Tensor | None = getattr(x, SIZES, None)
@@ -210,7 +210,6 @@ class ImageEngine(Installed):
             )
         return bias
 
-    @torch.compiler.disable
     def _before_pool(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -222,15 +221,41 @@ class ImageEngine(Installed):
         rows = args[1] if len(args) > 1 else args[0]
         return args, self._images.biased(kwargs, bias.to(rows.dtype), rows)
 
+    @torch.compiler.disable
     def _map(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A method of the encoder that returns maps of all patches."""
+        """A method of the encoder that returns maps of all patches, behind some blocks."""
+        self._refuse_map(name, original, args, kwargs)
+        return self._run(original, *args, **kwargs)
+
+    def _refuse_map(
+        self,
+        name: str,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Refuse maps of blocks behind which rows are missing."""
         setup = self.wanted()
-        if setup is not None:
-            inputs = inspect.signature(original).bind(*args, **kwargs).arguments
-            counts = counts_of(setup, self._images.grid(inputs[self._images.pixels]))
-            if counts is not None and setup.in_encoder is not None:
-                raise refuse_maps(name, setup.in_encoder)
-        return original(*args, **kwargs)
+        method = None if setup is None else setup.in_encoder
+        if setup is None or method is None:
+            return
+        inputs = inspect.signature(original).bind(*args, **kwargs).arguments
+        if counts_of(setup, self._images.grid(inputs[self._images.pixels])) is None:
+            return
+        depth = setup.shape.tower.depth_read
+        first = method.blocks(setup.shape.tower)[0].block
+        asked = _blocks(inputs.get("indices"), depth)
+        if not method.restores or any(first <= block < depth - 1 for block in asked):
+            raise refuse_maps(name, method, first)
+
+
+def _blocks(indices: Any, depth: int) -> list[int]:
+    """The blocks that `indices` of timm means: the last so many, all, or these."""
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, int):
+        return list(range(depth - indices, depth))
+    return [index % depth for index in indices]
 
 
 def _picture(grid: tuple[int, int], counts: tuple[int, ...]) -> Picture:
