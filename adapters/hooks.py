@@ -11,14 +11,26 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
+
+from ..prune.errors import UnsupportedFeatureError
 
 Undo = Callable[[], None]
 Spot = tuple[str, int]
 """The kind of a hook, and the number of its layer."""
 Spots = frozenset[Spot]
+
+
+class Uncopied:
+    """What hooks on a model belong to: no copy of it would be on another."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise UnsupportedFeatureError(
+            "A patched model cannot be copied or pickled, because its hooks belong to this one "
+            "object: call vlmprune.unpatch(model) first. model.save_pretrained() works as it is."
+        )
 
 
 class Hooks:

@@ -117,6 +117,12 @@ class ImageModel(ABC):
         patches, by what is added to logits: (B, 1, 1, S)."""
         raise NotImplementedError
 
+    def pools_by_size(
+        self, original: Callable[..., Any], rows: Tensor, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Whether what `pooling` makes of rows depends on how many patches each stands for."""
+        return False
+
     def pooled(
         self, original: Callable[..., Any], rows: Tensor, bias: Tensor, *args: Any, **kwargs: Any
     ) -> Any:

@@ -6,15 +6,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
-from ..prune.errors import UnsupportedFeatureError
 from .budgets import Budgets
 from .clip_text import ClipText
 from .family import Fit, Model
-from .hooks import Hooks, Spot, Undo
+from .hooks import Hooks, Spot, Uncopied, Undo
 from .patch_setup import Setup
 from .places.call import Calling, Wish
 from .remember import ImageMemory
@@ -22,7 +20,7 @@ from .report import Last
 from .tap import Names
 
 
-class Installed(ABC):
+class Installed(Uncopied, ABC):
     """Everything that `patch` installs on one model; `remove()` takes all of it away.
 
     What is on the model at all times asks `_flight` what belongs to the call of its thread. Hooks
@@ -116,12 +114,6 @@ class Installed(ABC):
         self._install()
         self._name_taps()
         self._hooks.put_back()
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise UnsupportedFeatureError(
-            "A patched model cannot be copied or pickled, because its hooks belong to this one "
-            "object: call vlmprune.unpatch(model) first. model.save_pretrained() works as it is."
-        )
 
     # --- what calls run with ------------------------------------------------------------------
 

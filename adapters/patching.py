@@ -20,6 +20,7 @@ from .checks.patches import refuse_compiled
 from .clip_text import ClipText
 from .engine import Engine
 from .handle import HANDLE, Handle
+from .image_models import image_model_of
 from .installed import Installed
 from .patch_setup import Setup
 from .prepare import calls_of, make_setup
@@ -27,7 +28,6 @@ from .registry import family_of
 from .standalone.checks import refuse_llm_options
 from .standalone.engine import ImageEngine
 from .standalone.prepare import make_setup as make_image_setup
-from .standalone.registry import image_model_of
 from .wrappers import patchable, unwrapped
 
 

@@ -16,6 +16,7 @@ from ..prune.errors import PluginError, UnsupportedModelError
 from ..prune.plugins import Plugins, owner_of
 from . import families as _families_package
 from .family import Family
+from .image_models import image_model_names
 
 ENTRY_POINT_GROUP = "vlmprune.families"
 """`model_type = "package.module:TheirFamily"` in the `pyproject.toml` of another package."""
@@ -110,7 +111,8 @@ def family_of(model: nn.Module) -> Family:
         raise UnsupportedModelError(
             f"{type(model).__name__} ({what}) is not supported. "
             f"{f'It holds a model that is: pass model.{inside}. ' if inside else ''}"
-            f"Supported model types: {', '.join(model_names())}."
+            f"Supported model types: {', '.join(model_names())}; and image encoders without an "
+            f"LLM, {', '.join(image_model_names())}."
         )
     if not hasattr(model, "generate") or model.base_model is model:
         raise UnsupportedModelError(

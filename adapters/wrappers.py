@@ -9,6 +9,11 @@ from ..prune.errors import UnsupportedModelError
 
 _WRAPPERS = (
     ("transformers.pipelines.base", "Pipeline", "model"),
+    (
+        "transformers.models.timm_wrapper.modeling_timm_wrapper",
+        "TimmWrapperPreTrainedModel",
+        "timm_model",
+    ),
     ("peft", "PeftModel", "base_model"),
     ("peft", "PeftMixedModel", "base_model"),
     ("peft.tuners.tuners_utils", "BaseTuner", "model"),

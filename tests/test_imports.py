@@ -29,7 +29,7 @@ ROOMS = {
     ),
     "adapters": (
         *("__init__", "devices", "wrappers", "stopwatch", "hooks", "tap", "clip_text"),
-        *("encoder", "image_model", "encoders", "family", "families", "registry"),
+        *("encoder", "image_model", "encoders", "image_models", "family", "families", "registry"),
         *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
         *("cache", "report", "reporting", "pictures", "checks", "places", "generation"),
         *("prepare", "installed", "engine", "standalone", "handle", "patching"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import Bias
+from ..hooks import Uncopied
 from ..tap import Exchange, Listener
 
 
@@ -19,7 +20,7 @@ def mixes(attention: Any) -> bool:
     return attention.qkv is not None and getattr(attention, "q_bias", None) is None
 
 
-class TimmTap:
+class TimmTap(Uncopied):
     """One attention module that shows its queries and keys, as its kernel gets them, to `listener`
     and adds `bias` to its logits, until `remove()`.
 

@@ -146,14 +146,25 @@ class TimmVit(ImageModel):
     def biased(self, kwargs: Keywords, bias: Tensor, rows: Tensor) -> Keywords:
         return {**kwargs, "attn_mask": bias[..., -rows.shape[1] :].to(rows.dtype)}
 
+    def pools_by_size(
+        self, original: Callable[..., Any], rows: Tensor, *args: Any, **kwargs: Any
+    ) -> bool:
+        """timm's pools by name: CLS and the maximum need no sizes."""
+        kind = self._pool_type(original, rows, *args, **kwargs)
+        return self.attention_pool is not None or kind in ("avg", "avgmax")
+
     def pooled(
         self, original: Callable[..., Any], rows: Tensor, bias: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """timm's pools by name: token and max need no sizes, avg and avgmax take a mean."""
-        kind = inspect.signature(original).bind(rows, *args, **kwargs).arguments.get("pool_type")
-        kind = self.tower.global_pool if kind is None else kind
-        if kind not in ("avg", "avgmax"):
-            return original(rows, *args, **kwargs)
         whole = getattr(self.tower, "pool_include_prefix", False)
         mean = original(weigh(rows, bias, 0 if whole else self.encoder.prefix), pool_type="avg")
-        return mean if kind == "avg" else 0.5 * (original(rows, pool_type="max") + mean)
+        if self._pool_type(original, rows, *args, **kwargs) == "avg":
+            return mean
+        return 0.5 * (original(rows, pool_type="max") + mean)
+
+    def _pool_type(
+        self, original: Callable[..., Any], rows: Tensor, *args: Any, **kwargs: Any
+    ) -> str:
+        given = inspect.signature(original).bind(rows, *args, **kwargs).arguments
+        kind: str | None = given.get("pool_type")
+        return self.tower.global_pool if kind is None else kind

@@ -38,7 +38,9 @@ class TransformersModel(ImageModel):
 
     @property
     def checkpointing(self) -> bool:
-        return self.tower.training and getattr(self.tower, "is_gradient_checkpointing", False)
+        return self.tower.training and any(
+            getattr(block.module, "gradient_checkpointing", False) for block in self.encoder.blocks
+        )
 
     def weighed(self, output: Any, bias: Tensor) -> Any:
         if self.found in self.means:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ...prune.contract import Signal
 from ..encoder import Encoder
-from ..hooks import Undo, all_of, shadow
+from ..hooks import Uncopied, Undo, all_of, shadow
 from ..signals.recording import Recording
 from ..signals.table import ENCODER_ATTENTION, shown
 from ..tap import Names, Tap
@@ -39,7 +39,7 @@ class _Pass(threading.local):
         self.passage: Passage | None = None
 
 
-class EncoderDriver:
+class EncoderDriver(Uncopied):
     """Reads attention layers of one encoder, lets rows leave between them, and skips layers that
     nobody reads.
 

@@ -143,7 +143,8 @@ def refuse_call(model: ImageModel, method: InEncoder, inputs: Mapping[str, Any])
             f"gradient checkpointing, where blocks run a second time: switch it off, or call the "
             f"model under torch.no_grad() or handle.disabled()."
         )
-    if given := [word for word in model.masks if inputs.get(word) not in (None, False)]:
+    values = {word: inputs.get(word) for word in model.masks}
+    if given := [word for word, value in values.items() if not (value is None or value is False)]:
         raise UnsupportedFeatureError(
             f"{given[0]}= is as long as all patches, and {method.name} removes some of them: leave "
             f"it out, or call the model in handle.disabled()."

@@ -187,10 +187,12 @@ class ImageEngine(Installed):
     @torch.compiler.disable
     def _pool(self, original: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The encoder's method that pools rows."""
-        bias = self._of_rows(x)
+        flight, images = self._flight, self._images
+        bias = None
+        if images.pools_by_size(original, x, *args, **kwargs):
+            bias = self._of_rows(x)
         if bias is None:
             return original(x, *args, **kwargs)
-        flight, images = self._flight, self._images
         if images.attention_pool is not None:
             flight.bias = bias
             try:

@@ -100,6 +100,7 @@ def walk(parts: Parts, picture: Tensor, name: str, after: dict[int, int], **opti
 def _merge(own: Walk, keys: Tensor, r: int, prefix: int) -> None:
     """ToMe's bipartite matching over all rows, those in front of the patches left out. Candidates
     that stay come first, then the targets, and the next block parts them in this order."""
+    keys = keys.detach()
     unit = keys / keys.norm(dim=-1, keepdim=True)
     one, two = (range(start, len(unit), 2) for start in (0, 1))
     best = {}
@@ -123,6 +124,7 @@ def _merge(own: Walk, keys: Tensor, r: int, prefix: int) -> None:
 
 def _fuse(own: Walk, attention: Tensor, keep: int, prefix: int, fuse: bool) -> None:
     """EViT: the rows with the highest attention, and the others' sum weighted by it."""
+    attention = attention.detach()  # what is chosen by it, and weighted with it, is given
     order = attention.argsort(descending=True, stable=True).tolist()
     kept = sorted(order[: keep - fuse])
     rest = sorted(order[keep - fuse :])

@@ -26,7 +26,8 @@ def snapshot(model) -> dict:
         state[name] = (id(module), type(module), own, tables)
     attention = sorted(ALL_ATTENTION_FUNCTIONS.keys()), sorted(ALL_MASK_ATTENTION_FUNCTIONS.keys())
     written = {"use_diff": False}  # four times as fast
-    config = [c.to_json_string(**written) for c in (model.config, model.generation_config)]
+    configs = (getattr(model, name, None) for name in ("config", "generation_config"))
+    config = [c.to_json_string(**written) for c in configs if hasattr(c, "to_json_string")]
     return {
         "modules": state,
         "keys": list(model.state_dict()),

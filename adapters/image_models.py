@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..encoders.clip import ClipModel
-from ..encoders.dinov2 import Dinov2
-from ..encoders.timm_eva import TimmEva
-from ..encoders.timm_vit import TimmVit
-from ..encoders.vit import Vit
-from ..image_model import ImageModel
+from .encoders.clip import ClipModel
+from .encoders.dinov2 import Dinov2
+from .encoders.timm_eva import TimmEva
+from .encoders.timm_vit import TimmVit
+from .encoders.vit import Vit
+from .image_model import ImageModel
 
 _KINDS: tuple[type[ImageModel], ...] = (ClipModel, Dinov2, Vit, TimmVit, TimmEva)
 
