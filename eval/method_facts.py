@@ -10,6 +10,7 @@ from ..prune.contract import (
     BeforeLLM,
     CacheMethod,
     Decoder,
+    InEncoder,
     LayerSignal,
     Method,
     ModelShape,
@@ -72,6 +73,8 @@ _SAID = {
 
 def on_tiles(cls: type[Method]) -> str:
     """Scope and newline policy; allowed overrides in brackets."""
+    if issubclass(cls, InEncoder):
+        return "each tile, all newlines" if cls.restores else "each tile, newlines drop"
     if not issubclass(cls, BeforeLLM):
         return "all tokens"
     scopes = {"tile": "each tile", "image": "whole image"}

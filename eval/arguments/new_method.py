@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Literal
 
-Where = Literal["before_llm", "decoder", "cache"]
+Where = Literal["encoder", "before_llm", "decoder", "cache"]
 
 HELP = "write a file with a new method"
 EXAMPLES = """\
@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--place",
         required=True,
-        choices=("before_llm", "decoder", "cache"),
-        help="where it acts: before the LLM, between decoder layers, on the KV cache",
+        choices=("encoder", "before_llm", "decoder", "cache"),
+        help="where it acts: in the vision encoder, before the LLM, between decoder layers, on the "
+        "KV cache",
     )
     parser.add_argument(
         "--output_path", "-o", metavar="FILE", help="a file that is not there (default: NAME.py)"

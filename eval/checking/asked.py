@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...prune.contract import Attending, Choosing, Compressing, Method
+from ...prune.contract import Attending, Choosing, Compressing, InEncoder, Method
 
 CALLS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (InEncoder, ("reduce",)),
     (Choosing, ("select_batch", "select_adaptive")),
     (Compressing, ("compress",)),
     (Attending, ("attended",)),

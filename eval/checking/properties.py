@@ -12,16 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...adapters.family import IMAGE, Call
 from ...adapters.handle import Handle
 from ...adapters.patching import patch
+from ...adapters.registry import family_of
 from ...prune.answers import looks_at_values
 from ...prune.budget import Budget, MethodCall, entries_kept, round_tokens
-from ...prune.contract import Attending, Choosing, Compressing, Method
+from ...prune.contract import Attending, Choosing, Compressing, InEncoder, Method
 from ...prune.declared import check_declared
 from ...prune.errors import (
     BudgetError,
     MethodAnswerError,
     MissingSignalError,
+    UnsupportedFeatureError,
     UnsupportedModelError,
     VlmpruneError,
 )
@@ -29,6 +32,8 @@ from ..models.tiny_layouts import BATCH, Row, images
 from ..models.tiny_models import Case
 from .asked import Question, copied, listening, same
 from .cases import CASES
+from .in_encoder import exact_rows, pictures_alone, rows_whole
+from .outcome import Broken, NotApplicable
 from .tiny_clip import clip
 from .waiting import WaitsError, no_waiting
 
@@ -47,14 +52,6 @@ class Finding:
     property: str
     state: State
     reason: str = ""
-
-
-class _NotApplicable(Exception):
-    """The property has no meaning here; says why."""
-
-
-class _Broken(Exception):
-    """The property does not hold; says what was seen."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def _declared(subject: _Subject) -> None:
     method, shape = subject.method, subject.case.shape
     check_declared(method, shape)
     if method.needs(shape) != method.needs(shape):
-        raise _Broken(
+        raise Broken(
             "needs() returns other signals every time: functions in a signal must be the same "
             "object (define them outside of needs())"
         )
@@ -109,13 +106,13 @@ def _identity(subject: _Subject) -> None:
         found, written = subject.logits(), subject.text()
     if not torch.equal(written, text) or not torch.allclose(found, logits, atol=1e-5, rtol=0):
         worst = float((found - logits).abs().max())
-        raise _Broken(f"at keep_ratio=1.0 logits differ by up to {worst:.2g} from the dense model")
+        raise Broken(f"at keep_ratio=1.0 logits differ by up to {worst:.2g} from the dense model")
 
 
 def _exact(subject: _Subject) -> None:
     """A budget is kept to the token."""
     if isinstance(subject.method, Attending):
-        raise _NotApplicable("what a step attends to is counted under `valid answers`")
+        raise NotApplicable("what a step attends to is counted under `valid answers`")
     for ratio in RATIOS:
         with subject.patched(ratio) as handle:
             subject.logits()
@@ -124,11 +121,16 @@ def _exact(subject: _Subject) -> None:
         if isinstance(subject.method, Compressing):
             _exact_entries(handle.methods[0], last.entries, subject.case, last.text_tokens)
             continue
+        if isinstance(subject.method, InEncoder) and subject.method.restores:
+            family = family_of(subject.model)
+            seen = family.pictures(Call(IMAGE, subject.case.inputs(BATCH)))
+            exact_rows(subject.method, subject.case.shape.tower, seen, last.encoder, ratio)
+            continue
         wanted = [round_tokens(ratio, count) for count in counts]
         late = any(cut.adaptive for cut in subject.method.cuts(subject.case.shape))
         for found, keep in zip(last.tokens_kept, wanted, strict=True):
             if found != keep and not (late and found == 0):
-                raise _Broken(
+                raise Broken(
                     f"keep_ratio={ratio} of {counts} tokens is {wanted}, and {last.tokens_kept} "
                     f"were kept"
                 )
@@ -139,16 +141,16 @@ def _exact_entries(call: MethodCall, entries: Any, case: Case, text: list[int]) 
         for row, kept, words in zip(BATCH, layer, text, strict=True):
             wanted = entries_kept(call, case.counts([row]), words)
             if images([row]) and kept.shape[-1] != wanted:
-                raise _Broken(f"{call} is {wanted} entries, and {kept.shape[-1]} were kept")
+                raise Broken(f"{call} is {wanted} entries, and {kept.shape[-1]} were kept")
 
 
 def _published(subject: _Subject) -> None:
     """Without a budget the method runs by its own rule."""
     if subject.method.wants_budget:
-        raise _NotApplicable("it needs a budget")
+        raise NotApplicable("it needs a budget")
     with subject.patched(None):
         if not torch.equal(subject.logits(), subject.logits()):
-            raise _Broken("two runs of one batch differ")
+            raise Broken("two runs of one batch differ")
         subject.text()
 
 
@@ -163,10 +165,10 @@ def _alone(subject: _Subject) -> None:
             logits = subject.logits([row])
             for image, found in enumerate(_chosen(handle)):
                 if not same(next(kept), found):
-                    raise _Broken(f"of image {image} in prompt {row} others are kept in a batch")
+                    raise Broken(f"of image {image} in prompt {row} others are kept in a batch")
             if not torch.allclose(logits[0], together[number], atol=1e-4, rtol=1e-3):
                 worst = float((logits[0] - together[number]).abs().max())
-                raise _Broken(f"logits of prompt {row} differ by {worst:.2g} in a batch")
+                raise Broken(f"logits of prompt {row} differ by {worst:.2g} in a batch")
 
 
 def _chosen(handle: Handle) -> list[Any]:
@@ -183,7 +185,7 @@ def _deterministic(subject: _Subject) -> None:
     with subject.patched(RATIOS[0]) as handle:
         first, kept = subject.logits(), copied(_chosen(handle))
         if not torch.equal(subject.logits(), first) or not same(_chosen(handle), kept):
-            raise _Broken("two runs of one batch differ")
+            raise Broken("two runs of one batch differ")
 
 
 def _undone(subject: _Subject) -> None:
@@ -192,9 +194,9 @@ def _undone(subject: _Subject) -> None:
     before = _traces(subject.model)
     subject.patched(RATIOS[0]).remove()
     if _traces(subject.model) != before:
-        raise _Broken("hooks or attributes stay on the model")
+        raise Broken("hooks or attributes stay on the model")
     if not torch.equal(subject.logits(), logits) or not torch.equal(subject.text(), text):
-        raise _Broken("the model answers otherwise than before it was patched")
+        raise Broken("the model answers otherwise than before it was patched")
 
 
 def _traces(model: Any) -> list[tuple[int, int, int]]:
@@ -215,16 +217,20 @@ def _pure(subject: _Subject) -> None:
         before = copied(question.given)
         first = copied(question.ask(subject.method))
         if not same(question.given, before):
-            raise _Broken(f"{question.call} changes the tensors that it is given")
+            raise Broken(f"{question.call} changes the tensors that it is given")
         if not same(question.ask(subject.method), first):
-            raise _Broken(f"{question.call} answers the same question in two ways")
+            raise Broken(f"{question.call} answers the same question in two ways")
 
 
 def _each(subject: _Subject) -> None:
-    """`select_batch` answers as `select` does, one by one."""
+    """Of several pictures each has the answer that it has alone."""
+    if isinstance(subject.method, InEncoder):
+        for question in _questions(subject):
+            pictures_alone(subject.method, question)
+        return
     own = getattr(type(subject.method), "select_batch", None)
     if own is None or own is Choosing.select_batch:
-        raise _NotApplicable("it answers one by one")
+        raise NotApplicable("it answers one by one")
     for question in _questions(subject):
         if question.call != "select_batch":
             continue
@@ -232,15 +238,15 @@ def _each(subject: _Subject) -> None:
         for one, found in zip(asked, question.ask(subject.method), strict=True):
             alone = Question("select_batch", ([one],)).ask(subject.method)[0]
             if not same([alone.kept, alone.order], [found.kept, found.order]):
-                raise _Broken("select_batch keeps others of an image than for it alone")
+                raise Broken("select_batch keeps others of an image than for it alone")
 
 
 def _free(subject: _Subject) -> None:
     """A choice does not wait for the device."""
     if subject.method.waits:
-        raise _NotApplicable(f"it says that it waits: {subject.method.waits}")
+        raise NotApplicable(f"it says that it waits: {subject.method.waits}")
     if isinstance(subject.method, Attending):
-        raise _NotApplicable("its budget is read on the CPU")
+        raise NotApplicable("its budget is read on the CPU")
     for question in _questions(subject):
         if question.call == "select_adaptive":
             continue  # how many stay is in the tensors
@@ -249,9 +255,17 @@ def _free(subject: _Subject) -> None:
             with no_waiting():
                 question.ask(subject.method)
         except WaitsError as error:
-            raise _Broken(
+            raise Broken(
                 f"{question.call}: {error}; avoid it, or say why it must be in `waits`"
             ) from None
+
+
+def _whole(subject: _Subject) -> None:
+    """In the vision encoder: a new row is made of the row that it stands for, at least."""
+    if not isinstance(subject.method, InEncoder):
+        raise NotApplicable("it does not act in the vision encoder")
+    for question in _questions(subject):
+        rows_whole(subject.method, question)
 
 
 def _questions(subject: _Subject, debug: bool = False) -> Iterator[Question]:
@@ -274,6 +288,7 @@ PROPERTIES: dict[str, Callable[[_Subject], None]] = {
     "as published": _published,
     "alone as in a batch": _alone,
     "one by one": _each,
+    "whole rows": _whole,
     "deterministic": _deterministic,
     "pure": _pure,
     "undo": _undone,
@@ -310,9 +325,9 @@ def _on_layout(method: Method, case: Case) -> Iterator[Finding]:
             if not valid:
                 state, reason = "n/a", "an answer is not valid"
             valid = False
-        except _NotApplicable as error:
+        except NotApplicable as error:
             state, reason = "n/a", str(error)
-        except BudgetError as error:
+        except (BudgetError, UnsupportedFeatureError) as error:
             state, reason = "n/a", _sentence(error, method)
         except Exception as error:
             state, reason = "FAIL", _sentence(error, method)
@@ -341,7 +356,7 @@ def _lacks(method: Method, case: Case) -> bool:
 def _sentence(error: Exception, method: Method) -> str:
     """What went wrong, and where in the method's file if it does not say so itself."""
     text = " ".join(str(error).split())
-    if isinstance(error, VlmpruneError | _Broken):
+    if isinstance(error, VlmpruneError | Broken):
         return text
     place = ""
     for frame, line in traceback.walk_tb(error.__traceback__):

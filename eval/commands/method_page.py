@@ -13,7 +13,7 @@ from typing import Literal, get_args, get_origin
 
 from ...adapters.registry import model_names
 from ...prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
-from ...prune.contract import BeforeLLM, Method
+from ...prune.contract import BeforeLLM, InEncoder, Method
 from ...prune.errors import BudgetError
 from ...prune.registry import method_class
 from ..method_facts import on_tiles, reads, what_it_does
@@ -46,7 +46,7 @@ def method_page(name: str, width: int) -> str:
     facts = [
         ("Acts", places),
         ("Reads", reads(cls())),
-        *([("On tiles", on_tiles(cls))] if issubclass(cls, BeforeLLM) else []),
+        *([("On tiles", on_tiles(cls))] if issubclass(cls, BeforeLLM | InEncoder) else []),
         ("Budgets", _budgets(cls)),
         ("Positions", f"{cls.positions} by default (models with M-RoPE: always original)"),
         *(fact for word in _SECTIONS for fact in _said(word, sections)),

@@ -244,7 +244,7 @@ def test_what_raises_is_found_and_where(cls, property, words):
 # --- new-method --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["before_llm", "decoder", "cache"])
+@pytest.mark.parametrize("place", ["encoder", "before_llm", "decoder", "cache"])
 def test_a_new_method_passes_as_it_is(own_registry, place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name = f"my_{place}"
@@ -257,7 +257,7 @@ def test_a_new_method_passes_as_it_is(own_registry, place, tmp_path, monkeypatch
     assert "pass  qwen2_5_vl          no host wait" in out
     text = (tmp_path / f"{name}.py").read_text()
     assert "from vlmprune.prune.contract import" in text and "from ." not in text
-    assert place == "cache" or ", scores=" in text  # there for overlay(scores=True)
+    assert place in ("encoder", "cache") or ", scores=" in text  # there for overlay(scores=True)
     assert f'@register("{name}")' in text and "--import" in text
     assert all(len(line) <= 100 for line in text.splitlines())
 
