@@ -66,7 +66,8 @@ def pictures_alone(method: InEncoder, question: Question) -> None:
         numbers = [[one.source, one.owner] for one in (alone, beside)]
         shares = [tensors_of([one.weights, one.matrix]) for one in (alone, beside)]
         # Products of a batch may be rounded otherwise.
-        close = all(torch.allclose(*two, atol=1e-5) for two in zip(*shares, strict=True))
+        both = zip(*shares, strict=True)
+        close = all(torch.allclose(one, other, atol=1e-5) for one, other in both)
         if not (same(*numbers) and close):
             raise Broken("reduce makes something else of a picture than of it alone")
 
