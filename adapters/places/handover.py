@@ -4,7 +4,7 @@ back to the tokens of each image."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class Handover:
                 after = None if counts is None or counts[n][-1] == inside[n] else counts[n]
                 pictures.append(_picture(grid, after, own, in_raster_order=not encoder.packed))
             left = places[number] if whole is None else whole
+            if setup.first is not None:  # it chooses among patches
+                spare = 0
             self.images.append(Handed(tilings[number], left, image, spare, counts is not None))
         self.passage: Passage | None = None
         reduced = any(image.reduced for image in self.images)
@@ -137,35 +139,26 @@ class Handover:
             members.append((member + rows).where(member >= 0, -1))
             rows += len(place)
         row_token, member = torch.cat(tokens), torch.cat(members)
-        order = self._order(row_token, passage)
-        arranged = row_token[order]
-        kept, fused = arranged, None
-        extra = None
-        if passage.method.fuses(passage.tower):
-            kept = arranged[arranged >= 0]  # the host waits: how many rows are fused
-            extra = [passage.extra[number] for number in image.pictures if passage.extra]
-            fused = torch.arange(len(kept), len(arranged), device=device)
+        last = torch.iinfo(torch.int64).max
+        order = row_token.where(row_token >= 0, last).argsort(stable=True)
+        arranged = row_token[order]  # those that stand for no token are behind
         groups = None
         if any(group.merged for group in passage.groups):
             into = order.argsort()
             pairs = torch.stack([into[member.clamp_min(0)], token])
             pairs = pairs[:, (member >= 0) & (token >= 0)]  # padding may have been merged
             groups = pairs[:, (pairs[0] * tiling.num_tokens + pairs[1]).argsort()]
-        selection = Selection(
-            kept=kept,
-            order=arranged if fused is not None and len(fused) else None,
-            features=torch.cat(extra) if extra and fused is not None and len(fused) else None,
-            rows=fused if fused is not None and len(fused) else None,
-            projected=True,
-            groups=groups,
-        )
-        newlines = tiling.newlines(device)[: image.spare]
-        return with_newlines(selection, newlines)
-
-    def _order(self, row_token: Tensor, passage: Passage) -> Tensor:
-        """Rows in the order of their tokens, those that stand for none behind them."""
-        last = torch.iinfo(torch.int64).max
-        return row_token.where(row_token >= 0, last).argsort(stable=True)
+        selection = Selection(kept=arranged, groups=groups)
+        if passage.method.fuses(passage.tower):
+            kept = arranged[arranged >= 0]  # the host waits: how many rows are fused
+            fused = torch.arange(len(kept), len(arranged), device=device)
+            features = torch.cat([passage.extra[number] for number in image.pictures])
+            selection = replace(selection, kept=kept)
+            if len(fused):
+                selection = replace(
+                    selection, order=arranged, features=features, rows=fused, projected=True
+                )
+        return with_newlines(selection, tiling.newlines(device)[: image.spare])
 
     def alive(
         self, selections: Sequence[Selection | None], signals: Sequence[dict[Signal, Tensor]]
