@@ -81,7 +81,8 @@ class Handle:
 
     @property
     def last(self) -> Last:
-        """What the last prefill of the calling thread did; decoding, and going on in text, changes
+        """What the last prefill of the calling thread did, or the last pass of an image encoder
+        without an LLM; decoding, and going on in text, changes
         nothing. Without visual tokens `last.note` says so, and there are no images.
 
         `generate(return_dict_in_generate=True)` returns it too, as `output.vlmprune_last` (None

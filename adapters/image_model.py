@@ -37,6 +37,9 @@ class ImageModel(ABC):
     masks: ClassVar[Sequence[str]] = ("attention_mask",)
     """Arguments of `entry` that are as long as all patches."""
 
+    crops: bool = False
+    """Whether its own transforms cut the centre of a picture out; else they stretch it."""
+
     def __init__(self, model: Model, found: str) -> None:
         self.model = model
         inner = self.classes[found]

@@ -54,6 +54,10 @@ class ClipModel(TransformersModel):
     }
     means: ClassVar = {"CLIPForImageClassification", "SiglipForImageClassification"}
 
+    def __init__(self, model: Any, found: str) -> None:
+        super().__init__(model, found)
+        self.crops = found.startswith("CLIP")
+
     @cached_property
     def encoder(self) -> Encoder:
         return ClipEncoder(self.tower)

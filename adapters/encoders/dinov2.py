@@ -42,6 +42,7 @@ class Dinov2(TransformersModel):
     library = "transformers.models."
     classes: ClassVar = {"Dinov2Model": "", "Dinov2ForImageClassification": "dinov2"}
     means: ClassVar = {"Dinov2ForImageClassification"}
+    crops = True
 
     @cached_property
     def encoder(self) -> Encoder:

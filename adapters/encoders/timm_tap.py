@@ -95,6 +95,6 @@ class TimmTap(Uncopied):
         attention = self._attention
         turn = sys.modules[type(attention).__module__].apply_rot_embed_cat
         prefix = attention.num_prefix_tokens
-        half = getattr(attention, "rotate_half", False)
-        patches = turn(heads[:, :, prefix:], rope, half=half)
+        half = {"half": True} if getattr(attention, "rotate_half", False) else {}
+        patches = turn(heads[:, :, prefix:], rope, **half)
         return torch.cat([heads[:, :, :prefix], patches], 2).type_as(heads)

@@ -65,6 +65,7 @@ class TimmVit(ImageModel):
     entry = "forward_features"
     full: ClassVar = ("forward_intermediates",)
     pixels = "x"
+    crops = True
     masks: ClassVar = ("attn_mask", "is_causal")
 
     @cached_property
@@ -109,7 +110,7 @@ class TimmVit(ImageModel):
                 raise unlike(
                     self.model,
                     f"{kind} of the installed timm takes no attn_mask, which rows of several "
-                    f'patches need: pip install -U "timm>=1.0.20"',
+                    f'patches need: pip install -U "timm>=1.0.16"',
                 )
         pool = self.attention_pool
         if pool is not None and getattr(pool, "pos_embed", None) is not None:

@@ -58,6 +58,7 @@ class ImageEngine(Installed):
     def __init__(self, model: ImageModel, setup: Setup) -> None:
         super().__init__(model.model, setup)
         self._images, self._flight = model, Pass()
+        self.fit = "crop" if model.crops else "stretch"
         blocks = model.encoder.blocks
         attention = [block.attention for block in blocks]
         self._encoder = EncoderDriver(attention, [], self._names, model.encoder)

@@ -240,6 +240,30 @@ def test_masks_of_all_patches_are_refused(name):
         model(pixels, attention_mask=torch.ones(2, 37))
 
 
+@pytest.mark.parametrize("name, crops", [("CLIPModel", True), ("SiglipVisionModel", False)])
+def test_pictures_are_shown_as_processors_bring_them(name, crops):
+    tiny = CASES[name]
+    model = tiny.model()
+    with vlmprune.patch(model, "evit", keep_ratio=0.5) as handle, torch.no_grad():
+        tiny.run(model, image_models.pixels())
+    shown = handle.overlay(Image.new("RGB", (64, 24), "green"))
+    assert any("hatched" in said.lower() for said in shown.info["legend"]) is crops
+
+
+@SOME
+def test_lower_precision_and_autocast(tiny):
+    model, pixels = tiny.model(), image_models.pixels()
+    with vlmprune.patch(model, "tome", r=6) as handle, torch.no_grad():
+        expected = tiny.run(model, pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tiny.run(model, pixels)
+        assert found.isfinite().all() and handle.last.tokens_kept == [12, 12]
+        model.to(torch.bfloat16)
+        found = tiny.run(model, pixels.bfloat16())
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+    assert found.isfinite().all() and handle.last.tokens_kept == [12, 12]
+
+
 def test_pictures_of_another_size():
     model = CASES["Dinov2Model"].model()
     with vlmprune.patch(model, "tome", keep_ratio=0.5) as handle, torch.no_grad():
