@@ -236,6 +236,16 @@ def test_nobody_outside_a_family_s_files_knows_its_name(layer):
             assert found == set(), path
 
 
+def test_timm_is_found_and_never_imported():
+    """Its extra brings it; of a model that is loaded the class and the module tell enough."""
+
+    def imported(path: str, text: str) -> bool:
+        return any(name.partition(".")[0] == "timm" for _, name in imports(path, text))
+
+    assert not [path for path, text in FILES.items() if imported(path, text)]
+    assert imported("adapters/x.py", "from timm.layers import Attention")
+
+
 @every("adapters")
 def test_an_adapter_never_knows_a_method(path, text):
     assert method_modules_in(path, text) == []
