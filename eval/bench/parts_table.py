@@ -25,10 +25,13 @@ def parts_table(reports: Sequence[Mapping[str, Any]]) -> Table:
 
 
 _NOTES = {
-    "Variant": "Medians over rounds; in brackets, % of the first token.",
+    "Variant": "In brackets, % of the first token.",
     "Encoder GFLOPs": "GFLOPs: the vision encoder (of windowed ones the most that it can be), the "
     "projector and the decoder with its head; choosing is not counted.",
-    "Encoder ms": "Encoder: with what is chosen in it and read for a choice.",
+    "Encoder ms": "Times are medians over rounds, ratios those of two runs of a round. Encoder: "
+    "with what is chosen in it and read for a choice.",
+    "Encoder/slicing [quartiles]": "Slicing: the same encoder that keeps the first rows, as many "
+    "in each block, without any choice.",
     "Choice ms": "Choice: a part of the encoder's time or of the LLM's, by where the method acts.",
     "LLM ms": "LLM: projector, prefill and head.",
 }
@@ -46,6 +49,7 @@ def _row(model: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, str]
         "LLM GFLOPs": _flops(flops["prefill"] + flops["lm_head"], whole),
         "GFLOPs/token": f"{flops['per_decoded_token'] / 1e9:.3g}",
         "Encoder ms": _ms(seconds["vision"], shares["vision"]),
+        "Encoder/slicing [quartiles]": _quartiles(variant["ratios"].get("vision_over_slicing")),
         "Choice ms": _ms(seconds["select"], shares["select"]) if variant["methods"] else "",
         "LLM ms": _ms(seconds["rest"], shares["rest"]),
         "First token ms": _ms(seconds["total"]),
@@ -60,7 +64,12 @@ def _size(model: Mapping[str, Any]) -> str:
 
 
 def _flops(part: int, whole: int) -> str:
-    return f"{part / 1e9:.3g} ({100 * part / whole:.1f})"
+    giga = part / 1e9
+    return f"{giga:{'.0f' if giga >= 100 else '.3g'}} ({100 * part / whole:.1f})"
+
+
+def _quartiles(ratio: Spread | None) -> str:
+    return "{median:.3f} [{q1:.3f}, {q3:.3f}]".format(**ratio) if ratio is not None else ""
 
 
 def _ms(value: Spread | None, share: Spread | None = None) -> str:

@@ -12,6 +12,7 @@ from kit.error_page import error_page
 from kit.paths import ROOT, STORED, TESTS
 from kit.skips import skips_table
 from vlmprune.eval.bench.bench_table import before_after_table, bench_table, shapes_table
+from vlmprune.eval.bench.parts_table import parts_table
 from vlmprune.eval.bench.scale_table import scale_table
 from vlmprune.eval.bench.select_table import summary_table
 from vlmprune.eval.commands.methods import methods_table
@@ -23,7 +24,7 @@ _ONE_FILE_EACH = ("methods", "families", "transcriptions", "training", "golden")
 """Folders whose files are listed elsewhere, or are all alike."""
 
 
-def _stored(name: str) -> dict[str, Any]:
+def _stored(name: str) -> Any:
     return json.loads((STORED / name).read_text())
 
 
@@ -97,6 +98,11 @@ GENERATED: dict[str, Callable[[], str]] = {
     "promises": _promises,
     "accelerators": _accelerators,
     "scale": lambda: scale_table(_stored("bench_scale.json")).markdown(),
+    "encoder": lambda: _accuracies("sweep_encoder.jsonl"),
+    "encoder_speed": lambda: parts_table(_stored("bench_encoder.json")).markdown(),
+    "encoder_shares": lambda: parts_table(
+        [*_stored("bench_encoders.json"), *_stored("bench_sizes.json")]
+    ).markdown(),
     "shapes": lambda: shapes_table(_stored("bench_shapes.json"), "divprune").markdown(),
     "select": lambda: summary_table(_stored("bench_select.json")).markdown(),
     "methods": lambda: methods_table().markdown(),
