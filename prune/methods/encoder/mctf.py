@@ -53,12 +53,13 @@ _TINY = torch.finfo(torch.float32).tiny
 @dataclass(frozen=True, kw_only=True)
 class MCTF(InEncoder):
     """Pairs score by likeness, by how little attention they receive and by how few patches they
-    hold; half of the rows merge one way, half the other.
+    hold.
 
     `r`: rows that each block merges, or below 1 the share of them; None for the paper's 16; or give
     a budget instead. `tau_sim`, `tau_info`, `tau_size`: the root that is taken of each factor, 0
-    leaves it out. `pooling`: a merged row is the mean weighted by attention and patches, by patches
-    alone (`size`), or by nothing (`even`).
+    leaves it out. `bidirectional`: half of the rows merge one way, half the other. `pooling`: a
+    merged row is the mean weighted by attention and patches, by patches alone (`size`), or by
+    nothing (`even`).
     """
 
     needs_budget: ClassVar[bool] = False
