@@ -86,6 +86,7 @@ def patch(
             f"record={record!r}: use True to keep the scores of tokens, or False."
         )
     model, remember_images = patchable(model), plain(remember_images)
+    _refuse_patched_parts(model)
     given = method, fields_and_budget
 
     def made(setup: Setup) -> Setup:
@@ -113,6 +114,16 @@ def patch(
         raise
     model.__dict__[HANDLE] = handle
     return handle
+
+
+def _refuse_patched_parts(model: nn.Module) -> None:
+    """Refuse a model whose encoder was patched as a model of its own: rows would leave twice."""
+    for path, module in model.named_modules():
+        if path and HANDLE in module.__dict__:
+            raise UnsupportedModelError(
+                f"{path} of this model is patched itself, with {module.__dict__[HANDLE]!r}: take "
+                f"that patch off first, vlmprune.unpatch(model.{path})."
+            )
 
 
 def unpatch(model: nn.Module) -> None:

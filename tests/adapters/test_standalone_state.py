@@ -264,6 +264,16 @@ def test_lower_precision_and_autocast(tiny):
     assert found.isfinite().all() and handle.last.tokens_kept == [12, 12]
 
 
+def test_a_model_around_a_patched_encoder_is_refused():
+    model = CASES["CLIPModel"].model()
+    vlmprune.patch(model.vision_model, "tome", r=4)
+    with pytest.raises(UnsupportedModelError, match=r"unpatch\(model.vision_model\)"):
+        vlmprune.patch(model, "tome", r=4)
+    vlmprune.unpatch(model.vision_model)
+    with vlmprune.patch(model, "tome", r=4) as handle:
+        assert handle.active
+
+
 def test_pictures_of_another_size():
     model = CASES["Dinov2Model"].model()
     with vlmprune.patch(model, "tome", keep_ratio=0.5) as handle, torch.no_grad():
