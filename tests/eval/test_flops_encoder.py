@@ -16,8 +16,10 @@ from vlmprune.adapters.places import passage
 from vlmprune.adapters.places.padded import PaddedPassage
 from vlmprune.adapters.registry import family_of
 from vlmprune.adapters.signals.recording import Recording
+from vlmprune.eval import cli
 from vlmprune.eval.measure.flops import Flops, ModelCost, _filled, model_cost
 from vlmprune.eval.measure.shortened import Shortened, measured, reckoned
+from vlmprune.eval.results.store import read_records
 from vlmprune.prune.contract import Reduction
 
 TEXT = 10
@@ -185,3 +187,14 @@ def test_without_a_method_in_the_encoder_all_rows_stay():
     with vlmprune.patch(model, "tome", keep_ratio=1.0) as handle:
         model(**inputs)
         assert measured(handle, handle.last, [[(6, 6)]], shape) == [[None]]
+
+
+def test_a_sweep_of_both_kinds_records_what_the_shorter_encoder_costs(tmp_path):
+    words = ["divprune@0.11", "tome@0.5+divprune@0.11"]
+    argv = ["--methods", *words, "--limit", "2", "-o", str(tmp_path)]
+    assert cli.main(["sweep", *argv]) == 0
+    dense, behind, both = (r["flops"] for r in read_records(tmp_path / "runs.jsonl"))
+    assert both["vision"] < behind["vision"] < dense["vision"]
+    assert both["projector"] == behind["projector"] / 2
+    assert both["prefill"] == behind["prefill"] < dense["prefill"]
+    assert both["first_token_share"] < behind["first_token_share"] < 1
