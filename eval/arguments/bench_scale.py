@@ -32,7 +32,13 @@ class BenchScaleRequest:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="default: all but those inside the vision encoder",
+    )
     parser.add_argument(
         "--tokens",
         type=positives,

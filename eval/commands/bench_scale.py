@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...prune.contract import BeforeLLM
+from ...prune.contract import BeforeLLM, InEncoder
 from ...prune.errors import MethodFieldError
 from ...prune.registry import default_methods, method_class
 from ..arguments.bench_scale import BenchScaleRequest
@@ -26,7 +26,16 @@ def run(request: BenchScaleRequest) -> int:
                 f"--tokens {count} must be a square and a multiple of {FRAME**2}, e.g. "
                 f"256,1024,4096,16384."
             )
-    names = list(request.methods) or list(default_methods()[0])
+    inside = [name for name in request.methods if issubclass(method_class(name), InEncoder)]
+    if inside:
+        raise MethodFieldError(
+            f"{', '.join(inside)} chooses block by block inside the vision encoder, whose time "
+            f"`vlmprune bench model --methods {inside[0]} --picture HxW` measures, several "
+            f"pictures in one run."
+        )
+    found = default_methods()[0].items()
+    every = [name for name, made in found if not isinstance(made, InEncoder)]
+    names = list(request.methods) or every
     cases = [(name, layout) for name in names for layout in _layouts(name)]
     report: dict[str, Any] = {
         "schema": SCHEMA,

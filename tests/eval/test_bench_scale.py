@@ -87,3 +87,9 @@ def test_long_rounds_are_not_repeated(monkeypatch):
     assert scale._repeated(lambda: float(next(quick)), 3)[0] == [1, 2, 3]
     found, elapsed = scale._repeated(lambda: time.sleep(0.2) or float(next(slow)), 3)
     assert found == [0] and elapsed >= 0.2
+
+
+def test_methods_inside_the_encoder_are_timed_elsewhere(capsys):
+    assert cli.main(["bench", "scale", "--methods", "divprune,tome"]) == 2
+    said = capsys.readouterr().err
+    assert "tome" in said and "bench model" in said and "divprune" not in said
