@@ -19,7 +19,8 @@ from ..family import Call, Family
 from ..patch_setup import Setup
 from .packed import PackedPassage
 from .padded import PaddedPassage
-from .passage import Passage, Picture
+from .passage import Passage
+from .picture import Picture
 
 
 @dataclass(frozen=True)

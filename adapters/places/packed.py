@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from ...prune.contract import Reduction
 from ...prune.errors import UnsupportedFeatureError
-from .passage import Alike, Keywords, Passage
+from .passage import Keywords, Passage
+from .picture import Alike
 
 
 class PackedPassage(Passage):

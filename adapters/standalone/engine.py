@@ -27,7 +27,8 @@ from ..patch_setup import Setup
 from ..places.call import Calling
 from ..places.encoder import EncoderDriver
 from ..places.padded import PaddedPassage
-from ..places.passage import Passage, Picture
+from ..places.passage import Passage
+from ..places.picture import Picture
 from ..report import DISABLED, Last
 from .checks import check_budget, refuse_call, refuse_llm_options, refuse_maps
 from .prepare import check_counts, counts_of, make_setup
