@@ -118,7 +118,7 @@ def patch(
 
 def _refuse_patched_parts(model: nn.Module) -> None:
     """Refuse a model whose encoder was patched as a model of its own: rows would leave twice."""
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if path and HANDLE in module.__dict__:
             raise UnsupportedModelError(
                 f"{path} of this model is patched itself, with {module.__dict__[HANDLE]!r}: take "

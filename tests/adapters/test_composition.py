@@ -61,7 +61,7 @@ def test_a_decoder_method_keeps_the_best_of_its_attention_row(case, layer):
     )
 
 
-@zoo.ALL
+@zoo.FAMILIES
 @pytest.mark.parametrize("which", ["before", "decoder", "both"])
 @pytest.mark.parametrize(
     "rows",

@@ -45,6 +45,7 @@ def patched(model, case, name: str, **given):
                 ("sdpa", {"keep_ratio": 0.4}, "repacked"),
             ],
         )
+        if given[0] == "sdpa" or case.name in zoo.TWO_NAMES
         if given[2] == "original" or case.name == zoo.TWO_NAMES[0]
     ],
 )

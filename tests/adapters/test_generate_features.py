@@ -32,8 +32,8 @@ def matrix():
     others = [case for case in families if case.name not in zoo.TWO_NAMES]
     turns = dict(zip(FEATURES, itertools.cycle(others)))
     for case, name, place in itertools.product(families, FEATURES, PLACES):
-        everywhere = case.name == zoo.TWO_NAMES[0] and name not in SLOW
-        at_once = place == "all" and (case.name in zoo.TWO_NAMES or case == turns[name])
+        everywhere = case.name == zoo.TWO_NAMES[0] and place != "all" and name not in SLOW
+        at_once = place == "all" and (case.name == zoo.TWO_NAMES[1] or case == turns[name])
         if not everywhere and not at_once:
             continue
         if name in SLOW and case.name in CALLS:

@@ -27,7 +27,7 @@ def run(model, inputs):
         logits = model(**inputs).logits
     out = model.generate(
         **inputs,
-        max_new_tokens=4,
+        max_new_tokens=2,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,

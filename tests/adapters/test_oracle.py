@@ -100,7 +100,7 @@ def test_methods_that_need_no_budget_equal_the_oracle(case, name):
     if handle is None:
         return
     method = handle.methods[0].method
-    for rows in (zoo.SINGLE, zoo.BATCH):
+    for rows in (zoo.SINGLE, zoo.BATCH) if case.name in zoo.TWO_NAMES else (zoo.BATCH,):
         inputs = case.inputs(rows)
         model(**inputs)
         found = iter(handle.last.tokens_kept)
