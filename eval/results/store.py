@@ -39,10 +39,10 @@ class UnwrittenError(ResultsError):
 
 
 class Store:
-    """Appends records to `runs.jsonl` in a folder and reads them back."""
+    """Appends records to `runs.jsonl` in a folder, or to `name`, and reads them back."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
+    def __init__(self, folder: Path, name: str = FILE_NAME) -> None:
+        self.path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._end_torn_line()
@@ -104,9 +104,15 @@ def read_records(path: str | os.PathLike[str]) -> Results:
         path: a `runs.jsonl`, or the folder that it is in.
 
     Raises:
-        ResultsError: there is no such file, or a newer vlmprune wrote it.
+        ResultsError: there is no such file, a newer vlmprune wrote it, or it holds no questions.
     """
-    return Results(latest(list(_read(Path(path)).values())))
+    records = list(_read(Path(path)).values())
+    if any("kind" in record for record in records):
+        raise ResultsError(
+            f"{str(path)!r} is of `vlmprune classify`, whose table is beside it (classify.md): "
+            f"give a {FILE_NAME} of `vlmprune sweep`."
+        )
+    return Results(latest(records))
 
 
 def _read(path: Path) -> dict[str, Record]:

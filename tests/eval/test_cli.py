@@ -20,7 +20,10 @@ from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.words.typed import parse_fields, split_list
 from vlmprune.prune.registry import method_class
 
-COMMANDS = ("sweep", "report", "presets", "ask", "compare", "bench", "methods", "models", "where")
+COMMANDS = (
+    *("sweep", "report", "presets", "ask", "compare", "classify", "bench"),
+    *("methods", "models", "where"),
+)
 CLIP = CASES["llava-clip-llama"]
 
 

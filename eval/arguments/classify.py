@@ -1,0 +1,105 @@
+"""`vlmprune classify`: its arguments and the request that they become."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..classify.request import ClassifyRequest
+from ..words.typed import split_list
+from .shared import BUDGET_WORD, METHOD_WORD, import_argument, positive
+
+HELP = "run an image classifier on a folder of pictures, dense and with methods inside it"
+EXAMPLES = """\
+examples:
+  vlmprune classify --model deit_small_patch16_224 --data imagenet/val --methods tome:r=13@published
+      needs timm (pip install 'vlmprune[timm]') and fetches the weights
+  vlmprune classify --model ./my-vit --data photos --methods tome,evit --budgets 0.5,0.25
+"""
+DEFAULT_METHODS = ("tome", "evit", "random_encoder")
+DEFAULT_BUDGETS = ("0.5",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help="a name of timm (also hf-hub:... and local-dir:...), a folder that timm or "
+        "transformers saved, or a classifier of transformers on the Hub",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="FOLDER",
+        help="a folder of pictures for each class: the model's names, or in alphabetical order as "
+        "many as it has classes",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(DEFAULT_METHODS),
+        metavar="NAME",
+        help=f"methods inside the encoder; {METHOD_WORD}; dense is always run, first (default: "
+        f"{','.join(DEFAULT_METHODS)})",
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        default=list(DEFAULT_BUDGETS),
+        metavar="BUDGET",
+        help=f"for methods without one of their own; {BUDGET_WORD} (default: "
+        f"{','.join(DEFAULT_BUDGETS)})",
+    )
+    import_argument(parser)
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="pictures, every class alike (default: all)"
+    )
+    parser.add_argument("--batch_size", "-b", type=positive, default=32, help="default: 32")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of torch and of every method that has one (default: 0)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of weights and pictures (default: float32)",
+    )
+    parser.add_argument(
+        "--output_path",
+        "-o",
+        default="./vlmprune_classify",
+        metavar="DIR",
+        help="for classify.jsonl and classify.md (default: ./vlmprune_classify)",
+    )
+    parser.add_argument(
+        "--rerun", action="store_true", help="measure again what the folder has already"
+    )
+
+
+def request(args: argparse.Namespace) -> ClassifyRequest:
+    """The request; what is wrong at first sight is refused.
+
+    Raises:
+        VlmpruneError: an error says what is allowed.
+    """
+    from . import early
+
+    methods, budgets = split_list(args.methods), split_list(args.budgets)
+    early.refuse_unknown_methods(methods)
+    early.refuse_unknown_budgets(budgets)
+    early.refuse_unwritable(args.output_path)
+    return ClassifyRequest(
+        model=args.model,
+        data=Path(args.data),
+        methods=methods,
+        budgets=budgets,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+        output_path=Path(args.output_path),
+        rerun=args.rerun,
+    )
