@@ -118,7 +118,7 @@ class ImageModel(ABC):
     def biased(self, kwargs: Keywords, bias: Tensor, rows: Tensor) -> Keywords:
         """Arguments of the `attention_pool` that let it attend to rows (B, S, C) as to their
         patches, by what is added to logits: (B, 1, 1, S)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.found} has no attention pooling that is known.")
 
     def pools_by_size(
         self, original: Callable[..., Any], rows: Tensor, *args: Any, **kwargs: Any
@@ -131,7 +131,7 @@ class ImageModel(ABC):
     ) -> Any:
         """What `pooling` makes of rows of several patches, whose means are those of patches;
         `original` is that method."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.found} has no pooling by sizes that is known.")
 
     def weighed(self, output: Any, bias: Tensor) -> Any:
         """What `entry` returns, so that the model's mean over rows is one over patches; `bias`

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from ...prune.contract import InEncoder
 from ...prune.errors import UnsupportedFeatureError
@@ -31,3 +31,15 @@ def refuse_encoder(family: Family, call: Call, method: InEncoder) -> None:
             f"model.activation_checkpointing_disable() or model.eval(), or use a method that acts "
             f"before the LLM."
         )
+
+
+def refuse_tuple(method: InEncoder) -> NoReturn:
+    """Refuse a plain tuple for what a shortened encoder gives.
+
+    Raises:
+        UnsupportedFeatureError: it cannot say which tokens are left; the others would be zeros.
+    """
+    raise UnsupportedFeatureError(
+        f"return_dict=False gives a plain tuple, which cannot say which tokens {method.name} left "
+        f"inside the vision encoder: leave it out."
+    )

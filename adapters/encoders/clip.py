@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from einops import rearrange
 from torch import Tensor
 
 from ..encoder import Encoder, EncoderBlock
 from ..image_model import Keywords
-from .transformers_model import TransformersModel
+from .transformers_model import TransformersEncoder, TransformersModel
 
 
-class ClipEncoder(Encoder):
+class ClipEncoder(TransformersEncoder):
     """
     Args:
         tower: a `CLIPVisionModel`, a `SiglipVisionModel` or what these hold.
@@ -32,11 +31,6 @@ class ClipEncoder(Encoder):
             )
             for layer in self._tower.encoder.layers
         ]
-
-    def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
-        attention = block.attention
-        projected = attention.v_proj(block.norm1(rows))
-        return rearrange(projected, "b s (h d) -> b h s d", d=attention.head_dim)
 
 
 class ClipModel(TransformersModel):

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from einops import rearrange
-from torch import Tensor
-
 from ..encoder import Encoder, EncoderBlock
-from .transformers_model import TransformersModel
+from .transformers_model import TransformersEncoder, TransformersModel
 
 
-class Dinov2Encoder(Encoder):
+class Dinov2Encoder(TransformersEncoder):
     """
     Args:
         tower: a `Dinov2Model`.
@@ -31,11 +28,6 @@ class Dinov2Encoder(Encoder):
             EncoderBlock(layer, layer.norm1, layer.attention, layer.norm2, tail=layer.drop_path)
             for layer in self._tower.encoder.layer
         ]
-
-    def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
-        attention = block.attention
-        projected = attention.v_proj(block.norm1(rows))
-        return rearrange(projected, "b s (h d) -> b h s d", d=attention.head_dim)
 
 
 class Dinov2(TransformersModel):

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, ClassVar
 
+from einops import rearrange
 from torch import Tensor
 
+from ..encoder import Encoder, EncoderBlock
 from ..image_model import ImageModel, weigh
+
+
+class TransformersEncoder(Encoder):
+    """Blocks whose attention has a `v_proj` of its own."""
+
+    def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
+        attention = block.attention
+        projected = attention.v_proj(block.norm1(rows))
+        return rearrange(projected, "b s (h d) -> b h s d", d=attention.head_dim)
 
 
 class TransformersModel(ImageModel):

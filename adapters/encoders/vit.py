@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
-from einops import rearrange
-from torch import Tensor
-
 from ..encoder import Encoder, EncoderBlock
-from .transformers_model import TransformersModel
+from .transformers_model import TransformersEncoder, TransformersModel
 
 
-class VitEncoder(Encoder):
+class VitEncoder(TransformersEncoder):
     """
     Args:
         tower: a `ViTModel`.
@@ -37,11 +34,6 @@ class VitEncoder(Encoder):
             )
             for layer in self._tower.layers
         ]
-
-    def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
-        attention = block.attention
-        projected = attention.v_proj(block.norm1(rows))
-        return rearrange(projected, "b s (h d) -> b h s d", d=attention.head_dim)
 
 
 class Vit(TransformersModel):

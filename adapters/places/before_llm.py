@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...prune.contract import Signal
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
-from ..checks.encoding import refuse_encoder
+from ..checks.encoding import refuse_encoder, refuse_tuple
 from ..encoded import MARK, Encoded, encode, encode_merged
 from ..family import Call, Family, Inputs, Modality
 from ..hooks import Hooks, Undo, all_of, shadow
@@ -88,11 +88,7 @@ class BeforeLLMDriver:
         """Images on their way through the encoder, and what was chosen of them; `numbers`: which
         images of the call they are, where not all."""
         flight = self._flight
-        calls, handover = None, None
-        if setup.in_encoder is not None:
-            refuse_encoder(self._family, call, setup.in_encoder)
-            calls = setup.calls_of(self._numbers(setup, call, numbers))
-            handover = Handover(self._family, call, setup, calls)
+        handover = self._handover(setup, call, numbers)
         passage = None if handover is None else handover.passage
         # Another caller may read all that the encoder gives.
         unread = self.unread(setup, call.inputs) if flight.active else frozenset()
@@ -104,8 +100,11 @@ class BeforeLLMDriver:
             self._hooks.release(setup.standing)
         features = getattr(output, "pooler_output", None)
         if features is None:  # return_dict=False: a plain tuple cannot carry the choice
+            if passage is not None:
+                refuse_tuple(passage.method)
             return output, None
-        tilings = self._tilings(call, features)
+        tilings = None if handover is None else handover.tilings
+        tilings = self._tilings(call, features, tilings)
         device = features[0].device
         left = None if handover is None else handover.selections(device)
         signals: list[dict[Signal, Tensor]] = [{} for _ in features]
@@ -138,6 +137,14 @@ class BeforeLLMDriver:
         output.pooler_output = self._emit(features, encoded)
         return output, encoded
 
+    def _handover(self, setup: Setup, call: Call, numbers: Sequence[int] | None) -> Handover | None:
+        """The images of a call for a method inside the encoder; None without one."""
+        if setup.in_encoder is None:
+            return None
+        refuse_encoder(self._family, call, setup.in_encoder)
+        calls = setup.calls_of(self._numbers(setup, call, numbers))
+        return Handover(self._family, call, setup, calls)
+
     def _numbers(
         self, setup: Setup, call: Call, numbers: Sequence[int] | None, count: int | None = None
     ) -> Sequence[int]:
@@ -152,9 +159,11 @@ class BeforeLLMDriver:
         before = sum(len(one.images) for one in others)
         return [before + number for number in numbers]
 
-    def _tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
-        """How the tokens of each image lie, if the family knows it."""
-        tilings = self._family.tilings(call, features)
+    def _tilings(
+        self, call: Call, features: Sequence[Tensor], tilings: Sequence[Tiling] | None
+    ) -> Sequence[Tiling]:
+        """How the tokens of each image lie, if the family knows it; `tilings`: found already."""
+        tilings = self._family.tilings(call, features) if tilings is None else tilings
         for tiling, feature in zip(tilings, features, strict=True):
             if tiling.num_tokens != len(feature):
                 raise UnsupportedModelError(

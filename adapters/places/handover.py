@@ -43,6 +43,7 @@ class Handover:
     """The images of one call that a method inside the encoder shortens.
 
     Attributes:
+        tilings: how the tokens of each image lie.
         passage: of the encoder's pass; None where nothing leaves.
     """
 
@@ -54,7 +55,7 @@ class Handover:
         method = setup.in_encoder
         seen = family.pictures(call)
         places = _places(family, call, encoder.unit, encoder.prefix, encoder.packed)
-        tilings = family.tilings(call, places)
+        tilings = self.tilings = family.tilings(call, places)
         sizes = [rows * columns for of_image in seen for rows, columns in of_image]
         starts = [0]
         for size in sizes:

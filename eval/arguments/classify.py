@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..classify.request import ClassifyRequest
 from ..words.typed import split_list
-from .shared import BUDGET_WORD, METHOD_WORD, import_argument, positive
+from .shared import grid_arguments, import_argument, positive
 
 HELP = "run an image classifier on a folder of pictures, dense and with methods inside it"
 EXAMPLES = """\
@@ -35,22 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of pictures for each class: the model's names, or in alphabetical order as "
         "many as it has classes",
     )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=list(DEFAULT_METHODS),
-        metavar="NAME",
-        help=f"methods inside the encoder; {METHOD_WORD}; dense is always run, first (default: "
-        f"{','.join(DEFAULT_METHODS)})",
-    )
-    parser.add_argument(
-        "--budgets",
-        nargs="+",
-        default=list(DEFAULT_BUDGETS),
-        metavar="BUDGET",
-        help=f"for methods without one of their own; {BUDGET_WORD} (default: "
-        f"{','.join(DEFAULT_BUDGETS)})",
-    )
+    grid_arguments(parser, DEFAULT_METHODS, DEFAULT_BUDGETS, "methods inside the encoder")
     import_argument(parser)
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="pictures, every class alike (default: all)"

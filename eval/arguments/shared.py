@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 from ...prune.amount import BUDGET_WORDS
@@ -56,6 +57,26 @@ def positions_argument(parser: argparse._ActionsContainer) -> None:
         "--positions",
         choices=("original", "repacked"),
         help="rotary positions after a cut (default: the one of each method's paper)",
+    )
+
+
+def grid_arguments(
+    parser: argparse._ActionsContainer, methods: Sequence[str], budgets: Sequence[str], names: str
+) -> None:
+    """`--methods` and `--budgets` with their defaults; `names`: what help says of methods first."""
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(methods),
+        metavar="NAME",
+        help=f"{names}; {METHOD_WORD}; dense is always run, first (default: {','.join(methods)})",
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        default=list(budgets),
+        metavar="BUDGET",
+        help=f"for methods without one of their own; {BUDGET_WORD} (default: {','.join(budgets)})",
     )
 
 

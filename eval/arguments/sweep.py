@@ -10,10 +10,9 @@ from ..sweep.request import SweepRequest
 from ..words.typed import split_list
 from .model import model_arguments, model_request
 from .shared import (
-    BUDGET_WORD,
     DEFAULT_BUDGETS,
-    METHOD_WORD,
     OneLineParser,
+    grid_arguments,
     import_argument,
     positions_argument,
     positive,
@@ -73,22 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sweep.yaml into its folder",
     )
     group = parser.add_argument_group("grid")
-    group.add_argument(
-        "--methods",
-        nargs="+",
-        default=list(DEFAULT_METHODS),
-        metavar="NAME",
-        help=f"names, with commas or spaces; {METHOD_WORD}; dense is always run, first "
-        f"(default: {','.join(DEFAULT_METHODS)})",
-    )
-    group.add_argument(
-        "--budgets",
-        nargs="+",
-        default=list(DEFAULT_BUDGETS),
-        metavar="BUDGET",
-        help=f"for methods without one of their own; {BUDGET_WORD} (default: "
-        f"{','.join(DEFAULT_BUDGETS)})",
-    )
+    grid_arguments(group, DEFAULT_METHODS, DEFAULT_BUDGETS, "names, with commas or spaces")
     import_argument(group)
     positions_argument(group)
     group = parser.add_argument_group("evaluation")

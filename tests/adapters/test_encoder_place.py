@@ -268,6 +268,16 @@ def test_embeddings_that_the_caller_merged_are_refused():
         model(inputs_embeds=embeds, visual_mask=mask)
 
 
+def test_a_plain_tuple_of_a_shortened_encoder_is_refused():
+    case = zoo.CASES[zoo.TWO_NAMES[0]]
+    model, given = case.model(), zoo.encoder_inputs(case.inputs())["image"]
+    handle = vlmprune.patch(model, PLAIN, keep_ratio=0.4)
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="plain tuple"):
+        model.model.get_image_features(**given, return_dict=False)
+    handle.set(keep_ratio=1.0)  # nothing leaves
+    assert isinstance(model.model.get_image_features(**given, return_dict=False), tuple)
+
+
 def test_checkpointing_of_the_encoder_is_refused_while_training():
     case = zoo.CASES[zoo.TWO_NAMES[0]]
     model = case.model()
