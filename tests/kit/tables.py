@@ -49,12 +49,25 @@ def _accelerators() -> str:
     return "\n\n".join(tables) or "No run on an accelerator is stored yet: nothing is claimed."
 
 
-def _expected(name: str, corner: str) -> str:
-    """What tests hold of every row and column, stored as data."""
-    rows: dict[str, dict[str, str]] = json.loads((TESTS / "data" / name).read_text())
-    columns = list(next(iter(rows.values())))
-    lines = [f"| {corner} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+def _features() -> str:
+    """What works of generate() on a patched model, as tests hold it."""
+    rows: dict[str, dict[str, str]] = json.loads((TESTS / "data" / "features.json").read_text())
+    places = list(next(iter(rows.values())))
+    lines = [_row("Feature", *places), _row("---", *("---" for _ in places))]
     return "\n".join(lines + [_row(name, *row.values()) for name, row in rows.items()])
+
+
+def _support() -> str:
+    """Which method runs on which model: models on which all methods run alike share a column."""
+    rows: dict[str, dict[str, str]] = json.loads((TESTS / "data" / "support.json").read_text())
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for model in next(iter(rows.values())):
+        alike.setdefault(tuple(row[model] for row in rows.values()), []).append(model)
+    letters = [chr(ord("A") + number) for number in range(len(alike))]
+    lines = [_row("Method", *letters), _row("---", *("---" for _ in letters))]
+    lines += [_row(name, *ways) for name, *ways in zip(rows, *alike, strict=True)]
+    models = [f"- {x}: {', '.join(of)}" for x, of in zip(letters, alike.values(), strict=True)]
+    return "\n".join([*models, "", *lines])
 
 
 def _row(*cells: str) -> str:
@@ -107,8 +120,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "select": lambda: summary_table(_stored("bench_select.json")).markdown(),
     "methods": lambda: methods_table().markdown(),
     "models": lambda: models_table().markdown(),
-    "support": lambda: _expected("support.json", "Method"),
-    "features": lambda: _expected("features.json", "Feature"),
+    "support": _support,
+    "features": _features,
     "errors": error_page,
     "skips": skips_table,
     "files_prune": lambda: _files(ROOT / "prune"),
