@@ -27,6 +27,7 @@ from ..prune.budget import MethodCall
 from ..prune.contract import Positions
 from ..prune.errors import UnsupportedFeatureError
 from .budgets import Budgets
+from .cache_names import cache_given
 from .checks.calls import check_mask
 from .checks.patches import refuse_compiled
 from .clip_text import ClipText
@@ -160,7 +161,7 @@ class Engine(Installed):
                 repeats = embeds.shape[0] // marks.shape[0]
                 marked = marks.to(embeds.device, torch.bool).repeat_interleave(repeats, 0)
                 flight.visual[IMAGE] = marked
-            elif not _seen(kwargs.get("past_key_values")):
+            elif not _seen(cache_given(kwargs)):
                 self._not_pruned()
         return args, kwargs
 

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from ..prune.errors import UnsupportedFeatureError
 from .cache.continuation import first_padding
 from .cache.pruned import pruned_state
+from .cache_names import cache_given
 from .checks.calls import check_generate, check_mask
 from .family import Model
 from .hooks import Hooks, Undo, all_of, shadow
@@ -87,7 +88,7 @@ class Generation:
             return original(*args, **kwargs)
         if kwargs.get("is_first_iteration"):
             return kwargs["attention_mask"]  # the text model's hook needs the 2-D mask
-        cache = kwargs["past_key_values"]
+        cache = cache_given(kwargs)
         state = pruned_state(cache)
         if state is not None:
             queries = kwargs["inputs_embeds"].shape[1]

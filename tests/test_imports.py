@@ -28,7 +28,16 @@ ROOMS = {
         *("presses", "batches", "methods", "choose", "scores"),
     ),
     "adapters": (
-        *("__init__", "devices", "wrappers", "stopwatch", "hooks", "tap", "clip_text"),
+        *(
+            "__init__",
+            "devices",
+            "wrappers",
+            "stopwatch",
+            "hooks",
+            "tap",
+            "clip_text",
+            "cache_names",
+        ),
         *("encoder", "image_model", "encoders", "image_models", "family", "families", "registry"),
         *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
         *("cache", "report", "reporting", "pictures", "checks", "places", "generation"),

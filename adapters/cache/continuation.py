@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache_names import cache_given
 from ..patch_setup import Setup
 from ..sequence.masks import layer_kind, layer_mask, tells_length
 from .pruned import PrunedState, Segment
@@ -38,7 +39,7 @@ class Continued:
         """Translate positions and mask of the text model's arguments, in place; what pruned the
         cache goes on with it."""
         setup = state.setup
-        embeds, cache = kwargs["inputs_embeds"], kwargs["past_key_values"]
+        embeds, cache = kwargs["inputs_embeds"], cache_given(kwargs)
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
         length = embeds.shape[1]
         if ids is not None:
@@ -63,7 +64,7 @@ class Continued:
         """Whether a layer stores less than the first, for which the model made its mask and its
         rotary tables, and so needs others."""
         segment = self.state.segment(layer)
-        if segment.start == 0 or kwargs.get("past_key_values") is not self.cache:
+        if segment.start == 0 or cache_given(kwargs) is not self.cache:
             return False
         return self._masked(segment, kwargs) or self.ids is not None
 

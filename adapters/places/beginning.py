@@ -14,6 +14,7 @@ from ...prune.budget import Stage
 from ...prune.contract import Place, Selection
 from ...prune.errors import UnsupportedFeatureError
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
+from ..cache_names import CACHE, cache_given
 from ..checks.calls import refuse_cache
 from ..encoded import Encoded
 from ..family import Modality
@@ -48,7 +49,7 @@ def begin(
         the prefill (None where nothing is cut: the arguments are untouched), and its report.
     """
     embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = cache_given(kwargs)
     state = pruned_state(cache)
     setup = _setup(encoded.values(), state)
     real = _real(embeds, mask)
@@ -66,7 +67,7 @@ def begin(
         image.mark(keep)
     first = Layout.of(keep)
     if cache is None and _wants_cache(kwargs, setup.config):
-        cache = kwargs["past_key_values"] = DynamicCache(config=setup.config)
+        cache = kwargs[CACHE] = DynamicCache(config=setup.config)
     if keeps is not None:
         refuse_cache(setup, cache, shortened=state is not None)
     elif state is not None and state.setup.on_cache not in (None, setup.on_cache):

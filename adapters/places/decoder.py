@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..cache.continuation import Continued
 from ..cache.pruned import is_new, pruned_state
+from ..cache_names import cache_given
 from ..checks.calls import refuse_checkpointing
 from ..devices import execution_device
 from ..encoded import Encoded
@@ -104,7 +105,7 @@ class DecoderDriver:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Text alone: decoding, or a prompt without images."""
-        flight, cache = self._flight, kwargs.get("past_key_values")
+        flight, cache = self._flight, cache_given(kwargs)
         state = pruned_state(cache)
         if state is None:
             if is_new(cache):

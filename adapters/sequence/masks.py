@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from ..cache_names import CACHE
+
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
@@ -46,7 +48,7 @@ def layer_mask(
         config=config,
         inputs_embeds=hidden_states,
         attention_mask=padding,
-        past_key_values=cache,
         position_ids=None,
         layer_idx=layer,
+        **{CACHE: cache},
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...adapters.cache_names import CACHE, cache_of
 from ...adapters.stopwatch import Stopwatch
 from ..models.shapes import words
 
@@ -31,9 +32,9 @@ class Decoding:
         self.model(
             input_ids=word.expand(batch_size, 1),
             attention_mask=self.mask,
-            past_key_values=self.output.past_key_values,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache_of(self.output)},
         )
 
     def run(self, new_tokens: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...adapters.cache_names import CACHE
 from ...adapters.registry import family_of
 
 _NOT_PIXELS = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -67,15 +68,15 @@ def oracle_prefill(
             hidden = text_model(
                 inputs_embeds=hidden,
                 attention_mask=mask[:, alive] if padded else None,
-                past_key_values=stored,
                 use_cache=True,
+                **{CACHE: stored},
                 **_deep(deep[start:], visual, alive, len(ids)),
             ).last_hidden_state
             cache.layers[start:stop] = stored.layers[start:stop]
     finally:
         text_model.layers, text_model.norm = layers, norm
     logits = model.get_output_embeddings()(hidden[:, -1:])
-    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+    return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
 
 def _deep(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.cache.pruned import pruned_state
+from ...adapters.cache_names import cache_of
 from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE, Call
 from ...adapters.handle import Handle
@@ -115,7 +116,7 @@ class _Bench:
             every = [picture for image in images for picture in image]
             (rows,) = measured(handle, handle.last, [every], self.family.shape)
             variant.shortened = rows[: len(images[0])]
-        cache = call.result.past_key_values
+        cache = cache_of(call.result)
         variant.cache_bytes = kv_bytes(cache)
         variant.entries = _attended(cache)
         mask = self.inputs["attention_mask"] if self.padded else None
@@ -123,7 +124,7 @@ class _Bench:
 
     def oracle(self, variant: Variant, call: Timed) -> _Prefilled:
         """A prefill of the unpatched model on what a variant leaves."""
-        cache = call.result.past_key_values
+        cache = cache_of(call.result)
         shorten(cache, variant.entries)
         lengths = {layer.keys.shape[2] for layer in cache.layers}
         eager = self.model.config.get_text_config()._attn_implementation == "eager"

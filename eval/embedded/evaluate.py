@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...adapters.cache_names import CACHE, cache_of
 from . import (
     MODEL_DIR,
     TASK_VERSION,
@@ -157,9 +158,9 @@ def answers(
             cache, said = None, []
             for _ in range(LONGEST):
                 out = language(
-                    inputs_embeds=hidden, position_ids=where, past_key_values=cache, use_cache=True
+                    inputs_embeds=hidden, position_ids=where, use_cache=True, **{CACHE: cache}
                 )
-                cache = out.past_key_values
+                cache = cache_of(out)
                 token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1, keepdim=True)
                 said.append(token)
                 hidden, where = language.embed_tokens(token), where[:, -1:] + 1

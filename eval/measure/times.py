@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
+from ...adapters.cache_names import cache_of
 from ...adapters.clip_text import ClipText
 from ...adapters.devices import input_device
 from ...adapters.handle import Handle
@@ -139,7 +140,7 @@ def measure(
         return patch(model, calls, **(options or {})) if calls else nullcontext()
 
     with patched():
-        caches = [_generate(model, one, 1, []).past_key_values for one in inputs]
+        caches = [cache_of(_generate(model, one, 1, [])) for one in inputs]
         cache_bytes = [kv_bytes(cache) for cache in caches]
         del caches
         _generate(model, inputs[0], new_tokens, [])

@@ -17,6 +17,7 @@ from kit.cache_oracle import CacheTruth, Entries
 from kit.decoding import SMALL, STEPS, call_of, generated, logits_of
 from kit.reported import TOLERANCE, OnCache, cached_truth, entries_of
 from transformers import DynamicCache
+from vlmprune.adapters.cache_names import CACHE
 from vlmprune.prune.budget import MethodCall
 from vlmprune.prune.contract import Compressing, ReceivedInLayer
 from vlmprune.prune.registry import method_class
@@ -47,12 +48,12 @@ def check(case: zoo.Case, inputs: dict, model, handle) -> OnCache:
         torch.testing.assert_close(logits_of(out)[:, row], expected, **TOLERANCE)
         assert expected.argmax(-1).tolist() == tokens
         stored.append([layer.stored for layer in layers])
-    layers = out.past_key_values.layers
+    layers = out[CACHE].layers
     most = [max(of_layer) for of_layer in zip(*stored, strict=True)]
     assert [layer.keys.shape[2] for layer in layers] == most
     assert [layer.values.shape[2] for layer in layers] == most
     logical = inputs["input_ids"].shape[1] + STEPS - 1
-    lengths = [out.past_key_values.get_seq_length(i) for i in range(len(layers))]
+    lengths = [out[CACHE].get_seq_length(i) for i in range(len(layers))]
     assert lengths == [logical] * len(layers)
     return truth
 
@@ -91,7 +92,7 @@ def run(model, inputs: dict):
     with torch.no_grad():
         logits = model(**inputs).logits
     out = generated(model, inputs, steps=3)
-    lengths = [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[2] for layer in out[CACHE].layers]
     return logits, out.sequences, logits_of(out), lengths
 
 
@@ -329,7 +330,7 @@ def test_a_second_question_is_fed_at_once(case, which):
         ids = torch.cat([first.sequences, question], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(rows, 9).long()], 1)
         given = {"input_ids": ids, "attention_mask": mask}
-        second = generated(model, given, past_key_values=first.past_key_values)
+        second = generated(model, given, **{CACHE: first[CACHE]})
         truth = cached_truth(case, inputs, model, handle)
         for row in range(rows):
             tokens = second.sequences[row, inputs["input_ids"].shape[1] :].tolist()
@@ -369,7 +370,7 @@ def test_a_cache_goes_back_to_where_nothing_had_left_it(case, which):
         all(b == a + 1 for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(lengths)
     ]
     fed = max(n for n in range(1, STEPS) if grown[n - 1])  # so many that the last one evicts none
-    cache = generated(model, inputs, fed + 1).past_key_values
+    cache = generated(model, inputs, fed + 1)[CACHE]
     refused = 0
     for back in range(1, fed + 1):
         past = copy.deepcopy(cache)
@@ -383,7 +384,7 @@ def test_a_cache_goes_back_to_where_nothing_had_left_it(case, which):
         assert [layer.keys.shape[2] for layer in past.layers] == lengths[fed - back]
         with torch.no_grad():
             logits = [
-                model(input_ids=torch.tensor([[token]]), past_key_values=past).logits[0, -1]
+                model(input_ids=torch.tensor([[token]]), **{CACHE: past}).logits[0, -1]
                 for token in (50, 7)
             ]
         expected = truth.cached.decode(0, [*tokens[: fed - back], 50, 7])
@@ -408,8 +409,8 @@ def test_a_text_that_was_cached_before_the_image(case, which, rows):
             if not case.packed:
                 given["position_ids"] = places[:, :before]
             with torch.no_grad():
-                model(**given, attention_mask=mask[:, :before], past_key_values=cache)
-            return generated(model, inputs, past_key_values=cache)
+                model(**given, attention_mask=mask[:, :before], **{CACHE: cache})
+            return generated(model, inputs, **{CACHE: cache})
 
         try:
             plain = turns(case.reference())
@@ -437,8 +438,8 @@ def test_a_text_that_was_cached_before_the_image(case, which, rows):
 def test_a_new_image_on_the_same_cache_is_refused(name):
     model, inputs = CLIP.model(), CLIP.inputs(zoo.SINGLE)
     vlmprune.patch(model, call_of(name, keep_ratio=0.4))
-    cache = generated(model, inputs, steps=2).past_key_values
+    cache = generated(model, inputs, steps=2)[CACHE]
     before = [layer.keys.clone() for layer in cache.layers]
     with pytest.raises(vlmprune.UnsupportedFeatureError, match="new image"):
-        model(**{k: v for k, v in inputs.items() if k != "attention_mask"}, past_key_values=cache)
+        model(**{k: v for k, v in inputs.items() if k != "attention_mask"}, **{CACHE: cache})
     assert all(torch.equal(a, b.keys) for a, b in zip(before, cache.layers, strict=True))

@@ -25,6 +25,7 @@ from kit.oracle import Rows, Truth
 from kit.paths import TESTS
 from kit.reported import TOLERANCE
 from transformers import DynamicCache
+from vlmprune.adapters.cache_names import CACHE
 
 STEPS = 4
 TOKENS = [7, 50, 11, 90]
@@ -294,7 +295,7 @@ def by_transformers(case, rows, layers, at, evicted) -> torch.Tensor:
     model = case.reference("eager")
     decoder, cache = model.base_model.language_model, DynamicCache(config=None)
     with torch.no_grad():
-        model(**case.inputs(rows), past_key_values=cache, use_cache=True)
+        model(**case.inputs(rows), **{CACHE: cache}, use_cache=True)
     logits = []
     for stored, (keys, values) in zip(cache.layers, layers, strict=True):
         stored.keys, stored.values = keys(stored.keys[0])[None], values(stored.values[0])[None]
@@ -303,7 +304,7 @@ def by_transformers(case, rows, layers, at, evicted) -> torch.Tensor:
         hidden = decoder(
             inputs_embeds=model.get_input_embeddings()(torch.tensor([[token]])),
             position_ids=ids.expand(3, 1, 1) if case.fixed_positions else ids,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
         ).last_hidden_state
         logits.append(model.lm_head(hidden)[0, -1])
@@ -438,7 +439,7 @@ def test_entries_are_those_that_transformers_stores(case):
     model, inputs = case.reference("eager"), case.inputs(ROW)
     cache = DynamicCache()
     with torch.no_grad():
-        out = model(**inputs, past_key_values=cache, use_cache=True, output_attentions=True)
+        out = model(**inputs, **{CACHE: cache}, use_cache=True, output_attentions=True)
     truth = CacheTruth(model, inputs)
     everything = zip(truth.prefill(0)[1], cache.layers, out.attentions, strict=True)
     for entries, stored, attention in everything:

@@ -33,6 +33,7 @@ from kit.precision import (
 )
 from kit.snapshots import differences, snapshot
 from transformers import DynamicCache
+from vlmprune.adapters.cache_names import CACHE
 from vlmprune.prune.contract import BeforeLLM
 from vlmprune.prune.registry import method_class
 from vlmprune.prune.select import select
@@ -217,7 +218,7 @@ def test_decoding_waits_for_the_device_no_more_than_without_a_patch(
 
     def decode() -> list[str]:
         cache = DynamicCache(config=model.config.get_text_config())
-        out = model(**inputs, past_key_values=cache)
+        out = model(**inputs, **{CACHE: cache})
         token, mask = out.logits[:, -1:].argmax(-1), inputs["attention_mask"]
         found: list[str] = []
         for step in range(4):
@@ -226,7 +227,7 @@ def test_decoding_waits_for_the_device_no_more_than_without_a_patch(
             if case.fixed_positions:
                 places = (places + model.model.rope_deltas).expand(3, -1, -1)
             step_inputs = {"input_ids": token, "attention_mask": mask, "position_ids": places}
-            waited = waits(functools.partial(model, **step_inputs, past_key_values=cache))
+            waited = waits(functools.partial(model, **step_inputs, **{CACHE: cache}))
             found += waited if step else []  # the first one makes what the others reuse
         return found
 

@@ -19,6 +19,7 @@ from kit import skips, zoo
 from kit.devices import VALUES, Devices, Elsewhere, _Values, dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
+from vlmprune.adapters.cache_names import CACHE
 
 DEVICE = torch.device("xla:0")
 aten = torch.ops.aten
@@ -78,7 +79,7 @@ def counted():
 def decode(case: zoo.Case, model, inputs, ask=counted) -> list:
     """What `ask` sees of each decoding step."""
     cache = DynamicCache(config=model.config.get_text_config())
-    out = model(**inputs, past_key_values=cache)
+    out = model(**inputs, **{CACHE: cache})
     token, mask = out.logits[:, -1:].argmax(-1), inputs["attention_mask"]
     found = []
     for _ in range(STEPS):
@@ -88,7 +89,7 @@ def decode(case: zoo.Case, model, inputs, ask=counted) -> list:
             places = (places + model.model.rope_deltas).expand(3, -1, -1)
         step = functools.partial(model, input_ids=token, attention_mask=mask, position_ids=places)
         with ask() as seen:
-            step(past_key_values=cache)
+            step(**{CACHE: cache})
         found.append(+seen)
     return found
 

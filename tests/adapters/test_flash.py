@@ -15,6 +15,7 @@ from kit.flash_kernels import flash_attn_func, flash_attn_varlen_func, flash_ker
 from kit.precision import BY_STEP, METHODS, STEPS, check, patched, truth_for
 from transformers import DynamicCache
 from transformers import modeling_flash_attention_utils as utils
+from vlmprune.adapters.cache_names import CACHE
 
 BATCHES = {"padded": (zoo.TWO, zoo.ONE), "one": (zoo.TWO,)}
 """Alone and without padding, position ids with gaps look like those of packed sequences."""
@@ -97,7 +98,7 @@ def test_an_image_of_a_second_turn(kernels, name, method):
             inputs = case.inputs([row])
             length += inputs["input_ids"].shape[1]
             inputs["attention_mask"] = torch.ones(1, length, dtype=torch.long)
-            logits = model(**inputs, past_key_values=cache).logits
+            logits = model(**inputs, **{CACHE: cache}).logits
         found.append(logits)
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
+from vlmprune.adapters.cache_names import CACHE
 
 ROWS = {"single": zoo.SINGLE, "padded-batch": zoo.BATCH, "videos": zoo.MIXED}
 
@@ -32,7 +33,7 @@ def run(model, inputs):
         return_dict_in_generate=True,
         output_logits=True,
     )
-    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[-2] for layer in out[CACHE].layers]
     return logits, out.sequences, torch.stack(out.logits), lengths
 
 

@@ -10,6 +10,7 @@ import torch
 import vlmprune
 from kit import zoo
 from transformers import DynamicCache
+from vlmprune.adapters.cache_names import CACHE
 
 LLAVA = zoo.CASES["llava-clip-llama"]
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
@@ -51,7 +52,7 @@ def test_a_prefill_without_images_says_so(case, name):
         for run in (
             lambda: model(**text),
             lambda: model(**text, use_cache=False),
-            lambda: model(**text, past_key_values=DynamicCache(config=model.config.text_config)),
+            lambda: model(**text, **{CACHE: DynamicCache(config=model.config.text_config)}),
             lambda: model.generate(**text, **OPTIONS),
             lambda: model.generate(**text, **OPTIONS, cache_implementation="static"),
         ):
@@ -69,9 +70,9 @@ def test_going_on_in_text_is_no_prefill(case):
     first = generate(model, case, return_dict_in_generate=True)
     last = handle.last
     ids = torch.cat([first.sequences, torch.tensor([[5, 6]])], 1)
-    cache = first.past_key_values
+    cache = first[CACHE]
     second = model.generate(
-        input_ids=ids, past_key_values=cache, return_dict_in_generate=True, **OPTIONS
+        input_ids=ids, **{CACHE: cache}, return_dict_in_generate=True, **OPTIONS
     )
     assert handle.last is last and first.vlmprune_last is last
     assert second.vlmprune_last is None

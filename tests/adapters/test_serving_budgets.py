@@ -14,6 +14,7 @@ from kit import skips, zoo
 from kit.oracle import Truth
 from kit.reported import cached_truth, truth_of
 from kit.snapshots import differences, snapshot
+from vlmprune.adapters.cache_names import CACHE
 from vlmprune.prune.contract import Place
 
 LLAVA = zoo.CASES["llava-clip-llama"]
@@ -53,9 +54,7 @@ def go_on(model, first, inputs, word=5):
     """A second turn in text."""
     ids = torch.cat([first.sequences, torch.full((len(first.sequences), 2), word)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), STEPS + 2).long()], 1)
-    return model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **DETAILS
-    )
+    return model.generate(input_ids=ids, attention_mask=mask, **{CACHE: first[CACHE]}, **DETAILS)
 
 
 def whole_positions(model, inputs):
@@ -236,12 +235,12 @@ def test_a_new_image_in_a_chat_is_pruned_by_what_is_set_now(case, one, two):
         new["position_ids"] = whole_positions(model, whole)
     if two == "dense":
         with handle.disabled():
-            out = model.generate(**new, past_key_values=first.past_key_values, **DETAILS)
+            out = model.generate(**new, **{CACHE: first[CACHE]}, **DETAILS)
         everything = [torch.arange(n) for n in case.counts(((4, "A", 3),))]
         later = []
     else:
         handle.set(SETTINGS[two], positions="original")
-        out = model.generate(**new, past_key_values=first.past_key_values, **DETAILS)
+        out = model.generate(**new, **{CACHE: first[CACHE]}, **DETAILS)
         everything = [torch.arange(n) for n in handle.last.tokens_in]
         later = handle.last.stages
     stages = {stage.layer: stage for stage in (*earlier.stages, *later)}
@@ -281,7 +280,7 @@ def test_chats_of_a_model_with_rope_deltas_pass_their_positions(one):
         input_ids=ids,
         attention_mask=mask,
         position_ids=torch.cat([(mask.cumsum(-1) - 1)[None], index]),
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         **DETAILS,
     )
     assert same(second, go_on(alone, expected, inputs))
@@ -295,7 +294,7 @@ def test_a_cache_method_takes_no_new_image_of_another_method():
     ids = torch.cat([first.sequences, follow_up["input_ids"]], 1)
     new = {**follow_up, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(vlmprune.UnsupportedFeatureError, match=r"elastic_cache.*new cache"):
-        model.generate(**new, past_key_values=first.past_key_values, **DETAILS)
+        model.generate(**new, **{CACHE: first[CACHE]}, **DETAILS)
 
 
 # --- threads -----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from kit import zoo
 from kit.snapshots import differences, snapshot
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vlmprune.adapters.cache_names import CACHE
 from vlmprune.prune.budget import Budget, MethodCall
 from vlmprune.prune.contract import BeforeLLM, Features
 
@@ -464,27 +465,27 @@ def test_a_copy_of_a_patched_model_is_refused_or_stands_alone(case, which, dupli
 def test_a_pruned_cache_is_refused_after_unpatch(case, which, how):
     model, inputs = case.model(), case.inputs()
     handle = vlmprune.patch(model, METHODS[which])
-    cache = model(**inputs).past_key_values
+    cache = model(**inputs)[CACHE]
     handle.remove()
     text = torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], 1)
     with pytest.raises(vlmprune.VlmpruneError, match="cache"):
         if how == "forward":
-            model(input_ids=text[:, -2:], past_key_values=cache)
+            model(input_ids=text[:, -2:], **{CACHE: cache})
         else:
-            model.generate(input_ids=text, past_key_values=cache, max_new_tokens=1)
+            model.generate(input_ids=text, **{CACHE: cache}, max_new_tokens=1)
 
 
 @zoo.BOTH_FAMILIES
 def test_a_cache_that_was_not_pruned_serves_after_unpatch(case):
     model, inputs = case.model(), case.inputs((zoo.NONE,))
     with vlmprune.patch(model, METHODS["both"]):
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE]
     reference = case.model()
-    expected = reference(**inputs).past_key_values
+    expected = reference(**inputs)[CACHE]
     step = torch.tensor([[5]])
     assert torch.equal(
-        model(input_ids=step, past_key_values=cache).logits,
-        reference(input_ids=step, past_key_values=expected).logits,
+        model(input_ids=step, **{CACHE: cache}).logits,
+        reference(input_ids=step, **{CACHE: expected}).logits,
     )
 
 
@@ -534,7 +535,7 @@ def test_leaving_with_brings_the_outer_patch_back(case):
     before = snapshot(model)
     with vlmprune.patch(model, METHODS["decoder"]) as outer:
         found, while_patched = outputs(model, case), zoo.hooks(model)
-        cache = model(**case.inputs()).past_key_values
+        cache = model(**case.inputs())[CACHE]
         with vlmprune.patch(model, METHODS["cache"]) as inner:
             assert inner.active and not outer.active and "suspended" in repr(outer)
             with pytest.raises(ZeroDivisionError), vlmprune.patch(model, METHODS["attending"]):
@@ -545,7 +546,7 @@ def test_leaving_with_brings_the_outer_patch_back(case):
         assert zoo.hooks(model) == while_patched
         assert same(outputs(model, case), found)
         if not case.packed:  # whose rope_deltas are those of the last call
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
     assert differences(before, snapshot(model)) == []
     assert same(outputs(model, case), expected)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from kit import skips
 from kit.zoo import CASES
+from vlmprune.adapters.cache_names import CACHE
 from vlmprune.eval import cli
 from vlmprune.eval.bench.bench_table import before_after_table
 from vlmprune.eval.bench.decoding import Decoding, in_turn
@@ -122,13 +123,13 @@ def test_the_oracle_takes_any_counts(cuts):
         if not cuts:
             assert torch.allclose(output.logits, prefill(model, inputs).logits, atol=1e-5)
             seen = seen[:4]
-        stored = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+        stored = [layer.keys.shape[2] for layer in output[CACHE].layers]
         Decoding(model, output, None).run(2)  # layers of different lengths go on side by side
     expected = [16] * 4
     for at, count in cuts:
         expected[at:] = [count] * (4 - at)
     assert seen[:4] == stored == [n + 40 for n in expected] and output.logits.shape[:2] == (1, 1)
-    longer = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    longer = [layer.keys.shape[2] for layer in output[CACHE].layers]
     assert longer == [n + 2 for n in stored]
 
 
@@ -302,7 +303,7 @@ def test_a_twin_shares_the_weights_and_is_patched_alone():
     other = twin(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with torch.inference_mode(), Variant(parse("grid@0.25")).patched(other):
-        caches = [prefill(each, inputs).past_key_values for each in (model, other)]
+        caches = [prefill(each, inputs)[CACHE] for each in (model, other)]
     stored = inputs["input_ids"].shape[1]
     assert [cache.layers[0].keys.shape[2] for cache in caches] == [stored, stored - 12]
 
@@ -342,7 +343,7 @@ def test_decoding_in_turn_gives_each_its_own_steps():
         seconds = in_turn(both, 3)
     assert [len(steps) for steps in seconds] == [3, 3] and min(map(min, seconds)) > 0
     stored = inputs["input_ids"].shape[1] + 3
-    assert [one.output.past_key_values.get_seq_length() for one in both] == [stored, stored]
+    assert [one.output[CACHE].get_seq_length() for one in both] == [stored, stored]
 
 
 def test_an_interrupted_bench_keeps_its_rounds(tmp_path, monkeypatch):

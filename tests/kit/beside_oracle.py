@@ -7,6 +7,7 @@ import torch
 from kit import zoo
 from kit.oracle import Truth
 from kit.reported import TOLERANCE
+from vlmprune.adapters.cache_names import CACHE
 from vlmprune.prune.contract import Place
 from vlmprune.prune.tiling import Tiling
 
@@ -106,9 +107,9 @@ def check_against(truth: Truth, model, inputs, handle=None, first=None) -> None:
     torch.testing.assert_close(first.logits[:, -1], logits[0], **TOLERANCE)
 
     lengths = [truth.layer_lengths(b) for b in range(len(truth.rows))]
-    physical = [layer.keys.shape[-2] for layer in first.past_key_values.layers]
+    physical = [layer.keys.shape[-2] for layer in first[CACHE].layers]
     assert physical == [max(column) for column in zip(*lengths, strict=True)]
-    cache = out.past_key_values
+    cache = out[CACHE]
     physical = [layer.keys.shape[-2] for layer in cache.layers]
     assert physical == [max(column) + STEPS - 1 for column in zip(*lengths, strict=True)]
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1

@@ -23,6 +23,7 @@ from kit.feature_bench import (
 )
 from kit.oracle import Truth
 from transformers import DynamicCache
+from vlmprune.adapters.cache_names import CACHE
 
 CACHES: Features = {}
 feature = functools.partial(register, CACHES)
@@ -32,14 +33,14 @@ feature = functools.partial(register, CACHES)
 def copied_cache(bench):
     inputs, truth = bench.prefill()
     first = bench.generate(inputs, **DETAILS)
-    cache = first.past_key_values
+    cache = first[CACHE]
     for past, word in ((copy.deepcopy(cache), 5), (copy.deepcopy(cache), 6), (cache, 7)):
         ids = torch.cat([first.sequences, torch.full((3, 2), word)], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, STEPS + 2).long()], 1)
         out = bench.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=past,
+            **{CACHE: past},
             max_new_tokens=2,
             do_sample=False,
             **DETAILS,
@@ -53,7 +54,7 @@ def cropped_cache(bench):
     if ELASTIC in bench.calls:  # nothing goes back behind an entry that was evicted
         bench = Bench(bench.case, bench.place, instead=[*bench.calls[:-1], PRESS])
     inputs, truth = bench.prefill(zoo.SINGLE)
-    cache = bench.generate(inputs, **DETAILS).past_key_values  # all but the last new token
+    cache = bench.generate(inputs, **DETAILS)[CACHE]  # all but the last new token
     with pytest.raises(vlmprune.UnsupportedFeatureError, match="crop"):
         copy.deepcopy(cache).crop(-STEPS - 10)  # into the image
     for new in ([5, 9], [6]):
@@ -61,7 +62,7 @@ def cropped_cache(bench):
         past.crop(1 - STEPS)
         assert past.get_seq_length() == inputs["input_ids"].shape[1]
         with torch.no_grad():
-            out = bench.model(input_ids=torch.tensor([new]), past_key_values=past)
+            out = bench.model(input_ids=torch.tensor([new]), **{CACHE: past})
         truth.pieces = (len(new),)
         torch.testing.assert_close(out.logits[0], truth.next_logits(0, new)[1:], **CLOSE)
 
@@ -79,7 +80,7 @@ def chosen_rows(bench):
         (0, 0, 1, 1, 2, 2): lambda cache: cache.batch_repeat_interleave(2),
     }
     for rows, change in changes.items():
-        cache = copy.deepcopy(first.past_key_values)
+        cache = copy.deepcopy(first[CACHE])
         change(cache)
         order = torch.tensor(rows)
         if bench.case.packed:  # transformers keeps the rows' offsets on the module
@@ -88,7 +89,7 @@ def chosen_rows(bench):
         out = bench.model.generate(
             input_ids=ids[order],
             attention_mask=mask[order],
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=2,
             do_sample=False,
             **DETAILS,
@@ -108,9 +109,9 @@ def prefix(bench):
     def turns(model):
         cache = DynamicCache(config=model.config.text_config)
         with torch.no_grad():
-            model(input_ids=inputs["input_ids"][:, :5], past_key_values=cache, use_cache=True)
+            model(input_ids=inputs["input_ids"][:, :5], **{CACHE: cache}, use_cache=True)
         return model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=STEPS, do_sample=False, **DETAILS
+            **inputs, **{CACHE: cache}, max_new_tokens=STEPS, do_sample=False, **DETAILS
         )
 
     dense = bench.upstream(turns)
@@ -141,7 +142,7 @@ def own_loop(bench):
                     extra = {"attention_mask": mask} if masked else {}
                     out = model(
                         input_ids=logits[-1].argmax(-1, keepdim=True),
-                        past_key_values=out.past_key_values,
+                        **{CACHE: out[CACHE]},
                         use_cache=True,
                         **extra,
                     )
@@ -161,8 +162,8 @@ def own_loop(bench):
 def several_tokens(bench):
     inputs, truth = bench.prefill(zoo.SINGLE)
     with torch.no_grad():
-        cache = bench.model(**inputs).past_key_values
+        cache = bench.model(**inputs)[CACHE]
         step = torch.tensor([[5, zoo.IMAGE, 9]])  # an image token that is no image is text
-        out = bench.model(input_ids=step, past_key_values=cache)
+        out = bench.model(input_ids=step, **{CACHE: cache})
     truth.pieces = (3,)
     torch.testing.assert_close(out.logits[0], truth.next_logits(0, step[0])[1:], **CLOSE)

@@ -22,6 +22,7 @@ from kit.feature_bench import (
 )
 from kit.oracle import Truth
 from transformers.generation.streamers import BaseStreamer
+from vlmprune.adapters.cache_names import CACHE
 
 GENERATE: Features = {}
 feature = functools.partial(register, GENERATE)
@@ -69,7 +70,7 @@ def second_turn(bench):
     second = bench.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         max_new_tokens=STEPS,
         do_sample=False,
         **DETAILS,
@@ -103,7 +104,7 @@ def second_turn_with_an_image(bench):
         kept = copy.copy(bench.handle.last.stages) if model is bench.model else []
         out = model.generate(
             **new,
-            past_key_values=first.past_key_values,
+            **{CACHE: first[CACHE]},
             max_new_tokens=STEPS,
             do_sample=False,
             **DETAILS,
@@ -133,7 +134,7 @@ def without_cache(bench):
     check_tokens(beams, truth.beams(STEPS, 2)[0][:, 0])
     with torch.no_grad():
         out = bench.model(**inputs, use_cache=False)
-    assert out.past_key_values is None
+    assert CACHE not in out
     expected = torch.stack([truth.next_logits(b)[-1] for b in range(len(truth.rows))])
     torch.testing.assert_close(out.logits[:, -1], expected, **CLOSE)
 

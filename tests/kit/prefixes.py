@@ -7,6 +7,7 @@ from kit import zoo
 from kit.oracle import Truth
 from torch import Tensor
 from transformers import DynamicCache
+from vlmprune.adapters.cache_names import CACHE
 
 LONG: tuple[zoo.Row, ...] = ((9, "A", 3, "B", 4), (30, "C", 3), (8, 2))
 PREFIX = (6, 25, 4)
@@ -35,7 +36,7 @@ def in_two_calls(model, case, truth: Truth, rows, prefix) -> None:
                 input_ids=ids,
                 attention_mask=torch.cat(masks, 1),
                 position_ids=positions if len(positions) > 1 else positions[0],
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
                 **extra,
             )
