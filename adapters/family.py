@@ -67,6 +67,9 @@ class Family(ABC):
 
     name: ClassVar[str]
     """The `model_type` of the configuration, which is also the file's name."""
+    since: ClassVar[str] = "5.20"
+    """The release of `transformers` from which on the family is right; one that has no such models
+    has no such family."""
     modalities: ClassVar[tuple[Modality, ...]] = (IMAGE,)
     """What can be pruned; the rest is refused."""
     fit: ClassVar[Fit] = "stretch"
@@ -189,7 +192,10 @@ class Family(ABC):
         return self.per_image(call, values)
 
     def check(self) -> None:  # noqa: B027  (most families have no variants)
-        """Raise `UnsupportedModelError` for a variant that this family cannot prune."""
+        """Raise `UnsupportedModelError` for a variant that this family cannot prune.
+
+        The first line of its documentation says which they are: it stands in the table of models.
+        """
 
     @property
     def fixed_tokens(self) -> int | None:

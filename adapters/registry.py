@@ -11,6 +11,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..prune.errors import PluginError, UnsupportedModelError
 from ..prune.plugins import Plugins, owner_of
@@ -24,8 +25,10 @@ ENTRY_POINT_GROUP = "vlmprune.families"
 
 @cache
 def _files() -> dict[str, str]:
+    """Families whose models the installed `transformers` has."""
     modules = pkgutil.iter_modules(_families_package.__path__, _families_package.__name__ + ".")
-    return {m.name.rpartition(".")[2]: m.name for m in modules}
+    named = {m.name.rpartition(".")[2]: m.name for m in modules}
+    return {name: module for name, module in named.items() if name in CONFIG_MAPPING_NAMES}
 
 
 @cache

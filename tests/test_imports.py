@@ -28,16 +28,8 @@ ROOMS = {
         *("presses", "batches", "methods", "choose", "scores"),
     ),
     "adapters": (
-        *(
-            "__init__",
-            "devices",
-            "wrappers",
-            "stopwatch",
-            "hooks",
-            "tap",
-            "clip_text",
-            "cache_names",
-        ),
+        *("__init__", "cache_names", "devices", "wrappers", "stopwatch", "hooks"),
+        *("tap", "clip_text"),
         *("encoder", "image_model", "encoders", "image_models", "family", "families", "registry"),
         *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
         *("cache", "report", "reporting", "pictures", "checks", "places", "generation"),

@@ -102,6 +102,7 @@ class Llava(Family):
         return int(config.image_size // config.patch_size)
 
     def check(self) -> None:
+        """Towers other than CLIP's and SigLIP's, and a CLS row that is kept as a token."""
         kind = self.vision_tower.config.model_type
         if kind not in _TOWERS:
             raise UnsupportedModelError(

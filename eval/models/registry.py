@@ -9,6 +9,7 @@ import pkgutil
 import re
 from functools import cache
 
+from ...adapters.registry import model_names
 from ...prune.errors import UnsupportedModelError
 from . import families
 from .family import EvalFamily
@@ -16,8 +17,10 @@ from .family import EvalFamily
 
 @cache
 def known_families() -> tuple[str, ...]:
-    """Their names (`model_type`), a later version behind an earlier one."""
-    return tuple(sorted((m.name for m in pkgutil.iter_modules(families.__path__)), key=_version))
+    """Their names (`model_type`), a later version behind an earlier one; those whose models the
+    installed `transformers` has."""
+    here = {m.name for m in pkgutil.iter_modules(families.__path__)} & {*model_names()}
+    return tuple(sorted(here, key=_version))
 
 
 def _version(name: str) -> list[tuple[bool, int, str]]:

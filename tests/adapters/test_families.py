@@ -1,0 +1,40 @@
+"""Which families there are: those whose models the installed `transformers` has."""
+
+from __future__ import annotations
+
+import pytest
+import vlmprune
+from vlmprune.adapters import registry
+from vlmprune.adapters.registry import family_class, model_names
+from vlmprune.eval.commands.models import models_table
+from vlmprune.eval.models.registry import known_families
+
+
+@pytest.fixture
+def older(monkeypatch):
+    """A release of transformers that does not have Qwen3-VL yet."""
+    had = {k: v for k, v in registry.CONFIG_MAPPING_NAMES.items() if k != "qwen3_vl"}
+    caches = (registry._files, known_families)
+    for cached in caches:
+        cached.cache_clear()
+    monkeypatch.setattr(registry, "CONFIG_MAPPING_NAMES", had)
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_families_that_a_release_lacks_are_absent(older):
+    assert "qwen3_vl" not in {*vlmprune.models(), *known_families()}
+    assert "qwen2_vl" in vlmprune.models()
+    assert "qwen3_vl" not in {row[0] for row in models_table().rows}
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_a_family_says_what_the_table_shows(name):
+    family = family_class(name)
+    major, minor = family.since.split(".")
+    assert (int(major), int(minor)) >= (5, 20), "no older transformers is admitted"
+    if family.check is not registry.Family.check:
+        assert family.check.__doc__, "which variants are refused"
+    (row,) = [row for row in models_table().rows if row[0] == name]
+    assert all(row[:-1])
