@@ -246,7 +246,7 @@ def test_what_is_remembered_is_what_enters_the_llm(case):
             output = model(**inputs)
         kept = model._vlmprune_handle.last.kept[0]
         if (hidden := getattr(output, "image_hidden_states", None)) is not None:
-            hidden = hidden.flatten(0, -2)
+            hidden = torch.cat([rows.flatten(0, -2) for rows in hidden])  # a list from 5.24 on
             assert torch.equal(hidden.any(-1).nonzero()[:, 0], kept)
         (known,) = model._vlmprune_handle._engine.memory._known.values()
         given = dense.get_image_features(**zoo.encoder_inputs(inputs)["image"])

@@ -85,9 +85,9 @@ def test_hidden_states_have_as_many_entries_as_without_a_patch():
             pruned = model(**inputs, output_hidden_states=True)
     for one, other in zip(dense.hidden_states, pruned.hidden_states, strict=True):
         assert torch.equal(one, other)
-    # Of the encoder's, transformers keeps only those that are selected.
+    # Of the encoder's, some releases of transformers keep only those that are selected.
     read = [[state is not None for state in states] for states in seen]
-    assert read[0] == read[1] and any(read[0]) and not read[0][-1]
+    assert read[0] == read[1] and any(read[0])
 
 
 def test_weights_of_unread_layers_that_are_offloaded_are_not_loaded(monkeypatch):
