@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import vlmprune
-from kit import zoo
+from kit import skips, zoo
 from kit.snapshots import differences, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -240,6 +240,7 @@ def test_nothing_is_left_of_a_patch_inside_an_adapter(name):
     assert differences(before, snapshot(unwrapped(tuned))) == []
 
 
+@skips.needs("adapters")
 def test_an_adapter_of_transformers_own():
     model = CLIP.model()
     handle = vlmprune.patch(model, "transprune", keep_ratio=0.4)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NamedTuple, NoReturn
 
 import pytest
 import torch
 from kit import chromium
+from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import is_flash_attn_2_available
 
 
@@ -49,6 +52,11 @@ REASONS: dict[str, Reason] = {
         "timm is not installed: pip install '.[timm]'",
         "`.ci/run`, in the environment of this extra alone",
         lambda: find_spec("timm"),
+    ),
+    "adapters": Reason(
+        "for adapters of its own transformers wants a later PEFT than is installed",
+        "`.ci/run`, on the oldest transformers that is admitted",
+        lambda: Version(version("peft")) >= Version(MIN_PEFT_VERSION),
     ),
     "chromium": Reason(
         f"no Chromium on PATH ({', '.join(chromium.NAMES)})",
