@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..compare.side_by_side import LEGEND
+from .agreement import agreement_table
 from .averages import averages_table
 from .cells import Cell, Section
 from .chart import chart
@@ -98,6 +99,7 @@ def _more(section: Section) -> Iterator[tuple[str, Grid, bool]]:
     for title, grid, shown in (
         ("Published beside measured", beside_published(section), True),
         ("All metrics", metrics_table(section), True),
+        ("Agreement with the dense model", agreement_table(section), True),
         ("By kind of question", kinds_table(section), False),
     ):
         if grid is not None:

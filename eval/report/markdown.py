@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from ..table import Table
+from .agreement import agreement_table
 from .averages import averages_table
 from .cells import Cell, Section
 from .escape import fenced, markdown, one_line
@@ -61,6 +62,7 @@ def _section(section: Section, most: int | None) -> list[str]:
     ]
     for title, grid in (
         ("All metrics", metrics_table(section)),
+        ("Agreement with the dense model", agreement_table(section)),
         ("By kind of question", kinds_table(section)),
         ("Published beside measured", beside_published(section)),
     ):

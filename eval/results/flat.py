@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..environment import describe
+from .agreement import agreement
 from .records import Record, budget_text, method_name, variant
 from .statistics import Score, difference
 
@@ -38,6 +39,7 @@ def score(record: Record, metric: str, dense: Record | None) -> dict[str, Any]:
     pruned = bool(record["config"]["methods"])
     beside = dense["scores"].get(metric) if pruned and dense is not None else None
     found = difference(here, beside) if beside else (None, None, None)
+    agrees = agreement(record, dense, metric) if pruned and dense is not None else None
     return {
         "metric": metric,
         "unit": here["unit"],
@@ -47,6 +49,9 @@ def score(record: Record, metric: str, dense: Record | None) -> dict[str, Any]:
         "n": here["n"],
         "higher_is_better": here["higher_is_better"],
         **dict(zip(("vs_dense", "vs_dense_low", "vs_dense_high"), found, strict=True)),
+        "same_answers": agrees.same_answers if agrees else None,
+        "turned_wrong": agrees.turned_wrong if agrees else None,
+        "turned_right": agrees.turned_right if agrees else None,
     }
 
 

@@ -179,7 +179,8 @@ class Times(TypedDict):
 
 
 class Measured(TypedDict):
-    """What running a cell yields. `scores` are by metric, the task's main one first."""
+    """What running a cell yields. `scores` are by metric, the task's main one first; `answers`, one
+    digest a question, tell whether two cells said the same (not in older records)."""
 
     scores: dict[str, Score]
     tokens: Tokens
@@ -190,6 +191,7 @@ class Measured(TypedDict):
     positions: str | None
     notes: list[str]
     examples: list[Example]
+    answers: NotRequired[list[str]]
 
 
 class Record(TypedDict, total=False):
@@ -212,6 +214,7 @@ class Record(TypedDict, total=False):
     positions: str | None
     notes: list[str]
     examples: list[Example]
+    answers: list[str]
     error: dict[str, str]
     versions: dict[str, str]
     hardware: dict[str, object]

@@ -21,6 +21,7 @@ from ..extras import Extras
 from ..measure.evaluate import Benchmark, Sample
 from ..models.loading import fingerprint
 from ..processes import Processes
+from ..results.agreement import digest
 from ..results.records import Config, Measured, method_record
 from ..results.store import Store
 from ..words.parts import Parts
@@ -114,6 +115,7 @@ class _Grid:
             if folder
             else None,
         )
+        measured["answers"] = [digest(answer.prediction) for answer in answers]
         if request.samples and self.processes.first:
             path = request.samples / f"{cell.config.id}.jsonl"
             _write_samples(self.extras, path, answers)
