@@ -197,7 +197,7 @@ class Engine(Installed):
         self, modality: Modality, ids: Tensor | None, embeds: Tensor | None
     ) -> Tensor:
         """(B, L) bool: the columns of the modality's placeholders."""
-        token = getattr(self.model.config, modality.token)
+        token = self.family.placeholder(modality)
         if embeds is None:
             return ids == token  # type: ignore[return-value]
         row = self.core.get_input_embeddings()(torch.tensor(token, device=embeds.device))
@@ -216,9 +216,8 @@ class Engine(Installed):
         return encoded
 
     def _prompt(self, ids: Tensor, mask: Tensor | None) -> Prompt:
-        config = self.model.config
-        placeholders = {m: getattr(config, m.token) for m in self.family.modalities}
-        return Prompt(ids, mask, placeholders)
+        family = self.family
+        return Prompt(ids, mask, {m: family.placeholder(m) for m in family.modalities})
 
     def _not_pruned(self) -> None:
         note = (

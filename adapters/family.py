@@ -164,6 +164,10 @@ class Family(ABC):
             values: (B, S, ...) as the attention modules saw the tokens, CLS included.
         """
 
+    def placeholder(self, modality: Modality) -> int:
+        """Id of the tokens that its images take the place of."""
+        return int(getattr(self.model.config, modality.token))
+
     def sizes(self, modality: Modality) -> str:
         """The argument that holds the sizes of each image, where there is one."""
         return f"{modality.name}_sizes"

@@ -49,7 +49,8 @@ def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) ->
     if missing:
         raise MissingSignalError(
             f"{call.name} compares image and question in the space of a CLIP text encoder, which "
-            f"this vision tower was not trained with. Methods that work on it: "
+            f"this vision tower was not trained with, or of which the projector does not read one "
+            f"layer alone. Methods that work on it: "
             f"{', '.join(_working(shape))}."
         )
     if clip is None and any(need.of_text_twin for need in needs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -37,7 +38,9 @@ class Llava(Family):
         return Tower(
             num_layers=tower.config.num_hidden_layers,
             has_cls=hasattr(tower.embeddings, "class_embedding"),
-            text_twin=tower.config.model_type == "clip_vision_model",
+            # CLIP's space lies behind one of its layers, not behind several side by side.
+            text_twin=tower.config.model_type == "clip_vision_model"
+            and len(self._feature_layers({})) == 1,
             prefix=int(hasattr(tower.embeddings, "class_embedding")),
             blocks_read=tower.config.num_hidden_layers - len(self.unread_layers({})),
         )
@@ -54,12 +57,13 @@ class Llava(Family):
         return [Tiling.single(*grid) for (grid,) in self.pictures(call)]
 
     def pixels(self, call: Call) -> Sequence[Tensor]:
-        return call.inputs["pixel_values"].split(1)
+        return call.inputs[call.modality.pixels].split(1)
 
     def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
+        """One of each image (B, 3, H, W), one of each frame of a video (B, T, 3, H, W)."""
         patch = self.vision_tower.config.patch_size
-        images, _, height, width = call.inputs["pixel_values"].shape
-        return [[(height // patch, width // patch)]] * images
+        images, *frames, _, height, width = call.inputs[call.modality.pixels].shape
+        return [[(height // patch, width // patch)] * math.prod(frames)] * images
 
     def encoder_features(self, call: Call, output: Any) -> Tensor:
         layers = self._feature_layers(call.inputs)

@@ -12,7 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from ...prune.tiling import Block, Tiling
-from ..family import Call
+from ..family import VIDEO, Call
 from .llava import Llava
 
 
@@ -38,12 +38,16 @@ class LlavaNext(Llava):
         return found
 
     def pixels(self, call: Call) -> Sequence[Tensor]:
+        if call.modality is VIDEO:
+            return super().pixels(call)
         pixels, counts = call.inputs["pixel_values"], self.tile_counts(call)
         if pixels.dim() == 5:
             return [image[:count] for image, count in zip(pixels, counts, strict=True)]
         return list(pixels.split(counts))
 
     def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
+        if call.modality is VIDEO:
+            return super().pictures(call)
         side, pinpoints = self.side, self.model.config.image_grid_pinpoints
         tile = self.vision_tower.config.image_size
         return [

@@ -7,35 +7,18 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ...prune.tiling import Block, Tiling
-from ..family import IMAGE, VIDEO, Call, Modality
-from .llava_next import LlavaNext
+from ..family import VIDEO, Call, Modality
+from .llava_next_video import LlavaNextVideo
 
 
-class LlavaOnevision(LlavaNext):
+class LlavaOnevision(LlavaNextVideo):
     name = "llava_onevision"
-    modalities = (IMAGE, VIDEO)
-
-    def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
-        if call.modality is IMAGE:
-            return super().tilings(call, features)
-        side = (self.side + 1) // 2  # frames are pooled to half of it
-        frames = call.inputs["pixel_values_videos"].shape[1]
-        frame, last = Block((side,), (side,)), Block((side,), (side,), "end")
-        return [Tiling((*[frame] * (frames - 1), last))] * len(features)
-
-    def pixels(self, call: Call) -> Sequence[Tensor]:
-        if call.modality is VIDEO:
-            return call.inputs["pixel_values_videos"].split(1)
-        return super().pixels(call)
+    newline_of_videos = "end"
 
     def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
-        if call.modality is VIDEO:
-            videos, frames = call.inputs["pixel_values_videos"].shape[:2]
-            return [[(self.side, self.side)] * frames] * videos
         tiles = super().pictures(call)
         per_sample = call.inputs.get("batch_num_images")
-        if per_sample is None:
+        if call.modality is VIDEO or per_sample is None:
             return tiles
         alone = [int(number) == 1 for number in per_sample for _ in range(int(number))]
         return [all_ if single else all_[:1] for all_, single in zip(tiles, alone, strict=True)]
@@ -63,13 +46,13 @@ class LlavaOnevision(LlavaNext):
         some = {**chosen.inputs, "batch_num_images": per_prompt.new_tensor(counts)}
         return taken, replace(call, inputs=some)
 
-    def per_image(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        if call.modality is IMAGE:
-            return super().per_image(call, values)
-        patches = self.patches(values)
-        pooled = self.core.apply_pooling(patches.reshape(*patches.shape[:2], -1))
-        videos = call.inputs["pixel_values_videos"].shape[0]
-        return list(pooled.reshape(videos, -1, *patches.shape[2:]))
+    def pool(self, frames: Tensor) -> Tensor:
+        pooled: Tensor = self.core.apply_pooling(frames)
+        return pooled
+
+    @property
+    def pooled_side(self) -> int:
+        return (self.side + 1) // 2
 
     def pack(
         self, tiles: Sequence[Tensor], sizes: Tensor, newline: Tensor | None

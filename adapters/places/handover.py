@@ -69,16 +69,16 @@ class Handover:
             present = None if whole is None else self._present(whole, image)
             inside = [rows * columns for rows, columns in grids]
             inside = inside if present is None else [len(own) for own in present]
+            mixed = present is None and not method.restores
+            refusal = _resampled(method, family, call, number) if mixed else None
             spare, counts = counts_of_image(
-                calls[number], setup.shape, tilings[number], inside, grids
+                calls[number], setup.shape, tilings[number], inside, grids, refusal
             )
-            if counts is not None and present is None and not method.restores:
-                _refuse_resampled(method, family, call, number)
             for n, grid in enumerate(grids):
                 own = None if present is None else present[n]
                 after = None if counts is None or counts[n][-1] == inside[n] else counts[n]
                 pictures.append(_picture(grid, after, own, in_raster_order=not encoder.packed))
-            left = places[number] if whole is None else whole
+            left = places[number][:, 0] if whole is None else whole
             if setup.first is not None:  # it chooses among patches
                 spare = 0
             self.images.append(Handed(tilings[number], left, image, spare, counts is not None))
@@ -187,22 +187,22 @@ class Handover:
 
 def _places(family: Family, call: Call, unit: int, prefix: int, packed: bool) -> Sequence[Tensor]:
     """Per image, the place of each of its patches among all that the encoder sees, as the model's
-    own packing orders them; where it resamples, no whole numbers: (P,) float64."""
+    own packing orders them, and its square, by which mixed patches are told: (P, 2) float64."""
     sizes = [rows * columns for of_image in family.pictures(call) for rows, columns in of_image]
     total = sum(sizes)
     numbers = torch.arange(total, dtype=torch.float64)
+    numbers = torch.stack([numbers, numbers**2], -1)
     if packed:
-        return family.per_image(call, numbers.repeat_interleave(unit)[None])
-    by_picture = numbers.view(len(sizes), -1)
-    front = by_picture.new_full((len(sizes), prefix), -1)
-    return family.per_image(call, torch.cat([front, by_picture], 1)[..., None])
+        return family.per_image(call, numbers.repeat_interleave(unit, 0)[None])
+    by_picture = numbers.view(len(sizes), -1, 2)
+    front = by_picture.new_full((len(sizes), prefix, 2), -1)
+    return family.per_image(call, torch.cat([front, by_picture], 1))
 
 
 def _whole_numbers(places: Tensor) -> Tensor | None:
     """(P,) int64; None where the model mixes patches on their way to the prompt."""
-    places = places.flatten()
-    whole = places.round()
-    if not torch.equal(whole, places) or len(whole.unique()) < len(whole):
+    whole, squares = places.unbind(-1)
+    if not torch.equal(whole**2, squares) or len(whole.unique()) < len(whole):
         return None
     return whole.long()
 
@@ -234,9 +234,14 @@ def counts_of_image(
     tiling: Tiling,
     patches: Sequence[int],
     grids: Sequence[tuple[int, int]],
+    refusal: UnsupportedFeatureError | None = None,
 ) -> tuple[int, list[tuple[int, ...]] | None]:
     """Newlines that stay of an image, and rows after each cut in each of its pictures; None where
-    nothing leaves."""
+    nothing leaves.
+
+    Args:
+        refusal: raised where rows would leave.
+    """
     call = next(call for call in calls if call.method.place is Place.ENCODER)
     method = call.method
     assert isinstance(method, InEncoder)  # noqa: S101  (for the types)
@@ -245,6 +250,8 @@ def counts_of_image(
     planned = next((stage.keep for stage in stages if stage.place is Place.ENCODER), total)
     if planned >= total and call.budget is not None and not method.restores:
         return tiling.num_newlines, None
+    if refusal is not None:
+        raise refusal
     keep = rows_kept(call, total, seen, planned)
     if keep is not None and keep >= seen and method.restores:
         return 0, None
@@ -253,8 +260,10 @@ def counts_of_image(
     return spare, counts_of(method, shape.tower, patches, keep, grids if near else None)
 
 
-def _refuse_resampled(method: InEncoder, family: Family, call: Call, number: int) -> None:
-    raise UnsupportedFeatureError(
+def _resampled(
+    method: InEncoder, family: Family, call: Call, number: int
+) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
         f"{method.name} removes rows inside the vision encoder, and {family.name} resamples what "
         f"its encoder gives of {call.modality.name} {number} (pooled frames, a canvas scaled "
         f"down), which needs every patch: use a method that restores rows, one that acts before "

@@ -108,7 +108,9 @@ class PackedPassage(Passage):
         return self._own(group, self._units(values[0]).float().mean(1))
 
     def spread_rows(self, values: Tensor, cuts: int) -> Tensor:
-        units = self._units(values[0])
+        alive = sum(self._rows(group, cuts) * len(group.pictures) for group in self.groups)
+        # One value a unit where the encoder has merged its patches itself.
+        units = values[0].unflatten(0, (alive, -1))
         return (self._spread(units, cuts) if cuts else units).flatten(0, 1)[None]
 
     def spread_tokens(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -119,7 +121,7 @@ class PackedPassage(Passage):
         """Values (units alive, ...) as those of all units."""
         counts, found = [0] * self.num_pictures, []
         for group in self.groups:
-            rows = int(group.counts[cuts - 1]) if group.counts is not None else group.total
+            rows = self._rows(group, cuts)
             for picture in group.pictures:
                 counts[picture] = rows
         starts = _starts(counts)
@@ -130,6 +132,12 @@ class PackedPassage(Passage):
             found.append((member + first[:, None]).where(member >= 0, nothing))
         index = self._in_order(found, [group.total for group in self.groups])
         return pad(units, (0, 0) * (units.dim() - 1) + (0, 1))[index.to(units.device)]
+
+    def _rows(self, group: Alike, cuts: int) -> int:
+        """Of each picture of a group, behind some cuts."""
+        if group.counts is None or not cuts:
+            return group.total
+        return int(group.counts[cuts - 1])
 
     def _units(self, values: Tensor) -> Tensor:
         """(units, patches of a unit, ...)"""

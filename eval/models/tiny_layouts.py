@@ -73,6 +73,8 @@ class Plain:
     takes_videos = False
     packed = False
     """Whether patches of all images come in one row."""
+    resampled = ""
+    """Images whose patches are mixed behind the encoder: scaled or pooled."""
 
     def tiling(self, image: str, alone: bool) -> Tiling:
         """How the tokens of an image lie; `alone`: no other image in its prompt."""

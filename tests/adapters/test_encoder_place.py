@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 import vlmprune
 from kit import skips, zoo
 from kit.beside_oracle import budget_of, check_against, check_kept
@@ -21,7 +22,7 @@ BEFORE_LLM = [name for name in vlmprune.methods() if issubclass(method_class(nam
 PLAIN = "tome"
 NATIVE = {"tome": {"r": 3}}
 """Fields without which a method needs a budget."""
-NO_RESAMPLING = [case for case in zoo.CASES.values() if case.name != "llava_onevision"]
+NO_RESAMPLING = [c for c in zoo.CASES.values() if not set(c.layout.resampled) & set("ABCD")]
 
 
 def patched(model, case, name: str, **given):
@@ -68,7 +69,9 @@ def test_equals_the_oracle(case, attention, budget, positions, name):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in NO_RESAMPLING if c.layout.takes_videos], ids=lambda case: case.name
+    "case",
+    [c for c in zoo.CASES.values() if c.layout.takes_videos and not c.layout.resampled],
+    ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("name", REMOVING)
 def test_videos_equal_the_oracle(case, name):
@@ -323,3 +326,16 @@ def test_an_exception_inside_a_block_leaves_the_next_call_right(case):
         hook.remove()
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, right)
+
+
+def test_frames_whose_pooled_numbers_happen_to_be_whole_are_resampled_too():
+    """Of a frame of 5 x 5 patches, the means of 2 x 2 numbers are whole."""
+    case = zoo.CASES["llava_next_video"]
+    config = case.config()
+    config.vision_config.image_size = 20
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    vlmprune.patch(model, PLAIN, keep_ratio=0.5)
+    frames = torch.randn(1, 2, 3, 20, 20)
+    ids = torch.tensor([[5, *[zoo.VIDEO] * 8, 6]])
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="resamples"):
+        model(input_ids=ids, pixel_values_videos=frames)

@@ -167,7 +167,9 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
             def place(values, kind=kind, given=given, i=i):
                 values = values[:, skip:]
                 if kind == "video":
-                    return model.model.apply_pooling(values).flatten(0, 1)
+                    core = model.model
+                    pool = getattr(core, "apply_pooling", None) or core.vision_resampler
+                    return pool(values).flatten(0, 1)
                 if "image_sizes" not in given:
                     return values[0]
                 size = given["image_sizes"][i : i + 1]
@@ -216,8 +218,10 @@ def _tower_reads(core, tower, kind: str, given: dict):
         name: [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in found]
         for name, found in reads.items()
     }
-    layer = core.config.vision_feature_layer
-    return split["q_proj"], split["k_proj"], hidden[0].hidden_states[layer]
+    layers = core.config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    read = torch.cat([hidden[0].hidden_states[layer] for layer in layers], -1)
+    return split["q_proj"], split["k_proj"], read
 
 
 @torch.no_grad()
@@ -358,7 +362,7 @@ def test_what_the_projector_reads(case, attention, rows):
             if want in wants:
                 expected = expected_signal(case, want, image)
                 torch.testing.assert_close(tokens.signals[want], expected, **FEATURES_CLOSE)
-        if case.layout.takes_videos and image.name in "CDVW" and len(image.hidden) > 1:
+        if image.name in case.layout.resampled and len(image.hidden) > 1:
             continue  # scaled or pooled after the projector, which is not linear
         with torch.no_grad():
             if case.packed:

@@ -26,14 +26,12 @@ def _llava_next(vision: Any, text: Any) -> LlavaNextConfig:
     )
 
 
-_TINY = Tiles(
-    {  # 140, 96, 114 and 192 tokens
-        "A": ((30, 48), Block((4, 4), (6, 6), "rows")),
-        "B": ((48, 16), Block((6, 6), (4,), "rows")),
-        "C": ((24, 50), Block((6,), (3, 6, 3), "rows")),
-        "D": ((48, 48), Block((6, 6), (6, 6), "rows")),
-    }
-)
+CANVASES = {  # 140, 96, 114 and 192 tokens
+    "A": ((30, 48), Block((4, 4), (6, 6), "rows")),
+    "B": ((48, 16), Block((6, 6), (4,), "rows")),
+    "C": ((24, 50), Block((6,), (3, 6, 3), "rows")),
+    "D": ((48, 48), Block((6, 6), (6, 6), "rows")),
+}
 
 
 def tiny_llava_next() -> LlavaNextConfig:
@@ -59,7 +57,7 @@ class LlavaNext(EvalFamily):
             (672, 336),
         ),
     )
-    tiny: ClassVar[tuple[Case, ...]] = (Case("llava_next", tiny_llava_next, CLIP, _TINY),)
+    tiny: ClassVar[tuple[Case, ...]] = (Case("llava_next", tiny_llava_next, CLIP, Tiles(CANVASES)),)
 
     def usual_picture(self, config: Any) -> tuple[int, int]:
         height, width = max(config.image_grid_pinpoints, key=lambda canvas: -canvas[0] * canvas[1])

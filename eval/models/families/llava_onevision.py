@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +16,16 @@ from ..tiny_layouts import (
     FRAMES,
     IMAGE,
     PINPOINTS,
-    PIXELS,
     SIDE,
     TOWER,
     VIDEO,
     Row,
-    Tiles,
     images,
-    noise,
 )
 from ..tiny_models import Case
 from .llava import SIGLIP
 from .llava_next import LlavaNext
+from .llava_next_video import TilesAndFrames
 
 _PINPOINTS = [[384 * r, 384 * c] for r in range(1, 7) for c in range(1, 7)]
 
@@ -66,16 +64,15 @@ def _onevision(vision: Any, text: Any) -> LlavaOnevisionConfig:
     )
 
 
-class TilesAndVideos(Tiles):
-    """One of several images is plain with one newline; frames are pooled."""
+class _TilesAndVideos(TilesAndFrames):
+    """One of several images is plain with one newline; so is a video."""
 
-    takes_videos = True
+    resampled = "CDVW"
 
     def tiling(self, image: str, alone: bool) -> Tiling:
         if image in FRAMES:
-            side = -(-SIDE // 2)
-            frames = [Block((side,), (side,))] * (FRAMES[image] - 1)
-            return Tiling((*frames, Block((side,), (side,), "end")))
+            frames = super().tiling(image, alone).blocks
+            return Tiling((*frames[:-1], replace(frames[-1], newline="end")))
         if not alone:
             return Tiling((Block((SIDE,), (SIDE,), "end"),))
         return super().tiling(image, alone)
@@ -85,14 +82,10 @@ class TilesAndVideos(Tiles):
         stills = [sum(name not in FRAMES for name in images([row])) for row in rows]
         if any(stills):  # the processor leaves out rows without images
             inputs["batch_num_images"] = torch.tensor([n for n in stills if n])
-        videos = [name for name in images(rows) if name in FRAMES]
-        if videos:
-            clips = [noise(name, FRAMES[name], 3, PIXELS, PIXELS) for name in videos]
-            inputs["pixel_values_videos"] = torch.stack(clips)
         return inputs
 
 
-_TINY = TilesAndVideos(
+_TINY = _TilesAndVideos(
     {  # 114, 96, 102 and 96 tokens where they are alone; C and D are scaled down
         "A": ((24, 50), Block((6,), (3, 6, 3), "rows")),
         "B": ((48, 16), Block((6, 6), (4,), "rows")),
@@ -135,7 +128,7 @@ class LlavaOnevision(LlavaNext):
     def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
         made = super().pixels(config, picture, batch_size, device)
         images = torch.ones(batch_size, dtype=torch.long)
-        return dataclasses.replace(made, inputs=made.inputs | {"batch_num_images": images})
+        return replace(made, inputs=made.inputs | {"batch_num_images": images})
 
     def canvas(self, config: Any, patches: int, rows: int, columns: int) -> tuple[int, int]:
         most = getattr(config, "vision_aspect_ratio", "").removeprefix("anyres_max_")
