@@ -46,8 +46,10 @@ class Case:
     layout: Plain = PLAIN
     fixed_positions: bool = False
     """Whether the rotary positions are two-dimensional, so that only `original` is allowed."""
-    checked: bool = True
-    """Whether methods are checked on it; not where another one asks the same of them."""
+    checked: bool = False
+    """Whether `check-method` checks methods on it: one for each thing that it may ask of them
+    (encoders with and without CLS token, tiles, windows, positions of several axes), so that a
+    check stays short however many families there are."""
 
     @property
     def packed(self) -> bool:

@@ -57,8 +57,7 @@ def check_entries(model, recorder: CacheRecorder, truth: Expected, keep: float) 
 CACHED = (*ROWS, (30, "C", 2))
 
 
-@zoo.ALL
-@zoo.ATTENTION
+@zoo.each("attention", ["sdpa", "eager"])
 def test_entries_of_a_padded_batch(case, attention):
     truth, recorder = expected(case, CACHED, cuts=()), CacheRecorder()
     model = case.model(attention)
@@ -67,7 +66,7 @@ def test_entries_of_a_padded_batch(case, attention):
     check_entries(model, recorder, truth, 0.3)
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_entries_behind_cuts(case):
     positions = modes(case)[-1]
     truth = expected(case, CACHED, positions, True)
@@ -83,7 +82,7 @@ def test_entries_behind_cuts(case):
     check_entries(model, recorder, truth, 0.2)
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_entries_behind_a_cached_text_prefix(case):
     truth, recorder = expected(case, LONG, cuts=(), prefix=PREFIX), CacheRecorder()
     model = case.model("sdpa")

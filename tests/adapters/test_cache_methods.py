@@ -28,7 +28,7 @@ POSITIONS = pytest.mark.parametrize(
     ("case", "positions"),
     [
         pytest.param(case, word, id=f"{case.name}-{word}")
-        for case in zoo.CASES.values()
+        for case in zoo.WHOLE_CASES
         for word in ("original", "repacked")
         if word == "original" or not case.fixed_positions
     ],
@@ -110,14 +110,14 @@ PADDED = ("sdpa", zoo.BATCH, {"keep_ratio": 1.0})
 EAGER = ("eager", zoo.BATCH, {"keep_tokens": 10**6})
 
 
-@METHODS
 @pytest.mark.parametrize(
-    ("case", "attention", "rows", "budget"),
+    ("case", "attention", "rows", "budget", "name"),
     [
-        pytest.param(case, *how, id=f"{case.name}-{name}")
+        pytest.param(case, *how, name, id=f"{name}-{case.name}-{word}")
         for case in zoo.CASES.values()
-        for name, how in {"single": ALONE, "batch": PADDED, "eager": EAGER}.items()
+        for word, how in {"single": ALONE, "batch": PADDED, "eager": EAGER}.items()
         if how is PADDED or case in (CLIP, QWEN)
+        for name in zoo.asked(case, NAMES)
     ],
 )
 def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, rows, budget, name):
@@ -152,7 +152,7 @@ def test_prompts_shorter_than_the_window_attend_to_everything(case, positions, f
         torch.testing.assert_close(found[2], expected[2], **TOLERANCE)
 
 
-@zoo.turns("name", NAMES)
+@zoo.turns("name", NAMES, zoo.WHOLE_CASES)
 def test_text_alone_is_the_unpatched_model_bit_for_bit(case, name):
     model, rows = case.model(), (zoo.NONE, (4,))
     vlmprune.patch(model, call_of(name, keep_ratio=0.2))
@@ -164,13 +164,21 @@ def test_text_alone_is_the_unpatched_model_bit_for_bit(case, name):
 # --- against the oracle ------------------------------------------------------------------------
 
 
+def cells(positions: str) -> Iterator[tuple[zoo.Case, str]]:
+    """Of the first families by turns; of the others one method of each kind, where it lies."""
+    for case, name in zoo.by_turns(zoo.WHOLE_CASES, NAMES):
+        if positions == "original" or not case.fixed_positions:
+            yield case, name
+    for case in zoo.OTHER_CASES if positions == "original" else ():
+        yield from ((case, name) for name in zoo.asked(case, NAMES))
+
+
 @pytest.mark.parametrize(
     ("case", "positions", "name"),
     [
         pytest.param(case, word, name, id=f"{name}-{case.name}-{word}")
         for word in ("original", "repacked")
-        for case, name in zoo.by_turns(zoo.CASES.values(), NAMES)
-        if word == "original" or not case.fixed_positions
+        for case, name in cells(word)
     ],
 )
 def test_every_step_equals_the_oracle(case, positions, name):
@@ -191,7 +199,7 @@ def test_every_step_equals_the_oracle(case, positions, name):
         assert moved[1] > 0.05 if zoo.images([row]) else moved[1] < 1e-4
 
 
-@zoo.turns("name", NAMES)
+@zoo.turns("name", NAMES, zoo.WHOLE_CASES)
 def test_counts_under_eager_attention_with_the_positions_of_the_method(case, name):
     model = case.model("eager")
     handle = vlmprune.patch(model, call_of(name, keep_tokens=7))
@@ -218,7 +226,7 @@ def test_entries_are_evicted_while_decoding():
         assert kept + 2 <= truth.cached.lengths(row, [5] * (STEPS - 1))[0] <= kept + STEPS - 3
 
 
-@zoo.turns("name", NAMES)
+@zoo.turns("name", NAMES, zoo.WHOLE_CASES)
 def test_a_batch_mate_changes_no_sample(case, name):
     """With original positions, where no two keys are equal."""
     model = case.model()
@@ -274,7 +282,7 @@ def composed(case: zoo.Case, name: str) -> list[MethodCall]:
 def compositions() -> Iterator[tuple[zoo.Case, str, str]]:
     """All of them on a family of each kind of positions, and one by turns on every other."""
     by_turns = itertools.cycle(COMPOSITIONS)
-    for case in zoo.CASES.values():
+    for case in zoo.WHOLE_CASES:
         for positions in ["original"] if case.fixed_positions else ["original", "repacked"]:
             for name in COMPOSITIONS if case in (CLIP, QWEN) else [next(by_turns)]:
                 yield case, positions, name

@@ -33,7 +33,7 @@ POSITIONS = pytest.mark.parametrize(
     ("case", "positions"),
     [
         pytest.param(case, word, id=f"{case.name}-{word}")
-        for case in zoo.CASES.values()
+        for case in zoo.WHOLE_CASES
         for word in ("original", "repacked")
         if word == "original" or not case.fixed_positions
     ],
@@ -46,14 +46,14 @@ def positions_and(name: str, words: Iterable[Any]):
     cells = [
         pytest.param(case, kind, word, id=f"{case.name}-{kind}-{word}")
         for kind in ("original", "repacked")
-        for case, word in zoo.by_turns(zoo.CASES.values(), words)
+        for case, word in zoo.by_turns(zoo.WHOLE_CASES, words)
         if kind == "original" or not case.fixed_positions
     ]
     return pytest.mark.parametrize(("case", "positions", name), cells)
 
 
 PACKED = pytest.mark.parametrize(
-    "case", [c for c in zoo.CASES.values() if not c.fixed_positions], ids=lambda case: case.name
+    "case", [c for c in zoo.WHOLE_CASES if not c.fixed_positions], ids=lambda case: case.name
 )
 ROW = (zoo.TWO,)
 GOLDEN = TESTS / "golden"
@@ -145,7 +145,7 @@ def cuts_of(case: zoo.Case, name: str):
     return cuts, words
 
 
-@zoo.turns("name", CUTS)
+@zoo.turns("name", CUTS, zoo.WHOLE_CASES)
 def test_decoding_with_stored_keys_agrees_with_no_cache(case, name):
     """New tokens at positions of their own in every layer, against the whole sequence at once."""
     cuts, words = cuts_of(case, name)
@@ -434,7 +434,7 @@ def test_repacked_positions_count_what_is_stored_behind_gaps():
     assert torch.equal(acts.decode(2, TOKENS), plain.decode(2, TOKENS)), "no image, no gaps"
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_entries_are_those_that_transformers_stores(case):
     model, inputs = case.reference("eager"), case.inputs(ROW)
     cache = DynamicCache()
@@ -509,7 +509,7 @@ def some_entries(row, layer, query, keys) -> torch.Tensor:
     return torch.tensor([i for i in range(stored) if i % 3 != stored % 3 or i == stored - 1])
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_attended_entries_against_a_mask(case):
     """Original positions: the whole sequence at once, and new rows see only some columns."""
     model, inputs = case.reference("eager"), case.inputs(ROW)

@@ -3,6 +3,8 @@ unusual prompts, with gaps in the positions, in sliding windows."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import vlmprune
@@ -12,8 +14,7 @@ from kit.oracle import Truth
 from kit.reported import TOLERANCE
 
 
-@zoo.ALL
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@zoo.each("attention", ["sdpa", "eager"])
 def test_methods_at_different_places_compose(case, attention):
     first = vlmprune.method("divprune", keep_ratio=0.5)
     second = vlmprune.method("fastv", keep_ratio=0.25, layer=2)
@@ -33,7 +34,7 @@ def test_methods_at_different_places_compose(case, attention):
         check_against(truth, model, inputs, handle)
 
 
-@zoo.ALL
+@zoo.WHOLE
 @pytest.mark.parametrize("order", [("fastv", "divprune"), ("divprune", "fastv")], ids="-".join)
 def test_the_order_in_the_list_is_the_order_of_depth(case, order):
     options = {"fastv": {"keep_ratio": 0.25, "layer": 2}, "divprune": {"keep_ratio": 0.5}}
@@ -45,7 +46,7 @@ def test_the_order_in_the_list_is_the_order_of_depth(case, order):
     assert list(handle.last.tokens_per_layer[0]) == [half, half, quarter, quarter]
 
 
-@zoo.ALL
+@zoo.WHOLE
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_a_decoder_method_keeps_the_best_of_its_attention_row(case, layer):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
@@ -61,28 +62,19 @@ def test_a_decoder_method_keeps_the_best_of_its_attention_row(case, layer):
     )
 
 
-@zoo.FAMILIES
-@pytest.mark.parametrize("which", ["before", "decoder", "both"])
-@pytest.mark.parametrize(
-    "rows",
-    [
-        (("C", 4),),
-        (("A", "B", 3),),
-        ((2, "A", "A", 3), (3, "C", 1)),
-        ((1, "B", 1), (40,), ("A", 2, "B", 1, "C", 2)),
-        ((2, "A"), (5, "C")),
-        ((43, "A", 3), (3, "A", 4, "B", 3)),
-    ],
-    ids=[
-        "image-first",
-        "adjacent-images",
-        "twice-the-same",
-        "long-text-beside",
-        "image-last",
-        "as-long-but-two-images",
-    ],
-)
-def test_unusual_prompts(case, which, rows):
+UNUSUAL = {
+    "image-first": (("C", 4),),
+    "adjacent-images": (("A", "B", 3),),
+    "twice-the-same": ((2, "A", "A", 3), (3, "C", 1)),
+    "long-text-beside": ((1, "B", 1), (40,), ("A", 2, "B", 1, "C", 2)),
+    "image-last": ((2, "A"), (5, "C")),
+    "as-long-but-two-images": ((43, "A", 3), (3, "A", 4, "B", 3)),
+}
+
+
+@zoo.each(("prompts", "which"), itertools.product(UNUSUAL, ["before", "decoder", "both"]))
+def test_unusual_prompts(case, prompts, which):
+    rows = UNUSUAL[prompts]
     calls = {
         "before": [vlmprune.method("divprune", keep_tokens=5)],
         "decoder": [vlmprune.method("fastv", keep_tokens=3, layer=1)],
@@ -100,9 +92,7 @@ def test_unusual_prompts(case, which, rows):
     check_against(truth, model, inputs, handle)
 
 
-@zoo.ALL
-@zoo.ATTENTION
-@pytest.mark.parametrize("name", ["divprune", "fastv"])
+@zoo.each(("attention", "name"), itertools.product(["sdpa", "eager"], ["divprune", "fastv"]))
 def test_gaps_in_the_positions_are_not_taken_for_packed_sequences(case, attention, name):
     """Without mask and cache, transformers reads a jump of the positions as a new sequence."""
     model, inputs = case.model(attention), case.inputs(zoo.SINGLE)

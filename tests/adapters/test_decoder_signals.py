@@ -33,14 +33,13 @@ from vlmprune.adapters.patching import patch
 from vlmprune.prune.contract import Cut, Hidden, Place, Selection
 
 VIDEOS = pytest.mark.parametrize(
-    "case", [c for c in zoo.CASES.values() if c.layout.takes_videos], ids=lambda case: case.name
+    "case", [c for c in zoo.WHOLE_CASES if c.layout.takes_videos], ids=lambda case: case.name
 )
 
 # --- Every family ------------------------------------------------------------------------------
 
 
-@zoo.ALL
-@zoo.ATTENTION
+@zoo.each("attention", ["sdpa", "eager"])
 def test_all_signals_of_a_padded_batch(case, attention):
     positions = modes(case)[-1] if attention == "sdpa" else "original"
     recorder = Recorder(wants=declared())
@@ -63,7 +62,7 @@ def test_videos(case):
     check(recorder, expected(case, zoo.MIXED), (1, 3))
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_cuts_at_every_layer_behind_a_first_stage_before_the_llm(case):
     positions, cuts = (
         modes(case)[-1],
@@ -97,7 +96,7 @@ def test_a_static_cache(case):
     check(recorder, expected(case, ROWS, positions), (1, 3))
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_batch_mates_change_no_signal(case):
     together = Recorder(wants=declared())
     run(case, "sdpa", ROWS, together)
@@ -139,7 +138,7 @@ FLUSH: tuple[zoo.Row, ...] = ((30, "C", 3), (12, "A", 5))
 BEHIND_PREFIX = pytest.mark.parametrize(
     ("case", "rows", "prefix"),
     [
-        *(pytest.param(case, LONG, PREFIX, id=case.name) for case in zoo.CASES.values()),
+        *(pytest.param(case, LONG, PREFIX, id=case.name) for case in zoo.WHOLE_CASES),
         pytest.param(zoo.SLIDING, FLUSH, (25, 9), id="sliding"),
     ],
 )
@@ -182,7 +181,7 @@ class Merging(Recorder):
         )
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_behind_a_merge(case):
     """Signals of earlier layers are gone, as no one describes the merged row."""
     positions = modes(case)[-1]

@@ -35,9 +35,9 @@ def patched(model, case, name: str, **given):
 
 
 @pytest.mark.parametrize(
-    ("case", "attention", "budget", "positions"),
+    ("case", "attention", "budget", "positions", "name"),
     [
-        pytest.param(case, *given, id=f"{given[0]}-{given[2]}-{case.name}")
+        pytest.param(case, *given, name, id=f"{name}-{given[0]}-{given[2]}-{case.name}")
         for case, given in itertools.product(
             NO_RESAMPLING,
             [
@@ -48,9 +48,9 @@ def patched(model, case, name: str, **given):
         )
         if given[0] == "sdpa" or case.name in zoo.TWO_NAMES
         if given[2] == "original" or case.name == zoo.TWO_NAMES[0]
+        for name in zoo.asked(case, REMOVING)
     ],
 )
-@pytest.mark.parametrize("name", REMOVING)
 def test_equals_the_oracle(case, attention, budget, positions, name):
     model = case.model(attention)
     handle = patched(model, case, name, positions=positions, **budget)
@@ -68,12 +68,10 @@ def test_equals_the_oracle(case, attention, budget, positions, name):
     check_against(truth_of(case, inputs, model, handle), model, inputs, handle, first)
 
 
-@pytest.mark.parametrize(
-    "case",
+@zoo.asking(
+    REMOVING,
     [c for c in zoo.CASES.values() if c.layout.takes_videos and not c.layout.resampled],
-    ids=lambda case: case.name,
 )
-@pytest.mark.parametrize("name", REMOVING)
 def test_videos_equal_the_oracle(case, name):
     model = case.model()
     handle = patched(model, case, name, keep_ratio=0.4)
@@ -104,8 +102,7 @@ def test_the_methods_own_numbers_hold_without_a_budget(case, name):
     check_against(truth_of(case, inputs, model, handle), model, inputs, handle, first)
 
 
-@pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)
-@pytest.mark.parametrize("name", NAMES)
+@zoo.asking(NAMES)
 def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, name):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
     with torch.no_grad():
@@ -209,8 +206,7 @@ def test_pictures_that_the_model_resamples_are_refused_unless_all_stays():
     assert handle.last.pruned
 
 
-@pytest.mark.parametrize("name", RESTORING)
-@pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)
+@zoo.asking(RESTORING)
 def test_restoring_methods_let_the_llm_see_all_tokens(case, name):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
     handle = patched(model, case, name, keep_ratio=0.25)

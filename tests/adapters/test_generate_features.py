@@ -27,7 +27,12 @@ from kit.reported import features_of
 
 def matrix():
     """Each place on one family, and all places at once on one whose positions have several axes;
-    the other families take turns with them."""
+    the first of the other families take turns with them, and each further one has three of them."""
+    names = [name for name in FEATURES if name not in SLOW]
+    for case in zoo.OTHER_CASES:
+        for which in range(3):
+            name = names[(zoo.turn_of(case) + which * len(names) // 3) % len(names)]
+            yield pytest.param(case, name, "all", id=f"{name}-all-{case.name}".replace(" ", "_"))
     families = zoo.FAMILIES.args[1]
     others = [case for case in families if case.name not in zoo.TWO_NAMES]
     turns = dict(zip(FEATURES, itertools.cycle(others)))

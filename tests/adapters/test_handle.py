@@ -10,7 +10,7 @@ from kit import zoo
 from PIL import Image
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_budgets_that_count_cost_give_what_they_promise(case):
     n = case.num_tokens("C")
     for name, layer in (("divprune", 0), ("fastv", 2)):

@@ -33,7 +33,7 @@ def longest(truth: Truth) -> list[int]:
     return [max(of_layer) for of_layer in zip(*lengths, strict=True)]
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_keys_made_ahead_are_used_again(case, monkeypatch):
     truth = expected(case, ROWS).truth
     entered = longest(truth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -70,7 +71,7 @@ def project(model, rows: torch.Tensor) -> torch.Tensor:
     return core.visual.merger(patches)
 
 
-@zoo.ALL
+@zoo.WHOLE
 @pytest.mark.parametrize("positions", ["original", "repacked"])
 @pytest.mark.parametrize("projected", [False, True], ids=["encoder", "projected"])
 @pytest.mark.parametrize("moved", [False, True], ids=["in-place", "moved"])
@@ -97,9 +98,7 @@ def test_merged_and_moved_rows_enter_as_the_method_says(case, positions, project
     check_against(truth, model, inputs, handle)
 
 
-@zoo.ALL
-@pytest.mark.parametrize("scope", ["image", "tile"])
-@pytest.mark.parametrize("newlines", ["drop", "keep"])
+@zoo.each(("scope", "newlines"), itertools.product(["image", "tile"], ["drop", "keep"]))
 def test_merged_rows_of_tiles_and_newlines_join(case, scope, newlines):
     """Tiles one by one, and newlines between rows that were moved: the report says which."""
     method = Blend(scope=scope, newlines=newlines)
@@ -113,7 +112,7 @@ def test_merged_rows_of_tiles_and_newlines_join(case, scope, newlines):
     check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
-@zoo.ALL
+@zoo.WHOLE
 @pytest.mark.parametrize("layer", [1, 3])
 def test_a_decoder_method_cuts_merged_and_moved_rows(case, layer):
     first = MethodCall(method=Blend(scope="image"), budget=Budget("keep_ratio", 0.5))

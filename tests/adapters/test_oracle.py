@@ -30,7 +30,7 @@ VIDEOS = [
     pytest.param(case, name, id=f"{name}-{case.name}")
     for case in zoo.CASES.values()
     if case.layout.takes_videos
-    for name in (zoo.METHODS.args[1] if case.name in zoo.TWO_NAMES else OF_EACH_KIND)
+    for name in zoo.asked(case, zoo.REMOVING if case.name in zoo.TWO_NAMES else OF_EACH_KIND)
 ]
 
 
@@ -41,16 +41,16 @@ def cut_layers(case: zoo.Case, rows, call) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("case", "attention", "budget", "positions"),
+    ("case", "attention", "budget", "positions", "name"),
     [
-        pytest.param(case, *given, id=f"{run}-{case.name}")
+        pytest.param(case, *given, name, id=f"{name}-{run}-{case.name}")
         for case in zoo.CASES.values()
         for run, given in RUNS.items()
         if run == "sdpa-original" or case.name in zoo.TWO_NAMES
+        for name in zoo.asked(case, zoo.REMOVING)
     ],
 )
-@zoo.METHODS
-def test_equals_the_oracle(case, attention, budget, name, positions):
+def test_equals_the_oracle(case, attention, budget, positions, name):
     model = case.model(attention)
     call = vlmprune.method(name, **budget)
     if positions == "repacked" and case.fixed_positions:
@@ -92,7 +92,7 @@ def test_default_positions_are_those_of_the_method(case, name):
     torch.testing.assert_close(first.logits[0], truth.full_logits(0), **TOLERANCE)
 
 
-@zoo.ALL
+@zoo.WHOLE
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_methods_that_need_no_budget_equal_the_oracle(case, name):
     model = case.model()

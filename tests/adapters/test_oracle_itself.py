@@ -10,14 +10,14 @@ from kit.oracle import Truth
 from kit.reported import TOLERANCE
 
 
-@zoo.ALL
+@zoo.WHOLE
 @pytest.mark.parametrize("by_layer", [False, True], ids=["language-model", "layer-loop"])
 def test_the_oracle_without_cuts_is_the_unpatched_model(case, by_layer):
     model, inputs = case.reference("sdpa"), case.inputs(zoo.BATCH)
     check_against(Truth(case.reference("eager"), inputs, by_layer=by_layer), model, inputs)
 
 
-@zoo.ALL
+@zoo.WHOLE
 @pytest.mark.parametrize("positions", ["original", "repacked"])
 def test_the_two_ways_of_the_oracle_agree_and_a_cut_matters(case, positions):
     model, inputs = case.reference("eager"), case.inputs(zoo.BATCH)

@@ -68,7 +68,7 @@ def pooled_truth(case, rows, positions) -> tuple[Expected, dict[tuple[int, int],
     return truth, pools
 
 
-@zoo.ALL
+@zoo.WHOLE
 @zoo.ATTENTION
 def test_pooled_images(case, attention):
     positions = modes(case)[-1] if attention == "sdpa" else "original"

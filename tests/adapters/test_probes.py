@@ -43,12 +43,14 @@ TOWER_LAYERS = range(5)
 ROWS = {"single": zoo.SINGLE, "batch": zoo.BATCH}
 LAYOUTS = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 EVERYTHING = pytest.mark.parametrize(
-    ("case", "rows"),
+    ("case", "rows", "attention"),
     [
-        pytest.param(case, rows, id=f"{case.name}-{name}")
+        pytest.param(case, rows, attention, id=f"{attention}-{case.name}-{name}")
         for case in [*zoo.CASES.values(), zoo.GONE]
         for name, rows in (ROWS | {"videos": zoo.MIXED}).items()
         if name != "videos" or case.layout.takes_videos
+        for attention in ("sdpa", "eager")
+        if case not in zoo.OTHER_CASES or (name != "single" and attention == "sdpa")
     ],
 )
 
@@ -331,7 +333,6 @@ OF_CLS = (ClsAttention, ClsLogits, ClsAttentionOneHead, AttentionToCls)
 
 
 @EVERYTHING
-@zoo.ATTENTION
 def test_signals_of_encoder_layers(case, attention, rows):
     kinds = OF_EVERY_ENCODER + (OF_CLS if case.shape.tower.has_cls else ())
     wants = tuple(kind(layer) for kind in kinds for layer in TOWER_LAYERS)
@@ -350,7 +351,6 @@ def test_signals_of_encoder_layers(case, attention, rows):
 
 
 @EVERYTHING
-@zoo.ATTENTION
 def test_what_the_projector_reads(case, attention, rows):
     wants = (EncoderFeatures(), Features())
     if case.shape.tower.has_cls:
@@ -376,7 +376,7 @@ def test_what_the_projector_reads(case, attention, rows):
 # --- Signals of the decoder --------------------------------------------------------------------
 
 
-@zoo.turns("how", itertools.product(["sdpa", "eager"], ROWS, [0, 1, 3]))
+@zoo.turns("how", itertools.product(["sdpa", "eager"], ROWS, [0, 1, 3]), zoo.WHOLE_CASES)
 def test_last_row_attention(case, how):
     attention, rows, layer = how[0], ROWS[how[1]], how[2]
     cut = min(layer + 1, 3)
@@ -391,7 +391,7 @@ def test_last_row_attention(case, how):
             image += 1
 
 
-@zoo.ALL
+@zoo.WHOLE
 @LAYOUTS
 def test_last_row_attention_after_an_earlier_cut_sees_what_is_alive(case, rows):
     want = TextAttention(1)
@@ -416,9 +416,7 @@ def test_last_row_attention_after_an_earlier_cut_sees_what_is_alive(case, rows):
             assert min((found - one).abs().max(), (found - two).abs().max()) < 2e-6
 
 
-@zoo.ALL
-@zoo.ATTENTION
-@pytest.mark.parametrize("newlines", ["drop", "compete"])
+@zoo.each(("attention", "newlines"), itertools.product(["sdpa", "eager"], ["drop", "compete"]))
 def test_features_tiling_and_shape(case, attention, newlines):
     recorder = Recorder(wants=(Features(),), newlines=newlines)
     (seen,) = record(case, attention, zoo.BATCH, recorder)
@@ -471,7 +469,7 @@ def test_probes_do_not_change_a_bit(case):
     assert torch.equal(model(**inputs).logits, before)
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_signals_reach_the_method_through_generate_and_beams(case):
     wants = (ReceivedAttention(3), Features(), PixelSeed())
     (plain,) = record(case, "sdpa", zoo.BATCH, Recorder(wants=wants))

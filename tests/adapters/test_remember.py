@@ -29,7 +29,7 @@ READ_THE_PROMPT = [
     if any(need.of_prompt for need in method_class(name)().needs(zoo.CLIP))
 ]
 VIDEO = pytest.mark.parametrize(
-    "case", [c for c in zoo.CASES.values() if c.layout.takes_videos], ids=lambda case: case.name
+    "case", [c for c in zoo.WHOLE_CASES if c.layout.takes_videos], ids=lambda case: case.name
 )
 
 

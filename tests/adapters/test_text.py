@@ -91,8 +91,7 @@ def recorder(*wants) -> vlmprune.prune.budget.MethodCall:
     return MethodCall(method, Budget("keep_ratio", 0.5))
 
 
-@zoo.ALL
-@pytest.mark.parametrize("run", ["forward", "generate", "beams"])
+@zoo.each("run", ["forward", "generate", "beams"])
 def test_text_embeddings_are_those_of_the_text_of_each_image(case, run):
     model, call = case.model(), recorder(TextEmbeddings())
     rows = ((3, "A", 2, "B", 5), (4, "C"), (9,))

@@ -87,8 +87,7 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@zoo.ALL
-@zoo.METHODS
+@zoo.asking(zoo.REMOVING)
 def test_nothing_is_left_of_any_method(case, name):
     model, (expected, _) = warm(case)
     before, inputs = snapshot(model), case.inputs(zoo.BATCH)
@@ -102,8 +101,7 @@ def test_nothing_is_left_of_any_method(case, name):
         assert torch.equal(model(**inputs).logits, expected)
 
 
-@zoo.ALL
-@zoo.CACHE_METHODS
+@zoo.asking(zoo.ON_CACHE)
 def test_nothing_is_left_of_any_method_on_the_cache(case, name):
     """Logits of the prefill do not show it, those of the second token do."""
     model, _ = warm(case)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import vlmprune
 from kit.flop_counter import counting
-from kit.zoo import ALL, ATTENTION, BOTH_FAMILIES, CASES, Case
+from kit.zoo import BOTH_FAMILIES, CASES, Case, each
 from torch.nn.functional import scaled_dot_product_attention
 from vlmprune.adapters.family import IMAGE, Call
 from vlmprune.adapters.registry import family_of
@@ -48,8 +48,7 @@ def analytic(case: Case, model, visual_per_layer, **options):
     )
 
 
-@ALL
-@ATTENTION
+@each("attention", ["sdpa", "eager"])
 def test_dense_prefill_equals_torch(case: Case, attention: str):
     model = case.model(attention)
     with counting() as counter, torch.inference_mode():

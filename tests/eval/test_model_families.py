@@ -16,7 +16,8 @@ def a_model(model_type: str):
 
 def test_every_family_is_known_in_the_order_of_versions():
     assert sorted(known_families()) == vlmprune.models()
-    assert list(known_families())[-3:] == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+    of_qwen = [name for name in known_families() if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
+    assert of_qwen == ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 @pytest.mark.parametrize("name", known_families())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ from vlmprune.eval.models.tiny_layouts import (
 )
 from vlmprune.eval.models.tiny_models import Case
 from vlmprune.prune.budget import MethodCall
-from vlmprune.prune.contract import CacheMethod, InEncoder
+from vlmprune.prune.contract import Attending, CacheMethod, InEncoder
 from vlmprune.prune.registry import method_class
 
 OF_TESTS = {name: importlib.import_module(f"families.{name}") for name in known_families()}
@@ -53,8 +54,21 @@ OF_TESTS = {name: importlib.import_module(f"families.{name}") for name in known_
 assert list(CASES) == [name for family in OF_TESTS.values() for name in family.CASES]
 PROCESSORS = {family.CASES[0]: family for family in OF_TESTS.values()}
 """The family that has the real processor of a tiny model: of the first one of each family."""
+FIRST = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Families whose tiny models are asked with every method and every way, as between them they have
+every kind of encoder, layout and positions. What another family has of its own is in its adapter,
+which one method of each place shows (`asked`), and tests of what it computes (`ALL`)."""
+WHOLE_NAMES = tuple(
+    name for family in FIRST for name in OF_TESTS[family].CASES if not name.startswith("zz")
+)
+WHOLE_CASES = tuple(CASES[name] for name in WHOLE_NAMES)
+OTHER_CASES = tuple(case for case in CASES.values() if case not in WHOLE_CASES)
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-FAMILY_NAMES = tuple(family.ONE for family in OF_TESTS.values() if family.ONE)
+"""Every tiny model of every family: for tests of what an adapter says, once a model."""
+WHOLE = pytest.mark.parametrize("case", WHOLE_CASES, ids=WHOLE_NAMES)
+"""The tiny models of the first families: for what no adapter has to do with."""
+FAMILY_NAMES = tuple(OF_TESTS[family].ONE for family in FIRST if OF_TESTS[family].ONE)
+"""One tiny model of each of the first families."""
 CLIP = CASES[FAMILY_NAMES[0]].shape
 GONE = OF_TESTS["llava_next"].GONE
 SLIDING = OF_TESTS["llava"].SLIDING
@@ -78,6 +92,54 @@ def by_turns(cases: Iterable[Case], words: Iterable[Any]) -> Iterator[tuple[Case
             yield case, word
 
 
+def turn_of(case: Case) -> int:
+    """A number of the model's name: which of several it takes stays as it is when others come."""
+    return zlib.crc32(case.name.encode())
+
+
+def asked(case: Case, names: Iterable[str]) -> list[str]:
+    """The methods that a tiny model is asked with: all on those of the first families; on others
+    one of each place, by turns, of those that run on it where any does."""
+    names = list(names)
+    if case not in OTHER_CASES:
+        return names
+    places: dict[Any, list[str]] = {}
+    for name in names:
+        cls = method_class(name.partition(":")[0])
+        places.setdefault((cls.place, issubclass(cls, Attending)), []).append(name)
+    found = []
+    for of_place in places.values():
+        run = [name for name in of_place if options_for(case, name.partition(":")[0]) is not None]
+        found.append((run or of_place)[turn_of(case) % len(run or of_place)])
+    return found
+
+
+def asking(names: Iterable[str], cases: Iterable[Case] = tuple(CASES.values())) -> Any:
+    """Parametrizes `case` and `name`: each of the models with the methods that it is asked with."""
+    names = list(names)
+    cells = [(case, name) for case in cases for name in asked(case, names)]
+    return pytest.mark.parametrize(
+        ("case", "name"), [pytest.param(*cell, id=f"{cell[1]}-{cell[0].name}") for cell in cells]
+    )
+
+
+def each(
+    names: str | tuple[str, ...],
+    values: Iterable[Any],
+    cases: Iterable[Case] = tuple(CASES.values()),
+) -> Any:
+    """Parametrizes `case` and `names`: every value on the models of the first families, and one by
+    turns on every other."""
+    values, own = list(values), (names,) if isinstance(names, str) else names
+    cells = []
+    for case in cases:
+        turn = turn_of(case) % len(values)
+        for value in [values[turn]] if case in OTHER_CASES else values:
+            given = (value,) if isinstance(names, str) else value
+            cells.append(pytest.param(case, *given, id="-".join(map(str, (*given, case.name)))))
+    return pytest.mark.parametrize(("case", *own), cells)
+
+
 def turns(name: str, words: Iterable[Any], cases: Iterable[Case] = tuple(CASES.values())) -> Any:
     """`by_turns` for parametrize, `name` being the argument that is a word."""
     cells = [pytest.param(*cell, id=f"{cell[1]}-{cell[0].name}") for cell in by_turns(cases, words)]
@@ -87,23 +149,27 @@ def turns(name: str, words: Iterable[Any], cases: Iterable[Case] = tuple(CASES.v
 _ALL = vlmprune.methods()
 ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
 IN_ENCODER = [name for name in _ALL if issubclass(method_class(name), InEncoder)]
-METHODS = pytest.mark.parametrize(
-    "name", [name for name in _ALL if name not in ON_CACHE + IN_ENCODER]
-)
-"""Methods that remove tokens from the sequence."""
+REMOVING = [name for name in _ALL if name not in ON_CACHE + IN_ENCODER]
+"""Methods before the LLM and in the decoder, which remove tokens from the sequence."""
+METHODS = pytest.mark.parametrize("name", REMOVING)
 CACHE_METHODS = pytest.mark.parametrize("name", ON_CACHE)
 SMALL = {"token_select": {"n_init": 1, "n_local": 2}}
 """Fields of methods that do nothing to prompts as short as these, or refuse their budgets."""
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
+def needs_of(case: Case, method: Any) -> tuple[Any, ...] | None:
+    """The signals that a method asks for; None where it has no rule for the model's encoder."""
+    try:
+        return tuple(method.needs(case.shape))
+    except (vlmprune.MissingSignalError, vlmprune.UnsupportedModelError):
+        return None
+
+
 def lacks_signal(case: Case, call) -> bool:
     """Whether the method, as it is, asks for something that the model's encoder does not have."""
-    try:
-        needs = call.method.needs(case.shape)
-    except vlmprune.MissingSignalError:
-        return True
-    return any(case.shape.lacks(signal) or signal.of_text_twin for signal in needs)
+    needs = needs_of(case, call.method)
+    return needs is None or any(case.shape.lacks(one) or one.of_text_twin for one in needs)
 
 
 def options_for(case: Case, name: str) -> dict | None:
@@ -112,8 +178,8 @@ def options_for(case: Case, name: str) -> dict | None:
     CLIP. None where the method cannot run."""
     cls = method_class(name)
     works = (f for f in ({}, cls.without_cls) if not lacks_signal(case, MethodCall(cls(**f), None)))
-    found = next(works, None)
-    if found is None and not any(map(case.shape.lacks, cls().needs(case.shape))):
+    found, needs = next(works, None), needs_of(case, cls())
+    if found is None and needs is not None and not any(map(case.shape.lacks, needs)):
         return {"clip": clip()}
     return found
 

@@ -109,9 +109,9 @@ class Llava(EvalFamilyBySizes):
         Shape("llava-1.5-encoder", lambda: _llava(clip(), llama(1024, 2752, 2)), (336, 336)),
     )
     tiny = (
-        Case("llava-clip-llama", _clip_llama, CLIP),
-        Case("llava-clip-mistral", clip_mistral, CLIP, checked=False),
-        Case("llava-siglip-qwen2", _siglip_qwen2, SIGLIP),
+        Case("llava-clip-llama", _clip_llama, CLIP, checked=True),
+        Case("llava-clip-mistral", clip_mistral, CLIP),
+        Case("llava-siglip-qwen2", _siglip_qwen2, SIGLIP, checked=True),
     )
 
     def of_sizes(self, *, layers: int, width: int, side: int) -> LlavaConfig:

@@ -57,7 +57,9 @@ class LlavaNext(EvalFamily):
             (672, 336),
         ),
     )
-    tiny: ClassVar[tuple[Case, ...]] = (Case("llava_next", tiny_llava_next, CLIP, Tiles(CANVASES)),)
+    tiny: ClassVar[tuple[Case, ...]] = (
+        Case("llava_next", tiny_llava_next, CLIP, Tiles(CANVASES), checked=True),
+    )
 
     def usual_picture(self, config: Any) -> tuple[int, int]:
         height, width = max(config.image_grid_pinpoints, key=lambda canvas: -canvas[0] * canvas[1])

@@ -123,7 +123,7 @@ class LlavaOnevision(LlavaNext):
             (384, 384),
         ),
     )
-    tiny = (Case("llava_onevision", _tiny_onevision, SIGLIP, _TINY),)
+    tiny = (Case("llava_onevision", _tiny_onevision, SIGLIP, _TINY, checked=True),)
 
     def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
         made = super().pixels(config, picture, batch_size, device)

@@ -76,4 +76,4 @@ class Qwen2_5_VL(Qwen2VL):
         Shape("qwen2.5-vl-small", lambda: _qwen2_5_vl(1024, 2752, 12, 4, 12, 640), (672, 672)),
         Shape("qwen2.5-vl-encoder", lambda: _qwen2_5_vl(1024, 2752, 2), (672, 672)),
     )
-    tiny = (Case("qwen2_5_vl", _tiny, WINDOWED, PACKED, fixed_positions=True),)
+    tiny = (Case("qwen2_5_vl", _tiny, WINDOWED, PACKED, fixed_positions=True, checked=True),)

@@ -49,7 +49,7 @@ class Qwen2VL(EvalFamily):
         limits_images=True, thins_videos=True, system_prompt=True
     )
     tiny: ClassVar[tuple[Case, ...]] = (
-        Case("qwen2_vl", _tiny, MERGING, PACKED, fixed_positions=True, checked=False),
+        Case("qwen2_vl", _tiny, MERGING, PACKED, fixed_positions=True),
     )
 
     def usual_picture(self, config: Any) -> tuple[int, int]:

@@ -77,4 +77,4 @@ class Qwen3VL(Qwen2VL):
     scaling = Scaling(limits_fps=True, system_prompt=True, patch_size=16)
     shapes = (Shape("qwen3-vl-8b", _qwen3_vl, (1024, 1024)),)
     small_shapes = (Shape("qwen3-vl-small", lambda: _qwen3_vl(1024, 2752, 12, 4, 12), (768, 768)),)
-    tiny = (Case("qwen3_vl", _tiny, MERGING, _Timestamped(), fixed_positions=True),)
+    tiny = (Case("qwen3_vl", _tiny, MERGING, _Timestamped(), fixed_positions=True, checked=True),)
