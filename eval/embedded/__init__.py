@@ -56,6 +56,11 @@ class Question:
     patches: tuple[int, ...]
 
     @property
+    def evidence(self) -> tuple[int, ...]:
+        """The same on the raster on which it is measured what methods keep, which is this one."""
+        return self.patches
+
+    @property
     def image(self) -> Image:
         """The picture, 112 x 112 RGB."""
         from PIL import Image

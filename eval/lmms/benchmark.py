@@ -14,6 +14,7 @@ from ..measure.answering import flops_of, tokens_of
 from ..measure.evaluate import EXAMPLES, TIMED_QUESTIONS, Sample, SavePicture, example
 from ..measure.flops import model_cost
 from ..measure.times import Measurement, measure
+from ..measure.where_kept import add_where
 from ..processes import Processes
 from ..results.records import Measured
 from ..tasks import TASKS_DIR
@@ -210,7 +211,7 @@ class LmmsBenchmark:
         paths: dict[int, str | None] = {}
         if save_picture is not None and processes.first:
             paths = {n: save_picture(picture, n) for n, picture in runner.pictures.items()}
-        return Measured(
+        cell = Measured(
             scores=scores,
             tokens=tokens_of(answers),
             flops=flops_of(answers, self.cost),
@@ -220,7 +221,9 @@ class LmmsBenchmark:
             positions=" ".join(sorted(runner.modes)) or None,
             notes=sorted(runner.notes),
             examples=[example(s, paths.get(n)) for n, s in enumerate(samples[:EXAMPLES])],
-        ), samples
+        )
+        add_where(cell, runner.seen, (), ())
+        return cell, samples
 
     def _measure(self, requests: Sequence[Instance]) -> Measurement:
         inputs = [self.lm.inputs([request]).inputs for request in requests]

@@ -13,6 +13,7 @@ from ...adapters.family import Fit
 from ...adapters.handle import Handle
 from ..measure.answering import Answer
 from ..measure.evaluate import EXAMPLES
+from ..measure.where_kept import Seen
 from ..models.picture_fit import picture_fit
 from .manners import alone, cause_of, quiet_bars, seeds_kept
 
@@ -32,6 +33,7 @@ class _Given:
     pictures: dict[int, Image.Image] = field(default_factory=dict)
     notes: set[str] = field(default_factory=set)
     modes: set[str] = field(default_factory=set)
+    seen: Seen = field(default_factory=Seen)
 
 
 class _Answered(Exception):
@@ -70,6 +72,7 @@ class Shared:
         self.pictures: dict[int, Image.Image] = {}
         self.notes: set[str] = set()
         self.modes: set[str] = set()
+        self.seen: list[Seen] = []
         self.timed: list[Instance] = []
 
     def evaluate(self) -> Mapping[str, Any]:
@@ -126,6 +129,7 @@ class Shared:
             self.pictures |= share.pictures
             self.notes |= share.notes
             self.modes |= share.modes
+            self.seen.append(share.seen)
         self.timed = requests[: self.asked.timed]
         if not self.lm.processes.first:
             raise _Answered
@@ -145,6 +149,7 @@ class Shared:
             if handle is not None:
                 given.notes |= {handle.last.note} if handle.last.note else set()
                 given.modes |= {handle.last.positions}
+                given.seen.note(handle.last, row)
             number = numbers[id(request)]
             if self.asked.draw and number < EXAMPLES and encoded.media[row]:
                 given.pictures[number] = _picture(handle, encoded, row, fit)

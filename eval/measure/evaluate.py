@@ -27,6 +27,7 @@ from ..tasks.version import version_of
 from .answering import Answer, answer, flops_of, tokens_of
 from .flops import model_cost
 from .times import Measurement, PatchOptions, measure
+from .where_kept import Seen, add_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,7 +166,7 @@ class Evaluator:
             self._sample(question, found)
             for question, found in zip(self.questions, answers, strict=True)
         ]
-        return Measured(
+        cell = Measured(
             scores={"accuracy": self._score(samples)},
             tokens=tokens_of(answers),
             flops=flops_of(answers, self.cost),
@@ -175,7 +176,12 @@ class Evaluator:
             positions=" ".join(sorted(set().union(*(share.modes for share in done)))) or None,
             notes=sorted(set().union(*(share.notes for share in done))),
             examples=self._examples(samples, done, save_picture),
-        ), samples
+        )
+        if calls:
+            evidence = self.processes.dealt([share.seen.evidence for share in done])
+            seen = [share.seen for share in done]
+            add_where(cell, seen, evidence, [sample.score for sample in samples])
+        return cell, samples
 
     def _share(
         self,
@@ -186,7 +192,7 @@ class Evaluator:
         inspect: Callable[[Handle], None],
     ) -> _Share:
         """Answer what this process is dealt, and draw what was kept for the first questions."""
-        share = _Share([], set(), set(), {})
+        share = _Share([], set(), set(), {}, Seen())
         questions = self.processes.share(self.questions)
         numbers = self.processes.share(range(len(self.questions)))
         fit = picture_fit(self.processor)
@@ -205,6 +211,8 @@ class Evaluator:
                 if handle is not None:
                     share.notes |= {handle.last.note} if handle.last.note else set()
                     share.modes |= {handle.last.positions}
+                    for index, question in enumerate(asked):
+                        share.seen.note(handle.last, index, getattr(question, "evidence", None))
                 for index, question in enumerate(asked):
                     if (number := numbers[start + index]) < drawn:
                         share.pictures[number] = (
@@ -307,3 +315,4 @@ class _Share:
     notes: set[str]
     modes: set[str]
     pictures: dict[int, Image.Image]
+    seen: Seen

@@ -30,7 +30,10 @@ from .methods import described
 from .pictures import data_uri
 from .published import beside_published
 from .repeat import command_of, needs
+from .where import NOTE as WHERE
+from .where import maps, where_table
 
+WHERE_TITLE = "Where tokens are kept"
 _RECORDED = ("id", "status", "finished", "seconds", "batch_size", "load_average", "notes")
 
 
@@ -88,6 +91,8 @@ def _view(
         "chart": chart(section, anchors),
         "main": main_table(section),
         "more": list(_more(section)),
+        "maps": {WHERE_TITLE: [(cell, Markup(uri)) for cell, uri in maps(section)]},
+        "notes": {WHERE_TITLE: WHERE},
         "examples": [_example(example) for example in asked(section, most)],
         "missing": section.missing,
         "configurations": [_configuration(cell) for cell in section.cells],
@@ -100,6 +105,7 @@ def _more(section: Section) -> Iterator[tuple[str, Grid, bool]]:
         ("Published beside measured", beside_published(section), True),
         ("All metrics", metrics_table(section), True),
         ("Agreement with the dense model", agreement_table(section), True),
+        (WHERE_TITLE, where_table(section), True),
         ("By kind of question", kinds_table(section), False),
     ):
         if grid is not None:

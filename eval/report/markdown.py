@@ -15,6 +15,7 @@ from .grids import Grid, facts, kinds_table, main_table, metrics_table
 from .methods import described
 from .published import beside_published
 from .repeat import command_of, needs
+from .where import where_table
 
 BEST = "★"
 NOTES = (
@@ -63,6 +64,7 @@ def _section(section: Section, most: int | None) -> list[str]:
     for title, grid in (
         ("All metrics", metrics_table(section)),
         ("Agreement with the dense model", agreement_table(section)),
+        ("Where tokens are kept", where_table(section)),
         ("By kind of question", kinds_table(section)),
         ("Published beside measured", beside_published(section)),
     ):

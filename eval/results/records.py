@@ -178,9 +178,29 @@ class Times(TypedDict):
     share_of_dense: Spread | None
 
 
+class WhereKept(TypedDict):
+    """In how many percent of `images` a token was kept over each point of a raster of `side` rows
+    and columns, in reading order."""
+
+    side: int
+    images: int
+    percent: list[int]
+
+
+class EvidenceKept(TypedDict):
+    """Which share was kept of the patches that a question is about, where a task knows them: a mean
+    over `questions`, and over those that were answered right and wrong (None: there are none)."""
+
+    mean: float
+    right: float | None
+    wrong: float | None
+    questions: int
+
+
 class Measured(TypedDict):
     """What running a cell yields. `scores` are by metric, the task's main one first; `answers`, one
-    digest a question, tell whether two cells said the same (not in older records)."""
+    digest a question, tell whether two cells said the same; `where` and `evidence` are of methods
+    that drop tokens (none of these in older records)."""
 
     scores: dict[str, Score]
     tokens: Tokens
@@ -192,6 +212,8 @@ class Measured(TypedDict):
     notes: list[str]
     examples: list[Example]
     answers: NotRequired[list[str]]
+    where: NotRequired[WhereKept]
+    evidence: NotRequired[EvidenceKept]
 
 
 class Record(TypedDict, total=False):
@@ -215,6 +237,8 @@ class Record(TypedDict, total=False):
     notes: list[str]
     examples: list[Example]
     answers: list[str]
+    where: WhereKept
+    evidence: EvidenceKept
     error: dict[str, str]
     versions: dict[str, str]
     hardware: dict[str, object]

@@ -23,7 +23,12 @@ class TaskError(VlmpruneError, ValueError):
 
 
 class Question(Protocol):
-    """One question about one image. Scores are reported over all, and for every `kind`."""
+    """One question about one image. Scores are reported over all, and for every `kind`.
+
+    One that knows which part of the picture its answer needs says so by `evidence`, a sequence of
+    points of a raster of 14 x 14 over the picture, in reading order: it is measured how many of
+    them a method keeps.
+    """
 
     @property
     def id(self) -> str | int: ...

@@ -51,12 +51,3 @@ def test_reports_show_it(tmp_path):
     found = [pruned[key] for key in ("same_answers", "turned_wrong", "turned_right")]
     assert found == ["0.25", "1", "1"] and dense["same_answers"] == ""
     assert "Agreement with the dense model" in (tmp_path / "report.html").read_text("utf-8")
-
-
-def test_a_sweep_keeps_digests(tmp_path):
-    words = ["sweep", "--methods", "grid", "--budgets", "0.05", "--limit", "7", "-o", str(tmp_path)]
-    assert cli.main(words) == 0
-    dense, pruned = map(json.loads, (tmp_path / "runs.jsonl").read_text("utf-8").splitlines())
-    assert len(dense["answers"]) == len(pruned["answers"]) == 7
-    said = agreement(pruned, dense, "accuracy")
-    assert said is not None and said.same_answers is not None and said.same_answers < 1
