@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from ..prune.contract import (
 )
 from ..prune.errors import BudgetError
 from .clip_text import ClipText
+from .devices import execution_device
 from .hooks import Spot, Spots
 from .signals.table import ENCODER_ATTENTION, HOOKS, shown
 
@@ -174,6 +176,21 @@ class Setup:
             position_ids = position_ids[-3:]  # without the row that only tells packed sequences
         cos, sin = self.text.rotary_emb(like, position_ids.to(like.device))
         return cos.to(like.device), sin.to(like.device)  # on a sharded model it is elsewhere
+
+    def turned_back(self, layer: int, keys: Tensor, by: Tensor) -> Tensor:
+        """Keys (H_kv, n, D_head) of a layer at positions `by` (0-d) lower than theirs."""
+        attention = self.text.layers[layer].self_attn
+        cos, sin = self.rotary(keys.float(), by.view(1, 1))
+        size = (cos.square() + sin.square()).sqrt()  # which long contexts scale
+        turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        turned = turn(keys[None].float(), keys[None, :, :0].float(), cos / size, -sin / size)[0][0]
+        return turned.to(keys.dtype)  # type: ignore[no-any-return]
+
+    def final_norm(self, rows: Tensor) -> Tensor:
+        """Hidden states (n, D) as the norm behind the last layer gives them, on their device."""
+        norm = self.text.norm
+        device = execution_device(norm)  # of a sharded model, it may be another
+        return norm(rows if device is None else rows.to(device)).to(rows.device)  # type: ignore[no-any-return]
 
     # --- hooks that its calls need ------------------------------------------------------------
 

@@ -193,11 +193,17 @@ def _stages(
         return ()
     alive = before[-1].keep if before else num_tokens
     stages: list[Stage] = []
-    counts = method.counts(shape, num_tokens, keep)
+    by_schedule = not (fixed or call.adaptive)
+    asked = "published" if by_schedule else "counts"
+    counts = (
+        method.published(shape, num_tokens)
+        if by_schedule
+        else method.counts(shape, num_tokens, keep)
+    )
     cuts = method.cuts(shape)
     if len(counts) != len(cuts):
         raise MethodAnswerError(
-            f"{method.name}.counts returned {counts!r}, but it must be a count for each of its "
+            f"{method.name}.{asked} returned {counts!r}, but it must be a count for each of its "
             f"{len(cuts)} cuts. Return the tokens alive after each."
         )
     for cut, count in zip(cuts, counts, strict=True):

@@ -35,6 +35,7 @@ from .contract import (
     ReceivedInLayer,
     Signal,
     TextAttention,
+    TextHidden,
     Tower,
 )
 from .errors import MethodFieldError, MissingSignalError
@@ -96,7 +97,7 @@ def readable(signal: Signal, cut: Cut) -> bool:
     if getattr(signal, "ahead", False):
         return signal.layer == cut.layer
     if signal.layer == cut.layer:
-        return isinstance(signal, Hidden | MeanHidden)
+        return isinstance(signal, Hidden | TextHidden | MeanHidden)
     return signal.layer < cut.layer
 
 

@@ -18,6 +18,7 @@ VERSIONS: dict[str, int] = {
     "cdpruner": 1,
     "cls_topk": 1,
     "corematching": 1,
+    "dart": 1,
     "divprune": 1,
     "elastic_cache": 1,
     "evit": 1,

@@ -86,7 +86,15 @@ def begin(
     earlier = None if state is None else state.segments[0].shift
     prefill = Prefill(
         setup=setup,
-        batch=Batch(images, real, text, embeds),
+        batch=Batch(
+            images,
+            real,
+            text,
+            embeds,
+            setup.final_norm,
+            setup.turned_back,
+            _padding_counted(kwargs),
+        ),
         layout=first,
         positions=PositionIds(ids, images, real, first.keep if repacks else None),
         cache=cache,
@@ -136,6 +144,15 @@ def _given_positions(kwargs: Mapping[str, Any], cache: Any) -> Tensor:
         seen = cache.get_seq_length() if cache is not None else 0
         ids = torch.arange(length, device=embeds.device)[None] + seen
     return ids[..., -length:].to(embeds.device)
+
+
+def _padding_counted(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """(B,): columns in front of each row's first token, cached ones included, where the model
+    numbers columns; None where positions are given or there is no padding mask."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask.bool().int().argmax(1)
 
 
 def _setup(encoded: Iterable[Encoded], state: PrunedState | None) -> Setup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,12 @@ class Batch:
     """(B, L) bool: real and not visual."""
     embeds: Tensor
     """(B, L, D): what entered the LLM."""
+    final_norm: Callable[[Tensor], Tensor]
+    """The norm behind the last layer, of rows (n, D)."""
+    turned_back: Callable[[int, Tensor, Tensor], Tensor]
+    """Keys (H_kv, n, D_head) of a layer at positions so much lower (0-d)."""
+    counted: Tensor | None
+    """(B,): how many columns of padding on its left a row's positions count; None: none."""
 
     def __post_init__(self) -> None:
         self._asked: dict[tuple[int, Rows], Tensor] = {}
@@ -34,6 +41,12 @@ class Batch:
         if key not in self._asked:
             self._asked[key] = self._find(self.images[number], rows)
         return self._asked[key]
+
+    def keys(self, layer: int, row: int, keys: Tensor) -> Tensor:
+        """Keys (H_kv, n, D_head) of a row's tokens, turned as if nothing was padded."""
+        if self.counted is None:
+            return keys
+        return self.turned_back(layer, keys, self.counted[row].to(keys.device))
 
     def _find(self, image: PlacedImage, rows: Rows) -> Tensor:
         columns = torch.arange(self.real.shape[1], device=self.real.device)

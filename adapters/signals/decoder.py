@@ -17,12 +17,15 @@ from ...prune import scores
 from ...prune.answers import check_read
 from ...prune.contract import (
     Hidden,
+    LayerKeys,
     MeanHidden,
     ModuleStep,
     Neurons,
     ReceivedInLayer,
     RotaryAffinity,
     TextAttention,
+    TextHidden,
+    TextKeys,
 )
 from ..sequence.batch import Batch, Here
 
@@ -135,6 +138,24 @@ def received_in(here: Here, row: int, query: Tensor, key: Tensor, scale: float) 
     return scores.received_of(query[row, :, -count:], key, past, scale, here.window)[past:]
 
 
+def layer_keys(need: LayerKeys, batch: Batch, here: Here, heads: Heads) -> None:
+    """Of the images' rows."""
+    here, key = _held(here, heads.key)
+    for image in batch.images:
+        columns = here.past + here.rows_of(image, key.device)
+        keys = batch.keys(need.layer, image.row, key[image.row][:, columns].detach())
+        image.hear(need, keys.transpose(0, 1))
+
+
+def text_keys(need: TextKeys, batch: Batch, here: Here, heads: Heads) -> None:
+    """Of the text behind each image."""
+    here, key = _held(here, heads.key)
+    for number, image in enumerate(batch.images):
+        asked = here.place(image, batch.asked(number, "text"), key.device)
+        keys = key[image.row][:, here.past + asked].detach()
+        image.hear(need, batch.keys(need.layer, image.row, keys).transpose(0, 1))
+
+
 def _held(here: Here, key: Tensor) -> tuple[Here, Tensor]:
     """The batch with the stored columns that are left, and their keys and the new ones."""
     here = here.holding(key.shape[2] - here.layout.length)
@@ -147,7 +168,16 @@ def _held(here: Here, key: Tensor) -> tuple[Here, Tensor]:
 def hidden(need: Hidden, batch: Batch, here: Here, given: Tensor) -> None:
     """From the layer's input (B, length, D)."""
     for image in batch.images:
-        image.hear(need, given[image.row, here.rows_of(image, given.device)])
+        rows = given[image.row, here.rows_of(image, given.device)]
+        image.hear(need, batch.final_norm(rows) if need.normed else rows)
+
+
+def text_hidden(need: TextHidden, batch: Batch, here: Here, given: Tensor) -> None:
+    """From the layer's input (B, length, D)."""
+    for number, image in enumerate(batch.images):
+        asked = here.place(image, batch.asked(number, "text"), given.device)
+        rows = given[image.row, asked].detach()
+        image.hear(need, batch.final_norm(rows) if need.normed else rows)
 
 
 def mean_hidden(need: MeanHidden, batch: Batch, here: Here, given: Tensor) -> None:

@@ -26,6 +26,7 @@ from ...prune.contract import (
     HeadRank,
     Hidden,
     Keys,
+    LayerKeys,
     LayerSignal,
     MeanHidden,
     ModuleStep,
@@ -37,6 +38,8 @@ from ...prune.contract import (
     Signal,
     TextAttention,
     TextEmbeddings,
+    TextHidden,
+    TextKeys,
 )
 from ..sequence.batch import Batch, Here
 from . import decoder, draw, encoder
@@ -112,6 +115,9 @@ SOURCES: Mapping[type[Signal], Source] = {
     ReceivedInLayer: Source("heads", decoder.received, draw.positive),
     RotaryAffinity: Source("rotary", decoder.rotary_affinity, draw.affinity),
     Hidden: Source("input", decoder.hidden, draw.normal("width")),
+    TextHidden: Source("input", decoder.text_hidden, draw.normal("-", "text", "width")),
+    LayerKeys: Source("heads", decoder.layer_keys, draw.normal("heads", "head_width")),
+    TextKeys: Source("heads", decoder.text_keys, draw.normal("-", "text", "heads", "head_width")),
     MeanHidden: Source("input", decoder.mean_hidden, draw.normal("-", "width")),
     ModuleStep: Source(lambda need: need.module, decoder.module_step, draw.positive),
     Neurons: Source("activations", decoder.neurons, draw.counts),

@@ -30,6 +30,7 @@ from .signals import (
     HeadRank,
     Hidden,
     Keys,
+    LayerKeys,
     LayerSignal,
     MeanHidden,
     ModuleStep,
@@ -44,6 +45,8 @@ from .signals import (
     Signal,
     TextAttention,
     TextEmbeddings,
+    TextHidden,
+    TextKeys,
 )
 from .tokens import CacheEntries, Compressed, Selection, VisualTokens
 
@@ -75,6 +78,7 @@ __all__ = [
     "InDecoder",
     "InEncoder",
     "Keys",
+    "LayerKeys",
     "LayerSignal",
     "MeanHidden",
     "Method",
@@ -98,6 +102,8 @@ __all__ = [
     "Signal",
     "TextAttention",
     "TextEmbeddings",
+    "TextHidden",
+    "TextKeys",
     "Tower",
     "VisualTokens",
 ]

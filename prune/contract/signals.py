@@ -221,9 +221,34 @@ class ReceivedInLayer(LayerSignal):
 
 @dataclass(frozen=True, slots=True)
 class Hidden(LayerSignal):
-    """Hidden states that enter the layer, before a cut of this layer: (N, D), the model's dtype."""
+    """Hidden states that enter the layer, before a cut of this layer: (N, D), the model's dtype.
 
+    `normed`: as the norm behind the last layer would give them.
+    """
+
+    normed: bool = False
     of_rows: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True)
+class TextHidden(LayerSignal):
+    """`Hidden` of the text behind the image (as for `Rows`): (T, D), the model's dtype."""
+
+    per: ClassVar[Per] = "image"
+    normed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKeys(LayerSignal):
+    """Keys of the layer, turned to their positions as if nothing was padded: (N, H_kv, D_head), the
+    model's dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextKeys(LayerSignal):
+    """`LayerKeys` of the text behind the image (as for `Rows`): (T, H_kv, D_head)."""
+
+    per: ClassVar[Per] = "image"
 
 
 @dataclass(frozen=True, slots=True)

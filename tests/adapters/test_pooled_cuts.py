@@ -24,7 +24,16 @@ from kit.recorders import (
     run,
 )
 from torch import Tensor
-from vlmprune.prune.contract import Cut, Place, RotaryAffinity, Selection, Signal, TextAttention
+from vlmprune.prune.contract import (
+    Cut,
+    Place,
+    RotaryAffinity,
+    Selection,
+    Signal,
+    TextAttention,
+    TextHidden,
+    TextKeys,
+)
 
 POOLED = (
     Cut(Place.DECODER, 1, 2.0, "context"),
@@ -39,7 +48,7 @@ def poolable(layers: Sequence[int] = LAYERS) -> tuple[Signal, ...]:
     return tuple(
         want
         for want in declared(layers)
-        if not isinstance(want, RotaryAffinity)
+        if not isinstance(want, RotaryAffinity | TextHidden | TextKeys)
         and not (isinstance(want, TextAttention) and want.each)
     )
 

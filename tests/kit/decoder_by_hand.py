@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmprune.prune.contract import (
     Cut,
     Hidden,
+    LayerKeys,
     MeanHidden,
     ModuleStep,
     Neurons,
@@ -23,6 +24,8 @@ from vlmprune.prune.contract import (
     Rows,
     Signal,
     TextAttention,
+    TextHidden,
+    TextKeys,
 )
 
 
@@ -154,8 +157,17 @@ class Expected:
                 return (ones @ ones.T / width**0.5)[here.at(alive)][:, asked]
             case ReceivedInLayer():
                 return here.maps.mean(0).sum(0)[here.at(alive)]
-            case Hidden():
-                return here.before.hidden[torch.isin(here.before.places, alive)]
+            case Hidden(layer, normed):
+                found = here.before.hidden[torch.isin(here.before.places, alive)]
+                return self.truth.decoder.norm(found) if normed else found
+            case TextHidden(layer, normed):
+                asked, places = self.asked(row, image, "text"), here.before.places
+                found = here.before.hidden[torch.searchsorted(places, asked, right=True) - 1]
+                return self.truth.decoder.norm(found) if normed else found
+            case LayerKeys():
+                return here.keys[:, here.at(alive)].transpose(0, 1)
+            case TextKeys():
+                return here.keys[:, here.at(self.asked(row, image, "text"))].transpose(0, 1)
             case MeanHidden(layer, of):
                 places = here.before.places
                 first = spec.images[-1][0]

@@ -20,6 +20,7 @@ from vlmprune.prune.contract import (
     Cut,
     Hidden,
     InDecoder,
+    LayerKeys,
     MeanHidden,
     ModuleStep,
     Neurons,
@@ -30,6 +31,8 @@ from vlmprune.prune.contract import (
     Selection,
     Signal,
     TextAttention,
+    TextHidden,
+    TextKeys,
     VisualTokens,
 )
 from vlmprune.prune.declared import readable
@@ -72,7 +75,10 @@ def declared(layers: Sequence[int] = LAYERS) -> tuple[Signal, ...]:
             for each in (False, True):
                 found += [TextAttention(n, rows, ahead, each) for ahead in (False, True)]
             found.append(RotaryAffinity(n, rows))
-        found += [ReceivedInLayer(n), Hidden(n), MeanHidden(n, "query"), MeanHidden(n, "context")]
+        found += [Hidden(n, normed) for normed in (False, True)]
+        found += [TextHidden(n, normed) for normed in (False, True)]
+        found += [LayerKeys(n), TextKeys(n)]
+        found += [ReceivedInLayer(n), MeanHidden(n, "query"), MeanHidden(n, "context")]
         found += [ModuleStep(n, "attention", step), ModuleStep(n, "mlp", step)]
         found.append(Neurons(n, likeness))
     return tuple(found)
@@ -81,7 +87,7 @@ def declared(layers: Sequence[int] = LAYERS) -> tuple[Signal, ...]:
 def before_a_cut(signal: Signal) -> bool:
     """Whether the cut of a layer sees this signal of the layer itself."""
     ahead = isinstance(signal, TextAttention) and signal.ahead
-    return ahead or isinstance(signal, Hidden | MeanHidden)
+    return ahead or isinstance(signal, Hidden | TextHidden | MeanHidden)
 
 
 def ran(wants: Sequence[Signal], cuts: Sequence[int], layer: int) -> set[Signal]:
