@@ -194,9 +194,9 @@ def _stages(
     alive = before[-1].keep if before else num_tokens
     stages: list[Stage] = []
     by_schedule = not (fixed or call.adaptive)
-    asked = "published" if by_schedule else "counts"
+    asked = "published_counts" if by_schedule else "counts"
     counts = (
-        method.published(shape, num_tokens)
+        method.published_counts(shape, num_tokens)
         if by_schedule
         else method.counts(shape, num_tokens, keep)
     )

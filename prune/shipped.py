@@ -45,6 +45,7 @@ VERSIONS: dict[str, int] = {
     "token_select": 1,
     "tome": 1,
     "transprune": 1,
+    "v2drop": 1,
     "visionzip": 1,
     "vispruner": 1,
     "visual_press": 1,

@@ -107,7 +107,7 @@ class Pruning(Method):
         """Tokens alive after each of `cuts` if `keep` of `num_tokens` are to stay in the end."""
         return tuple(round(keep * cut.share) for cut in self.cuts(shape))
 
-    def published(self, shape: ModelShape, num_tokens: int) -> tuple[int, ...]:
+    def published_counts(self, shape: ModelShape, num_tokens: int) -> tuple[int, ...]:
         """Without a budget: tokens alive after each of `cuts`, by the paper's schedule."""
         return self.counts(shape, num_tokens, self.most(num_tokens))
 
