@@ -26,7 +26,10 @@ from torch import Tensor, nn
 from ..prune.budget import MethodCall
 from ..prune.contract import Positions
 from ..prune.errors import UnsupportedFeatureError
+from .both_ways import Given
 from .budgets import Budgets
+from .cache.continuation import shortened_mask
+from .cache.pruned import pruned_state
 from .cache_names import cache_given
 from .checks.calls import check_mask
 from .checks.patches import refuse_compiled
@@ -155,7 +158,8 @@ class Engine(Installed):
         if embeds is not None and marks is None:
             marks, flight.visual_mask = flight.visual_mask, None
         check_mask(marks, embeds)
-        self._find_images(args[0] if args else kwargs.get("input_ids"), embeds, kwargs)
+        ids = args[0] if args else kwargs.get("input_ids")
+        self._find_images(ids, embeds, kwargs)
         if flight.setup is not None and not flight.visual and embeds is not None:
             if marks is not None:
                 repeats = embeds.shape[0] // marks.shape[0]
@@ -163,7 +167,27 @@ class Engine(Installed):
                 flight.visual[IMAGE] = marked
             elif not _seen(cache_given(kwargs)):
                 self._not_pruned()
+        fed = ids if embeds is None else embeds
+        if self.family.makes_masks and fed is not None:
+            kwargs = self._for_masks(fed, kwargs)
         return args, kwargs
+
+    def _for_masks(self, fed: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a core that makes the decoder's masks: it may do so from the whole prompt,
+        which `beginning` shortens, but behind one from what its cache stores.
+
+        Args:
+            fed: (B, L, ...), what the caller feeds.
+        """
+        flight, mask, cache = self._flight, kwargs.get("attention_mask"), cache_given(kwargs)
+        if flight.visual:
+            flight.given = Given(mask, kwargs.get("position_ids"), self.family.both_ways(kwargs))
+            return kwargs
+        state = pruned_state(cache)
+        if state is None or (mask is not None and getattr(mask, "ndim", None) != 2):
+            return kwargs
+        short = shortened_mask(state, cache, mask, fed.shape[1], fed.device)
+        return {**kwargs, "attention_mask": short}
 
     def _find_images(
         self, ids: Tensor | None, embeds: Tensor | None, kwargs: Mapping[str, Any]

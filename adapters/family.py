@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..prune.contract import Decoder, ModelShape, Tower
 from ..prune.tiling import Tiling
+from .both_ways import BothWays
 from .encoder import Encoder
 
 Fit = Literal["crop", "stretch"]
@@ -76,6 +78,9 @@ class Family(ABC):
     """How the family's processors bring pictures to the token grid."""
     mrope: ClassVar[bool] = False
     """Multi-axis rotary positions: kept tokens must keep their original positions."""
+
+    makes_masks: ClassVar[bool] = False
+    """Whether the core makes the decoder's masks, and not the text model."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -194,6 +199,25 @@ class Family(ABC):
     def merged_patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
         """As `per_image`, but patches that the projector merges are concatenated: (P, C)."""
         return self.per_image(call, values)
+
+    def both_ways(self, inputs: Inputs) -> BothWays | None:
+        """Tokens of a prompt that see each other both ways; None: all are causal.
+
+        Args:
+            inputs: arguments of the core.
+        """
+        return None
+
+    def turned(self, attention: Any, heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries or keys (B, H, Q, D_head) at their positions, as a decoder layer's attention
+        turns them.
+
+        Args:
+            rotary: cosines and sines, (B or 1, Q, D_head) each.
+        """
+        turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        turned: Tensor = turn(heads, heads[:, :0], *rotary)[0]
+        return turned
 
     def check(self) -> None:  # noqa: B027  (most families have no variants)
         """Raise `UnsupportedModelError` for a variant that this family cannot prune.

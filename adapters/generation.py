@@ -93,4 +93,7 @@ class Generation:
         if state is not None:
             queries = kwargs["inputs_embeds"].shape[1]
             kwargs["attention_mask"] = first_padding(state, cache, queries)
+            # Kinds of the prompt's tokens, which see each other both ways, are counted as it was
+            # before it was shortened; new tokens are causal.
+            kwargs = {k: None if k.endswith("token_type_ids") else v for k, v in kwargs.items()}
         return original(**kwargs)

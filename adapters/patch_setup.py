@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +29,8 @@ from ..prune.errors import BudgetError
 from .clip_text import ClipText
 from .devices import execution_device
 from .hooks import Spot, Spots
+from .sequence.masks import layer_kind
+from .signals.decoder import Turn
 from .signals.table import ENCODER_ATTENTION, HOOKS, shown
 
 
@@ -53,6 +55,8 @@ class Setup:
     text: Any
     """The text model, a `transformers` object; None: an image encoder without an LLM."""
     ticket: Ticket
+    turn: Turn | None = None
+    """How the text model's attention turns queries and keys."""
     record: bool = False
     """Whether the scores of all choices are kept for `handle.last`."""
     debug: bool = False
@@ -169,22 +173,28 @@ class Setup:
                 f"videos), None to keep one whole."
             )
 
-    def rotary(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions (B, K) or (axes, B, K): (B, K, D_head) each, in the dtype
-        and on the device of `like`."""
+    @cached_property
+    def _rotary_by_kind(self) -> bool:
+        """Whether rotary tables differ between kinds of layers."""
+        return "layer_type" in inspect.signature(self.text.rotary_emb.forward).parameters
+
+    def rotary(self, like: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines that a layer has of positions (B, K) or (axes, B, K): (B, K, D_head)
+        each, in the dtype and on the device of `like`."""
         if position_ids.dim() == 3:
             position_ids = position_ids[-3:]  # without the row that only tells packed sequences
-        cos, sin = self.text.rotary_emb(like, position_ids.to(like.device))
+        kind = (layer_kind(self.config, layer),) if self._rotary_by_kind else ()
+        cos, sin = self.text.rotary_emb(like, position_ids.to(like.device), *kind)
         return cos.to(like.device), sin.to(like.device)  # on a sharded model it is elsewhere
 
     def turned_back(self, layer: int, keys: Tensor, by: Tensor) -> Tensor:
         """Keys (H_kv, n, D_head) of a layer at positions `by` (0-d) lower than theirs."""
         attention = self.text.layers[layer].self_attn
-        cos, sin = self.rotary(keys.float(), by.view(1, 1))
+        assert self.turn is not None  # noqa: S101  (for the types)
+        cos, sin = self.rotary(keys.float(), by.view(1, 1), layer)
         size = (cos.square() + sin.square()).sqrt()  # which long contexts scale
-        turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        turned = turn(keys[None].float(), keys[None, :, :0].float(), cos / size, -sin / size)[0][0]
-        return turned.to(keys.dtype)  # type: ignore[no-any-return]
+        turned = self.turn(attention, keys[None].float(), (cos / size, -sin / size))[0]
+        return turned.to(keys.dtype)
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """Hidden states (n, D) as the norm behind the last layer gives them, on their device."""

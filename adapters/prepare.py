@@ -79,6 +79,7 @@ def make_setup(
         modes,
         family.text_model,
         Ticket(),
+        turn=family.turned,
         clip=clip,
         projectors=len(family.projectors),
     )

@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .sight import Sight
+
 _QUERY_CHUNK = 64  # whose logits stay in the caches of a CPU
 _HIDDEN = torch.finfo(torch.float32).min
 _CHUNK_BYTES = 2**26  # of logits at once on an accelerator, where few launches count instead
@@ -95,39 +97,51 @@ def head_rank(
     return rearrange(torch.stack(found), "b h s -> b s h")
 
 
-def attention_of(query: Tensor, key: Tensor, seen: Tensor | None, scaling: float) -> Tensor:
+def attention_of(
+    query: Tensor, key: Tensor, seen: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
     """Attention of some rows of one prompt: softmax over the keys that each sees, (H, Q, S).
 
     Args:
         query: (H, Q, D_head).
         key: (H_kv, S, D_head).
         seen: (Q, S) bool, None where every row sees all keys.
+        softcap: the most that a logit approaches; None: any.
     """
-    return _rows(query[None], key[None], seen, scaling)[0]
+    logits = _capped(_logits(query[None], key[None], scaling), softcap)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, _HIDDEN)
+    return logits.softmax(-1)[0]
 
 
 def received_of(
-    query: Tensor, key: Tensor, past: int, scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    past: int,
+    scaling: float,
+    sight: Sight,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention that the entries of one prompt receive: head mean, summed over rows, (S,).
 
     Args:
-        query: (H, L, D_head), the new rows; row i sees the first `past + i + 1` keys, of which
-            the last `window`.
+        query: (H, L, D_head), the new rows, row i being the one of key `past + i`.
         key: (H_kv, S, D_head), S = past + L.
+        softcap: the most that a logit approaches; None: any.
     """
     total = torch.zeros(key.shape[1], device=key.device, dtype=torch.float32)
     size = _chunk(query, key)
     for start in range(0, query.shape[1], size):
         chunk = query[:, start : start + size]
-        rows, last = chunk.shape[1], past + start + chunk.shape[1]
-        column = torch.arange(last, device=key.device)
-        row = column[last - rows :, None]
-        logits = _logits(chunk[None], key[None, :, :last], scaling)[0]
-        # All rows of a chunk see what lies before them: only their own columns need a mask.
-        logits[..., last - rows :].masked_fill_(column[last - rows :] > row, _HIDDEN)
-        if window is not None:
-            logits.masked_fill_(column <= row - window, _HIDDEN)
+        first = past + start
+        rows = torch.arange(first, first + chunk.shape[1], device=key.device)
+        last = first + len(rows) if sight.blocks is None else key.shape[1]
+        logits = _capped(_logits(chunk[None], key[None, :, :last], scaling), softcap)[0]
+        seen = sight.seen(rows, last)
+        if sight.plain:  # all rows of a chunk see what lies before them
+            logits[..., first:].masked_fill_(~seen[:, first:], _HIDDEN)
+        else:
+            logits.masked_fill_(~seen, _HIDDEN)
         total[:last] += logits.softmax(-1).sum((0, 1))
     return total.div_(query.shape[0])
 
@@ -140,12 +154,8 @@ def _chunk(query: Tensor, key: Tensor, pictures: int = 1) -> int:
     return max(_QUERY_CHUNK, _CHUNK_BYTES // max(1, of_one))
 
 
-def _rows(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """softmax(q k^T) in float32 for grouped-query attention: (B, H, Q, S)."""
-    logits = _logits(query, key, scaling)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, _HIDDEN)
-    return logits.softmax(-1)
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def _biased(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> Tensor:

@@ -25,11 +25,11 @@ ROOMS = {
         *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped", "ops"),
         *("contract", "declared", "budget", "registry", "answers", "reductions"),
         *("joining", "tiles", "select", "fields", "layers", "schedule", "blocks", "salience"),
-        *("presses", "batches", "methods", "choose", "scores"),
+        *("presses", "batches", "methods", "choose", "sight", "scores"),
     ),
     "adapters": (
         *("__init__", "cache_names", "devices", "wrappers", "stopwatch", "hooks"),
-        *("tap", "clip_text"),
+        *("tap", "clip_text", "both_ways"),
         *("encoder", "image_model", "encoders", "image_models", "family", "families", "registry"),
         *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
         *("cache", "report", "reporting", "pictures", "checks", "places", "generation"),

@@ -51,13 +51,8 @@ class Continued:
         kwargs["position_ids"] = ids if first is None or ids is None else ids - first.to(ids.device)
         call = cls(setup, cache, state, length, ids if shifted else None)
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            return call  # a static cache: generate() built it
-        # A single new token is always real; more of them may be padded.
-        if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
-            new = mask[:, -length:].to(embeds.device, torch.bool)
-            for segment in state.segments:
-                segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
-        kwargs["attention_mask"] = first_padding(state, cache, length)
+            return call  # generate() built it for a static cache, or the core did
+        kwargs["attention_mask"] = shortened_mask(state, cache, mask, length, embeds.device)
         return call
 
     def helps(self, layer: int, kwargs: Mapping[str, Any]) -> bool:
@@ -82,25 +77,39 @@ class Continued:
                 self._memo[key] = mask
             new["attention_mask"] = self._memo[key]
         if self.ids is not None:
-            key = ("rotary", hidden.device)
+            key = ("rotary", layer_kind(self.setup.config, layer), hidden.device)
             if key not in self._memo:
-                self._memo[key] = self._tables(hidden, self.ids)
+                self._memo[key] = self._tables(layer, hidden, self.ids)
             new["position_embeddings"] = self._memo[key][segment.start]
         return {**kwargs, **new}
 
-    def _tables(self, hidden: Tensor, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """The rotary tables of all segments by their first layers, made at once: a decoding step
-        is as long as its launches."""
+    def _tables(self, layer: int, hidden: Tensor, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """The rotary tables of all segments by their first layers, for layers of this kind, made
+        at once: a decoding step is as long as its launches."""
         rows = (*ids.shape[:-2], len(hidden), ids.shape[-1])
         shifts = [segment.shift for segment in self.state.segments]
         own = [ids if shift is None else ids - shift.to(ids.device) for shift in shifts]
-        cos, sin = self.setup.rotary(hidden, torch.cat([x.expand(rows) for x in own], -2))
+        ids = torch.cat([x.expand(rows) for x in own], -2)
+        cos, sin = self.setup.rotary(hidden, ids, layer)
         tables = zip(cos.split(len(hidden)), sin.split(len(hidden)), strict=True)
         starts = (segment.start for segment in self.state.segments)
         return dict(zip(starts, tables, strict=True))
 
     def _masked(self, segment: Segment, kwargs: Mapping[str, Any]) -> bool:
         return kwargs.get("attention_mask") is not None or segment.padding is not None
+
+
+def shortened_mask(
+    state: PrunedState, cache: Any, mask: Tensor | None, length: int, device: torch.device
+) -> Tensor | None:
+    """The 2-D mask of the first layer for a caller's, which covers all that was fed, `length` new
+    tokens among it; padding among these is noted."""
+    # A single new token is always real; more of them may be padded.
+    if mask is not None and length > 1 and not bool(mask[:, -length:].all()):
+        new = mask[:, -length:].to(device, torch.bool)
+        for segment in state.segments:
+            segment.padding = segment.extended(int(cache.physical_length(segment.start)), new)
+    return first_padding(state, cache, length)
 
 
 def first_padding(state: PrunedState, cache: Any, queries: int) -> Tensor | None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from ...prune.budget import Stage
 from ...prune.contract import Place, Selection
 from ...prune.errors import UnsupportedFeatureError
+from ..both_ways import Given
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
 from ..cache_names import CACHE, cache_given
 from ..checks.calls import refuse_cache
@@ -37,6 +38,7 @@ def begin(
     visual: Mapping[Modality, Tensor],
     kwargs: dict[str, Any],
     chosen: Chosen | None,
+    given: Given | None,
 ) -> tuple[Prefill | None, Last]:
     """Shorten the text model's keyword arguments, in place.
 
@@ -44,11 +46,15 @@ def begin(
         visual: (B, L) bool, the columns of the placeholders of each modality.
         kwargs: arguments of the text model.
         chosen: selections made earlier in the same generate(), reused and added to.
+        given: what a core was given that makes the decoder's masks itself, and passes those.
 
     Returns:
         the prefill (None where nothing is cut: the arguments are untouched), and its report.
     """
     embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+    numbered = kwargs.get("position_ids")
+    if given is not None:
+        mask, numbered = given.mask, given.position_ids
     cache: Any = cache_given(kwargs)
     state = pruned_state(cache)
     setup = _setup(encoded.values(), state)
@@ -93,7 +99,7 @@ def begin(
             embeds,
             setup.final_norm,
             setup.turned_back,
-            _padding_counted(kwargs),
+            _padding_counted(mask, numbered),
         ),
         layout=first,
         positions=PositionIds(ids, images, real, first.keep if repacks else None),
@@ -102,6 +108,7 @@ def begin(
         last=last,
         chosen=chosen,
         compression=Compression.of(setup, cache, keeps, samples, repeats),
+        both_ways=None if given is None else given.both_ways,
     )
     kwargs["position_ids"] = prefill.positions.entering(first, earlier)
     kwargs["inputs_embeds"] = first.shorten(embeds)
@@ -109,7 +116,18 @@ def begin(
     if prefill.padding is None and cache is None:
         # Without mask and cache, gaps in the positions would read as packed sequences.
         kwargs["attention_mask"] = first.valid
+    if given is not None:
+        kwargs["attention_mask"] = _masks(prefill, kwargs["inputs_embeds"])
     return prefill, last
+
+
+def _masks(prefill: Prefill, embeds: Tensor) -> Any:
+    """What a core would have made for the embeddings that enter: a mask, or one of each kind."""
+    config = prefill.setup.config
+    if getattr(config, "layer_types", None) is None:
+        return prefill.mask(0, 0, embeds)
+    firsts = {kind: config.layer_types.index(kind) for kind in set(config.layer_types)}
+    return {kind: prefill.mask(0, layer, embeds) for kind, layer in firsts.items()}
 
 
 def _real(embeds: Tensor, mask: Any) -> Tensor:
@@ -146,11 +164,10 @@ def _given_positions(kwargs: Mapping[str, Any], cache: Any) -> Tensor:
     return ids[..., -length:].to(embeds.device)
 
 
-def _padding_counted(kwargs: Mapping[str, Any]) -> Tensor | None:
+def _padding_counted(mask: Any, position_ids: Tensor | None) -> Tensor | None:
     """(B,): columns in front of each row's first token, cached ones included, where the model
     numbers columns; None where positions are given or there is no padding mask."""
-    mask = kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+    if position_ids is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return None
     return mask.bool().int().argmax(1)
 

@@ -94,7 +94,7 @@ def attend(
         prompt = prefix is not None or new == length
         _store_unturned(cache.layers[layer], new, tables, in_place=not prompt)
         if prefix is not None:
-            _store_unturned_prefix(setup, cache.layers[layer], prefix)
+            _store_unturned_prefix(setup, layer, cache.layers[layer], prefix)
         if prompt:
             return given  # the prompt sees its own positions
         query, key = _turned_back(query, tables), cache.layers[layer].keys
@@ -116,7 +116,7 @@ def attend(
         places = torch.arange(key.shape[2], device=key.device)[None]
         if valid is not None:
             places = (valid.cumsum(1) - 1).clamp_min(0)
-        cos, sin = setup.rotary(query, places)
+        cos, sin = setup.rotary(query, places, layer)
         key = _turned(key, (cos, sin))
         query = _turned(query, (cos[:, -new:], sin[:, -new:]))
     return Attention(query, key, value, mask)
@@ -167,10 +167,10 @@ def _store_unturned(stored: Any, new: int, tables: Tables, *, in_place: bool) ->
     stored.keys = torch.cat([stored.keys[:, :, :-new], last], 2)
 
 
-def _store_unturned_prefix(setup: Setup, stored: Any, places: Tensor) -> None:
+def _store_unturned_prefix(setup: Setup, layer: int, stored: Any, places: Tensor) -> None:
     """Take the rotation off the first keys that a layer stored, which have `places` (B, P)."""
     keys, count = stored.keys, places.shape[1]
-    tables = setup.rotary(keys, places.to(keys.device))
+    tables = setup.rotary(keys, places.to(keys.device), layer)
     stored.keys = torch.cat([_turned_back(keys[:, :, :count], tables), keys[:, :, count:]], 2)
 
 

@@ -175,12 +175,12 @@ class Compression:
         row: int,
         visual: Tensor,
     ) -> CacheEntries:
-        query, key = heads.query, heads.key
+        query = heads.query
         stored, count = self.cache.layers[layer], len(visual)
         signals: dict[Signal, Tensor] = {}
         need = ReceivedInLayer(layer)
         if need in self.method.needs(self.setup.shape):
-            signals[need] = received_in(here, row, query, key, heads.scale)
+            signals[need] = received_in(here, row, heads, heads.key)
         cos, sin = kwargs["position_embeddings"]
         at = row if len(cos) > 1 else 0
         return CacheEntries(

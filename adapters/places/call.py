@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..both_ways import Given
 from ..budgets import Budgets
 from ..cache.continuation import Continued
 from ..encoded import Encoded
@@ -52,6 +53,8 @@ class InFlight(Calling):
         self.encoded: dict[Modality, Encoded] = {}
         self.handed: dict[str, Encoded | None] = {}
         """What is known of outputs that the model was given, by modality."""
+        self.given: Given | None = None
+        """What a core was given that makes the decoder's masks itself."""
         self.visual_mask: Tensor | None = None
         self.chosen: Chosen | None = None
         """Within generate(): without a cache every step prefills again, and must not choose anew
@@ -84,3 +87,4 @@ class InFlight(Calling):
         self.release()
         self.visual, self.encoded, self.prefill, self.prompt = {}, {}, None, None
         self.continued, self.tables, self.unpruned = None, {}, NO_IMAGES
+        self.given = None

@@ -20,6 +20,7 @@ from ..family import IMAGE, Modality
 from ..hooks import Undo, all_of, shadow
 from ..patch_setup import Setup
 from ..report import Last
+from ..signals.decoder import Heads
 from ..tap import Exchange, Names, Tap
 from .before_llm import BeforeLLMDriver
 from .beginning import begin
@@ -92,7 +93,7 @@ class DecoderDriver:
             kwargs["inputs_embeds"], merged = self._before.from_embeds(setup, embeds, visual[IMAGE])
             encoded = {IMAGE: merged}
         refuse_checkpointing(self._text, encoded.values())
-        prefill, last = begin(encoded, visual, kwargs, flight.chosen)
+        prefill, last = begin(encoded, visual, kwargs, flight.chosen, flight.given)
         if prefill is None:
             flight.last = last
             return args, kwargs
@@ -203,7 +204,8 @@ class DecoderDriver:
     ) -> None:
         if self._flight.prefill is not None:
             with torch.no_grad():
-                self._flight.prefill.show_heads(layer, query, key, scaling)
+                softcap = kwargs.get("softcap")
+                self._flight.prefill.show_heads(layer, Heads(query, key, scaling, softcap))
 
     @torch.compiler.disable
     def _after_attention(

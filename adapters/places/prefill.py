@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...prune.contract import Cut, LayerSignal, Place, Selection
+from ..both_ways import BothWays
 from ..cache.pruned import PrunedState
 from ..patch_setup import Setup
 from ..report import Last, StageReport
@@ -47,6 +48,8 @@ class Prefill:
     last: Last
     chosen: Chosen | None
     compression: Compression | None
+    both_ways: BothWays | None = None
+    """Of the caller's columns."""
 
     padding: Tensor | None = field(init=False)
     """Which stored and new columns of the current segment are tokens; None: all of them."""
@@ -76,9 +79,8 @@ class Prefill:
             with self._reading():
                 hear(what, needs, self.batch, self._here(layer), *values)
 
-    def show_heads(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+    def show_heads(self, layer: int, heads: Heads) -> None:
         """Queries and keys of a layer, as its attention uses them."""
-        heads = Heads(query, key, scaling)
         if self.compression is not None:
             self.compression.hear(heads)
         self.show("heads", layer, heads)
@@ -106,7 +108,21 @@ class Prefill:
 
     def _here(self, layer: int) -> Here:
         past = self._past[self.setup.start_of(layer)]
-        return Here(self.layout, past, self.padding, self._window(layer))
+        return self._seen(layer, past, self.padding)
+
+    def _seen(self, layer: int, past: int, valid: Tensor | None) -> Here:
+        """What rows that enter a layer see of each other and of `past` stored columns."""
+        both = self._both_ways(layer)
+        here = Here(self.layout, past, valid, self._window(layer))
+        return here if both is None else replace(here, blocks=both.blocks, windowed=both.windowed)
+
+    def _both_ways(self, layer: int) -> BothWays | None:
+        """Of the columns that enter a layer, (B, length)."""
+        both = self.both_ways
+        if both is None or layer_kind(self.setup.config, layer) not in both.kinds:
+            return None
+        own = self.layout.shorten(both.blocks).masked_fill(~self.layout.valid, -1)
+        return replace(both, blocks=own)
 
     def _window(self, layer: int) -> int | None:
         sliding = layer_kind(self.setup.config, layer) == "sliding_attention"
@@ -121,20 +137,18 @@ class Prefill:
 
         The model goes on passing rotary tables, mask and positions for its first layer.
         """
-        setup, start = self.setup, self.setup.start_of(layer)
+        start = self.setup.start_of(layer)
         cut = any(image.stages(layer) for image in self.images)
         if layer == start and layer:
             if cut:
                 hidden = self._cut(layer, module, hidden, kwargs["position_embeddings"])
             self._enter_segment(start)
         if start:
-            mask = ("mask", start, layer_kind(setup.config, layer), hidden.device)
-            if mask not in self._memo:
-                self._memo[mask] = layer_mask(setup.config, layer, hidden, self.padding, self.cache)
+            given = kwargs["position_embeddings"]
             kwargs = {
                 **kwargs,
-                "position_embeddings": self._rotary(start, hidden, kwargs["position_embeddings"]),
-                "attention_mask": self._memo[mask],
+                "position_embeddings": self._rotary(start, layer, hidden, given),
+                "attention_mask": self.mask(start, layer, hidden),
                 "position_ids": None,
             }
         if not cut:  # else `_cut` has shown it
@@ -142,14 +156,25 @@ class Prefill:
         self.show("rotary", layer, kwargs["position_embeddings"])
         return hidden, dict(kwargs)
 
-    def _rotary(self, start: int, hidden: Tensor, given: Rotary) -> Rotary:
-        """Tables for the segment, (B, length, D_head) each; `given` are those of the first."""
+    def mask(self, start: int, layer: int, hidden: Tensor) -> Any:
+        """A layer's mask for the current segment, where `hidden` is its input."""
+        config = self.setup.config
+        key = ("mask", start, layer_kind(config, layer), hidden.device)
+        if key not in self._memo:
+            both = self._both_ways(layer)
+            self._memo[key] = layer_mask(config, layer, hidden, self.padding, self.cache, both)
+        return self._memo[key]
+
+    def _rotary(self, start: int, layer: int, hidden: Tensor, given: Rotary) -> Rotary:
+        """A layer's tables for a segment, (B, length, D_head) each; `given` are those of the
+        first."""
         if not start:
             return given
-        key = ("rotary", start, hidden.device)
+        key = ("rotary", start, layer_kind(self.setup.config, layer), hidden.device)
         if key not in self._memo:
             shift = None if self.state is None else self.state.segment(start).shift
-            self._memo[key] = self.setup.rotary(hidden, self.positions.at(self.layout, shift))
+            ids = self.positions.at(self.layout, shift)
+            self._memo[key] = self.setup.rotary(hidden, ids, layer)
         return self._memo[key]
 
     def visual_alive(self, visual: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +284,7 @@ class Prefill:
         if not (needs := self._wanted(layer, cutting=True)):
             return None
         before = max(start for start in self.setup.starts if start < layer)
-        cos, sin = self._rotary(before, hidden, rotary)
+        cos, sin = self._rotary(before, layer, hidden, rotary)
         rotary = cos.to(hidden.device), sin.to(hidden.device)
         with self._reading():
             hear("input", needs, self.batch, self._here(layer - 1), hidden)
@@ -267,7 +292,8 @@ class Prefill:
             return None
         with self.images[0].stopwatch:
             stored, here = self._stored(layer)
-            heads = HeadsAhead.of(module, hidden, rotary, stored)
+            assert self.setup.turn is not None  # noqa: S101  (for the types)
+            heads = HeadsAhead.of(module, hidden, rotary, stored, self.setup.turn)
             with torch.no_grad():
                 hear("heads ahead", needs, self.batch, here, heads)
         return heads.projected
@@ -275,12 +301,11 @@ class Prefill:
     def _stored(self, layer: int) -> tuple[Tensor | None, Here]:
         """The keys that a layer stored before this prefill, and the batch as it is before a cut."""
         past = int(self.cache.physical_length(layer)) if self.state is not None else 0
-        window = self._window(layer)
         if self.state is None or not past:
-            return None, Here(self.layout, 0, self.layout.padding, window)
+            return None, self._seen(layer, 0, self.layout.padding)
         valid = self.state.segment(layer).extended(past, self.layout.valid)
         keys: Tensor = self.cache.layers[layer].keys[:, :, :past]
-        return keys, Here(self.layout, past, valid, window).holding(keys.shape[2])
+        return keys, self._seen(layer, past, valid).holding(keys.shape[2])
 
     def _move(self, hidden: Tensor, moves: list[Move]) -> Tensor:
         """Put merged and moved rows into their slots, and note whose tokens they are."""

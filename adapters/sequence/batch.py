@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...prune.answers import asked_rows
 from ...prune.contract import Rows
+from ...prune.sight import Sight
 from .layout import Layout
 from .placed import PlacedImage
 
@@ -87,6 +89,17 @@ class Here:
     """(B, past + length) bool; None: all are tokens."""
     window: int | None
     """Keys that a row sees at most."""
+    blocks: Tensor | None = None
+    """(B, length): the block whose rows see each other both ways, -1: none; None: no blocks."""
+    windowed: bool = True
+    """Whether the window counts within a block, too."""
+
+    def sight(self, row: int, past: int, count: int) -> Sight:
+        """What the last `count` tokens of a row see of them and of `past` keys before."""
+        if self.blocks is None:
+            return Sight(self.window)
+        blocks = pad(self.blocks[row, self.layout.length - count :], (past, 0), value=-1)
+        return Sight(self.window, blocks, self.windowed)
 
     def place(self, image: PlacedImage, columns: Tensor, device: torch.device) -> Tensor:
         """Where columns of the caller's sequence are now, in the image's row; on the device of the
@@ -99,11 +112,9 @@ class Here:
 
     def seen(self, row: int, columns: Tensor) -> Tensor | None:
         """(R, S) bool: the keys that rows at `columns` of the shortened batch see."""
-        keys = torch.arange(self.past + self.layout.length, device=columns.device)
-        at = self.past + columns[:, None]
-        seen = keys <= at
-        if self.window is not None:
-            seen &= keys > at - self.window
+        length = self.layout.length
+        sight = self.sight(row, self.past, length)
+        seen = sight.seen(self.past + columns, self.past + length)
         if self.valid is not None:
             seen &= self.valid[row].to(columns.device)
         return seen

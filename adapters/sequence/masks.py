@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    blockwise_overlay,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_overlay,
+)
 
+from ..both_ways import BothWays
 from ..cache_names import CACHE
 
 if TYPE_CHECKING:
@@ -35,15 +42,31 @@ def layer_mask(
     hidden_states: Tensor,
     padding: Tensor | None,
     cache: Cache | None,
+    both_ways: BothWays | None = None,
 ) -> Any:
     """The mask that decoder layer `layer` needs, in the form its attention implementation wants.
 
     Args:
         hidden_states: (B, L, D), the layer's input.
         padding: (B, P + L) bool over stored and new columns, or `None` where nothing is padded.
+        both_ways: of the L new columns.
     """
-    sliding = layer_kind(config, layer) == "sliding_attention"
+    kind = layer_kind(config, layer)
+    sliding = kind == "sliding_attention"
     create = create_sliding_window_causal_mask if sliding else create_causal_mask
+    more: dict[str, Any] = {}
+    if both_ways is not None and kind in both_ways.kinds:
+        blocks = both_ways.blocks.to(hidden_states.device)
+        length, offset = blocks.shape[1], 0
+        if cache is not None:
+            length, offset = cache.get_mask_sizes(length, layer)
+        blocks = _by_column(blocks, cache, layer, int(length + offset))
+        if sliding and both_ways.windowed:
+            create = create_causal_mask
+            more["or_mask_function"] = blockwise_overlay(blocks)
+            more["and_mask_function"] = sliding_window_overlay(config.sliding_window)
+        else:
+            more["block_sequence_ids"] = blocks
     return create(
         config=config,
         inputs_embeds=hidden_states,
@@ -51,4 +74,14 @@ def layer_mask(
         position_ids=None,
         layer_idx=layer,
         **{CACHE: cache},
+        **more,
     )
+
+
+def _by_column(blocks: Tensor, cache: Cache | None, layer: int, width: int) -> Tensor:
+    """Blocks of new columns (B, L) as those of `width` columns that a mask counts: stored ones in
+    front, and what a static cache has room for."""
+    stored = 0 if cache is None else int(cache.get_query_offset(layer))
+    front = blocks.new_full((len(blocks), stored), -1)
+    behind = blocks.new_full((len(blocks), width - stored - blocks.shape[1]), -1)
+    return torch.cat([front, blocks, behind], 1)

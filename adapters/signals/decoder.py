@@ -6,7 +6,7 @@ image. `table` says what each signal is read from.
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from ..sequence.batch import Batch, Here
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, (B or 1, length, D_head) each."""
+Turn = Callable[[Any, Tensor, Rotary], Tensor]
+"""How an attention module turns queries or keys (B, H, Q, D_head) to their positions."""
 
 
 # --- Attention --------------------------------------------------------------------------------
@@ -45,6 +47,8 @@ class Heads:
     key: Tensor
     """(B, H_kv, S, D_head): stored ones first; a static cache is longer."""
     scale: float
+    softcap: float | None = None
+    """The most that a logit approaches."""
 
     def rows(self, row: int, columns: Tensor) -> Tensor:
         """Queries of some columns of a row: (H, R, D_head)."""
@@ -64,38 +68,45 @@ class HeadsAhead:
     key: Tensor
     """(B, H_kv, S, D_head): stored ones first."""
 
+    turn: Turn
+    """How the model turns heads."""
+
     @classmethod
-    def of(cls, layer: Any, hidden: Tensor, rotary: Rotary, stored: Tensor | None) -> HeadsAhead:
+    def of(
+        cls, layer: Any, hidden: Tensor, rotary: Rotary, stored: Tensor | None, turn: Turn
+    ) -> HeadsAhead:
         """From the input (B, length, D) of a decoder layer, and the keys (B, H_kv, past, D_head)
         that it stored earlier."""
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
         projected = attention.k_proj(normed)
         with torch.no_grad():
-            key = _as_used(attention, "k", projected, rotary)
+            key = turn(attention, _heads(attention, "k", projected), rotary)
             key = key if stored is None else torch.cat([stored, key], 2)
-        return cls(attention, normed, projected, rotary, key)
+        return cls(attention, normed, projected, rotary, key, turn)
 
     @property
     def scale(self) -> float:
         return self.attention.scaling
+
+    @property
+    def softcap(self) -> float | None:
+        """The most that a logit approaches."""
+        return getattr(self.attention, "attn_logit_softcapping", None)
 
     def rows(self, row: int, columns: Tensor) -> Tensor:
         """Queries of some columns of a row: (H, R, D_head)."""
         at = row if self.rotary[0].shape[0] > 1 else 0
         cos, sin = (table[at : at + 1, columns] for table in self.rotary)
         given = self.attention.q_proj(self.normed[row : row + 1, columns])
-        return _as_used(self.attention, "q", given, (cos, sin))[0]
+        return self.turn(self.attention, _heads(self.attention, "q", given), (cos, sin))[0]
 
 
-def _as_used(attention: Any, name: str, projected: Tensor, rotary: Rotary) -> Tensor:
-    """Projected queries or keys (B, Q, ...) as attention uses them: (B, H, Q, D_head)."""
+def _heads(attention: Any, name: str, projected: Tensor) -> Tensor:
+    """Projected queries or keys (B, Q, ...) before they are turned: (B, H, Q, D_head)."""
     heads = projected.view(*projected.shape[:2], -1, attention.head_dim)
     norm = getattr(attention, f"{name}_norm", None)
-    heads = (heads if norm is None else norm(heads)).transpose(1, 2)
-    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    turned: Tensor = turn(heads, heads[:, :0], *rotary)[0]
-    return turned
+    return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
 def text_attention(
@@ -109,7 +120,7 @@ def text_attention(
         everything = here.valid is None and here.window is None and need.rows == "last"
         seen = None if everything else here.seen(image.row, asked)
         rows = heads.rows(image.row, asked)
-        maps = scores.attention_of(rows, key[image.row], seen, heads.scale)
+        maps = scores.attention_of(rows, key[image.row], seen, heads.scale, heads.softcap)
         maps = maps[..., here.past + columns]
         image.hear(need, maps.permute(2, 0, 1) if need.each else maps.mean((0, 1)))
 
@@ -121,13 +132,14 @@ def received(need: ReceivedInLayer, batch: Batch, here: Here, heads: Heads) -> N
     for image in batch.images:
         row, columns = image.row, here.rows_of(image, key.device)
         if row not in of_rows:
-            of_rows[row] = received_in(here, row, heads.query, key, heads.scale)
+            of_rows[row] = received_in(here, row, heads, key)
         first = here.layout.length - len(of_rows[row])
         image.hear(need, of_rows[row][columns - first])
 
 
-def received_in(here: Here, row: int, query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention that the tokens of one row receive: (n,), n tokens in the shortened batch."""
+def received_in(here: Here, row: int, heads: Heads, key: Tensor) -> Tensor:
+    """Attention that the tokens of one row receive: (n,), n tokens in the shortened batch; `key`
+    are those of `heads` that `here` knows."""
     count = here.entries(row)
     past = here.past
     earlier = key[row, :, :past]
@@ -135,7 +147,8 @@ def received_in(here: Here, row: int, query: Tensor, key: Tensor, scale: float) 
         earlier = earlier[:, here.valid[row, :past].to(key.device)]
         past = earlier.shape[1]
     key = torch.cat([earlier, key[row, :, -count:]], 1) if past else key[row, :, -count:]
-    return scores.received_of(query[row, :, -count:], key, past, scale, here.window)[past:]
+    query, sight = heads.query[row, :, -count:], here.sight(row, past, count)
+    return scores.received_of(query, key, past, heads.scale, sight, heads.softcap)[past:]
 
 
 def layer_keys(need: LayerKeys, batch: Batch, here: Here, heads: Heads) -> None:
