@@ -22,6 +22,7 @@ from .arguments import (
     bench_model,
     bench_scale,
     bench_select,
+    bench_serve,
     check_method,
     classify,
     compare,
@@ -55,6 +56,7 @@ BENCHES: Mapping[str, ModuleType] = {
     "model": bench_model,
     "select": bench_select,
     "scale": bench_scale,
+    "serve": bench_serve,
 }
 """What `bench` measures, likewise."""
 

@@ -13,4 +13,6 @@ examples:
       time of choosing, of every method before the LLM, beside a plain transcription
   vlmprune bench scale --methods divprune fastv --tokens 256,1024,4096
       how time and memory of choosing grow with the number of visual tokens
+  vlmprune bench serve --methods divprune --budgets 0.11 --concurrency 1,4,16
+      requests a second and waiting times of a model that threads share, dense beside patched
 """

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ...prune.errors import MethodFieldError
 from ..words.typed import split_list
-from .shared import BUDGET_WORD, DEFAULT_BUDGETS, METHOD_WORD, import_argument, positive
+from .bench_subject import add_device, add_model, add_words, picture, refuse_sizes
+from .shared import import_argument, positive
 
 HELP = "dense, oracle and patched runs of a model, in turn"
 EXAMPLES = None
@@ -55,11 +55,7 @@ class BenchModelRequest:
     output_path: str | None
 
     def __post_init__(self) -> None:
-        if math.isqrt(self.tokens) ** 2 != self.tokens or self.width % 64:
-            raise MethodFieldError(
-                f"--tokens {self.tokens} must be a square (e.g. 576) and --width {self.width} a "
-                f"multiple of 64."
-            )
+        refuse_sizes(self.tokens, self.width)
         if self.ragged and (self.batch_size == 1 or self.image is not None):
             raise MethodFieldError(
                 "--ragged pads prompts of one batch to the longest: give --batch_size 2 or more, "
@@ -68,40 +64,14 @@ class BenchModelRequest:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["divprune", "vtc_cls", "fastv"],
-        metavar="NAME",
-        help=f"{METHOD_WORD} (default: divprune,vtc_cls,fastv)",
-    )
-    parser.add_argument(
-        "--budgets",
-        nargs="+",
-        default=list(DEFAULT_BUDGETS),
-        metavar="BUDGET",
-        help=f"{BUDGET_WORD} (default: {','.join(DEFAULT_BUDGETS)})",
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--shape",
-        dest="shapes",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="sizes of published models with random weights, or small ones of their families: "
-        "llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-onevision-7b, qwen2.5-vl-7b, "
-        "qwen3-vl-8b, llava-small, llava-next-small, llava-onevision-small, qwen2.5-vl-small, "
-        "qwen3-vl-small; llava-1.5-encoder, qwen2.5-vl-encoder: the published encoder in front of "
-        "two layers (default: a LLaVA of --layers, --width and --tokens)",
-    )
-    which.add_argument("--model", metavar="DIR_OR_NAME", help="a checkpoint instead")
+    add_words(parser)
+    add_model(parser)
     parser.add_argument(
         "--picture",
         dest="pictures",
         nargs="+",
         default=[],
-        type=_picture,
+        type=picture,
         metavar="HxW",
         help="its height and width in pixels; several are measured in turn (default: what is usual "
         "for the model)",
@@ -123,16 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run nothing: FLOPs and bytes from sizes alone (what happens anyway where a shape "
         "does not fit)",
     )
-    parser.add_argument("--layers", type=positive, default=12, help="of the decoder (default: 12)")
-    parser.add_argument(
-        "--width",
-        type=positive,
-        default=1024,
-        help="of the decoder, a multiple of 64 (default: 1024)",
-    )
-    parser.add_argument(
-        "--tokens", type=positive, default=576, help="visual tokens, a square (default: 576)"
-    )
     parser.add_argument("--repeats", type=positive, default=5, help="rounds (default: 5)")
     parser.add_argument(
         "--new_tokens", type=positive, default=32, metavar="N", help="decoded (default: 32)"
@@ -143,16 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also measure peak memory on the CPU, in a process of its own for every variant "
         "(CUDA's allocator tells without)",
     )
-    parser.add_argument("--device", help="cpu, cuda (default: cuda if there is one)")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on the CPU, else bfloat16, also where nothing is run (default: auto)",
-    )
-    parser.add_argument(
-        "--attn_implementation", default="sdpa", metavar="NAME", help="default: sdpa"
-    )
+    add_device(parser)
     parser.add_argument(
         "--output_path",
         "-o",
@@ -176,13 +127,3 @@ def request(args: argparse.Namespace) -> BenchModelRequest:
     early.refuse_unknown_budgets(budgets)
     same = {field.name: getattr(args, field.name) for field in fields(BenchModelRequest)}
     return BenchModelRequest(**same | {"methods": methods, "budgets": budgets, "shapes": shapes})
-
-
-def _picture(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    try:
-        return positive(height), positive(width)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a height and a width in pixels: write e.g. 672x672"
-        ) from None

@@ -161,6 +161,13 @@ class Subject:
         }
 
 
+def dtype_on(device: str, dtype: str) -> str:
+    """`auto` is float32 on the CPU, else bfloat16."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if torch.device(device).type == "cpu" else "bfloat16"
+
+
 def visual_tokens_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> int:
     """Of each prompt; all have as many."""
     return int((inputs["input_ids"][0] == model.config.image_token_id).sum())

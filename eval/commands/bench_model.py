@@ -22,7 +22,7 @@ from ..bench.bench_table import bench_table
 from ..bench.parts_table import parts_table
 from ..bench.report_file import write_report
 from ..bench.rounds import compare, peak_memory
-from ..bench.subject import Subject
+from ..bench.subject import Subject, dtype_on
 from ..bench.variant import Variant
 from ..console import progress, stdout
 from ..environment import hardware, load_average, versions
@@ -98,9 +98,6 @@ def _subject(
     shape: str | None,
     picture: tuple[int, int] | None,
 ) -> Subject:
-    dtype = request.dtype
-    if dtype == "auto":
-        dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     return Subject(
         shape=shape,
         model_name=request.model,
@@ -110,7 +107,7 @@ def _subject(
         visual_tokens=request.tokens,
         batch_size=request.batch_size,
         ragged=request.ragged,
-        dtype=dtype,
+        dtype=dtype_on(device, request.dtype),
         attn_implementation=request.attn_implementation,
         image=request.image,
     )

@@ -1,0 +1,69 @@
+"""The report of `vlmprune bench serve` as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..environment import describe
+from ..results.statistics import Spread
+from ..table import Table
+
+
+def serve_table(reports: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a variant and number of clients."""
+    several = len(reports) > 1
+    headers = (
+        *(("Model",) if several else ()),
+        *("Clients", "Method", "Requests/s", "x dense"),
+        *("First token ms p50", "p90", "p99", "x dense"),
+        *("Answer ms p50", "p90", "p99"),
+    )
+    rows = [
+        (*((report["model"]["name"],) if several else ()), *_row(row))
+        for report in reports
+        for row in report["rows"]
+    ]
+    first = reports[0]
+    return Table(
+        headers=headers,
+        rows=rows,
+        numbers_from=2 + several,
+        title=(
+            f"{'' if several else first['model']['name'] + ', '}{first['model']['visual_tokens']} "
+            f"visual tokens, {first['new_tokens']} new ones, {first['rounds']} rounds, "
+            f"{first['model']['dtype']}, on {describe(first['hardware'])}"
+        ),
+        notes=_notes(reports),
+    )
+
+
+def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["clients"]),
+        row["name"],
+        f"{row['throughput']['median']:.3g}",
+        _ratio(row["throughput_over_dense"]),
+        *(f"{1e3 * value:.0f}" for value in row["first_token"].values()),
+        _ratio(row["first_token_over_dense"]),
+        *(f"{1e3 * value:.0f}" for value in row["answered"].values()),
+    )
+
+
+def _ratio(value: Spread) -> str:
+    return f"{value['median']:.2f} ({value['q1']:.2f}-{value['q3']:.2f})"
+
+
+def _notes(reports: Sequence[Mapping[str, Any]]) -> str:
+    slower = [
+        f"{row['name']} at {row['clients']} clients ({row['throughput_over_dense']['median']:.2f})"
+        for report in reports
+        for row in report["rows"]
+        if row["throughput_over_dense"]["median"] < 1
+    ]
+    pays = f"Pruning does not pay: {', '.join(slower)}." if slower else "Pruning pays everywhere."
+    return (
+        "Each client is a thread that asks again when it is answered; prompts are not batched. "
+        "x dense: medians over rounds, beside the dense rounds just before, with quartiles; "
+        f"percentiles are of all requests. {pays}"
+    )
