@@ -12,6 +12,8 @@ from .shared import grid_arguments, import_argument, positive
 HELP = "run an image classifier on a folder of pictures, dense and with methods inside it"
 EXAMPLES = """\
 examples:
+  vlmprune classify
+      the embedded classifier on its own pictures: a table, ./vlmprune_runs/runs.jsonl, frontier.png
   vlmprune classify --model deit_small_patch16_224 --data imagenet/val --methods tome:r=13@published
       needs timm (pip install 'vlmprune[timm]') and fetches the weights
   vlmprune classify --model ./my-vit --data photos --methods tome,evit --budgets 0.5,0.25
@@ -23,17 +25,17 @@ DEFAULT_BUDGETS = ("0.5",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        required=True,
+        default="embedded",
         metavar="DIR_OR_NAME",
         help="a name of timm (also hf-hub:... and local-dir:...), a folder that timm or "
-        "transformers saved, or a classifier of transformers on the Hub",
+        "transformers saved, or a classifier of transformers on the Hub (default: the embedded "
+        "classifier)",
     )
     parser.add_argument(
         "--data",
-        required=True,
         metavar="FOLDER",
         help="a folder of pictures for each class: the model's names, or in alphabetical order as "
-        "many as it has classes",
+        "many as it has classes (default: of the embedded classifier its own pictures)",
     )
     grid_arguments(parser, DEFAULT_METHODS, DEFAULT_BUDGETS, "methods inside the encoder")
     import_argument(parser)
@@ -54,9 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_path",
         "-o",
-        default="./vlmprune_classify",
+        default="./vlmprune_runs",
         metavar="DIR",
-        help="for classify.jsonl and classify.md (default: ./vlmprune_classify)",
+        help="for runs.jsonl, table and picture (default: ./vlmprune_runs)",
+    )
+    parser.add_argument(
+        "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
     )
     parser.add_argument(
         "--rerun", action="store_true", help="measure again what the folder has already"
@@ -70,14 +75,21 @@ def request(args: argparse.Namespace) -> ClassifyRequest:
         VlmpruneError: an error says what is allowed.
     """
     from . import early
+    from .config import ConfigError
 
     methods, budgets = split_list(args.methods), split_list(args.budgets)
     early.refuse_unknown_methods(methods)
     early.refuse_unknown_budgets(budgets)
     early.refuse_unwritable(args.output_path)
+    data = args.data or ("embedded" if args.model == "embedded" else None)
+    if data is None:
+        raise ConfigError(
+            f"Pictures for {args.model} are missing: give --data FOLDER, with a folder of pictures "
+            f"for each class."
+        )
     return ClassifyRequest(
         model=args.model,
-        data=Path(args.data),
+        data=data,
         methods=methods,
         budgets=budgets,
         limit=args.limit,
@@ -86,5 +98,7 @@ def request(args: argparse.Namespace) -> ClassifyRequest:
         device=args.device,
         dtype=args.dtype,
         output_path=Path(args.output_path),
+        log_samples=args.log_samples,
         rerun=args.rerun,
+        imports=args.imports,
     )

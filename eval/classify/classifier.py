@@ -1,4 +1,4 @@
-"""Load an image classifier with its own transform: timm's, or one of transformers."""
+"""Load an image classifier with its own transform: the embedded one, timm's, or transformers'."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...prune.errors import VlmpruneError
+from ..embedded.classifying import load_classifying
+from ..models.loading import EMBEDDED
 
 _SAMPLED = 64  # values of each parameter that go into the fingerprint
 
@@ -39,6 +41,7 @@ class Classifier:
         classes: how many it tells apart.
         labels: its name of each class -> number; empty where it knows no names.
         fingerprint: 12 hex digits over configuration, transform and a sample of every weight.
+        attention: how it is computed: `sdpa`, `eager`, ...
     """
 
     model: nn.Module
@@ -46,36 +49,50 @@ class Classifier:
     classes: int
     labels: Mapping[str, int]
     fingerprint: str
+    attention: str
 
     def logits(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, classes)."""
         found = self.model(pixels)
-        return found if isinstance(found, Tensor) else found.logits
+        return found if isinstance(found, Tensor) else found[0]
 
 
 def load_classifier(name: str, *, device: str, dtype: str) -> Classifier:
     """
     Args:
-        name: a model of timm (its pretrained weights are fetched), `hf-hub:` or `local-dir:` names
-            of timm, a folder that timm or transformers saved, or a name on the Hub: `timm/...` is
-            timm's, all others are transformers'.
+        name: `embedded`, a model of timm (its pretrained weights are fetched), `hf-hub:` or
+            `local-dir:` names of timm, a folder that timm or transformers saved, or a name on the
+            Hub: `timm/...` is timm's, all others are transformers'.
 
     Raises:
         ClassifierError: it cannot be had, or is no classifier.
     """
-    source = _timm_source(name)
     try:
-        found = _of_transformers(name) if source is None else _of_timm(source)
+        found = _found(name)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         if isinstance(error, ClassifierError):
             raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ClassifierError(
             f"Classifier {name!r} cannot be loaded: {first} Give a name of timm, a folder that "
-            f"timm or transformers saved, or a name on the Hugging Face Hub."
+            f"timm or transformers saved, or a name on the Hugging Face Hub; what is there by name "
+            f"alone is fetched, which needs a network (or the cache of an earlier run). Without "
+            f"one, leave --model out, or give a folder."
         ) from error
     found.model.eval().to(device=device, dtype=getattr(torch, dtype))
     return found
+
+
+def _found(name: str) -> Classifier:
+    if name == EMBEDDED:
+        return _embedded()
+    source = _timm_source(name)
+    return _of_transformers(name) if source is None else _of_timm(source)
+
+
+def _embedded() -> Classifier:
+    model, processor, labels = load_classifying()
+    return _with_processor(model, processor, labels, len(labels))
 
 
 def _timm_source(name: str) -> str | None:
@@ -114,6 +131,7 @@ def _of_timm(name: str) -> Classifier:
         model.num_classes,
         _timm_labels(model),
         _fingerprint(model, config),
+        "sdpa" if any(getattr(m, "fused_attn", False) for m in model.modules()) else "eager",
     )
 
 
@@ -134,14 +152,25 @@ def _of_transformers(name: str) -> Classifier:
     model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32)
     processor = AutoImageProcessor.from_pretrained(name)
 
+    named = model.config.label2id
+    labels = {} if "LABEL_0" in named else {str(k): int(v) for k, v in named.items()}
+    return _with_processor(model, processor, labels, model.config.num_labels)
+
+
+def _with_processor(
+    model: Any, processor: Any, labels: Mapping[str, int], classes: int
+) -> Classifier:
     def transform(picture: Image.Image) -> Tensor:
         return processor(images=picture, return_tensors="pt")["pixel_values"][0]
 
-    named = model.config.label2id
-    labels = {} if "LABEL_0" in named else {str(k): int(v) for k, v in named.items()}
     config = [str(model), processor.to_json_string()]
     return Classifier(
-        model, transform, model.config.num_labels, labels, _fingerprint(model, config)
+        model,
+        transform,
+        classes,
+        labels,
+        _fingerprint(model, config),
+        model.config._attn_implementation,
     )
 
 

@@ -1,19 +1,18 @@
-"""`vlmprune classify`: load once, run the grid on the pictures, then the table."""
+"""`vlmprune classify`: load once, run the grid on the pictures, then the table and the frontier."""
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 
-from ..classify.classifier import load_classifier
+from ..classify.benchmark import Classification
+from ..classify.classifier import Classifier, load_classifier
 from ..classify.pictures import read_pictures
 from ..classify.request import ClassifyRequest
-from ..classify.running import FILE_NAME, cells_of, run_cells
-from ..classify.table import classify_table
-from ..console import progress, stdout
-from ..extras import Extras
-from ..models.loading import resolve_device
-from ..results.store import Store
-from ..words.flags import in_flags
+from ..models.loading import resolve_device, short_name
+from ..results.records import CLASSES, Config, setting_of
+from ..results.store import Store, UnwrittenError
+from ..sweep.outcome import say_interrupted, say_what_happened, show
+from ..sweep.running import run_grid
 from ..words.parts import combined
 
 
@@ -21,36 +20,56 @@ def run(request: ClassifyRequest) -> int:
     """The command. Returns the exit code: 1 if a cell failed."""
     combinations = combined(request.methods, request.budgets, request.seed)
     device, folder = resolve_device(request.device), request.output_path
-    store = Store(folder, FILE_NAME)
+    store = Store(folder)
     classifier = load_classifier(request.model, device=device, dtype=request.dtype)
     pictures = read_pictures(request.data, classifier, request.limit)
-    cells = cells_of(combinations, request, classifier, pictures, device)
+    benchmark = Classification(
+        classifier, pictures, batch_size=request.batch_size, seed=request.seed
+    )
     try:
-        with progress() as bar:
-            task = bar.add_task("starting", total=len(cells))
-            records, there = run_cells(
-                cells,
-                classifier,
-                pictures,
-                store,
-                rerun=request.rerun,
-                on_cell=lambda cell: bar.update(
-                    task, description=str(cell), completed=cells.index(cell)
-                ),
-            )
+        cells, summary = run_grid(
+            _base(request, classifier),
+            [benchmark],
+            combinations,
+            request,
+            device=benchmark.device,
+            store=store,
+            given=partial(_given, request),
+        )
     except KeyboardInterrupt:
-        same = "the same command" + " without --rerun" * request.rerun
-        sys.stderr.write(f"interrupted: finished cells are in {folder}, {same} goes on there\n")
+        say_interrupted(folder, rerun=request.rerun)
         return 130
-    table = classify_table(records, pictures.named)
-    table.print(stdout())
-    Extras().write("tables", folder / "classify.md", f"{table.markdown()}\n".encode())
-    failed = 0
-    for cell, record in zip(cells, records, strict=True):
-        if record["status"] != "ok":
-            failed += 1
-            reason = in_flags(" ".join(record["error"]["message"].split()))
-            sys.stderr.write(f"failed: {cell}: {record['error']['type']}: {reason}\n")
-    said = f"{len(cells) - there - failed} run, {there} already there (again: --rerun)"
-    sys.stderr.write(f"cells: {said}, {failed} failed; results in {folder}\n")
-    return 1 if failed else 0
+    except UnwrittenError as error:  # what is on no disk is at least on the screen
+        show(folder, [*store.read(), error.record], {setting_of(error.record)})
+        raise
+    show(folder, store.read(), {cell.config.setting for cell in cells})
+    say_what_happened(summary, folder)
+    return 1 if summary.failed else 0
+
+
+def _base(request: ClassifyRequest, classifier: Classifier) -> Config:
+    """What all cells share."""
+    return Config(
+        model=short_name(request.model),
+        fingerprint=classifier.fingerprint,
+        methods=(),
+        positions=None,
+        task="",
+        task_version="",
+        limit=request.limit,
+        seed=request.seed,
+        dtype=request.dtype,
+        attn_implementation=classifier.attention,
+        task_kind=CLASSES,
+        batch_size=request.batch_size,
+    )
+
+
+def _given(request: ClassifyRequest, config: Config) -> dict[str, object]:
+    """The flags that a cell hangs on and that its configuration does not tell, if typed."""
+    flags: dict[str, object] = {"data": request.data}
+    if request.model != config.model:
+        flags["model"] = request.model
+    if request.imports and any("source" in method for method in config.methods):
+        flags["imports"] = list(request.imports)
+    return flags

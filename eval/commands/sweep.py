@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.registry import family_of
 from ...prune.contract import ClipText as ClipTextSignal
 from ...prune.errors import MethodFieldError
 from ..arguments.config import write_config
-from ..console import stdout
 from ..embedded.task import EmbeddedTask
-from ..extras import Extras
 from ..measure.evaluate import Benchmark, Evaluator
 from ..models.loading import (
     limit_pixels,
@@ -27,18 +23,16 @@ from ..models.loading import (
 )
 from ..models.request import ModelRequest
 from ..processes import Processes
-from ..results.plot import frontier
-from ..results.records import Config, Record, latest, setting_of
+from ..results.records import Config, setting_of
 from ..results.store import Store, UnwrittenError
-from ..results.sweep_table import averages_table, sweep_table
-from ..sweep.grid import REFUSALS, Summary
+from ..sweep.grid import REFUSALS
+from ..sweep.outcome import say_interrupted, say_what_happened, show
 from ..sweep.request import SweepRequest
 from ..sweep.running import sweep_grid
 from ..tasks.jsonl import JsonlTask
 from ..tasks.protocols import Task
 from ..tasks.questions import asked
 from ..vocabulary_note import vocabulary_note
-from ..words.flags import in_flags
 from ..words.parts import Part, Parts, combined
 
 if TYPE_CHECKING:
@@ -85,17 +79,15 @@ def run(request: SweepRequest) -> int:
                 given=partial(_given, request, wanted),
             )
         except KeyboardInterrupt:
-            same = "the same command"
-            same += " without --rerun" if request.rerun else ""
-            sys.stderr.write(f"interrupted: finished cells are in {folder}, {same} goes on there\n")
+            say_interrupted(folder, rerun=request.rerun)
             return 130
         except UnwrittenError as error:
             if store is not None:  # what is on no disk is at least on the screen
-                report(folder, [*store.read(), error.record], {setting_of(error.record)})
+                show(folder, [*store.read(), error.record], {setting_of(error.record)})
             raise
         if store is not None:
-            report(folder, store.read(), {cell.config.setting for cell in cells})
-            _say_what_happened(summary, folder)
+            show(folder, store.read(), {cell.config.setting for cell in cells})
+            say_what_happened(summary, folder)
         return 1 if summary.failed else 0
 
 
@@ -124,28 +116,6 @@ def _given(request: SweepRequest, wanted: ModelRequest, config: Config) -> dict[
         if task.name == config.task:
             flags |= {"data": str(task.path), "matching": task.matching}
     return flags
-
-
-def report(folder: Path, records: Sequence[Record], settings: Collection[object]) -> None:
-    """Tables to stdout and `table.md`, frontiers to PNG: all that the records have of these
-    settings."""
-    console, extras = stdout(), Extras()
-    shown = [r for r in latest(records) if setting_of(r) in settings]
-    task_of = {setting_of(record): record["config"]["task"] for record in shown}
-    texts = []
-    for setting, task in task_of.items():
-        of_task = [r for r in shown if setting_of(r) == setting]
-        table = sweep_table(of_task)
-        table.print(console)
-        texts.append(table.markdown())
-        name = "frontier.png" if len(task_of) == 1 else f"frontier_{task}.png"
-        frontier(of_task, png := BytesIO())
-        extras.write("pictures", folder / name, png.getvalue())
-    if len(task_of) > 1:
-        table = averages_table(shown)
-        table.print(console)
-        texts.append(table.markdown())
-    extras.write("tables", folder / "table.md", ("\n\n".join(texts) + "\n").encode())
 
 
 def _benchmarks(
@@ -219,19 +189,3 @@ def _say_what_is_lost(own: Sequence[JsonlTask], processor: Any) -> None:
             sys.stderr.write(f"note: {task.path}: keys that are not read: {unread}\n")
         if note := vocabulary_note(processor, [q.question for q in task.questions(None)]):
             sys.stderr.write(f"note: {task.path}: {note}\n")
-
-
-def _say_what_happened(summary: Summary, folder: Path) -> None:
-    counts = {
-        "run": len(summary.ok),
-        "already there": len(summary.skipped),
-        "not applicable": len(summary.not_applicable),
-        "failed": len(summary.failed),
-    }
-    for what, cells in (("not applicable", summary.not_applicable), ("failed", summary.failed)):
-        for cell, reason in cells:
-            sys.stderr.write(f"{what}: {cell}: {in_flags(' '.join(reason.split()))}\n")
-    for line in summary.skipped_lines():
-        sys.stderr.write(f"{line} (again: --rerun)\n")
-    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    sys.stderr.write(f"cells: {said or 'none'}; results in {folder}\n")

@@ -163,26 +163,37 @@ def compose(rng: np.random.Generator, split: str = "train", dense: bool = False)
         if place is None:
             continue
         boxes.append((*place, size))
-        if cls < FIRST_GARMENT:
-            strength = int(rng.integers(85, 111))
-            color, tint = -1, (strength, strength, strength)
-        else:
-            color = int(rng.integers(len(_PALETTE)))
-            red, green, blue = (_PALETTE[color] + rng.integers(-16, 17, size=3)).tolist()
-            tint = (red, green, blue)
-        things.append(
-            Thing(
-                cls=cls,
-                variant=int(rng.integers(assets.variants(split, cls))),
-                y=place[0],
-                x=place[1],
-                size=size,
-                flip=bool(cls < FIRST_DIGIT and rng.random() < 0.5),
-                color=color,
-                tint=tint,
-            )
-        )
+        things.append(_thing(rng, split, cls, place, size))
     return Scene(split, backdrop, tuple(things))
+
+
+def alone(rng: np.random.Generator, cls: int, split: str = "train") -> Scene:
+    """A random scene of one object of a class."""
+    backdrop, size = _backdrop(rng, split), _size(rng, cls)
+    y, x = rng.integers(SIDE - size + 1, size=2).tolist()
+    return Scene(split, backdrop, (_thing(rng, split, cls, (y, x), size),))
+
+
+def _thing(
+    rng: np.random.Generator, split: str, cls: int, place: tuple[int, int], size: int
+) -> Thing:
+    if cls < FIRST_GARMENT:
+        strength = int(rng.integers(85, 111))
+        color, tint = -1, (strength, strength, strength)
+    else:
+        color = int(rng.integers(len(_PALETTE)))
+        red, green, blue = (_PALETTE[color] + rng.integers(-16, 17, size=3)).tolist()
+        tint = (red, green, blue)
+    return Thing(
+        cls=cls,
+        variant=int(rng.integers(assets.variants(split, cls))),
+        y=place[0],
+        x=place[1],
+        size=size,
+        flip=bool(cls < FIRST_DIGIT and rng.random() < 0.5),
+        color=color,
+        tint=tint,
+    )
 
 
 @lru_cache(maxsize=64)

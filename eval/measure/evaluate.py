@@ -20,7 +20,7 @@ from ...prune.budget import MethodCall
 from ...prune.contract import Positions
 from ..models.picture_fit import picture_fit
 from ..processes import Processes
-from ..results.records import Example, Measured
+from ..results.records import Example, Measured, MeasuredClasses
 from ..results.statistics import Score, mean_score
 from ..tasks.protocols import Question, Task
 from ..tasks.version import version_of
@@ -66,10 +66,13 @@ class Benchmark(Protocol):
     @property
     def version(self) -> str: ...
     @property
-    def max_new_tokens(self) -> int: ...
+    def max_new_tokens(self) -> int | None:
+        """None where no answers are written."""
+        ...
+
     @property
     def count(self) -> int:
-        """Questions."""
+        """Questions, or pictures."""
         ...
 
     def run(
@@ -79,7 +82,7 @@ class Benchmark(Protocol):
         positions: Positions | None = None,
         progress: Callable[[int], None] = ...,
         save_picture: SavePicture | None = None,
-    ) -> tuple[Measured, list[Sample]]:
+    ) -> tuple[Measured | MeasuredClasses, list[Sample]]:
         """Evaluate the dense model, or what `calls` make of it.
 
         Args:

@@ -24,6 +24,7 @@ from ..results.records import (
 from ..results.statistics import Score, difference
 from ..results.store import read_records
 from ..results.sweep_table import in_order
+from ..results.task_kinds import Cost, TaskKind, kind_of
 from ..results.texts import scale
 
 STATUSES = ("ok", "failed", "not_applicable")
@@ -73,6 +74,11 @@ class Section:
     @property
     def config(self) -> Mapping[str, Any]:
         return self.cells[0].record["config"]
+
+    @property
+    def kind(self) -> TaskKind:
+        """What is measured, and how it is shown."""
+        return kind_of(self.config)
 
     @property
     def done(self) -> list[Cell]:
@@ -128,35 +134,6 @@ class Section:
         )
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a point pays, for the horizontal axis of the frontier."""
-
-    key: str
-    label: str
-    digits: int
-
-    def of(self, record: Record) -> float | None:
-        value: float | None = None
-        if self.key == "flops":
-            value = 100 * record["flops"]["visual_share"]
-        elif self.key == "tokens":
-            value = record["tokens"]["average_per_layer"]
-        elif self.key == "kv":
-            value = record["kv_bytes"] / 1024
-        elif (spread := record["times"]["first_token"]) is not None:
-            value = 1e3 * spread["median"]
-        return finite(value)
-
-
-COSTS = (
-    Cost("flops", "Decoder FLOPs over visual tokens, % of dense", 1),
-    Cost("tokens", "Visual tokens entering a decoder layer, mean", 1),
-    Cost("kv", "KV cache after the prompt, KiB", 0),
-    Cost("time", "Time to first token, ms (median at batch 1)", 1),
-)
-
-
 def read_cells(paths: Sequence[Path]) -> list[Cell]:
     """The cells of all files; one that is in several is shown as the last file has it, unless only
     an earlier one has numbers.
@@ -174,7 +151,7 @@ def read_cells(paths: Sequence[Path]) -> list[Cell]:
             if isinstance(error, VlmpruneError):
                 raise
             raise ResultsError(
-                f"{str(path)!r} is no result of `vlmprune sweep` ({type(error).__name__}: {error}):"
+                f"{str(path)!r} is no result of vlmprune ({type(error).__name__}: {error}):"
                 f" give a runs.jsonl, or the folder that it is in."
             ) from error
         if not records:
@@ -221,6 +198,7 @@ def _check(record: Record) -> None:
     budget_text(record)
     describe(record["hardware"])
     record["versions"].items()
+    kind = kind_of(record["config"])
     if record["status"] != "ok":
         return
     if not record["scores"]:
@@ -228,8 +206,9 @@ def _check(record: Record) -> None:
     for score in record["scores"].values():
         scale(score) * float(score["value"])
         difference(score, score)
-    for cost in COSTS:
-        cost.of(record)
+    kind.numbers(record)
+    for cost in kind.costs:
+        cost_of(record, cost)
     for example in record["examples"]:
         example["question"], example["answer"], example["prediction"], example["picture"]
 
@@ -251,6 +230,11 @@ def pareto(
             kept.append(index)
             best, last = worse, cost
     return kept
+
+
+def cost_of(record: Record, cost: Cost) -> float | None:
+    """None where it is not known, or is no number that an axis can hold."""
+    return finite(cost.value(record))
 
 
 def finite(value: float | None) -> float | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..results.statistics import Score
+from ..results.task_kinds import Cost
 from ..results.texts import metric_label, scale
-from .cells import COSTS, Cell, Section, finite, pareto
+from .cells import Cell, Section, cost_of, finite, pareto
 from .grids import score_of
 
 
@@ -19,28 +21,30 @@ def chart(section: Section, anchors: dict[str, str]) -> dict[str, Any] | None:
     done = section.done
     if not done:
         return None
-    metrics = section.metrics
+    metrics, costs = section.metrics, section.kind.costs
     return {
-        "costs": [{"key": cost.key, "label": cost.label} for cost in COSTS],
+        "costs": [{"key": cost.key, "label": cost.label} for cost in costs],
         "metrics": [
             {"label": metric_label(name, score), "range": _range(score)}
             for name, score in metrics.items()
         ],
-        "points": [_point(cell, list(metrics), anchors) for cell in done],
+        "points": [_point(cell, costs, list(metrics), anchors) for cell in done],
         "frontier": {
             cost.key: [
                 pareto(
-                    [(cost.of(cell.record), score_of(cell, name)) for cell in done],
+                    [(cost_of(cell.record, cost), score_of(cell, name)) for cell in done],
                     higher_is_better=score["higher_is_better"],
                 )
                 for name, score in metrics.items()
             ]
-            for cost in COSTS
+            for cost in costs
         },
     }
 
 
-def _point(cell: Cell, metrics: list[str], anchors: dict[str, str]) -> dict[str, Any]:
+def _point(
+    cell: Cell, costs: Sequence[Cost], metrics: list[str], anchors: dict[str, str]
+) -> dict[str, Any]:
     record = cell.record
     return {
         "id": record["id"],
@@ -48,7 +52,7 @@ def _point(cell: Cell, metrics: list[str], anchors: dict[str, str]) -> dict[str,
         "variant": cell.variant,
         "budget": cell.budget,
         "dense": cell.dense,
-        "costs": {cost.key: _rounded(cost.of(record), cost.digits + 2) for cost in COSTS},
+        "costs": {cost.key: _rounded(cost_of(record, cost), cost.digits + 2) for cost in costs},
         "scores": [_score(record["scores"].get(name)) for name in metrics],
     }
 

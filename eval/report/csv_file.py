@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..results import flat
+from ..results.task_kinds import kind_of
 from . import escape
 from .cells import Cell, Section
 from .repeat import command_of
@@ -40,7 +41,7 @@ def _rows(section: Section, cell: Cell) -> Iterator[dict[str, Any]]:
     if not cell.ok:
         yield head | tail
         return
-    numbers = flat.numbers(record)
+    numbers = kind_of(record["config"]).numbers(record)
     numbers["tokens_per_layer"] = " ".join(f"{n:g}" for n in numbers["tokens_per_layer"])
     dense = section.dense.record if section.dense else None
     for metric in record["scores"]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..results.records import cache_text
-from ..results.texts import in_unit, metric_label, milliseconds, scale, with_interval
-from .cells import COSTS, Cell, Section, finite, pareto
+from ..results.texts import in_unit, metric_label, scale, with_interval
+from .cells import Cell, Section, cost_of, finite, pareto
 
 MISSING = {"failed": "failed", "not_applicable": "not applicable"}
 
@@ -43,40 +42,26 @@ class Grid:
 
 
 def main_table(section: Section) -> Grid:
-    """Every cell: its score beside dense, tokens, FLOPs, times and memory."""
+    """Every cell: its score beside dense, and what its kind of task measures."""
     name = section.main
     label = metric_label(name, section.metrics[name]) if name else "Score"
-    headers = [
-        "Method",
-        "Budget",
-        label,
-        "vs dense",
-        "Tokens kept",
-        "Tokens a layer",
-        "FLOPs share %",
-        "Prefill GFLOPs",
-        "First token ms",
-        "% of dense",
-        "ms a decoded token",
-        "KV KiB",
-        "Peak MiB",
-    ]
+    measured = (column.header for column in section.kind.columns)
     best = on_frontier(section)
     return Grid(
-        headers,
+        ["Method", "Budget", label, "vs dense", *measured],
         [
-            Row(_main_row(section, cell, name, len(headers)), cell, cell.record["id"] in best)
+            Row(_main_row(section, cell, name), cell, cell.record["id"] in best)
             for cell in section.cells
         ],
     )
 
 
 def on_frontier(section: Section) -> set[str]:
-    """Ids of the cells that no other beats in the main score and the share of dense FLOPs."""
+    """Ids of the cells that no other beats in the main score and the share of what dense pays."""
     name, done = section.main, section.done
     if name is None:
         return set()
-    points = [(COSTS[0].of(c.record), score_of(c, name)) for c in done]
+    points = [(cost_of(c.record, section.kind.costs[0]), score_of(c, name)) for c in done]
     up = section.metrics[name]["higher_is_better"]
     return {done[i].record["id"] for i in pareto(points, higher_is_better=up)}
 
@@ -87,33 +72,16 @@ def score_of(cell: Cell, metric: str) -> float | None:
     return finite(score["value"]) if score else None
 
 
-def _main_row(section: Section, cell: Cell, metric: str | None, width: int) -> list[Entry]:
+def _main_row(section: Section, cell: Cell, metric: str | None) -> list[Entry]:
     head = [Entry(cell.variant, cell.variant), Entry(cell.budget, cell.budget)]
+    columns, record = section.kind.columns, cell.record
     if not cell.ok or metric is None:
-        return [*head, Entry(MISSING.get(cell.record["status"], "")), *[Entry("")] * (width - 3)]
-    record = cell.record
-    tokens, flops, times = record["tokens"], record["flops"], record["times"]
-    first, share, step = times["first_token"], times["share_of_dense"], times["per_decoded_token"]
-    peak = record["peak_memory_bytes"]
+        return [*head, Entry(MISSING.get(record["status"], "")), *[Entry("")] * (1 + len(columns))]
     return [
         *head,
         score_entry(cell, metric),
         difference_entry(section, cell, metric),
-        Entry(
-            f"{tokens['kept_per_image']:.4g} of {tokens['in_per_image']:.4g}{cache_text(tokens)}",
-            finite(tokens.get("cache_per_image", tokens["kept_per_image"])),
-        ),
-        Entry(f"{tokens['average_per_layer']:.1f}", finite(tokens["average_per_layer"])),
-        Entry(f"{100 * flops['visual_share']:.1f}", finite(flops["visual_share"])),
-        Entry(f"{flops['prefill'] / 1e9:.3g}", finite(flops["prefill"])),
-        Entry(milliseconds(first), finite(first["median"]) if first else None),
-        Entry(
-            f"{100 * share['median']:.0f}" if share else "",
-            finite(share["median"]) if share else None,
-        ),
-        Entry(milliseconds(step), finite(step["median"]) if step else None),
-        Entry(f"{record['kv_bytes'] / 1024:.0f}", finite(record["kv_bytes"])),
-        Entry(f"{peak / 2**20:.0f}" if peak else "", peak),
+        *(Entry(column.text(record), finite(column.value(record))) for column in columns),
     ]
 
 
@@ -205,8 +173,13 @@ def facts(section: Section) -> list[tuple[str, str]]:
         pairs.append(("Kinds of questions", ", ".join(config["kinds"])))
     limit = config["limit"] if config["limit"] is not None else "all"
     pairs += [
-        ("Questions", f"limit {limit}, seed {config['seed']}"),
-        ("New tokens", f"at most {config['max_new_tokens']}"),
+        (f"{section.kind.item.capitalize()}s", f"limit {limit}, seed {config['seed']}"),
+    ]
+    if config.get("max_new_tokens"):
+        pairs.append(("New tokens", f"at most {config['max_new_tokens']}"))
+    if config.get("batch_size"):
+        pairs.append(("Batch size", config["batch_size"]))
+    pairs += [
         ("Hardware", several(section.hardware)),
         ("Versions", several(section.versions)),
     ]

@@ -90,6 +90,8 @@ def _view(
         "earlier": section.earlier and f"{section.earlier[:1].upper()}{section.earlier[1:]}.",
         "chart": chart(section, anchors),
         "main": main_table(section),
+        "item": section.kind.item,
+        "measures": section.kind.notes,
         "more": list(_more(section)),
         "maps": {WHERE_TITLE: [(cell, Markup(uri)) for cell, uri in maps(section)]},
         "notes": {WHERE_TITLE: WHERE},

@@ -30,10 +30,10 @@ _OF_A_TASK = ("task", "task_version", "max_new_tokens", "methods", "positions")
 _MISSING = {"failed": "failed", "not_applicable": "n/a"}
 _WIDE = 2  # with more tasks a table is scaled to the width of the page
 
-_ONE_TASK = (r"Brackets: 95\,\% intervals; vs.\ dense is paired question by question.",)
+_ONE_TASK = (r"Brackets: 95\,\% intervals; vs.\ dense is paired {item} by {item}.",)
 _SEVERAL_TASKS = (
     "These are means over tasks.",
-    r"Small: difference to dense, paired question by question (*: its 95\,\% interval has no 0).",
+    r"Small: difference to dense, paired {item} by {item} (*: its 95\,\% interval has no 0).",
     "Average: of dense, over the tasks.",
 )
 
@@ -68,7 +68,7 @@ def _is_latin(character: str) -> bool:
 
 def _table(sections: Sequence[Section], number: int) -> str:
     several_tasks = len(sections) > 1
-    columns = "llrrr" + "r" * len(sections) + "r"
+    columns = "ll" + "r" * (len(sections[0].kind.means) + len(sections) + 1)
     lines = [f"\\begin{{tabular}}{{@{{}}{columns}@{{}}}}", r"\toprule", *_heads(sections)]
     lines.append(r"\midrule")
     cells = [{_key(cell): cell for cell in section.cells} for section in sections]
@@ -94,7 +94,7 @@ def _table(sections: Sequence[Section], number: int) -> str:
 
 
 def _heads(sections: Sequence[Section]) -> list[str]:
-    fixed = ["Method", "Budget", "Tokens", r"FLOPs \%", r"Time \%"]
+    fixed = ["Method", "Budget", *(mean.header for mean in sections[0].kind.means)]
     metrics = [tex(_metric(section)) for section in sections]
     if len(sections) == 1:
         return [_line([*fixed, *metrics, r"vs.\ dense"])]
@@ -114,12 +114,10 @@ def _row(
 ) -> str:
     here = [group.get(key) for group in cells]
     done = [cell.record for cell in here if cell is not None and cell.ok]
-    shares = [r["times"]["share_of_dense"] for r in done]
+    means = sections[0].kind.means
     entries = [
         *map(tex, key),
-        _mean([r["tokens"]["average_per_layer"] for r in done]),
-        _mean([100 * r["flops"]["visual_share"] for r in done]),
-        _mean([100 * share["median"] for share in shares if share], digits=0),
+        *(_mean([mean.value(record) for record in done], mean.digits) for mean in means),
     ]
     if percents is None:
         entries += _score(sections[0], here[0])
@@ -175,7 +173,7 @@ def _signed(value: float, sign: str) -> str:
     return f"${text}$" if text[0] in "+-" else text
 
 
-def _mean(values: Sequence[float], digits: int = 1) -> str:
+def _mean(values: Sequence[float | None], digits: int) -> str:
     known = [value for value in map(finite, values) if value is not None]
     return f"{statistics.fmean(known):.{digits}f}" if known else ""
 
@@ -192,17 +190,16 @@ def _percents(sections: Sequence[Section]) -> dict[Key, float | None]:
 
 
 def _caption(sections: Sequence[Section]) -> str:
-    config = sections[0].config
+    config, kind = sections[0].config, sections[0].kind
+    measured, notes = kind.paper_notes, _ONE_TASK if len(sections) == 1 else _SEVERAL_TASKS
     tasks = [f"{section.config['task']} ({_questions(section)})" for section in sections]
     machines = dict.fromkeys(machine for section in sections for machine in section.hardware)
     return " ".join(
         [
             f"{tex(config['model'])} ({tex(config['dtype'])}) on {tex(', '.join(tasks))}.",
-            "Tokens: visual tokens that enter a decoder layer, mean.",
-            "FLOPs: decoder, visual tokens only, of dense.",
-            "Time: to the first token, of dense on the same questions in turn, median at batch 1, "
-            f"on {tex(several(list(machines)))}.",
-            *(_ONE_TASK if len(sections) == 1 else _SEVERAL_TASKS),
+            *measured[:-1],
+            f"{measured[-1]}, on {tex(several(list(machines)))}.",
+            *(note.format(item=kind.item) for note in notes),
         ]
     )
 
@@ -210,7 +207,7 @@ def _caption(sections: Sequence[Section]) -> str:
 def _questions(section: Section) -> str:
     if section.main is None:
         return "not run"
-    return f"{section.metrics[section.main]['n']:g} questions"
+    return f"{section.metrics[section.main]['n']:g} {section.kind.item}s"
 
 
 def _key(cell: Cell) -> Key:

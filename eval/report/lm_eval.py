@@ -94,11 +94,8 @@ def results(
         "configs": {
             task: {
                 "task": task,
-                "output_type": "generate_until",
-                "generation_kwargs": {
-                    "do_sample": False,
-                    "max_gen_toks": config["max_new_tokens"],
-                },
+                "output_type": section.kind.output_type,
+                **_generation(config),
                 "metric_list": [
                     {"metric": name, "higher_is_better": score["higher_is_better"]}
                     for name, score in scores.items()
@@ -145,11 +142,7 @@ def results(
                 "methods": config["methods"],
                 "positions": record["positions"],
                 "attn_implementation": config["attn_implementation"],
-                "tokens": record["tokens"],
-                "flops": record["flops"],
-                "times": record["times"],
-                "kv_bytes": record["kv_bytes"],
-                "peak_memory_bytes": record["peak_memory_bytes"],
+                **{part: record[part] for part in section.kind.parts},  # type: ignore[literal-required]
                 "scores": {
                     name: {k: score[k] for k in ("unit", "low", "high", "n", "by_kind")}  # type: ignore[literal-required]
                     for name, score in scores.items()
@@ -162,6 +155,14 @@ def results(
             }
         ),
     }
+
+
+def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How answers are written, where there are any."""
+    longest = config.get("max_new_tokens")
+    if longest is None:
+        return {}
+    return {"generation_kwargs": {"do_sample": False, "max_gen_toks": longest}}
 
 
 def standard_error(score: Score) -> float | str:
@@ -178,7 +179,7 @@ def read_samples(cell: Cell) -> list[dict[str, Any]]:
 
     Raises:
         NoFileError: they were not logged.
-        ResultsError: the file is none of `vlmprune sweep`.
+        ResultsError: the file is none of vlmprune.
     """
     try:
         file = file_below(cell.folder, f"samples/{cell.record['id']}.jsonl")

@@ -20,9 +20,7 @@ from .where import where_table
 BEST = "★"
 NOTES = (
     f"{BEST}: no other cell is both as good and as cheap (FLOPs share). Brackets: 95 % intervals; "
-    "`vs dense` is paired question by question. Tokens kept: of those an image has; tokens a "
-    "layer: mean entering a decoder layer. FLOPs share: decoder, visual tokens only. Times: "
-    "medians at batch 1, % of dense on the same questions in turn."
+    "`vs dense` is paired {item} by {item}. "
 )
 
 
@@ -59,7 +57,7 @@ def _section(section: Section, most: int | None) -> list[str]:
         f"## {markdown(config['task'])}: {markdown(config['model'])}",
         "\n".join(f"- {word}: {markdown(value)}" for word, value in facts(section)),
         table(main_table(section)),
-        NOTES,
+        NOTES.format(item=section.kind.item) + section.kind.notes,
     ]
     for title, grid in (
         ("All metrics", metrics_table(section)),

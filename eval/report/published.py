@@ -14,7 +14,7 @@ def beside_published(section: Section) -> Grid | None:
         for entry in published_for(cell.record):
             measured = on_scale(cell.record, entry)
             limit = cell.record["config"]["limit"]
-            only = f"measured on {limit} questions only" if limit is not None else ""
+            only = f"measured on {limit} {section.kind.item}s only" if limit is not None else ""
             note = "; ".join(part for part in (only, entry.note, entry.benchmark.note) if part)
             rows.append(
                 Row(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...prune.amount import PREFIXES, PUBLISHED
@@ -14,7 +15,8 @@ from ...prune.registry import method_class
 from ..embedded.task import EmbeddedTask
 from ..method_facts import needs_of
 from ..models.loading import EMBEDDED
-from ..results.records import MethodRecord, Record, method_record
+from ..results.records import ANSWERS, CLASSES, MethodRecord, Record, method_record
+from ..results.task_kinds import kind_of
 from ..words.parts import parse
 from ..words.typed import pair
 
@@ -22,16 +24,18 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def command_of(record: Record) -> str:
-    """`vlmprune sweep ...` for one cell, quoted for a shell; dense is run beside it, as always."""
+    """The command for one cell, quoted for a shell; dense is run beside it, as always."""
     config, given = record["config"], record.get("given", {})
     seed = config["seed"]
-    words: list[object] = ["vlmprune", "sweep", "--model", given.get("model", config["model"])]
+    command = _COMMANDS[kind_of(config).name]
+    words: list[object] = ["vlmprune", command.verb]
+    words += ["--model", given.get("model", config["model"])]
     processes = record["hardware"].get("processes", 1)
     if processes != 1:
         words[:1] = ["torchrun", "--nproc_per_node", processes, "-m", "vlmprune"]
     if config.get("model_args"):
         words += ["--model_args", ",".join(pair(*arg) for arg in config["model_args"].items())]
-    words += _task_words(config, given)
+    words += command.task(config, given)
     words += ["--methods", _methods_word(config["methods"], seed) or "dense"]
     if config["positions"]:
         words += ["--positions", config["positions"]]
@@ -43,7 +47,7 @@ def command_of(record: Record) -> str:
         words += ["--clip", given["clip"]]
     words += ["--limit", config["limit"] if config["limit"] is not None else "all"]
     words += ["--seed", seed, "--batch_size", record["batch_size"]]
-    words += ["--dtype", config["dtype"], "--attn_implementation", config["attn_implementation"]]
+    words += ["--dtype", config["dtype"], *command.more(config)]
     spread = "accelerators" in record["hardware"]
     words += ["--device", "auto" if spread else record["hardware"]["device"], "-o", "./repeated"]
     return shlex.join(str(word) for word in words)
@@ -58,19 +62,45 @@ def needs(record: Record) -> list[str]:
             f"model: the folder of {config['model']}, whose weights have the fingerprint "
             f"{config['fingerprint']}"
         )
-    if given is None and config["task"] != EmbeddedTask().name:
-        found.append(
-            f"task: {config['task']}, version {config['task_version']}; if it is your own, give "
-            f"its questions with --data FILE in place of --tasks, or run sweep_model in Python"
-        )
-    elif given and "data" in given:
-        found.append(f"questions: {given['data']}, in its version {config['task_version']}")
+    found += _COMMANDS[kind_of(config).name].needs(config, given)
     clip = (given or {}).get("clip") or record["status"] != "ok"  # without it: refused
     if not clip and any(map(_reads_clip, config["methods"])):
         found.append("--clip: the CLIP checkpoint of the model's vision tower")
     if config["dtype"] not in _DTYPES:
         found.append(f"a model in {config['dtype']}, which only sweep_model in Python takes")
     return found
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What measures a kind of task again: its verb, and what it is given that others are not."""
+
+    verb: str
+    task: Callable[[Mapping[str, Any], Mapping[str, Any]], list[object]]
+    needs: Callable[[Mapping[str, Any], Mapping[str, Any] | None], list[str]]
+    more: Callable[[Mapping[str, Any]], list[object]]
+
+
+def _question_needs(config: Mapping[str, Any], given: Mapping[str, Any] | None) -> list[str]:
+    if given is None and config["task"] != EmbeddedTask().name:
+        return [
+            f"task: {config['task']}, version {config['task_version']}; if it is your own, give "
+            f"its questions with --data FILE in place of --tasks, or run sweep_model in Python"
+        ]
+    if given and "data" in given:
+        return [f"questions: {given['data']}, in its version {config['task_version']}"]
+    return []
+
+
+def _picture_needs(config: Mapping[str, Any], given: Mapping[str, Any] | None) -> list[str]:
+    data = (given or {}).get("data", config["task"])
+    if data == EMBEDDED:
+        return []
+    return [f"pictures: {data}, in its version {config['task_version']}"]
+
+
+def _picture_words(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[object]:
+    return ["--data", given.get("data", config["task"])]
 
 
 def _task_words(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[object]:
@@ -144,3 +174,14 @@ def _reads_clip(entry: MethodRecord) -> bool:
 
 def _as_json(value: object) -> object:
     return json.loads(json.dumps(value, default=str))
+
+
+_COMMANDS = {
+    ANSWERS: _Command(
+        "sweep",
+        _task_words,
+        _question_needs,
+        lambda config: ["--attn_implementation", config["attn_implementation"]],
+    ),
+    CLASSES: _Command("classify", _picture_words, _picture_needs, lambda config: []),
+}

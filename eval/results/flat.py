@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from ..environment import describe
 from .agreement import agreement
 from .records import Record, budget_text, method_name, variant
 from .statistics import Score, difference
-
-_SPREADS = (
-    "first_token",
-    "vision",
-    "select",
-    "prefill",
-    "per_decoded_token",
-    "dense_first_token",
-)
 
 
 def head(record: Record) -> dict[str, Any]:
@@ -52,24 +42,6 @@ def score(record: Record, metric: str, dense: Record | None) -> dict[str, Any]:
         "same_answers": agrees.same_answers if agrees else None,
         "turned_wrong": agrees.turned_wrong if agrees else None,
         "turned_right": agrees.turned_right if agrees else None,
-    }
-
-
-def numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens, FLOPs, medians of times in seconds, bytes."""
-    tokens = {k: v for k, v in measured["tokens"].items() if k != "per_layer"}
-    times = measured["times"]
-    share = times.get("share_of_dense")
-    return {
-        **{f"tokens_{key}": value for key, value in tokens.items()},
-        "tokens_per_layer": list(measured["tokens"]["per_layer"]),
-        **{f"flops_{key}": value for key, value in measured["flops"].items()},
-        **{f"seconds_{key}": s["median"] if (s := times.get(key)) else None for key in _SPREADS},
-        "first_token_share_of_dense": share["median"] if share else None,
-        "kv_bytes": measured["kv_bytes"],
-        "peak_memory_bytes": measured["peak_memory_bytes"],
-        "rotary_positions": measured["positions"] or "",
-        "notes": "; ".join(measured["notes"]),
     }
 
 

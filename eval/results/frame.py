@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ...prune.errors import VlmpruneError
 from . import flat
 from .records import Record, main_score, method_name, setting_of
+from .task_kinds import ANSWERS, kind_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,7 @@ def comparison_frame(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] |
     """
     pandas = _pandas()
     return pandas.DataFrame(
-        [{**said, **(flat.numbers(measured) if measured else {})} for said, measured in rows]
+        [{**said, **(ANSWERS.numbers(measured) if measured else {})} for said, measured in rows]
     )
 
 
@@ -78,7 +79,7 @@ def _row(record: Record, dense: Record | None) -> dict[str, Any]:
         row |= flat.score(record, main_score(record)[0], dense)
         if len(record["scores"]) > 1:
             row |= {f"score_{name}": score["value"] for name, score in record["scores"].items()}
-        row |= flat.numbers(record)
+        row |= kind_of(record["config"]).numbers(record)
     return row | flat.tail(record) | flat.machine(record)
 
 

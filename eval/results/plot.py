@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING
 
 from .records import Record, main_score, method_name, variant
 from .sweep_table import in_order
+from .task_kinds import ANSWERS, kind_of
 from .texts import metric_text, scale, setting_line
 
 if TYPE_CHECKING:
@@ -66,18 +67,14 @@ def draw(records: Sequence[Record]) -> Figure:
         ]
     _rings(axes, marks)
     axes.set_xlim(left=0)
-    axes.set_xlabel(
-        "prefill FLOPs over visual tokens, % of dense "
-        "(equal costs drawn side by side; rings: hidden points)"
-    )
+    kind = kind_of(done[0]["config"]) if done else ANSWERS
+    axes.set_xlabel(f"{kind.costs[0].label} (equal costs drawn side by side; rings: hidden points)")
     axes.grid(alpha=0.25)
     if done:
         axes.set_ylabel(f"{metric_text(done[0])} (95 % interval)")
         config = done[0]["config"]
-        questions = main_score(done[0])[1]["n"]
-        figure.suptitle(
-            f"{config['model']} on {config['task']}, {questions} questions", fontsize=12
-        )
+        shown = f"{main_score(done[0])[1]['n']} {kind.item}s"
+        figure.suptitle(f"{config['model']} on {config['task']}, {shown}", fontsize=12)
         axes.set_title(setting_line(config), fontsize=7, color="gray")
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
     return figure
@@ -103,7 +100,7 @@ def _point(record: Record) -> tuple[float, float, float, float]:
     score = main_score(record)[1]
     value, low, high = score["value"], score["low"], score["high"]
     return (
-        100 * record["flops"]["visual_share"],
+        kind_of(record["config"]).share(record),
         scale(score) * value,
         scale(score) * (value - low if low is not None else 0.0),
         scale(score) * (high - value if high is not None else 0.0),

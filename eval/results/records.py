@@ -1,4 +1,4 @@
-"""One finished cell of a sweep, as the result file holds it, and what is read from it.
+"""One finished cell, as the result file holds it, and what is read from it.
 
 A cell's id hashes its whole configuration, so that a later run knows what is already there.
 Versions and hardware are recorded, not hashed.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ...prune.errors import VlmpruneError
@@ -20,13 +20,15 @@ from ..words.said import budget_word, changed_fields
 from .statistics import Score, Spread
 
 Status = Literal["ok", "failed", "not_applicable"]
+ANSWERS, CLASSES = "answers", "classes"
+"""Kinds of tasks: questions about pictures, and pictures to be classified."""
 
 
 class ResultsError(VlmpruneError, ValueError):
     """A result file that cannot be read or written.
 
     Symptom: `report`, `read_records` or a sweep stops at a file or folder.
-    Cause: it is no result of a sweep, has no cells yet, or may not be written.
+    Cause: it is no result of `sweep` or `classify`, has no cells yet, or may not be written.
     Type: `vlmprune sweep -o DIR` first, then `vlmprune report DIR`.
     Page: ERRORS.md#resultserror
     """
@@ -51,7 +53,10 @@ class Config:
     """Everything that decides a cell's outcome. No `methods` is the dense model.
 
     `kinds` (sorted): the kinds of questions that are asked; None for all. `model_args`: how model
-    and processor were loaded beyond the other fields. Ids do not tell of either where it is None.
+    and processor were loaded beyond the other fields. `max_new_tokens`: the longest answer; None
+    where none is written. `task_kind`: which of `task_kinds` the task is of. `batch_size`: where
+    times are of batches; None where they are of single samples. Ids do not tell of those that are
+    as here.
     """
 
     model: str
@@ -62,11 +67,13 @@ class Config:
     task_version: str
     limit: int | None
     seed: int
-    max_new_tokens: int
     dtype: str
     attn_implementation: str
+    max_new_tokens: int | None = None
     kinds: tuple[str, ...] | None = None
     model_args: Mapping[str, object] | None = None
+    task_kind: str = ANSWERS
+    batch_size: int | None = None
 
     @property
     def id(self) -> str:
@@ -76,10 +83,11 @@ class Config:
 
     def as_json(self) -> dict[str, Any]:
         """The configuration as it comes back from the file."""
-        values = asdict(self)
-        for optional in ("kinds", "model_args"):
-            if values[optional] is None:
-                del values[optional]
+        values = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        }
         return json.loads(json.dumps(values, default=str))
 
     @property
@@ -198,9 +206,9 @@ class EvidenceKept(TypedDict):
 
 
 class Measured(TypedDict):
-    """What running a cell yields. `scores` are by metric, the task's main one first; `answers`, one
-    digest a question, tell whether two cells said the same; `where` and `evidence` are of methods
-    that drop tokens (none of these in older records)."""
+    """What a cell of questions yields. `scores` are by metric, the task's main one first;
+    `answers`, one digest a question, tell whether two cells said the same; `where` and `evidence`
+    are of methods that drop tokens (none of these in older records)."""
 
     scores: dict[str, Score]
     tokens: Tokens
@@ -216,8 +224,56 @@ class Measured(TypedDict):
     evidence: NotRequired[EvidenceKept]
 
 
+class PictureTokens(TypedDict):
+    """Patches of a picture, or groups of them, means: CLS is not counted.
+
+    `average_per_layer` counts those that enter a block, and `per_layer` is by block: the mean of
+    what its attention and its MLP see.
+    """
+
+    in_per_image: float
+    kept_per_image: float
+    average_per_layer: float
+    per_layer: list[float]
+
+
+class PictureFlops(TypedDict):
+    """Of one picture, as torch counts the first batch: `forward`, and as a share of dense."""
+
+    forward: float
+    forward_share: float
+
+
+class PictureTimes(TypedDict):
+    """Seconds a picture, of forward passes of whole batches; None where nothing was measured.
+
+    `dense_picture` and the ratio `share_of_dense` come from dense runs of the same batches in turn.
+    """
+
+    picture: Spread | None
+    dense_picture: Spread | None
+    share_of_dense: Spread | None
+
+
+class MeasuredClasses(TypedDict):
+    """What a cell of pictures yields. `tokens`: None of a model without patches."""
+
+    scores: dict[str, Score]
+    tokens: PictureTokens | None
+    flops: PictureFlops
+    times: PictureTimes
+    peak_memory_bytes: int | None
+    positions: str | None
+    notes: list[str]
+    examples: list[Example]
+    answers: NotRequired[list[str]]
+
+
 class Record(TypedDict, total=False):
-    """One line of the file. `config` is `Config` as JSON; a failed cell has `error`, no numbers."""
+    """One line of the file. `config` is `Config` as JSON; a failed cell has `error`, no numbers.
+
+    What `tokens`, `flops` and `times` hold is of the kind of task: `Measured`, `MeasuredClasses`.
+    """
 
     schema: int
     id: str
@@ -228,9 +284,9 @@ class Record(TypedDict, total=False):
     batch_size: int
     load_average: float | None
     scores: dict[str, Score]
-    tokens: Tokens
-    flops: FlopsRecord
-    times: Times
+    tokens: Mapping[str, Any]
+    flops: Mapping[str, Any]
+    times: Mapping[str, Any]
     kv_bytes: float
     peak_memory_bytes: int | None
     positions: str | None

@@ -3,6 +3,7 @@
 The schema counts what older readers would misread or trip over; fields that they may ignore do not
 change it. Older schemas are brought up to date when they are read. 2: `config` may hold `kinds`.
 3: `scores` by metric in place of `accuracy`, `examples`, and `config` may hold `model_args`.
+4: `config` may hold another `task_kind` than questions, whose records measure other things.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .frame import Results
 from .records import Record, ResultsError, latest
 from .statistics import Score
 
-SCHEMA = 3
+SCHEMA = 4
 FILE_NAME = "runs.jsonl"
 
 
@@ -39,10 +40,10 @@ class UnwrittenError(ResultsError):
 
 
 class Store:
-    """Appends records to `runs.jsonl` in a folder, or to `name`, and reads them back."""
+    """Appends records to `runs.jsonl` in a folder, and reads them back."""
 
-    def __init__(self, folder: Path, name: str = FILE_NAME) -> None:
-        self.path = folder / name
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._end_torn_line()
@@ -106,13 +107,7 @@ def read_records(path: str | os.PathLike[str]) -> Results:
     Raises:
         ResultsError: there is no such file, a newer vlmprune wrote it, or it holds no questions.
     """
-    records = list(_read(Path(path)).values())
-    if any("kind" in record for record in records):
-        raise ResultsError(
-            f"{str(path)!r} is of `vlmprune classify`, whose table is beside it (classify.md): "
-            f"give a {FILE_NAME} of `vlmprune sweep`."
-        )
-    return Results(latest(records))
+    return Results(latest(list(_read(Path(path)).values())))
 
 
 def _read(path: Path) -> dict[str, Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ...prune.budget import PUBLISHED
@@ -10,10 +11,7 @@ from ..table import Table
 from .averages import percent_of_dense
 from .records import (
     Record,
-    Times,
-    Tokens,
     budget_text,
-    cache_text,
     earlier_text,
     latest,
     main_score,
@@ -21,15 +19,8 @@ from .records import (
     variant,
 )
 from .statistics import difference
-from .texts import in_unit, metric_text, milliseconds, scale, setting_line, with_interval
-
-NOTES = (
-    "{} with its 95 % interval; difference to dense paired question by question. Tokens: "
-    "visual tokens kept of those an image has, and the mean entering a decoder layer (in brackets: "
-    "left behind it, as SparseVLM counts, where that differs). Prefill: decoder FLOPs with text "
-    "(multiply-add = 2). Share: of the dense decoder FLOPs, visual tokens only. Times: medians at "
-    "batch 1; (%) of dense on the same questions in turn."
-)
+from .task_kinds import ANSWERS, TaskKind, kind_of
+from .texts import in_unit, metric_text, scale, setting_line, with_interval
 
 _MIXED = "several"  # the column of methods that are combined under different budgets
 
@@ -38,30 +29,19 @@ def sweep_table(records: Sequence[Record]) -> Table:
     """Every record of one setting: dense first, then by method, costliest budget first."""
     ordered = in_order(records)
     dense = next((r for r in ordered if method_name(r) == "dense" and r["status"] == "ok"), None)
-    headers = (
-        "Method",
-        "Budget",
-        _metric(ordered),
-        "vs dense",
-        "Tokens",
-        "Avg/layer",
-        "Prefill GFLOPs",
-        "Share %",
-        "First token ms",
-        "ms/token",
-        "KV KiB",
-    )
+    kind = kind_of(ordered[0]["config"]) if ordered else ANSWERS
+    measured = (column.header for column in kind.short)
     return Table(
-        headers=headers,
-        rows=[_row(record, dense, len(headers)) for record in ordered],
+        headers=("Method", "Budget", _metric(ordered), "vs dense", *measured),
+        rows=[_row(record, dense, kind) for record in ordered],
         title=_title(ordered[0]) if ordered else None,
-        notes=_notes(ordered),
-        droppable=(9, 6, 5, 3, 8),
+        notes=_notes(ordered, kind),
+        droppable=kind.droppable,
     )
 
 
-def _notes(records: Sequence[Record]) -> str:
-    notes = NOTES.format(_metric(records).removesuffix(" %"))
+def _notes(records: Sequence[Record], kind: TaskKind) -> str:
+    notes = kind.short_notes.format(_metric(records).removesuffix(" %"))
     hidden = earlier_text(records)
     return f"{notes} {hidden[0].upper()}{hidden[1:]}." if hidden else notes
 
@@ -132,43 +112,24 @@ def in_order(records: Sequence[Record]) -> list[Record]:
     methods = list(dict.fromkeys(variant(record) for record in records))
 
     def key(record: Record) -> tuple[bool, int, float]:
-        share = record["flops"]["visual_share"] if record["status"] == "ok" else 2.0
+        done = record["status"] == "ok"
+        share = kind_of(record["config"]).share(record) if done else math.inf
         return method_name(record) != "dense", methods.index(variant(record)), -share
 
     return sorted(records, key=key)
 
 
-def _row(record: Record, dense: Record | None, width: int) -> tuple[str, ...]:
+def _row(record: Record, dense: Record | None, kind: TaskKind) -> tuple[str, ...]:
     head = (variant(record), budget_text(record))
     if record["status"] != "ok":
         what = "not applicable" if record["status"] == "not_applicable" else "FAILED"
-        return (*head, what, *[""] * (width - 3))
-    tokens, times = record["tokens"], record["times"]
+        return (*head, what, *[""] * (1 + len(kind.short)))
     return (
         *head,
         with_interval(main_score(record)[1]),
         _difference(record, dense),
-        f"{tokens['kept_per_image']:.4g}/{tokens['in_per_image']:.4g}{cache_text(tokens)}",
-        _averages(tokens),
-        f"{record['flops']['prefill'] / 1e9:.3g}",
-        f"{100 * record['flops']['visual_share']:.1f}",
-        _first_token(times),
-        milliseconds(times["per_decoded_token"]),
-        f"{record['kv_bytes'] / 1024:.0f}",
+        *(column.text(record) for column in kind.short),
     )
-
-
-def _averages(tokens: Tokens) -> str:
-    """Both conventions of average tokens, the second one where it says something else."""
-    entering = f"{tokens['average_per_layer']:.1f}"
-    behind = f"{tokens.get('average_after_cuts', tokens['average_per_layer']):.1f}"
-    return entering if behind == entering else f"{entering} ({behind})"
-
-
-def _first_token(times: Times) -> str:
-    share = times["share_of_dense"]
-    beside = f" ({100 * share['median']:.0f} %)" if share else ""
-    return milliseconds(times["first_token"]) + beside
 
 
 def _difference(record: Record, dense: Record | None) -> str:

@@ -21,7 +21,7 @@ from ...prune.errors import (
 )
 from ..environment import load_average
 from ..processes import Processes
-from ..results.records import Config, Measured, Record, latest
+from ..results.records import Config, Measured, MeasuredClasses, Record, latest
 from ..results.store import SCHEMA, Store
 from ..sources import UNKNOWN, Source
 from ..words.parts import Parts
@@ -88,7 +88,7 @@ class Summary:
 
 def sweep(
     cells: Sequence[Cell],
-    run: Callable[[Cell], Measured],
+    run: Callable[[Cell], Measured | MeasuredClasses],
     store: Store | None,
     *,
     batch_size: int,
@@ -150,7 +150,9 @@ def sweep(
     return summary
 
 
-def _outcome(cell: Cell, run: Callable[[Cell], Measured], summary: Summary) -> dict[str, Any]:
+def _outcome(
+    cell: Cell, run: Callable[[Cell], Measured | MeasuredClasses], summary: Summary
+) -> dict[str, Any]:
     """What is recorded of a cell once it is run, of whatever comes out of it."""
     try:
         measured = run(cell)

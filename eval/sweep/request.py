@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ...prune.errors import MethodFieldError
 from ..models.request import ModelRequest
@@ -13,6 +13,21 @@ from ..models.request import ModelRequest
 if TYPE_CHECKING:
     from ...prune.contract import Positions
     from ..tasks.jsonl import JsonlTask
+
+
+class GridRequest(Protocol):
+    """What a grid on loaded benchmarks is run with; see `SweepRequest`."""
+
+    @property
+    def positions(self) -> Positions | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def output_path(self) -> Path | None: ...
+    @property
+    def samples(self) -> Path | None: ...
+    @property
+    def rerun(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)

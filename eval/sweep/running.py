@@ -22,13 +22,14 @@ from ..measure.evaluate import Benchmark, Sample
 from ..models.loading import fingerprint
 from ..processes import Processes
 from ..results.agreement import digest
-from ..results.records import Config, Measured, method_record
+from ..results.records import Config, Measured, MeasuredClasses, method_record
 from ..results.store import Store
 from ..words.parts import Parts
 from .grid import Cell, Summary, sweep
-from .request import SweepRequest
+from .request import GridRequest, SweepRequest
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _PICTURE_SIDE = 448
@@ -45,17 +46,45 @@ def sweep_grid(
     processes: Processes | None = None,
     given: Callable[[Config], Mapping[str, object]] | None = None,
 ) -> tuple[list[Cell], Summary]:
+    """Every combination on every benchmark of questions; see `run_grid`.
+
+    Args:
+        name: what results call the model.
+    """
+    return run_grid(
+        _base(model, request, name),
+        benchmarks,
+        combinations,
+        request,
+        device=input_device(model),
+        store=store,
+        processes=processes,
+        given=given,
+    )
+
+
+def run_grid(
+    base: Config,
+    benchmarks: Sequence[Benchmark],
+    combinations: Sequence[Parts],
+    request: GridRequest,
+    *,
+    device: torch.device,
+    store: Store | None,
+    processes: Processes | None = None,
+    given: Callable[[Config], Mapping[str, object]] | None = None,
+) -> tuple[list[Cell], Summary]:
     """Every combination on every benchmark, under a progress bar.
 
     Args:
+        base: what the configurations of all cells share.
         request: what `benchmarks` and `combinations` were made of; pictures and answers go to its
             folder, if it has one.
-        name: what results call the model.
+        device: where the model takes its inputs.
         store: None in all processes but the first.
         given: flags of the command that a cell's configuration does not tell.
     """
     processes = processes or Processes()
-    base = _base(model, request, name)
     cells = [
         _cell(base, benchmark, parts, request.positions)
         for benchmark in benchmarks
@@ -70,7 +99,7 @@ def sweep_grid(
             store,
             batch_size=request.batch_size,
             versions=versions(),
-            hardware=hardware(input_device(model)) | shared,
+            hardware=hardware(device) | shared,
             on_cell=grid.begin,
             processes=processes,
             rerun=request.rerun,
@@ -84,7 +113,7 @@ class _Grid:
 
     def __init__(
         self,
-        request: SweepRequest,
+        request: GridRequest,
         benchmarks: Mapping[str, Benchmark],
         cells: Sequence[Cell],
         processes: Processes,
@@ -105,7 +134,7 @@ class _Grid:
         text = f"{cell.config.task}: {cell}" if several else str(cell)
         self.bar.update(self.answered, description=text, completed=done)
 
-    def run(self, cell: Cell) -> Measured:
+    def run(self, cell: Cell) -> Measured | MeasuredClasses:
         request, folder = self.request, self.request.output_path
         measured, answers = self.benchmarks[cell.config.task].run(
             cell.calls,

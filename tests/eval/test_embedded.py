@@ -8,12 +8,14 @@ import pytest
 import torch
 import vlmprune
 from vlmprune.eval import embedded
-from vlmprune.eval.embedded import assets, benchmark, evaluate
+from vlmprune.eval.embedded import assets, benchmark, evaluate, objects
+from vlmprune.eval.embedded.classifying import load_classifying
 from vlmprune.eval.embedded.scenes import PATCHES
-from vlmprune.eval.embedded.training import language, vision
-from vlmprune.eval.embedded.vocabulary import CATEGORIES, COLOR_NAMES, DIGITS, KINDS
+from vlmprune.eval.embedded.training import head, language, vision
+from vlmprune.eval.embedded.vocabulary import CATEGORIES, COLOR_NAMES, DIGITS, KINDS, NOUNS
 
 BENCHMARK = "ad0ab13477eebe8e648391d282dd7bc9a6e88e45eb8a56f7714656d6ff16c8ee"
+OBJECTS = "5c2091249b4c7b82b2529c5fa0bcd950bae2587e18eddfbb7cf5b610eb4c9968"
 MOST_BYTES = 12 * 2**20
 DENSE_FLOOR = 86  # percent; the model card states what was measured
 GROUNDING_GAP = 40  # points between dropping random tokens and dropping the asked objects'
@@ -23,6 +25,28 @@ def test_benchmark_is_the_generated_one():
     assert benchmark.digest() == BENCHMARK
     generated = benchmark.encode(benchmark.generate())
     assert hashlib.sha256(generated).hexdigest() == BENCHMARK
+
+
+def test_pictures_of_objects_are_the_generated_ones():
+    assert hashlib.sha256(objects.encode()).hexdigest() == objects.digest() == OBJECTS
+    labels = [each.label for each in objects.shown()]
+    assert len(labels) == 700 and set(labels[:35]) == set(labels) == set(NOUNS)
+
+
+def test_the_classifier_names_held_out_objects():
+    """Its head is linear on the tower's CLS, and what trains it separates these."""
+    model, processor, labels = load_classifying()
+    shown = objects.shown()[:105]
+    pixels = processor([each.render() for each in shown], return_tensors="pt")["pixel_values"]
+    right = torch.tensor([labels[each.label] for each in shown])
+    with torch.no_grad():
+        features = model.vision_model(pixels).pooler_output
+        logits = model(pixels).image_embeds
+    assert (logits.argmax(1) == right).float().mean() > 0.9
+    torch.testing.assert_close(logits, features @ model.visual_projection.weight.T)
+    refitted = head.fit(features, right)
+    assert refitted.shape == model.visual_projection.weight.shape
+    assert (features @ refitted.T).argmax(1).tolist() == right.tolist()
 
 
 def test_at_least_a_thousand_balanced_questions():

@@ -1,4 +1,4 @@
-"""Command line of the training: `vision`, then `language`, then `export`."""
+"""Command line of the training: `vision`, `language`, `export`; `head` for the classifier."""
 
 import argparse
 from pathlib import Path
@@ -11,8 +11,8 @@ VISION_STEPS, LANGUAGE_STEPS = 3200, 1900
 def main() -> None:
     """Parse and run one stage."""
     parser = argparse.ArgumentParser(prog="python -m vlmprune.eval.embedded.training")
-    parser.add_argument("stage", choices=("vision", "language", "export"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("stage", choices=("vision", "language", "export", "head"))
+    parser.add_argument("--out", type=Path, help="folder of the checkpoints (not of head)")
     parser.add_argument("--steps", type=int, help="length of the schedule")
     parser.add_argument("--stop", type=int, help="end after this many steps, to resume later")
     parser.add_argument("--resume", action="store_true")
@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--name", help="checkpoint's name in --out (language, export)")
     parser.add_argument("--model", type=Path, help="export: folder of the exported model")
     args = parser.parse_args()
+    if args.out is None and args.stage != "head":
+        parser.error(f"{args.stage} needs --out")
     if args.threads:
         torch.set_num_threads(args.threads)
     run = {"device": args.device, "resume": args.resume, "workers": args.workers}
@@ -46,6 +48,10 @@ def main() -> None:
             name=name,
             **run,
         )
+    elif args.stage == "head":
+        from . import head
+
+        head.train()
     else:
         from . import export
 
