@@ -207,8 +207,8 @@ class Engine(Installed):
             flight.visual[modality] = self._placeholders(modality, ids, embeds)
             if output is not None:
                 flight.encoded[modality] = self._own(output, handed)
-            elif ids is not None:
-                flight.prompt = self._prompt(ids, kwargs.get("attention_mask"))
+            else:
+                flight.prompt = self._prompt(ids, embeds, kwargs.get("attention_mask"))
 
     def _refuse_modality(self, modality: Modality) -> None:
         if modality not in self.family.modalities:
@@ -221,13 +221,16 @@ class Engine(Installed):
         self, modality: Modality, ids: Tensor | None, embeds: Tensor | None
     ) -> Tensor:
         """(B, L) bool: the columns of the modality's placeholders."""
-        token = self.family.placeholder(modality)
         if embeds is None:
-            return ids == token  # type: ignore[return-value]
-        row = self.core.get_input_embeddings()(torch.tensor(token, device=embeds.device))
-        row = row.to(embeds.device)
-        marked: Tensor = (embeds == row).all(-1)
+            return ids == self.family.placeholder(modality)  # type: ignore[return-value]
+        marked: Tensor = (embeds == self._embedded(modality, embeds)).all(-1)
         return marked
+
+    def _embedded(self, modality: Modality, embeds: Tensor) -> Tensor:
+        """The embedding of a modality's placeholders, (D,)."""
+        token = torch.tensor(self.family.placeholder(modality), device=embeds.device)
+        row: Tensor = self.core.get_input_embeddings()(token)
+        return row.to(embeds.device)
 
     def _own(self, output: Any, handed: Encoded | None) -> Encoded:
         """What this patch knows of an encoder output that it is handed, or a copy of it."""
@@ -239,9 +242,15 @@ class Engine(Installed):
             )
         return encoded
 
-    def _prompt(self, ids: Tensor, mask: Tensor | None) -> Prompt:
-        family = self.family
-        return Prompt(ids, mask, {m: family.placeholder(m) for m in family.modalities})
+    def _prompt(
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None
+    ) -> Prompt | None:
+        if ids is not None:
+            return self.family.prompt(ids, mask)
+        if embeds is None or not self.family.of_prompt:
+            return None
+        rows = {one: self._embedded(one, embeds) for one in self.family.modalities}
+        return Prompt.of_embeds(embeds, mask, rows)
 
     def _not_pruned(self) -> None:
         note = (

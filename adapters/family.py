@@ -16,6 +16,11 @@ from ..prune.contract import Decoder, ModelShape, Tower
 from ..prune.tiling import Tiling
 from .both_ways import BothWays
 from .encoder import Encoder
+from .modality import IMAGE as IMAGE
+from .modality import MODALITIES as MODALITIES
+from .modality import VIDEO as VIDEO
+from .modality import Modality as Modality
+from .sequence.prompt import Prompt
 
 Fit = Literal["crop", "stretch"]
 """How a processor brings a picture to the shape of the token grid."""
@@ -26,38 +31,14 @@ Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Modality:
-    """What a prompt may hold beside text, in the words of `transformers`."""
-
-    name: str
-
-    @property
-    def encode(self) -> str:
-        """The method of the core that encodes it."""
-        return f"get_{self.name}_features"
-
-    @property
-    def pixels(self) -> str:
-        """The argument that brings it."""
-        return "pixel_values" if self.name == "image" else f"pixel_values_{self.name}s"
-
-    @property
-    def token(self) -> str:
-        """The configuration's name for the id of its placeholders."""
-        return f"{self.name}_token_id"
-
-
-IMAGE, VIDEO = Modality("image"), Modality("video")
-MODALITIES = (IMAGE, VIDEO)
-
-
-@dataclass(frozen=True, slots=True)
 class Call:
     """One call of the method that encodes a modality."""
 
     modality: Modality
     inputs: Inputs
     """Its arguments."""
+    parts: tuple[int, ...] | None = None
+    """Pictures of each image, where only the prompt tells to which image a picture belongs."""
 
 
 class Family(ABC):
@@ -76,6 +57,8 @@ class Family(ABC):
     """What can be pruned; the rest is refused."""
     fit: ClassVar[Fit] = "stretch"
     """How the family's processors bring pictures to the token grid."""
+    of_prompt: ClassVar[bool] = False
+    """Whether only the prompt tells which pictures are of one image: `parts`."""
     mrope: ClassVar[bool] = False
     """Multi-axis rotary positions: kept tokens must keep their original positions."""
 
@@ -120,6 +103,40 @@ class Family(ABC):
         """Modules that make tokens of the encoder's rows, each of the rows as they are where it
         runs."""
         return ()
+
+    # --- one call of the encoder ---------------------------------------------------------------
+
+    def call(self, modality: Modality, inputs: Inputs, prompt: Prompt | None = None) -> Call:
+        """A call of the method that encodes a modality.
+
+        Args:
+            inputs: its arguments, or those of the model.
+            prompt: what the images stand in; None: made of `input_ids`, if these are there.
+        """
+        if prompt is None and (ids := inputs.get("input_ids")) is not None:
+            prompt = self.prompt(ids, inputs.get("attention_mask"))
+        call = Call(modality, inputs)
+        if prompt is None or not self.of_prompt:
+            return call
+        return replace(call, parts=self.parts(call, prompt))
+
+    def prompt(self, ids: Tensor, mask: Tensor | None) -> Prompt:
+        return Prompt(ids, mask, {one: self.placeholder(one) for one in self.modalities})
+
+    def parts(self, call: Call, prompt: Prompt) -> tuple[int, ...] | None:
+        """Pictures of each image: an image is what the user gave, however many pictures the encoder
+        saw of it. Asked for where `of_prompt`."""
+        return None
+
+    def images(self, call: Call, pooled: Any) -> Sequence[Tensor]:
+        """The tokens of each image, (N, D), of what `get_image_features` calls `pooler_output`."""
+        return list(pooled)
+
+    def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> Any:
+        """The reverse of `images`; `kind` is the class of what the model made."""
+        if issubclass(kind, Tensor):
+            return torch.stack(list(images))
+        return tuple(images) if issubclass(kind, tuple) else list(images)
 
     @abstractmethod
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
@@ -180,6 +197,11 @@ class Family(ABC):
     def per_image_arguments(self, modality: Modality) -> frozenset[str]:
         """The arguments that tell images apart: what `only` looks at."""
         return frozenset({modality.pixels, self.sizes(modality)})
+
+    def apart(self, call: Call) -> Sequence[str]:
+        """What tells each image from others with the same pixels."""
+        sizes = call.inputs.get(self.sizes(call.modality))
+        return [""] * len(self.pixels(call)) if sizes is None else list(map(str, sizes.tolist()))
 
     def only(self, call: Call, images: Sequence[int]) -> tuple[Sequence[int], Call]:
         """A call with some images of another.

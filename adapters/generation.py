@@ -26,7 +26,7 @@ class Generation:
 
     Args:
         wanted: what a call that begins now runs with; None: without any method.
-        prompt: makes one of token ids and a mask.
+        prompt: makes one of token ids or embeddings, and a mask.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Generation:
         hooks: Hooks,
         flight: InFlight,
         wanted: Callable[[], Setup | None],
-        prompt: Callable[[Tensor, Tensor | None], Prompt],
+        prompt: Callable[[Tensor | None, Tensor | None, Tensor | None], Prompt | None],
     ) -> None:
         self._model, self._hooks, self._flight = model, hooks, flight
         self._wanted, self._prompt = wanted, prompt
@@ -65,8 +65,11 @@ class Generation:
             flight.setup, flight.chosen, flight.last = setup, {}, None
             flight.visual_mask = kwargs.pop("visual_mask", None)
             ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-            if ids is not None:
-                flight.prompt = self._prompt(ids, kwargs.get("attention_mask"))
+            embeds, cache = kwargs.get("inputs_embeds"), cache_given(kwargs)
+            # What is cached already is no part of the prompt that new images stand in.
+            cached = 0 if cache is None else cache.get_seq_length()
+            ids = ids[:, cached:] if ids is not None and cached < ids.shape[1] else ids
+            flight.prompt = self._prompt(ids, embeds, kwargs.get("attention_mask"))
             output = original(*args, **kwargs)
             if isinstance(output, ModelOutput):
                 output.vlmprune_last = flight.last

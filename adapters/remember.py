@@ -55,8 +55,8 @@ class _Known:
     """(K, D) each: what is added behind the first layers (deepstack)."""
     output: type
     """The class of the encoder's output."""
-    stacked: bool
-    """Whether the output holds the features of all images as one tensor."""
+    pooled: type
+    """The class of the features in it."""
 
     @property
     def features(self) -> Tensor:
@@ -119,14 +119,15 @@ class ImageMemory:
             if encoded is None:
                 return output, None
             stopwatch = encoded.stopwatch
-            new = dict(zip([keys[i] for i in images], _known(output, encoded), strict=True))
+            known = _known(family, some, output, encoded)
+            new = dict(zip([keys[i] for i in images], known, strict=True))
             found = {**new, **found}
             self._keep({keys[i]: new[keys[i]] for i in unknown}, hits=len(keys) - len(unknown))
         else:
             self._keep({}, hits=len(keys))
         known = [found[key] for key in keys]
         stopwatch = stopwatch or Stopwatch(known[0].rows.device)
-        return _output(known), Encoded([one.image for one in known], stopwatch, setup)
+        return _output(family, call, known), Encoded([one.image for one in known], stopwatch, setup)
 
     def _find(self, keys: Sequence[Hashable]) -> dict[Hashable, _Known]:
         with self._lock:
@@ -190,13 +191,11 @@ def _keys(family: Family, call: Call) -> list[Hashable] | None:
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         torch.is_inference_mode_enabled(),  # its tensors cannot be trained with outside of it
     )
-    here = {**inputs, modality.pixels: pixels.cpu()}  # one transfer for all images
-    images = family.pixels(replace(call, inputs=here))
-    sizes = inputs.get(family.sizes(modality))
-    rows = [None] * len(images) if sizes is None else sizes.tolist()
+    # One transfer for all images.
+    here = replace(call, inputs={**inputs, modality.pixels: pixels.cpu()})
     return [
-        (*common, str(size), image.dtype, tuple(image.shape), _digest(image))
-        for size, image in zip(rows, images, strict=True)
+        (*common, apart, image.dtype, tuple(image.shape), _digest(image))
+        for apart, image in zip(family.apart(here), family.pixels(here), strict=True)
     ]
 
 
@@ -230,28 +229,25 @@ def _digest(pixels: Tensor) -> bytes:
     return hashlib.sha256(bits.numpy().data).digest()
 
 
-def _known(output: Any, encoded: Encoded) -> list[_Known]:
+def _known(family: Family, call: Call, output: Any, encoded: Encoded) -> list[_Known]:
     """Each image of an encoder's output, on its own."""
-    features = output.pooler_output
+    features = family.images(call, output.pooler_output)
     deepstack = getattr(output, "deepstack_features", None) or ()
-    stacked = isinstance(features, Tensor)
     return [
         _Known(
             image,
             features[i][image.slots],  # a copy: a view would hold the whole batch in memory
             tuple(layer[i][image.sources.to(layer[i].device)] for layer in deepstack),
             type(output),
-            stacked,
+            type(output.pooler_output),
         )
         for i, image in enumerate(encoded.images)
     ]
 
 
-def _output(known: Sequence[_Known]) -> Any:
+def _output(family: Family, call: Call, known: Sequence[_Known]) -> Any:
     """What the model reads of an encoder's output."""
-    features: Any = [one.features for one in known]
-    if known[0].stacked:
-        features = torch.stack(features)
+    features = family.pooled(call, [one.features for one in known], known[0].pooled)
     if not known[0].deeper:
         return known[0].output(pooler_output=features)
     layers = zip(*(one.deepstack for one in known), strict=True)

@@ -74,10 +74,14 @@ class Tile:
 class Tiling:
     """The blocks of an image in the order of their tokens.
 
-    One block for a plain image; thumbnail and canvas for tiles; one block per frame of a video.
+    One block for a plain image; thumbnail and canvas for tiles; one block per frame of a video, or
+    per tile where it is not known how tiles lie on the canvas.
     """
 
     blocks: tuple[Block, ...]
+    thumbnail: int | None = None
+    """The block of one tile that shows the whole picture, where crops of it are blocks of their
+    own."""
 
     @classmethod
     def single(cls, rows: int, columns: int) -> Tiling:
@@ -101,8 +105,18 @@ class Tiling:
         """All tiles that have patches: block by block, in reading order."""
         return _tiles(self)
 
+    @property
+    def whole(self) -> int | None:
+        """The number, in `tiles`, of the tile that shows the whole picture beside crops of it: that
+        of `thumbnail`, or the first one where a canvas of several tiles is behind it."""
+        tiles = self.tiles
+        if self.thumbnail is not None:
+            return next(n for n, tile in enumerate(tiles) if tile.block == self.thumbnail)
+        of_one_tile = tiles[0].num_patches == self.blocks[0].num_patches
+        return 0 if len(self.blocks) == 2 and of_one_tile and len(tiles) > 2 else None
+
     def without_newlines(self) -> Tiling:
-        return Tiling(tuple(replace(block, newline="none") for block in self.blocks))
+        return replace(self, blocks=tuple(replace(one, newline="none") for one in self.blocks))
 
     def patches(self, device: torch.device) -> Tensor:
         """Token number of every patch: (P,) int64, ascending."""

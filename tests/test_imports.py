@@ -29,9 +29,10 @@ ROOMS = {
     ),
     "adapters": (
         *("__init__", "cache_names", "devices", "wrappers", "stopwatch", "hooks"),
-        *("tap", "clip_text", "both_ways"),
-        *("encoder", "image_model", "encoders", "image_models", "family", "families", "registry"),
-        *("sequence", "signals", "patch_setup", "budgets", "encoded", "remember"),
+        *("tap", "clip_text", "both_ways", "modality", "sequence"),
+        *("encoder", "image_model", "encoders", "image_models"),
+        *("family", "tiled", "families", "registry"),
+        *("signals", "patch_setup", "budgets", "encoded", "remember"),
         *("cache", "report", "reporting", "pictures", "checks", "places", "generation"),
         *("prepare", "installed", "engine", "standalone", "handle", "patching"),
     ),

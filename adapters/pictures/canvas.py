@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from ...prune.tiling import Block
+from ...prune.tiling import Block, Tiling
 from ..family import Fit
 
 Color = tuple[int, int, int]
@@ -20,6 +20,7 @@ OUTLINES = "Coloured outlines: merged, into the token with the box of that colou
 HATCHED = "Hatched: cut off, the model does not see it."
 GAP = 12
 _MIN_SIDE = 448
+_BLANK = (224, 224, 224)
 _WASH, _FADE = (120, 120, 120), 0.6
 _MIST, _DIM, _STEP = (255, 255, 255), 0.6, 14
 
@@ -121,6 +122,16 @@ def together(panels: Sequence[Image.Image], across: int | None = None) -> Image.
             left += panel.width + GAP
         top += height + GAP
     return sheet
+
+
+def on_tiles(pictures: Sequence[Image.Image], tiling: Tiling) -> Sequence[Image.Image]:
+    """A picture for every tile, where it is not known how they lie on the one that is given: it is
+    under its thumbnail, and nothing is under the crops."""
+    if tiling.thumbnail is None or len(pictures) != 1:
+        return pictures
+    size = max(pictures[0].size)
+    under = [Image.new("RGB", (size, size), _BLANK)] * len(tiling.blocks)
+    return [*under[: tiling.thumbnail], pictures[0], *under[tiling.thumbnail + 1 :]]
 
 
 def canvases(pictures: Sequence[Image.Image], blocks: Sequence[Block], fit: Fit) -> list[Canvas]:

@@ -9,6 +9,7 @@ from PIL import Image
 from ...prune.errors import MethodFieldError, NothingToShowError
 from ..family import Fit
 from ..report import Last, StageReport
+from .canvas import on_tiles
 from .heat import heat_map
 from .overlay import overlay
 
@@ -38,6 +39,7 @@ def show(
             f"stage={stage} and layer={layer} cannot be given together: a stage is a cut of the "
             f"sequence, and layer= shows what a method on the cache left in one layer."
         )
+    pictures = on_tiles(pictures, last.tilings[index])
     cut = None if stage is None else _stage(last, stage)
     if layer is not None:
         _check_layer(last, layer)

@@ -67,7 +67,7 @@ class BeforeLLMDriver:
             return original(*args, **kwargs)
         inputs = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
         inputs |= inputs.pop("kwargs", {})
-        call = Call(modality, inputs)
+        call = self._family.call(modality, inputs, flight.prompt)
         encode_images = functools.partial(self._encode_images, setup, original)
         if self._memory is None or not flight.active:
             output, encoded = encode_images(call)
@@ -98,11 +98,12 @@ class BeforeLLMDriver:
                 output = original(**call.inputs)
         finally:
             self._hooks.release(setup.standing)
-        features = getattr(output, "pooler_output", None)
-        if features is None:  # return_dict=False: a plain tuple cannot carry the choice
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:  # return_dict=False: a plain tuple cannot carry the choice
             if passage is not None:
                 refuse_tuple(passage.method)
             return output, None
+        features = self._family.images(call, pooled)
         tilings = None if handover is None else handover.tilings
         tilings = self._tilings(call, features, tilings)
         device = features[0].device
@@ -134,7 +135,8 @@ class BeforeLLMDriver:
             entering=() if passage is None else passage.entering,
             stopwatch=None if passage is None else passage.stopwatch,
         )
-        output.pooler_output = self._emit(features, encoded)
+        emitted = self._emit(features, encoded)
+        output.pooler_output = self._family.pooled(call, emitted, type(pooled))
         return output, encoded
 
     def _handover(self, setup: Setup, call: Call, numbers: Sequence[int] | None) -> Handover | None:
@@ -177,7 +179,7 @@ class BeforeLLMDriver:
         """Encoder layers that neither the projector nor a method reads."""
         return self._encoder.unread(setup.tapped, self._family.unread_layers(inputs))
 
-    def _emit(self, features: Any, encoded: Encoded) -> Any:
+    def _emit(self, features: Sequence[Tensor], encoded: Encoded) -> list[Tensor]:
         """The encoder's features with merged and moved rows in their slots."""
         emitted = []
         for feature, image in zip(features, encoded.images, strict=True):
@@ -186,7 +188,7 @@ class BeforeLLMDriver:
             if projected is not None and not chosen.projected:
                 projected = self._family.project(projected.to(feature.dtype))
             emitted.append(image.emit(feature, projected))
-        return torch.stack(emitted) if isinstance(features, Tensor) else type(features)(emitted)
+        return emitted
 
     def from_embeds(self, setup: Setup, embeds: Tensor, visual: Tensor) -> tuple[Tensor, Encoded]:
         """Images that the caller merged into `embeds` (B, L, D) itself, at the columns `visual`:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...prune.errors import UnsupportedFeatureError
-from ..family import Modality
+from ..modality import Modality
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,29 @@ class Prompt:
     """(B, L) padding mask; None: everything is real."""
     placeholders: Mapping[Modality, int]
     """Token id of the placeholders of each modality."""
+    words: bool = True
+    """Whether ids are those of words; else numbers that are equal where embeddings are."""
+
+    @classmethod
+    def of_embeds(
+        cls, embeds: Tensor, mask: Tensor | None, placeholders: Mapping[Modality, Tensor]
+    ) -> Prompt:
+        """Of embeddings (B, L, D), in which placeholders have those that are given, (D,)."""
+        known = list(placeholders.values())
+        rows = torch.cat([torch.stack(known).to(embeds), embeds.detach().flatten(0, 1)])
+        numbers = rows.unique(dim=0, return_inverse=True)[1]
+        found = numbers[: len(known)].tolist()
+        ids = numbers[len(known) :].view(embeds.shape[:2])
+        return cls(ids, mask, dict(zip(placeholders, found, strict=True)), words=False)
+
+    def rows(self) -> Iterator[Tensor]:
+        """Ids of each prompt without padding: (L,)."""
+        mask = self.mask
+        if mask is None or mask.dim() != 2:  # who shortens the prompt refuses others
+            yield from self.ids
+            return
+        for ids, real in zip(self.ids, mask[:, -self.ids.shape[1] :].bool(), strict=True):
+            yield ids[real]
 
     def texts(self, modality: Modality, counts: Sequence[int]) -> list[Tensor]:
         """Ids of the text that belongs to each image, (T,): what stands between it and the next
@@ -30,10 +53,7 @@ class Prompt:
             counts: visual tokens of each image of `modality`, in batch order.
         """
         found, todo = [], list(counts)
-        for row in range(len(self.ids)):
-            ids = self.ids[row]
-            if self.mask is not None:
-                ids = ids[self.mask[row].bool()]
+        for row, ids in enumerate(self.rows()):
             visual = torch.isin(ids, torch.tensor(list(self.placeholders.values())).to(ids))
             columns = (ids == self.placeholders[modality]).nonzero()[:, 0].tolist()
             while columns:

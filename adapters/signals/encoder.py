@@ -58,7 +58,7 @@ class Images:
 
     def texts(self, need: Signal) -> Sequence[Tensor]:
         """Ids of the text that belongs to each image: (T,)."""
-        if self.prompt is None:
+        if self.prompt is None or not self.prompt.words:
             raise UnsupportedFeatureError(
                 f"{need} is read from the prompt, which is not known when images are encoded on "
                 f"their own: pass pixel_values together with input_ids."

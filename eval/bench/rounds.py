@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ...adapters.cache.pruned import pruned_state
 from ...adapters.cache_names import cache_of
 from ...adapters.clip_text import ClipText
-from ...adapters.family import IMAGE, Call
+from ...adapters.family import IMAGE
 from ...adapters.handle import Handle
 from ...adapters.registry import family_of
 from ..measure.energy import energy_meter
@@ -103,7 +103,7 @@ class _Bench:
 
     def patched(self, variant: Variant, handle: Handle | None, call: Timed) -> _Prefilled:
         """A prefill as the variant has it; what it leaves is noted."""
-        images = self.family.pictures(Call(IMAGE, self.inputs))
+        images = self.family.pictures(self.family.call(IMAGE, self.inputs))
         variant.pictures = list(images[0])
         variant.visual_tokens = self.visual
         variant.text_tokens = self.inputs["input_ids"].shape[1] - self.visual

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...adapters.clip_text import ClipText
-from ...adapters.family import IMAGE, Call
+from ...adapters.family import IMAGE
 from ...adapters.handle import Handle
 from ...adapters.patching import patch
 from ...adapters.registry import family_of
@@ -121,7 +121,7 @@ class Variant:
         config: Any = family.text_model.config
         calls = self.calls
         model_shape = family.shape
-        self.pictures = list(family.pictures(Call(IMAGE, inputs))[0])
+        self.pictures = list(family.pictures(family.call(IMAGE, inputs))[0])
         self.visual_tokens = visual_tokens_of(model, inputs)
         with self.patched(model, subject.text_twin("meta", self.parts)) as handle:
             self.unread_layers = 0 if handle is None else handle.unread_layers

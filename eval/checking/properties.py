@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...adapters.family import IMAGE, Call
+from ...adapters.family import IMAGE
 from ...adapters.handle import Handle
 from ...adapters.patching import patch
 from ...adapters.registry import family_of
@@ -123,7 +123,7 @@ def _exact(subject: _Subject) -> None:
             continue
         if isinstance(subject.method, InEncoder) and subject.method.restores:
             family = family_of(subject.model)
-            seen = family.pictures(Call(IMAGE, subject.case.inputs(BATCH)))
+            seen = family.pictures(family.call(IMAGE, subject.case.inputs(BATCH)))
             exact_rows(subject.method, subject.case.shape.tower, seen, last.encoder, ratio)
             continue
         wanted = [round_tokens(ratio, count) for count in counts]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...adapters.family import MODALITIES, Call
+from ...adapters.family import MODALITIES
 from ...adapters.handle import Handle
 from ...adapters.registry import family_of
 from ...adapters.report import Last
@@ -192,7 +192,7 @@ def _pictures(
     """What the encoder saw of each row's images and videos, and how it shortened them."""
     family = family_of(model)
     given = [modality for modality in MODALITIES if modality.pixels in inputs]
-    seen = [family.pictures(Call(modality, inputs)) for modality in given]
+    seen = [family.pictures(family.call(modality, inputs)) for modality in given]
     flat = [[grid for of_image in of_all for grid in of_image] for of_all in seen]
     shortened = measured(handle, last, flat, family.shape)
     rows: list[list[tuple[Grid, Shortened | None]]] = [[] for _ in counts["image"]]

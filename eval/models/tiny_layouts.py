@@ -84,6 +84,11 @@ class Plain:
         """The placeholders of an image and what a processor puts around them."""
         return tokens
 
+    def around(self, image: str) -> tuple[int, int]:
+        """How many ids stand before the first placeholder of an image, and behind the last."""
+        marks = [token != IMAGE for token in self.framed(image, [IMAGE])]
+        return marks.index(False), marks[::-1].index(False)
+
     def extra(self, rows: Sequence[Row], ids: torch.Tensor) -> dict[str, Any]:
         """All inputs but `input_ids` and `attention_mask`."""
         if not images(rows):

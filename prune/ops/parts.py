@@ -111,12 +111,9 @@ def _tile_numbers(tiling: Tiling) -> Tensor:
 
 
 def canvas_of(tiling: Tiling) -> Block | None:
-    """The canvas of several crops where the first tile is a thumbnail of it, else None."""
-    first, *rest = tiling.tiles
-    of_one_tile = first.num_patches == tiling.blocks[0].num_patches
-    if len(tiling.blocks) == 2 and of_one_tile and len(rest) > 1:
-        return tiling.blocks[1]
-    return None
+    """The canvas of several crops where the first tile is a thumbnail of it, else None: also where
+    it is not known how the crops lie on it."""
+    return tiling.blocks[1] if tiling.whole == 0 and len(tiling.blocks) == 2 else None
 
 
 def sums_of_crops(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -78,6 +79,12 @@ def test_the_tilings_of_the_zoo(case, image):
     assert case.tiling(image).blocks[1] == canvas
 
 
+def images_of(case, kind: str, inputs, pooled) -> list[torch.Tensor]:
+    """What the encoder gave, image by image."""
+    family = family_of(case.reference())
+    return family.images(family.call({"image": IMAGE, "video": VIDEO}[kind], inputs), pooled)
+
+
 @pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)
 def test_the_zoo_has_as_many_placeholders_as_features(case):
     rows = zoo.BATCH + (zoo.MIXED if case.layout.takes_videos else ((2, "D", 1),))
@@ -85,8 +92,8 @@ def test_the_zoo_has_as_many_placeholders_as_features(case):
     found = {}
     for kind, given_inputs in zoo.encoder_inputs(inputs).items():
         encode = getattr(case.reference().model, f"get_{kind}_features")
-        features = encode(**given_inputs, return_dict=True).pooler_output
-        found[kind] = iter([len(image) for image in features])
+        pooled = encode(**given_inputs, return_dict=True).pooler_output
+        found[kind] = iter([len(image) for image in images_of(case, kind, inputs, pooled)])
     for name, count in zip(zoo.images(rows), case.counts(rows), strict=True):
         assert next(found["video" if name in zoo.FRAMES else "image"]) == count
 
@@ -244,11 +251,11 @@ def test_methods_on_tiles_of_which_nothing_is_left(name):
 def test_the_pictures_that_the_encoder_saw(case):
     """All tiles, those of which nothing is left included, and all frames."""
     rows = zoo.MIXED if case.layout.takes_videos else zoo.BATCH
-    model, found = case.reference(), {}
-    for kind, given_inputs in zoo.encoder_inputs(case.inputs(rows)).items():
+    family, inputs, found = family_of(case.reference()), case.inputs(rows), {}
+    side = zoo.SIDE // math.isqrt(case.shape.tower.merge_unit)
+    for kind in zoo.encoder_inputs(inputs):
         modality = {"image": IMAGE, "video": VIDEO}[kind]
-        pictures = family_of(model).pictures(Call(modality, given_inputs))
-        found[kind] = iter(pictures)
+        found[kind] = iter(family.pictures(family.call(modality, inputs)))
     for name, tiling in zip(zoo.images(rows), case.tilings(rows), strict=True):
         seen = list(next(found["video" if name in zoo.FRAMES else "image"]))
         tiles = sum(len(block.row_sizes) * len(block.column_sizes) for block in tiling.blocks)
@@ -256,7 +263,7 @@ def test_the_pictures_that_the_encoder_saw(case):
             _, height, width = zoo.PATCH_GRIDS[name]
             assert seen == [(height // 2, width // 2)] * tiles
         else:
-            assert seen == [(zoo.SIDE, zoo.SIDE)] * tiles
+            assert seen == [(side, side)] * tiles
 
 
 def test_slots_of_rows():

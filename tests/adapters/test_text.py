@@ -103,7 +103,7 @@ def test_text_embeddings_are_those_of_the_text_of_each_image(case, run):
         beams = 2 if run == "beams" else 1
         model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=beams)
     embed = case.reference().get_input_embeddings()
-    around = 1 if case.packed else 0  # marks of start and end count as text
+    before, behind = case.layout.around("A")  # marks count as text
     expected = []
     for row in (0, 1):
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
@@ -115,7 +115,7 @@ def test_text_embeddings_are_those_of_the_text_of_each_image(case, run):
             text = ids[end:stop] if stop > end else ids[: starts[number]]
             expected.append(embed(text))
     found = [signals[TextEmbeddings()] for signals in call.method.seen]
-    assert [len(x) for x in found][:2] == [2 + 2 * around, 5 + around]
+    assert [len(x) for x in found][:2] == [behind + 2 + before, behind + 5]
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)

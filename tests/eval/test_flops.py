@@ -10,7 +10,7 @@ import vlmprune
 from kit.flop_counter import counting
 from kit.zoo import BOTH_FAMILIES, CASES, Case, each
 from torch.nn.functional import scaled_dot_product_attention
-from vlmprune.adapters.family import IMAGE, Call
+from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.registry import family_of
 from vlmprune.eval.measure.flops import (
     _windows,
@@ -39,9 +39,9 @@ def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
 
 
 def analytic(case: Case, model, visual_per_layer, **options):
-    extra = 2 if case.packed else 0  # start and end of vision
+    extra = sum(case.layout.around("A"))  # marks of pictures
     return model_cost(model).sample(
-        pictures=family_of(model).pictures(Call(IMAGE, case.inputs([ROW])))[0],
+        pictures=family_of(model).pictures(family_of(model).call(IMAGE, case.inputs([ROW])))[0],
         visual_per_layer=visual_per_layer,
         text_tokens=TEXT + extra,
         **options,

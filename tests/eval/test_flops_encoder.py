@@ -11,7 +11,7 @@ import vlmprune
 from kit.flop_counter import counting
 from kit.zoo import CASES, MIXED
 from torch.utils._python_dispatch import _disable_current_modes
-from vlmprune.adapters.family import IMAGE, MODALITIES, Call
+from vlmprune.adapters.family import IMAGE, MODALITIES
 from vlmprune.adapters.places import passage
 from vlmprune.adapters.places.padded import PaddedPassage
 from vlmprune.adapters.registry import family_of
@@ -68,7 +68,7 @@ def run(name: str, picture: str, method: str, **budget) -> Found:
     case = CASES[name]
     model, inputs = case.model(), case.inputs([(4, picture, 6)])
     family = family_of(model)
-    pictures = list(family.pictures(Call(IMAGE, inputs))[0])
+    pictures = list(family.pictures(family.call(IMAGE, inputs))[0])
     with vlmprune.patch(model, method, **budget) as handle:
         with counting() as counter, torch.inference_mode():
             model(**inputs, logits_to_keep=1)
@@ -82,7 +82,7 @@ def run(name: str, picture: str, method: str, **budget) -> Found:
             reckoned=reckoned(handle.methods, pictures, tokens, shape),
             cost=model_cost(model),
             entering=last.tokens_per_layer[0],
-            text=TEXT + (2 if case.packed else 0),
+            text=TEXT + sum(case.layout.around(picture)),
             unread=handle.unread_layers,
         )
 
@@ -163,7 +163,7 @@ def test_images_and_videos_of_one_call_have_rows_of_their_own():
     model, inputs = case.model(), case.inputs(MIXED)
     family = family_of(model)
     pictures = [
-        [grid for of_one in family.pictures(Call(modality, inputs)) for grid in of_one]
+        [grid for of_one in family.pictures(family.call(modality, inputs)) for grid in of_one]
         for modality in MODALITIES
     ]
     with vlmprune.patch(model, "tome", keep_ratio=0.5) as handle:

@@ -1,6 +1,6 @@
 """What a pruned model must compute, the slow and obvious way: no cache, no padding, one row.
 
-Written against the unpatched model and `transformers` alone; nothing of `vlmprune` is used. A
+Written against the unpatched model and `transformers` alone; no code of `vlmprune` is used. A
 `Truth` is given the kept tokens of every image after every cut ("images" are images and videos). It
 builds each row's embeddings by hand and runs the decoder on the tokens that are left:
 
@@ -23,6 +23,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from vlmprune.eval.models.tiny_layouts import VISION_END
+
+TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision")
+"""Models whose encoder is not told which tiles are one image: a mark ends each in these tests."""
+
+
+_TILE = 9
+"""Tokens of a tile."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,15 @@ def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos + torch.cat([-heads[..., half:], heads[..., :half]], -1) * sin
 
 
+def _between_marks(ids: Tensor, found: list[Tensor]) -> list[Tensor]:
+    """The places (N,) of the visual tokens of each image of a prompt, of those of its tiles."""
+    if not found:
+        return []
+    places = torch.cat(found)
+    _, counts = (ids == VISION_END).cumsum(0)[places].unique_consecutive(return_counts=True)
+    return list(places.split(counts.tolist()))
+
+
 class Truth:
     """The pruned computation of a batch on an unpatched model.
 
@@ -168,6 +185,8 @@ class Truth:
                         target[here] = rows
                     found.append(here)
             found.sort(key=lambda here: int(here[0]))
+            if config.model_type in TILED:
+                found = _between_marks(row_ids, found)
             numbers = list(range(number, number + len(found)))
             number += len(found)
             positions, following = self._positions(row_ids, grids)
@@ -182,6 +201,11 @@ class Truth:
         """Those of each image, or each video, in batch order: (N, D), and deeper ones."""
         if inputs.get(pixels) is None:
             return []
+        if self.model.config.model_type in TILED:  # alone, the encoder takes each tile for an image
+            names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
+            output = self.model(**{name: inputs[name] for name in names if name in inputs})
+            tokens = output.image_hidden_states.flatten(0, -2)
+            return [(tile,) for tile in tokens.split(_TILE)]
         encode = getattr(self.core, f"get_{kind}_features")
         given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
         output = encode(**given, return_dict=True)

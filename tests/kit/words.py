@@ -18,6 +18,9 @@ IDS = {
     "video_token": VIDEO,
     "vision_bos_token": VISION_START,
     "vision_eos_token": VISION_END,
+    "start_image_token": VISION_START,
+    "end_image_token": VISION_END,
+    "context_image_token": IMAGE,
 }
 
 

@@ -44,7 +44,6 @@ from ...contract import (
 from ...fields import check_choice, check_flag, check_fraction, check_layer
 from ...layers import encoder_layer
 from ...ops.dispersion import Rule, greedy_dispersion
-from ...ops.parts import canvas_of
 from ...registry import register
 from ...salience import salience
 
@@ -121,10 +120,14 @@ class ToDRE(Greedy):
 
     def _pivot(self, tokens: VisualTokens) -> Tensor:
         """The first token, a scalar: of the thumbnail if there is one, else of all frames."""
-        tiled = canvas_of(tokens.tiling) is not None
-        among = tokens.tiling.tiles[0].num_patches if tiled else tokens.num_tokens
-        signal = tokens.signals[self.needs(tokens.shape)[1]]
-        return signal % among if self.pivot == "random" else signal[:among].float().argmax()
+        signal, tiling = tokens.signals[self.needs(tokens.shape)[1]], tokens.tiling
+        first, among = 0, tokens.num_tokens
+        if tiling.whole is not None:
+            sizes = [tile.num_patches for tile in tiling.tiles]
+            first, among = sum(sizes[: tiling.whole]), sizes[tiling.whole]
+        if self.pivot == "random":
+            return first + signal % among
+        return first + signal[first : first + among].float().argmax()
 
 
 def _text_attention(cut: int) -> TextAttention:

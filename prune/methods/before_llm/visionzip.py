@@ -8,7 +8,8 @@ Upstream: dvlab-research/VisionZip, visionzip/clip_encoder.py (CLIPVisionTower_V
 Differs: the budget is one number, CLS included; `contextual` is its share for merged tokens.
     Tiles get shares by their size (official: all tiles are equal), and a share of one row is the
     most salient patch rather than CLS. A tile whose share is its size stays as it is.
-    `scores="received"` ranks by received attention and adds no CLS row: every row is a patch.
+    `scores="received"` ranks by received attention and adds no CLS row: every row is a patch. So is
+    it where the projector merges patches, and has no place for a CLS row.
     Blocks of several tiles end in their CLS rows and merged rows as published; a block of one tile
     (thumbnail, plain image, frame of a video) starts with its CLS row.
     As published, a merged row is its target plus the mean of the tokens assigned to it.
@@ -70,14 +71,14 @@ class VisionZip(InTiles, InOnePass):
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         layer = encoder_layer(self.layer, -2, shape.tower, field="layer")
-        cls = (ClsFeatures(),) if self.scores == "cls" else ()
+        cls = (ClsFeatures(),) if self.scores == "cls" and shape.tower.merge_unit == 1 else ()
         return (salience(self.scores, layer), Keys(layer), EncoderFeatures(), *cls)
 
     def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
         """Of each tile its CLS row, the dominant tokens in raster order, the merged rows."""
         attention, keys, features, *cls = self.needs(images[0].shape)
         scores = stacked(images, attention)
-        own, dominant, merged = self._rows(scores.shape[1], keep)
+        own, dominant, merged = self._rows(images[0].shape, scores.shape[1], keep)
         best = top_k(scores, dominant)
         rest = complement(best, scores.shape[1])
         metric = torch.stack([tile.signals[keys].float().mean(1) for tile in images])
@@ -111,12 +112,12 @@ class VisionZip(InTiles, InOnePass):
             chosen = rearranged(chosen, self._arrangement(tokens.tiling, parts, chosen.arranged))
         return replace(chosen, scores=tokens.signals[self.needs(tokens.shape)[0]])
 
-    def _rows(self, patches: int, keep: int) -> tuple[int, int, int]:
+    def _rows(self, shape: ModelShape, patches: int, keep: int) -> tuple[int, int, int]:
         """How many rows of a tile are CLS, dominant and merged."""
         if keep == patches:
             return 0, keep, 0
         merged = min(round(keep * self.contextual), keep - 1)
-        own = int(self.scores == "cls" and keep > 1)
+        own = int(ClsFeatures() in self.needs(shape) and keep > 1)
         return own, keep - own - merged, merged
 
     def _arrangement(self, tiling: Tiling, parts: Sequence[Part], order: Tensor) -> Tensor:
@@ -126,7 +127,9 @@ class VisionZip(InTiles, InOnePass):
         kinds: list[int] = []
         for part in parts:
             block = tiling.tiles[part.tokens.tile].block
-            own, dominant, merged = self._rows(part.tokens.num_tokens, part.keep or 0)
+            own, dominant, merged = self._rows(
+                part.tokens.shape, part.tokens.num_tokens, part.keep or 0
+            )
             kinds += [3 * block + (tiles[block] > 1)] * own
             kinds += [3 * block] * dominant + [3 * block + 2] * merged
         kind = on_device(kinds, order.device)

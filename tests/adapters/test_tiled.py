@@ -1,0 +1,109 @@
+"""An image is what the user gave: tiles that only the prompt tells apart are put together."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+import vlmprune
+from kit import zoo
+from kit.beside_oracle import check_against
+from kit.reported import truth_of
+from PIL import Image
+from vlmprune.adapters.family import IMAGE
+from vlmprune.adapters.registry import family_of
+
+TILED = pytest.mark.parametrize(
+    "case", [case for name, case in zoo.CASES.items() if name == "internvl"], ids=lambda c: c.name
+)
+ROWS = ((3, "A", "B", 5), (2, "D", 4), (9,))
+"""Images of 3, 1 and 2 tiles, two of them side by side."""
+
+
+def parts(case, inputs):
+    return family_of(case.reference()).call(IMAGE, inputs).parts
+
+
+@TILED
+def test_tiles_of_one_image_share_its_budget(case):
+    model, inputs = case.model(), case.inputs(ROWS)
+    assert parts(case, inputs) == (3, 1, 2)
+    with vlmprune.patch(model, "divprune", keep_tokens=7) as handle:
+        model(**inputs)
+        assert handle.last.tokens_in == [27, 9, 18] and handle.last.tokens_kept == [7, 7, 7]
+        assert handle.last.tilings == case.tilings(ROWS)
+        with handle.budget(keep_tokens=[20, None, 2]):
+            model(**inputs)
+            assert handle.last.tokens_kept == [20, 9, 2]
+            check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
+
+
+@TILED
+def test_embeddings_in_place_of_ids_tell_images_apart_as_ids_do(case):
+    model, inputs = case.model(), case.inputs(ROWS)
+    embeds = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    del embeds["input_ids"]
+    with vlmprune.patch(model, "divprune", keep_ratio=0.4) as handle:
+        expected, last = model(**inputs).logits, handle.last
+        assert torch.equal(model(**embeds).logits, expected)
+        assert handle.last.tilings == last.tilings
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        given = model.generate(**embeds, max_new_tokens=3, do_sample=False)
+        assert torch.equal(given, tokens[:, -3:]) and handle.last.tilings == last.tilings
+
+
+@TILED
+def test_encoded_alone_each_tile_is_an_image(case):
+    """Nobody says which tiles belong together."""
+    model, inputs = case.model(), case.inputs(ROWS)
+    with vlmprune.patch(model, "divprune", keep_tokens=4) as handle:
+        images = model.base_model.get_image_features(**zoo.encoder_inputs(inputs)["image"])
+        text = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+        model(**text, mm_encoder_outputs={"image": images})
+        assert handle.last.tokens_kept == [4] * 6
+
+
+@TILED
+def test_prompts_with_room_for_other_tiles_are_refused(case):
+    model, inputs = case.model(), case.inputs(((3, "A", 5),))
+    other = case.inputs(((3, "C", 5),))["input_ids"]
+    with (
+        vlmprune.patch(model, "divprune", keep_ratio=0.5),
+        pytest.raises(vlmprune.UnsupportedFeatureError, match="do not belong together"),
+    ):
+        model(**{**inputs, "input_ids": other, "attention_mask": None})
+
+
+@TILED
+def test_threads_that_share_a_model_group_their_own_tiles(case):
+    model, found = case.model(), {}
+    handle = vlmprune.patch(model, "divprune", keep_ratio=0.5)
+
+    def ask(rows):
+        for _ in range(5):
+            model(**case.inputs((rows,)))
+            found.setdefault(rows, set()).add(tuple(handle.last.tokens_in))
+
+    threads = [threading.Thread(target=ask, args=(rows,)) for rows in (*ROWS[:2], (1, "C", 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {ROWS[0]: {(27, 9)}, ROWS[1]: {(18,)}, (1, "C", 1): {(36,)}}
+
+
+@TILED
+def test_crops_are_drawn_without_the_picture_which_is_under_the_thumbnail(case):
+    model = case.model()
+    with vlmprune.patch(model, "divprune", keep_ratio=0.5) as handle:
+        model(**case.inputs(((3, "A", 5),)))
+    red = Image.new("RGB", (48, 48), "red")
+    sheet = handle.overlay(red)
+    width = sheet.width // 3
+    pixels = np.asarray(sheet)
+    panels = [pixels[:, n * width : (n + 1) * width] for n in range(3)]
+    reds = [int((panel == (255, 0, 0)).all(-1).sum()) for panel in panels]
+    assert reds[:2] == [0, 0] and reds[2] > 100
+    assert handle.overlay([red] * 3).size == sheet.size
