@@ -50,7 +50,8 @@ VERBS: Mapping[str, ModuleType] = {
     "presets": presets,
     "where": where,
 }
-"""Each has `HELP`, `EXAMPLES`, `add_arguments(parser)` and `request(args)`; the module of the same
+"""Each has `HELP`, `EXAMPLES`, `add_arguments(parser)` and `request(args)`, and those with presets
+`set_elsewhere(args)`, which gives what they put in the place of defaults; the module of the same
 name in `commands/` has `run(request)`, which returns the exit code."""
 BENCHES: Mapping[str, ModuleType] = {
     "model": bench_model,
@@ -76,8 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_up_logging(args.verbosity)
     try:
-        if args.command == "sweep" and (given := sweep.set_elsewhere(args)):
-            args = build_parser(given).parse_args(argv)
+        elsewhere = getattr(args.verb, "set_elsewhere", None)
+        if elsewhere is not None and (given := elsewhere(args)):
+            args = build_parser({args.command: given}).parse_args(argv)
         if imports := getattr(args, "imports", []):
             from .importing import import_methods
 
@@ -104,11 +106,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse.ArgumentParser:
+def build_parser(
+    defaults: Mapping[str, Mapping[str, object]] | None = None,
+) -> argparse.ArgumentParser:
     """All commands and their arguments.
 
     Args:
-        sweep_defaults: take the place of defaults of the sweep command.
+        defaults: by command, what takes the place of its own defaults.
     """
     parser = OneLineParser(
         prog="vlmprune",
@@ -130,8 +134,7 @@ def build_parser(sweep_defaults: Mapping[str, object] | None = None) -> argparse
         else:
             verb.add_arguments(sub)
             sub.set_defaults(verb=verb)
-        if verb is sweep:
-            sub.set_defaults(**(sweep_defaults or {}))
+        sub.set_defaults(**(defaults or {}).get(name, {}))
     return parser
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..classify.request import ClassifyRequest
 from ..words.typed import split_list
-from .shared import grid_arguments, import_argument, positive
+from .shared import (
+    OneLineParser,
+    grid_arguments,
+    import_argument,
+    positive,
+    verbosity_argument,
+)
 
 HELP = "run an image classifier on a folder of pictures, dense and with methods inside it"
 EXAMPLES = """\
@@ -16,13 +23,29 @@ examples:
       the embedded classifier on its own pictures: a table, ./vlmprune_runs/runs.jsonl, frontier.png
   vlmprune classify --model deit_small_patch16_224 --data imagenet/val --methods tome:r=13@published
       needs timm (pip install 'vlmprune[timm]') and fetches the weights
+  vlmprune classify --preset deit-s --data imagenet/val -o deit
+      the published methods and budgets of DeiT-S; reports show the papers' numbers beside
   vlmprune classify --model ./my-vit --data photos --methods tome,evit --budgets 0.5,0.25
 """
 DEFAULT_METHODS = ("tome", "evit", "random_encoder")
 DEFAULT_BUDGETS = ("0.5",)
 
 
+def classify_parser() -> argparse.ArgumentParser:
+    """The arguments of the command alone."""
+    parser = OneLineParser(prog="vlmprune classify")
+    verbosity_argument(parser, "WARNING")
+    add_arguments(parser)
+    return parser
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="a grid of the literature, for pictures that --data gives; flags typed here go before "
+        "it: see `vlmprune presets`",
+    )
     parser.add_argument(
         "--model",
         default="embedded",
@@ -68,6 +91,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def set_elsewhere(args: argparse.Namespace) -> dict[str, Any]:
+    """What a preset puts in the place of defaults.
+
+    Raises:
+        ConfigError, UnknownPresetError: each says what is allowed.
+    """
+    if not args.preset:
+        return {}
+    from .config import of_preset
+
+    return of_preset(classify_parser(), args.preset, "classify")
+
+
 def request(args: argparse.Namespace) -> ClassifyRequest:
     """The request; what is wrong at first sight is refused.
 
@@ -85,8 +121,12 @@ def request(args: argparse.Namespace) -> ClassifyRequest:
     if data is None:
         raise ConfigError(
             f"Pictures for {args.model} are missing: give --data FOLDER, with a folder of pictures "
-            f"for each class."
+            f"for each class (of ImageNet's validation split n01440764, ...); the model's weights "
+            f"are fetched, so that its name needs a network. Without either, leave --model and "
+            f"--preset out: the embedded classifier has its own pictures."
         )
+    if data != "embedded" and not Path(data).is_dir():
+        raise ConfigError(f"--data {data} is no folder: give one with a folder for each class.")
     return ClassifyRequest(
         model=args.model,
         data=data,

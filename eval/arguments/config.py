@@ -63,14 +63,27 @@ def layered(
         of_file["data"] = [os.path.normpath(Path(config).parent / path) for path in of_file["data"]]
     settings = dict(of_file)
     if named := preset_name or of_file.get("preset"):
-        found = preset(named)
-        of_preset = _checked(parser, found.sweep, f"preset {found.name}")
-        settings = of_preset | of_file | {"preset": found.name}
+        settings = of_preset(parser, named, "sweep") | of_file | {"preset": named}
     if data or "data" in of_file:
         settings.setdefault("limit", None)
         if data or "tasks" not in of_file:
             settings.pop("tasks", None)
     return settings
+
+
+def of_preset(parser: argparse.ArgumentParser, name: str, command: str) -> dict[str, Any]:
+    """What a preset of this command sets, as the parser would have given it.
+
+    Raises:
+        ConfigError: it is one of another command.
+        UnknownPresetError: there is none.
+    """
+    found = preset(name)
+    if found.command != command:
+        raise ConfigError(
+            f"Preset {name!r} is one of the other command: vlmprune {found.command} --preset {name}"
+        )
+    return _checked(parser, found.flags, f"preset {name}") | {"preset": name}
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml is not typed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-HELP = "list the presets of `sweep` and their published numbers"
+HELP = "list the presets of `sweep` and `classify`, and their published numbers"
 EXAMPLES = None
 
 

@@ -23,6 +23,7 @@ def presets_table() -> Table:
         rows.append(
             (
                 name,
+                found.command,
                 found.about,
                 found.model,
                 ", ".join(found.budgets),
@@ -31,15 +32,15 @@ def presets_table() -> Table:
             )
         )
     return Table(
-        headers=("Preset", "What", "Model", "Budgets", "Tasks", "Published numbers"),
+        headers=("Preset", "Command", "What", "Model", "Budgets", "Tasks", "Published numbers"),
         rows=rows,
-        numbers_from=6,
+        numbers_from=7,
         notes="\n".join(
             f"Sources of {name}. {'; '.join(sources(preset(name).published))}."
             for name in preset_names()
         ),
-        wrapping=(1, 3, 4, 5),
-        droppable=(4, 2),
+        wrapping=(2, 4, 5, 6),
+        droppable=(5, 3, 1),
     )
 
 
@@ -62,15 +63,15 @@ def published_table(name: str) -> Table:
         rows=[(*run, *(_number(row.get(c.name), c) for c in columns)) for run, row in runs.items()],
         numbers_from=3,
         title=f"{name}: {found.about}",
-        notes=f"Benchmarks. {'; '.join(notes)}.\n\nRuns. {'; '.join(remarks)}.\n\n"
-        f"Sources. {'; '.join(sources(found.published))}.",
+        notes=(f"Benchmarks. {'; '.join(notes)}.\n\n" if notes else "")
+        + f"Runs. {'; '.join(remarks)}.\n\nSources. {'; '.join(sources(found.published))}.",
     )
 
 
 def _number(value: float | None, benchmark: Benchmark) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if benchmark.full == 100 else f"{value:g}"
+    return f"{value:.1f}" if benchmark.full == 100 and value == round(value, 1) else f"{value:g}"
 
 
 def _method(entry: Published) -> str:

@@ -1,8 +1,8 @@
 """Presets: the literature's grids by name, and the numbers that papers print for them.
 
-A preset is a file here. `sweep` is the part of the command line that it stands for; `published`
-are tables as their sources print them. Where sources disagree all are kept, each under its
-lineage.
+A preset is a file here. Under the name of a command, `sweep` or `classify`, is the part of the
+command line that it stands for; `published` are tables as their sources print them. Where sources
+disagree all are kept, each under its lineage.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "sources",
 ]
 
+COMMANDS = ("sweep", "classify")
 _BENCHMARKS = "benchmarks"  # the one file here that is no preset
 
 
@@ -51,15 +52,18 @@ class Benchmark:
     """What papers report under a short name, and where a record has it.
 
     Attributes:
-        metric: the record's metric; `a+b` where papers report the sum of two.
         full: the top of the papers' scale, 100 for percentages.
+        metric: the record's metric; `a+b` where papers report the sum of two.
+        number: where it is no metric, the name of the value in reports' CSV, which `per` divides.
         note: how the papers' protocol differs from the task's; empty where it does not.
     """
 
     name: str
     task: str
-    metric: str
     full: float
+    metric: str = ""
+    number: str = ""
+    per: float = 1.0
     note: str = ""
 
 
@@ -99,33 +103,36 @@ class Preset:
     """A grid of the literature.
 
     Attributes:
-        sweep: what it sets of `vlmprune sweep`, by the name of the flag.
+        command: which command it is a part of.
+        flags: what it sets of that, by the name of the flag.
         tokens: visual tokens of an image, where their number is fixed or bounded.
         models: names of the model, without organisation.
     """
 
     name: str
     about: str
-    sweep: Mapping[str, Any]
+    command: str
+    flags: Mapping[str, Any]
     tokens: int | None
     models: tuple[str, ...]
     published: tuple[Published, ...]
 
     @property
     def model(self) -> str:
-        return str(self.sweep["model"])
+        return str(self.flags["model"])
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return tuple(self.sweep["methods"])
+        return tuple(self.flags["methods"])
 
     @property
     def budgets(self) -> tuple[str, ...]:
-        return tuple(str(budget) for budget in self.sweep["budgets"])
+        return tuple(str(budget) for budget in self.flags["budgets"])
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return tuple(self.sweep["tasks"])
+        """Those that it names, or else those of its published numbers."""
+        return tuple(self.flags.get("tasks") or dict.fromkeys(e.task for e in self.published))
 
 
 def preset_names() -> list[str]:
@@ -145,10 +152,12 @@ def preset(name: str) -> Preset:
     if name not in preset_names():
         raise UnknownPresetError(f"Unknown preset {name!r}. {did_you_mean(name, preset_names())}")
     content = _read(name)
+    (command,) = (each for each in COMMANDS if each in content)
     return Preset(
         name=name,
         about=content["about"],
-        sweep=content["sweep"],
+        command=command,
+        flags=content[command],
         tokens=content.get("tokens"),
         models=tuple(content["models"]),
         published=tuple(entry for table in content["published"] for entry in _entries(table)),
@@ -163,7 +172,7 @@ def benchmarks() -> dict[str, Benchmark]:
 
 def reported_metrics() -> dict[str, str]:
     """By task, the metric that most papers report, as `Benchmark.metric`."""
-    return {each.task: each.metric for each in reversed(benchmarks().values())}
+    return {each.task: each.metric for each in reversed(benchmarks().values()) if each.metric}
 
 
 def _entries(table: Mapping[str, Any]) -> list[Published]:

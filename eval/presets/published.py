@@ -39,17 +39,6 @@ def published_for(
     ]
 
 
-def on_scale(record: Mapping[str, Any], entry: Published) -> float | None:
-    """What the record has measured, on the scale of the published number; None if it has not."""
-    total = 0.0
-    for metric in entry.metric.split("+"):
-        score = record.get("scores", {}).get(metric)
-        if score is None:
-            return None
-        total += score["value"] * (entry.benchmark.full if score["unit"] == "share" else 1)
-    return total
-
-
 def _model(name: str) -> str:
     return name.replace("\\", "/").rstrip("/").split("/")[-1].lower().removesuffix("-hf")
 

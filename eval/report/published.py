@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ..presets.published import on_scale, published_for
+from collections.abc import Mapping
+from typing import Any
+
+from ..presets import Published
+from ..presets.published import published_for
+from ..results.task_kinds import kind_of
 from .cells import Section
 from .grids import Entry, Grid, Row
 
@@ -40,3 +45,17 @@ def beside_published(section: Section) -> Grid | None:
         return None
     headers = ["Method", "Budget", "Benchmark", "Measured", "Published", "Difference"]
     return Grid([*headers, "Source", "Note"], rows, numbers_from=3, numbers_to=len(headers))
+
+
+def on_scale(record: Mapping[str, Any], entry: Published) -> float | None:
+    """What the record has measured, on the scale of the published number; None if it has not."""
+    if name := entry.benchmark.number:
+        value = kind_of(record["config"]).numbers(record).get(name)
+        return None if value is None else float(value / entry.benchmark.per)
+    total = 0.0
+    for metric in entry.metric.split("+"):
+        score = record.get("scores", {}).get(metric)
+        if score is None:
+            return None
+        total += score["value"] * (entry.benchmark.full if score["unit"] == "share" else 1)
+    return total

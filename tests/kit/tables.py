@@ -112,6 +112,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "accelerators": _accelerators,
     "scale": lambda: scale_table(_stored("bench_scale.json")).markdown(),
     "encoder": lambda: _accuracies("sweep_encoder.jsonl"),
+    "classify": lambda: sweep_table(read_records(STORED / "classify.jsonl")).markdown(),
     "encoder_speed": lambda: parts_table(_stored("bench_encoder.json")).markdown(),
     "encoder_shares": lambda: parts_table(
         [*_stored("bench_encoders.json"), *_stored("bench_sizes.json")]
