@@ -11,6 +11,8 @@ wanted = {
     "vlmprune/ERRORS.md",
     "vlmprune/eval/embedded/model/model.safetensors",
     "vlmprune/eval/embedded/data/questions.jsonl",
+    "vlmprune/eval/embedded/data/objects.jsonl",
+    "vlmprune/eval/embedded/head.safetensors",
     "vlmprune/eval/presets/llava-1.5.yaml",
     "vlmprune/adapters/families/llava.py",
     "vlmprune/prune/methods/before_llm/divprune.py",

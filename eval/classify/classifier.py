@@ -24,10 +24,10 @@ class ClassifierError(VlmpruneError, ValueError):
     """A classifier or a folder of pictures that `vlmprune classify` cannot use.
 
     Symptom: `classify` stops at `--model` or `--data`.
-    Cause: timm is not installed, no such model, a folder without class folders, or classes that are
-        not the model's.
-    Type: `pip install 'vlmprune[timm]'`; a folder that `timm.models.save_for_hf` or
-        `save_pretrained` wrote; one folder of pictures a class.
+    Cause: timm is not installed, no such model, no network to fetch it, a folder without class
+        folders, or classes that are not the model's.
+    Type: `pip install 'vlmprune[timm]'`; no `--model`, for the embedded one; a folder that
+        `timm.models.save_for_hf` or `save_pretrained` wrote; one folder of pictures a class.
     Page: ERRORS.md#classifiererror
     """
 

@@ -13,7 +13,8 @@ from transformers import (
     TimmWrapperForImageClassification,
     TimmWrapperModel,
 )
-from vlmprune.eval.embedded import load_model, questions
+from vlmprune.eval.embedded import load_model, objects, questions
+from vlmprune.eval.embedded.classifying import load_classifying
 from vlmprune.prune.contract import InEncoder
 from vlmprune.prune.errors import UnsupportedFeatureError, UnsupportedModelError
 from vlmprune.prune.registry import method_class, method_names
@@ -102,6 +103,24 @@ def test_the_shipped_tower_is_the_same_in_both_libraries(name):
     for a, b in zip(one.kept, two.kept, strict=True):
         assert torch.equal(a, b)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_the_shipped_classifier_names_the_same_in_both_libraries(name):
+    """Its tower and its head in timm, on pictures of four classes."""
+    (ours, processor, labels), (_, vit, _) = load_classifying(), embedded()
+    vit.reset_classifier(len(labels))
+    vit.head.load_state_dict(
+        {"weight": ours.visual_projection.weight, "bias": torch.zeros(len(labels))}
+    )
+    pictures = [each.render() for each in objects.shown()[:4]]
+    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad(), vlmprune.patch(ours, name, keep_ratio=0.25):
+        expected = ours(pixels).image_embeds
+    with torch.no_grad(), vlmprune.patch(vit, name, keep_ratio=0.25):
+        found = vit(pixels)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found.argmax(1), expected.argmax(1))
 
 
 @pytest.mark.parametrize("attention", image_models.ATTENTIONS)

@@ -19,6 +19,7 @@ from vlmprune.eval.results import statistics as stats
 from vlmprune.eval.results.records import Config, ResultsError, method_record
 from vlmprune.eval.results.store import FILE_NAME, SCHEMA, Store, read_records
 from vlmprune.eval.results.sweep_table import accuracy_table, sweep_table
+from vlmprune.eval.results.task_kinds import kind_of
 from vlmprune.eval.results.texts import setting_line
 from vlmprune.eval.sweep.grid import Cell
 from vlmprune.eval.tasks.protocols import TaskError
@@ -426,6 +427,13 @@ def test_records_of_older_schemas_are_brought_up_to_date():
             assert name == "accuracy" and "accuracy" not in record
             old = known[record["id"]]
             assert old["accuracy"]["correct"] == sum(score["outcomes"])
+
+
+def test_stored_cells_keep_their_ids():
+    """A cell that an older version measured is found again by its configuration."""
+    found = [record for file in STORED.glob("*.jsonl") for record in read_records(file)]
+    assert {kind_of(record["config"]).name for record in found} == {"answers", "classes"}
+    assert all(Config(**record["config"]).id == record["id"] for record in found)
 
 
 def test_spread():
