@@ -149,7 +149,7 @@ class Family(ABC):
     @abstractmethod
     def pixels(self, call: Call) -> Sequence[Tensor]:
         """The pixel values of each image without padding, one behind the other as the model takes
-        them: concatenated they are the argument again."""
+        them: concatenated they are the argument again, unless `only` is the family's own."""
 
     @abstractmethod
     def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:

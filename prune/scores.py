@@ -1,7 +1,8 @@
 """Queries and keys -> numbers: rows of attention and running sums of it, without any model.
 
 Of an encoder's attention: query and key (B, H, S, D_head), the scale of their product, and where
-rows were merged or filled up `bias` (B, 1, 1, S), which is added to the logits of each key.
+rows were merged, filled up or hidden from each other `bias` (B, 1, 1 or S, S): numbers that are
+added to the logits of each query and key, or bools, which keys a query sees.
 
 Softmaxes are float32. No map of all rows and columns is ever stored: sums are streamed.
 """
@@ -21,7 +22,7 @@ _CHUNK_BYTES = 2**26  # of logits at once on an accelerator, where few launches 
 
 def cls_row(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Softmaxed attention of the first query, averaged over heads: (B, S)."""
-    return _biased(query[:, :, :1], key, scaling, bias).mean(1).squeeze(1)
+    return _biased(query[:, :, :1], key, scaling, _rows_of(bias, 0, 1)).mean(1).squeeze(1)
 
 
 def received(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
@@ -32,11 +33,11 @@ def received(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = N
     """
     size = _chunk(query, key)
     total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=torch.float32)
-    biases = [None] * len(query) if bias is None else bias.split(1)
+    biases = _by_picture(bias, len(query))
     for sums, q, k, own in zip(total, query.split(1), key.split(1), biases, strict=True):
-        filled = None if own is None else own.isinf().view(-1, 1).split(size)
+        filled = None if own is None else _filled(own).view(-1, 1).split(size)
         for number, chunk in enumerate(q.split(size, dim=2)):
-            rows = _biased(chunk, k, scaling, own)
+            rows = _biased(chunk, k, scaling, _rows_of(own, number * size, chunk.shape[2]))
             if filled is not None:  # rows that fill a batch up ask nothing
                 rows = rows.masked_fill(filled[number], 0)
             sums += rows.sum((0, 1, 2))
@@ -45,7 +46,7 @@ def received(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = N
 
 def cls_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Scaled q k^T of the first query before the softmax, averaged over heads: (B, S)."""
-    return _with(_logits(query[:, :, :1], key, scaling), bias).mean(1).squeeze(1)
+    return _with(_logits(query[:, :, :1], key, scaling), _rows_of(bias, 0, 1)).mean(1).squeeze(1)
 
 
 def cls_row_one_head(
@@ -57,13 +58,17 @@ def cls_row_one_head(
     """
     q, k = (rearrange(x, "b h s d -> b s (h d)").float() for x in (query[:, :, :1], key))
     logits = q @ k.mT * k.shape[-1] ** -0.5
-    return _with(logits, None if bias is None else bias[:, 0]).softmax(-1).squeeze(1)
+    return _with(logits, None if bias is None else bias[:, 0, :1]).softmax(-1).squeeze(1)
 
 
 def to_cls(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Attention that each query gives to the first key, averaged over heads: (B, S)."""
-    chunks = query.split(_chunk(query, key, len(query)), dim=2)
-    return torch.cat([_biased(q, key, scaling, bias)[..., 0].mean(1) for q in chunks], dim=1)
+    size = _chunk(query, key, len(query))
+    found = []
+    for number, chunk in enumerate(query.split(size, dim=2)):
+        rows = _biased(chunk, key, scaling, _rows_of(bias, number * size, chunk.shape[2]))
+        found.append(rows[..., 0].mean(1))
+    return torch.cat(found, dim=1)
 
 
 def keys(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
@@ -81,7 +86,7 @@ def head_rank(
     cls_start: float,
 ) -> Tensor:
     """`HeadRank` of each row: (B, S, H). One picture's map is held at a time."""
-    biases = [None] * len(query) if bias is None else bias.split(1)
+    biases = _by_picture(bias, len(query))
     found = []
     for q, k, own in zip(query.split(1), key.split(1), biases, strict=True):
         votes = _biased(q, k, scaling, own)[0]  # (H, S, S): what each row gives to each column
@@ -89,7 +94,7 @@ def head_rank(
         rank[:, 0] *= cls_start
         count: Tensor | int = rank.shape[1]
         if own is not None:  # rows that fill a batch up have no vote
-            filled = own[0, 0].isinf()
+            filled = _filled(own)
             rank, count = rank.masked_fill(filled, 0), (~filled).sum()
         for _ in range(rounds):
             rank = (rank[:, None] @ votes)[:, 0]
@@ -164,7 +169,30 @@ def _biased(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> 
 
 
 def _with(logits: Tensor, bias: Tensor | None) -> Tensor:
-    return logits if bias is None else logits + bias.float()
+    if bias is None:
+        return logits
+    return logits.masked_fill(~bias, _HIDDEN) if _is_bool(bias) else logits + bias.float()
+
+
+def _is_bool(bias: Tensor) -> bool:
+    return bias.dtype == torch.bool
+
+
+def _by_picture(bias: Tensor | None, pictures: int) -> list[Tensor | None]:
+    if bias is None:
+        return [None] * pictures
+    return list(bias.expand(pictures, -1, -1, -1).split(1))
+
+
+def _rows_of(bias: Tensor | None, start: int, count: int) -> Tensor | None:
+    """What is added to the logits of some queries."""
+    return bias if bias is None or bias.shape[2] == 1 else bias[:, :, start : start + count]
+
+
+def _filled(bias: Tensor) -> Tensor:
+    """Rows of one picture that no query sees, as they fill a batch up: (1, S) bool."""
+    hidden = ~bias if _is_bool(bias) else bias <= torch.finfo(bias.dtype).min / 2
+    return hidden.all(2)[0]
 
 
 def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:

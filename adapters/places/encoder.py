@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.nn.functional import pad
 
 from ...prune.contract import Signal
@@ -154,7 +155,7 @@ class EncoderDriver(Uncopied):
         if now.recording is None:
             return
         with torch.no_grad():
-            bias = None
+            bias = _seen(mask, query, key)
             if (passage := now.passage) is not None:
                 passage.prepare_bias(key.shape[2])
                 bias = None if passage.bias is None else passage.bias.to(query.device)
@@ -257,6 +258,17 @@ class EncoderDriver(Uncopied):
             return None
         spread, passage.extra = passage.spread_tokens(output)
         return spread
+
+
+def _seen(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
+    """An encoder's own attention mask as what `scores` reads: (B, 1, 1 or S, S)."""
+    if isinstance(mask, BlockMask):  # flex attention
+        size = query.shape[2], key.shape[2]
+        return create_mask(mask.mask_mod, len(query), 1, *size, device=query.device)
+    if mask is None or mask.dim() == 4:
+        return mask  # type: ignore[no-any-return]
+    seen: Tensor = mask[:, None, None].bool()  # flash attention: which rows are no padding
+    return seen
 
 
 def _with_column(

@@ -130,7 +130,7 @@ def _build(case: Case, attn_implementation: str) -> tuple[PreTrainedModel, Press
 
 def _weight(name: str, shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
     noise = torch.randn(shape, generator=draw)
-    if "norm" in name or "ln_q" in name:
+    if "norm" in name or "ln_" in name:
         return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
     if "image_newline" in name:
         return noise

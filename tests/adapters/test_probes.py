@@ -148,6 +148,8 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
             for kind, given in zoo.encoder_inputs(inputs).items()
             for image in _encode_qwen(case, model.model.visual, kind, given, rows)
         ]
+    if model.config.model_type == "mistral3":
+        return [_encode_pixtral(case, model.model.vision_tower, name) for name in zoo.images(rows)]
     found = []
     tower, side = model.model.vision_tower, zoo.SIDE
     skip = int(case.shape.tower.has_cls)
@@ -297,6 +299,41 @@ class EncodedQwen(Encoded):
         return super().logits(layer) + self.masks[layer]
 
 
+@torch.no_grad()
+def _encode_pixtral(case: zoo.Case, tower, name: str) -> Encoded:
+    """A picture on its own, as if there were no other in the batch, and so no mask."""
+    queries, keys = [], []
+
+    def spy(module, args, kwargs):
+        x = kwargs["hidden_states"]
+        cos, sin = kwargs["position_embeddings"]
+        for into, projection in ((queries, module.q_proj), (keys, module.k_proj)):
+            z = projection(x).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            half = z.shape[-1] // 2
+            into.append(z * cos + torch.cat([-z[..., half:], z[..., :half]], -1) * sin)
+
+    hooks = [
+        layer.attention.register_forward_pre_hook(spy, with_kwargs=True)
+        for layer in tower.transformer.layers
+    ]
+    try:
+        hidden = tower(case.layout.pixels(name)).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows, columns = case.grid(name)
+
+    def place(values, mean=True):
+        patches = values[0].unflatten(0, (2 * rows, 2 * columns))
+        tokens = [
+            patches[2 * r : 2 * r + 2, 2 * c : 2 * c + 2].flatten(0, 1)
+            for r, c in itertools.product(range(rows), range(columns))
+        ]
+        return torch.stack([t.mean(0) if mean else t.flatten() for t in tokens])
+
+    return Encoded(name, case.tiling(name), queries, keys, hidden, place)
+
+
 def _raster(name: str, windowed: bool, values: torch.Tensor, mean: bool = True) -> torch.Tensor:
     """Values of patches as the blocks see them (1, P * 4, width) -> per visual token in raster
     order."""
@@ -381,6 +418,10 @@ def test_what_the_projector_reads(case, attention, rows):
             if case.packed:
                 units = tokens.signals[EncoderFeatures()]
                 projected = core.visual.merger(units.view(-1, units.shape[-1] // 4))
+            elif case.name == "mistral3":  # a picture of one token for each
+                units = tokens.signals[EncoderFeatures()]
+                sizes = torch.full((len(units), 2), 8)
+                projected = core.multi_modal_projector(units.view(-1, units.shape[-1] // 4), sizes)
             else:
                 projected = core.multi_modal_projector(tokens.signals[EncoderFeatures()])
         torch.testing.assert_close(projected, tokens.signals[Features()], atol=1e-4, rtol=1e-4)

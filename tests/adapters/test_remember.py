@@ -35,11 +35,12 @@ VIDEO = pytest.mark.parametrize(
 
 @contextmanager
 def encoder_runs(model) -> Iterator[list[int]]:
-    """Values that the vision encoder is given, run by run."""
+    """Values that the vision encoder is given, without padding, run by run."""
     seen: list[int] = []
 
     def note(module, args, kwargs) -> None:
-        seen.append(next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x)).numel())
+        given = next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+        seen.append(int((given != 0).sum()))
 
     hook = family_of(model).vision_tower.register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -39,7 +39,7 @@ def test_the_counter_counts_fused_attention_as_its_two_products(kv_heads: int):
 
 
 def analytic(case: Case, model, visual_per_layer, **options):
-    extra = sum(case.layout.around("A"))  # marks of pictures
+    extra = len(case.row_ids(ROW)) - TEXT - case.num_tokens("B")  # marks of pictures
     return model_cost(model).sample(
         pictures=family_of(model).pictures(family_of(model).call(IMAGE, case.inputs([ROW])))[0],
         visual_per_layer=visual_per_layer,

@@ -82,7 +82,7 @@ def run(name: str, picture: str, method: str, **budget) -> Found:
             reckoned=reckoned(handle.methods, pictures, tokens, shape),
             cost=model_cost(model),
             entering=last.tokens_per_layer[0],
-            text=TEXT + sum(case.layout.around(picture)),
+            text=len(case.row_ids((4, picture, 6))) - tokens,
             unread=handle.unread_layers,
         )
 
