@@ -24,14 +24,18 @@ class InOnePass(BeforeLLM):
 
     @abstractmethod
     def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
-        """Choose exactly `keep` tokens of each image, all of which have equally many."""
+        """Choose exactly `keep` tokens of each image, all of which are of one `kind`."""
+
+    def kind(self, tokens: VisualTokens) -> Hashable:
+        """What images of one pass share: how many tokens they have."""
+        return tokens.num_tokens
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         return self.select_batch([(tokens, keep)])[0]
 
     def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
         found: dict[int, Selection] = {}
-        for numbers in alike((tokens.num_tokens, keep) for tokens, keep in asked):
+        for numbers in alike((self.kind(tokens), keep) for tokens, keep in asked):
             images, keep = [asked[i][0] for i in numbers], asked[numbers[0]][1]
             found.update(zip(numbers, self.select_equal(images, keep), strict=True))
         return [found[i] for i in range(len(asked))]

@@ -248,8 +248,10 @@ def _check_words(need: Signal, refuse: Refuse) -> None:
     """Fields of a signal that are words or functions."""
     rows = getattr(need, "rows", "last")
     wrong = None
-    if not callable(rows) and rows not in ("last", "text"):
-        wrong = "rows is 'last', 'text', or a function of visual and text embeddings"
+    if not callable(rows) and rows not in ("last", "text", "image"):
+        wrong = "rows is 'last', 'text', 'image', or a function of visual and text embeddings"
+    elif isinstance(need, TextAttention) and need.heads not in ("mean", "max"):
+        wrong = "heads is 'mean' or 'max'"
     elif isinstance(need, MeanHidden) and need.of not in ("query", "context"):
         wrong = "of is 'query' or 'context'"
     elif isinstance(need, ModuleStep) and need.module not in ("attention", "mlp"):

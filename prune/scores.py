@@ -119,6 +119,20 @@ def attention_of(
     return logits.softmax(-1)[0]
 
 
+def largest_of(
+    query: Tensor, key: Tensor, seen: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Of some rows of one prompt, as in `attention_of`: what each key gets from the head that gives
+    it most, averaged over rows, (S,). Rows go through in chunks."""
+    total = torch.zeros(key.shape[1], device=key.device, dtype=torch.float32)
+    size = _chunk(query, key)
+    for start in range(0, query.shape[1], size):
+        part = slice(start, start + size)
+        mask = None if seen is None else seen[part]
+        total += attention_of(query[:, part], key, mask, scaling, softcap).amax(0).sum(0)
+    return total.div_(query.shape[1])
+
+
 def received_of(
     query: Tensor,
     key: Tensor,

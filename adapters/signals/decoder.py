@@ -23,6 +23,7 @@ from ...prune.contract import (
     Neurons,
     ReceivedInLayer,
     RotaryAffinity,
+    Rows,
     TextAttention,
     TextHidden,
     TextKeys,
@@ -116,13 +117,25 @@ def text_attention(
     here, key = _held(here, heads.key)
     for number, image in enumerate(batch.images):
         columns = here.rows_of(image, key.device)
-        asked = here.place(image, batch.asked(number, need.rows), key.device)
+        asked = _asked(batch, here, number, need.rows, key.device)
         everything = here.valid is None and here.window is None and need.rows == "last"
         seen = None if everything else here.seen(image.row, asked)
         rows = heads.rows(image.row, asked)
+        if need.heads == "max" and not need.each:
+            given = (rows, key[image.row], seen, heads.scale, heads.softcap)
+            image.hear(need, scores.largest_of(*given)[here.past + columns])
+            continue
         maps = scores.attention_of(rows, key[image.row], seen, heads.scale, heads.softcap)
         maps = maps[..., here.past + columns]
         image.hear(need, maps.permute(2, 0, 1) if need.each else maps.mean((0, 1)))
+
+
+def _asked(batch: Batch, here: Here, number: int, rows: Rows, device: torch.device) -> Tensor:
+    """Where the rows that an image is scored by are now: (R,)."""
+    image = batch.images[number]
+    if rows == "image" and len(image.slots):
+        return here.rows_of(image, device)
+    return here.place(image, batch.asked(number, "last" if rows == "image" else rows), device)
 
 
 def received(need: ReceivedInLayer, batch: Batch, here: Here, heads: Heads) -> None:
@@ -205,7 +218,7 @@ def rotary_affinity(need: RotaryAffinity, batch: Batch, here: Here, rotary: Rota
     """From the layer's rotary tables."""
     for number, image in enumerate(batch.images):
         columns = here.rows_of(image, rotary[0].device)
-        asked = here.place(image, batch.asked(number, need.rows), rotary[0].device)
+        asked = _asked(batch, here, number, need.rows, rotary[0].device)
         at = image.row if rotary[0].shape[0] > 1 else 0
         cos, sin = (table[at].detach().float() for table in rotary)
         product = cos[columns] @ cos[asked].T + sin[columns] @ sin[asked].T

@@ -17,10 +17,10 @@ Per = Literal["token", "tile", "image"]
 RowRule = Callable[[Tensor, Tensor], Tensor]
 """Which text tokens are asked, at least one: (visual embeddings (N, D), text embeddings (T, D)) ->
 (T,) bool."""
-Rows = Literal["last", "text"] | RowRule
+Rows = Literal["last", "text", "image"] | RowRule
 """Rows of attention: the prompt's last token; the text tokens behind the image, up to the prompt's
 end (its last token where there is no text); those of them that a rule picks, once per prompt, from
-what entered the LLM."""
+what entered the LLM; the image's own tokens, as far as they are alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +193,8 @@ class LayerSignal(Signal):
 
 @dataclass(frozen=True, slots=True)
 class TextAttention(LayerSignal):
-    """Attention that text tokens give to each token: mean over `rows` and heads, (N,); with
-    `each` one value per head and row, (N, H, R).
+    """Attention that some `rows` give to each token: their mean over rows and heads, (N,), or of
+    each row the largest among `heads` ("max"); with `each` one value per head and row, (N, H, R).
 
     The softmax is over all keys that a row sees. `ahead`: read where the layer is about to be cut,
     from the queries and keys that it would have for its uncut input.
@@ -203,6 +203,7 @@ class TextAttention(LayerSignal):
     rows: Rows = "last"
     ahead: bool = False
     each: bool = False
+    heads: Literal["mean", "max"] = "mean"
 
 
 @dataclass(frozen=True, slots=True)

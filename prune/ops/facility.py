@@ -12,33 +12,45 @@ from . import cosine
 _BLOCK = 256  # rows of similarities worked on at once, so that they stay in a CPU's cache
 
 
-def greedy_cover(unit: Tensor, bonus: Tensor, count: int) -> Tensor:
+def greedy_cover(
+    unit: Tensor,
+    bonus: Tensor,
+    count: int,
+    *,
+    weights: Tensor | None = None,
+    least: float = -1,
+) -> Tensor:
     """Pick tokens Y for a large sum over all tokens x of max over y in Y of s(x, y), plus bonuses.
 
-    s is the cosine similarity moved to 0..1. A pick lowers the gains of others only through the
-    tokens that it covers better than the picks before did. These are few after the first picks, and
-    only their rows are read again: what the plain rule picks, for about ln(count) passes over all
-    pairs instead of `count`. Gains are summed in float64, so that no error piles up. Ties go to the
-    lower index.
+    s is the cosine similarity moved to 0..1, or as it is from `least` on. A pick lowers the gains
+    of others only through the tokens that it covers better than the picks before did. These are few
+    after the first picks, and only their rows are read again: what the plain rule picks, for about
+    ln(count) passes over all pairs instead of `count`. Gains are summed in float64, so that no
+    error piles up. Ties go to the lower index.
 
     Args:
         unit: (N, D) float32, rows of length 1.
-        bonus: (N,), what each token adds by itself.
+        bonus: (N,), what each token adds by itself, where s is in 0..1.
         count: how many, 1 <= count <= N.
+        weights: (N,), not negative: what each pick adds is multiplied by its own; None: by 1.
+        least: the cosine from which on a token is covered.
 
     Returns:
         (count,) int64 indices in the order of picking.
     """
     rows = _reader(unit)
     numbers = torch.arange(len(unit), device=unit.device)
-    # In cosines, which start from -1: everything is twice what it is in s.
-    covered = unit.new_full((len(unit),), -1)
-    gains = 2 * bonus.double() + len(unit)
+    # In cosines, which start from `least`, -1: everything is twice what it is in s.
+    covered = unit.new_full((len(unit),), least)
+    gains = 2 * bonus.double() - least * len(unit)
     for part in numbers.split(_BLOCK):
-        gains += rows(part).sum(0, dtype=torch.float64)
+        cosines = rows(part)
+        cosines = cosines if least == -1 else cosines.clamp_min_(least)
+        gains += cosines.sum(0, dtype=torch.float64)
+    weighed = None if weights is None else weights.double()
 
     picks = torch.empty(count, dtype=torch.int64, device=unit.device)
-    torch.argmax(gains, dim=0, keepdim=True, out=picks[:1])
+    torch.argmax(_weighed(gains, weighed), dim=0, keepdim=True, out=picks[:1])
     for i in range(1, count):
         last = picks[i - 1 : i]
         better = torch.maximum(covered, rows(last)[0])
@@ -46,8 +58,13 @@ def greedy_cover(unit: Tensor, bonus: Tensor, count: int) -> Tensor:
             gains -= _lost(rows(part), covered[part], better[part])
         covered = better
         gains.index_fill_(0, last, -torch.inf)  # for good: a pick is out of the race
-        torch.argmax(gains, dim=0, keepdim=True, out=picks[i : i + 1])
+        torch.argmax(_weighed(gains, weighed), dim=0, keepdim=True, out=picks[i : i + 1])
     return picks
+
+
+def _weighed(gains: Tensor, weights: Tensor | None) -> Tensor:
+    """Gains by weight; those that are out of the race stay so, whatever their weight."""
+    return gains if weights is None else torch.where(gains.isinf(), gains, gains * weights)
 
 
 def _reads_all(unit: Tensor) -> bool:

@@ -102,3 +102,30 @@ def merged_evenly(
         weights.flatten(),
     )
     return targets, rearrange(means, "(b k) c -> b k c", k=count), owner, members
+
+
+def merged_nearest(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge every token that is not kept into the kept one that it is most like, by cosine (the
+    first of equal ones). A row is the mean of all that are in it.
+
+    Args:
+        features: (B, N, C).
+        kept: (B, K) int64, unique in each image.
+
+    Returns:
+        rows (B, K, C) in the dtype of `features`, in the order of `kept`; and of all tokens, row by
+        row, the number of their row and the token itself, (B, N) each.
+    """
+    images, num_tokens = features.shape[:2]
+    image = torch.arange(images, device=kept.device)[:, None]
+    places = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
+    unit = normalize(features.float(), dim=-1)
+    owner = (unit @ unit[image, kept].mT).argmax(2).scatter(1, kept, places)
+    owner, members = owner.sort(stable=True)
+    starts = torch.searchsorted(owner, places.contiguous())
+    rows = bags(
+        rearrange(features, "b n c -> (b n) c"),
+        (members + image * num_tokens).flatten(),
+        (starts + image * num_tokens).flatten(),
+    )
+    return rearrange(rows, "(b k) c -> b k c", b=images), owner, members

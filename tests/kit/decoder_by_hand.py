@@ -139,17 +139,21 @@ class Expected:
         here, spec = self.rows[row][want.layer], self.truth.rows[row]
         new = here.places >= self.prefix[row]
         match want:
-            case TextAttention(layer, rows, ahead, each):
-                maps, at = here.maps, here.at
+            case TextAttention(layer, rows, ahead, each, heads):
+                maps, at, places = here.maps, here.at, here.places
                 if ahead:
-                    before = here.before.places
+                    places = here.before.places
                     maps = here.ahead
 
-                    def at(places):
-                        return torch.searchsorted(before, places, right=True) - 1
+                    def at(wanted):
+                        return torch.searchsorted(places, wanted, right=True) - 1
 
-                found = maps[:, at(self.asked(row, image, rows))][..., at(alive)]
-                return found.permute(2, 0, 1) if each else found.mean((0, 1))
+                own = image[torch.isin(image, places)]
+                asked = own if rows == "image" else self.asked(row, image, rows)
+                found = maps[:, at(asked)][..., at(alive)]
+                if each:
+                    return found.permute(2, 0, 1)
+                return found.mean((0, 1)) if heads == "mean" else found.amax(0).mean(0)
             case RotaryAffinity(layer, rows):
                 width = here.tables[0].shape[-1]
                 ones = turned(torch.ones(1, len(here.places), width), *here.tables)[0]

@@ -75,6 +75,8 @@ def declared(layers: Sequence[int] = LAYERS) -> tuple[Signal, ...]:
             for each in (False, True):
                 found += [TextAttention(n, rows, ahead, each) for ahead in (False, True)]
             found.append(RotaryAffinity(n, rows))
+        found += [TextAttention(n, rows, heads="max") for rows in ("text", "image")]
+        found += [TextAttention(n, "image"), TextAttention(n, "image", ahead=True, heads="max")]
         found += [Hidden(n, normed) for normed in (False, True)]
         found += [TextHidden(n, normed) for normed in (False, True)]
         found += [LayerKeys(n), TextKeys(n)]

@@ -17,6 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch.linalg import vector_norm
+
 from ...contract import (
     Cut,
     Hidden,
@@ -89,7 +91,7 @@ class V2Drop(InDecoder):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         before, after = (tokens.signals[signal].float() for signal in _reads(tokens.layer))
-        scores = (after - before).norm(dim=-1)
+        scores = vector_norm(after - before, dim=-1)
         return Selection(kept=ascending(top_k(scores, keep)), scores=scores)
 
 
