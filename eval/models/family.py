@@ -79,6 +79,10 @@ class EvalFamily(ABC):
             MethodFieldError: the model sees no pictures of this size.
         """
 
+    def kinds(self, config: Any, ids: Tensor) -> dict[str, Tensor]:
+        """What a processor says of the kinds of tokens `ids` (B, L)."""
+        return {}
+
 
 class EvalFamilyBySizes(EvalFamily):
     """The family whose models the bench makes of any width, depth and number of visual tokens."""

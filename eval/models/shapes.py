@@ -74,6 +74,7 @@ def prompt(
     inputs["attention_mask"] = (torch.arange(len(ids)) >= missing[:, None]).long()
     if made.framed:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
+    inputs |= family.kinds(config, inputs["input_ids"])
     if device != "meta":
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     return inputs

@@ -121,17 +121,24 @@ def _build(case: Case, attn_implementation: str) -> tuple[PreTrainedModel, Press
     # Drawn under one seed whatever the attention, so that implementations can be compared.
     draw = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     for name, weight in model.named_parameters():
-        weight.data = _weight(name, weight.shape, draw)
+        noise = torch.randn(weight.shape, generator=draw)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        scale = getattr(owner, "scalar_embed_scale", 1.0)  # Gemma's, of embeddings
+        weight.data = _weight(name, weight, noise) / scale
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     model.requires_grad_(False)
     return model, Pressed(model)
 
 
-def _weight(name: str, shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(shape, generator=draw)
+def _weight(name: str, begun: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """
+    Args:
+        begun: what the model was built with.
+    """
+    shape = noise.shape
     if "norm" in name or "ln_" in name:
-        return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+        return begun + 0.1 * noise  # of some models a weight is what is added to one
     if "image_newline" in name:
         return noise
     if len(shape) == 1:

@@ -226,7 +226,9 @@ def _tower_reads(core, tower, kind: str, given: dict):
         name: [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in found]
         for name, found in reads.items()
     }
-    layers = core.config.vision_feature_layer
+    layers = getattr(core.config, "vision_feature_layer", None)
+    if layers is None:
+        return split["q_proj"], split["k_proj"], hidden[0].last_hidden_state
     layers = [layers] if isinstance(layers, int) else layers
     read = torch.cat([hidden[0].hidden_states[layer] for layer in layers], -1)
     return split["q_proj"], split["k_proj"], read

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from kit import zoo
+from kit.decoder_kinds import Observed, head, observe
 from kit.oracle import State, Truth, projected, turned
 from kit.recorders import CLOSE, FIRST, TWICE, Recorder, pick, ran
 from torch import Tensor
@@ -73,50 +74,64 @@ class Expected:
 
     def _walk(self, row: int):
         truth, state = self.truth, self.truth.start(row)
-        changes = {0, *(layer for layer, _ in truth.cuts)}
         for number, layer in enumerate(truth.decoder.layers):
             before = state
             if number == 0:  # what is gone before the LLM never comes
                 before = truth.cut(row, 0, state)
-                tables = [table[0] for table in truth.rotary(before)]
-            _, _, *ahead = self._attend(layer, before.hidden, tables)
+            tables, mask = self._sees(row, number, before)
+            ahead = self._attend(layer, before.hidden, tables, mask)[-1]
             state = truth.cut(row, number, state)
-            if number in changes:
-                tables = [table[0] for table in truth.rotary(state)]
-            x, queries, keys, maps = self._attend(layer, state.hidden, tables)
-            values = projected_values(layer.self_attn, x)
-            mixed = maps @ values.repeat_interleave(len(maps) // len(values), 0)
-            added = layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
-            hidden = state.hidden + added
-            y = layer.post_attention_layernorm(hidden)
-            neurons = layer.mlp.act_fn(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y)
-            change = layer.mlp.down_proj(neurons)
+            tables, mask = self._sees(row, number, state)
+            here = self._layer(layer, state.hidden, tables, mask)
             yield Ran(
                 before=before,
-                ahead=ahead[-1],
+                ahead=ahead,
                 places=state.places,
                 tables=tuple(tables),
-                queries=queries,
-                keys=keys,
-                values=values,
-                maps=maps,
-                attention=(x, added),
-                mlp=(y, change),
-                neurons=neurons,
+                queries=here.queries,
+                keys=here.keys,
+                values=here.values,
+                maps=here.maps,
+                attention=here.attention,
+                mlp=here.mlp,
+                neurons=here.neurons,
             )
-            hidden = hidden + change
+            hidden = here.output
             if number < len(state.deep):
                 hidden = hidden + state.deep[number]
             state = State(hidden, state.positions, state.places, state.deep, state.following)
-        logits = truth.model.lm_head(truth.decoder.norm(state.hidden))
+        logits = head(truth.model, truth.decoder.norm(state.hidden))
         torch.testing.assert_close(logits, truth.forward(row)[0], atol=1e-3, rtol=1e-3)
 
-    def _attend(self, layer, hidden: Tensor, tables):
+    def _sees(self, row: int, layer: int, state: State):
+        """Rotary tables and mask of a layer."""
+        tables = [table[0] for table in self.truth.rotary(state, layer)]
+        return tables, self.truth.mask(row, state.places, layer)
+
+    def _layer(self, layer, hidden: Tensor, tables, mask: Tensor) -> Observed:
+        """A layer that is Llama's by hand, another as its modules run."""
+        if not like_llama(layer):
+            return observe(layer, hidden, tables, mask)
+        x, queries, keys, maps = self._attend(layer, hidden, tables, mask)
+        values = projected_values(layer.self_attn, x)
+        mixed = maps @ values.repeat_interleave(len(maps) // len(values), 0)
+        added = layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
+        hidden = hidden + added
+        y = layer.post_attention_layernorm(hidden)
+        neurons = layer.mlp.act_fn(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y)
+        change = layer.mlp.down_proj(neurons)
+        output = hidden + change
+        return Observed(queries, keys, values, maps, (x, added), (y, change), neurons, output)
+
+    def _attend(self, layer, hidden: Tensor, tables, mask: Tensor):
+        if not like_llama(layer):
+            here = observe(layer, hidden, tables, mask)
+            return here.attention[0], here.queries, here.keys, here.maps
         attention, x = layer.self_attn, layer.input_layernorm(hidden)
         queries, keys = (turned(projected(attention, name, x), *tables) for name in "qk")
         shared = keys.repeat_interleave(len(queries) // len(keys), 0)
         scores = queries @ shared.mT / queries.shape[-1] ** 0.5
-        return x, queries, keys, (scores + self.truth.mask(len(x))).softmax(-1)
+        return x, queries, keys, (scores + mask).softmax(-1)
 
     # --- signals ---------------------------------------------------------------------------
 
@@ -192,6 +207,13 @@ class Expected:
                 values = read(here.neurons[here.at(whole)], text)
                 return values[torch.isin(whole, alive)]
         raise NotImplementedError(want)
+
+
+def like_llama(layer) -> bool:
+    """Whether a layer adds two modules, each behind a norm, and turns queries and keys."""
+    names = {name for name, _ in layer.named_children()}
+    norms = {"input_layernorm", "post_attention_layernorm"}
+    return names == {"self_attn", "mlp", *norms}
 
 
 def projected_values(attention, x: Tensor) -> Tensor:

@@ -414,9 +414,12 @@ def _left(reference, kind: str, given: dict, made: Made) -> Iterator[tuple[Rows,
         walks, deeper = packed(core.visual, *unpatched.given, made)
         embeds = [core.visual.merger(walk.rows.flatten(0, 1)) for walk in walks]
     else:
-        depth = reference.config.vision_feature_layer % (len(core.vision_tower.encoder.layers) + 1)
-        walks, _ = padded(core.vision_tower, unpatched.given[0], made, depth)
-        embeds = [core.multi_modal_projector(walk.rows[None, :, 0])[0] for walk in walks]
+        tower, layer = core.vision_tower, getattr(reference.config, "vision_feature_layer", None)
+        depth = len(tower.encoder.layers)
+        depth = depth if layer is None else layer % (depth + 1)
+        behind = tower.post_layernorm if layer is None else torch.nn.Identity()
+        walks, _ = padded(tower, unpatched.given[0], made, depth)
+        embeds = [core.multi_modal_projector(behind(walk.rows[None, :, 0]))[0] for walk in walks]
         deeper = [[] for _ in walks]
     starts = [0]
     for walk in walks:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from kit.decoder_kinds import HIDDEN, TYPES, beyond, causal, head, kind_of, rotary, window_of
 from torch import Tensor
 from vlmprune.eval.models.tiny_layouts import VISION_END
 
@@ -87,6 +88,7 @@ class RowTruth:
     next_position: int
     columns: Tensor  # (L,) columns of the batch's input behind the tokens
     deep: list[Tensor]  # (L, D) each: what is added behind the first layers (Qwen3-VL)
+    beyond: dict[str, Tensor]  # (L, L) bool by kind of layer: what is seen besides keys before
     images: list[Tensor]  # places of the row's images
     numbers: list[int]  # which images of the batch they are
 
@@ -152,6 +154,8 @@ class Truth:
         self.repacked = [word == "repacked" for word in positions]
         self.by_layer = any(layer > 0 for layer, _ in self.cuts) if by_layer is None else by_layer
         self.rows = list(self._rows(inputs))
+        if any(row.beyond for row in self.rows):
+            self.by_layer = True  # the text model alone makes causal masks
 
     # --- the rows --------------------------------------------------------------------------
 
@@ -190,7 +194,11 @@ class Truth:
             numbers = list(range(number, number + len(found)))
             number += len(found)
             positions, following = self._positions(row_ids, grids)
-            yield RowTruth(row_ids, embeds, positions, following, columns, deep, found, numbers)
+            types = inputs.get(TYPES.get(config.model_type, ""))
+            more = beyond(self.model, embeds, None if types is None else types[b, columns])
+            yield RowTruth(
+                row_ids, embeds, positions, following, columns, deep, more, found, numbers
+            )
 
     @property
     def deep_layers(self) -> Sequence[int]:
@@ -216,7 +224,8 @@ class Truth:
         """Positions of a whole row (axes, L), and that of the token after it; its grids are taken
         out of `grids`."""
         if not hasattr(self.core, "get_rope_index"):
-            return torch.arange(len(ids))[None], len(ids)
+            first = int(self.model.config.model_type == "paligemma")  # which counts from one
+            return torch.arange(len(ids))[None] + first, len(ids) + first
         types, of_row = torch.zeros_like(ids).int(), {}
         for number, (kind, waiting) in enumerate(grids.items(), start=1):
             marks = ids == getattr(self.model.config, f"{kind}_token_id")
@@ -294,8 +303,9 @@ class Truth:
         positions, places = positions[:, stays], state.places[stays]
         following = state.following
         if repacked:
-            positions = torch.arange(len(places)).expand(len(positions), -1)
-            following = int((places < len(truth.ids)).sum())
+            first = int(truth.positions[0, 0])
+            positions = first + torch.arange(len(places)).expand(len(positions), -1)
+            following = first + int((places < len(truth.ids)).sum())
         deep = [rows[stays] for rows in deep]
         return State(hidden[stays], positions, places, deep, following)
 
@@ -315,7 +325,7 @@ class Truth:
             hidden, places = self._layers(row, state)
         else:
             hidden, places = self._language_model(row, self.cut(row, 0, state))
-        return self.model.lm_head(hidden), places
+        return head(self.model, hidden), places
 
     def _language_model(self, row: int, state: State) -> tuple[Tensor, Tensor]:
         visual = torch.zeros_like(state.places, dtype=torch.bool)
@@ -335,25 +345,26 @@ class Truth:
         )
         return output.last_hidden_state[0], state.places
 
-    def rotary(self, state: State) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the tokens' positions: (1, n, D_head)."""
-        axes = state.positions[:, None]
-        return self.decoder.rotary_emb(state.hidden[None], axes if len(axes) > 1 else axes[0])
+    def rotary(self, state: State, layer: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines that a layer has of the tokens' positions: (1, n, D_head)."""
+        return rotary(self.decoder, state.hidden, state.positions, layer)
 
-    def mask(self, length: int) -> Tensor:
-        """What is added to the scores of a causal prompt: (length, length)."""
-        window = getattr(self.decoder.config, "sliding_window", None) or length
-        mask = torch.full((length, length), torch.finfo(torch.float32).min)
-        return mask.triu(1) + mask.tril(-window)
+    def mask(self, row: int, places: Tensor, layer: int) -> Tensor:
+        """What is added to a layer's scores of the tokens at these places: (n, n)."""
+        config, more = self.decoder.config, self.rows[row].beyond
+        seen = causal(len(places), window_of(config, layer))
+        if (pairs := more.get(kind_of(config, layer))) is not None:
+            prompt = int((places < len(pairs)).sum())
+            old = places[:prompt]
+            seen[:prompt, :prompt] |= pairs[old][:, old]
+        return torch.zeros(seen.shape).masked_fill(~seen, HIDDEN)
 
     def layer_inputs(self, row: int, state: State):
         """Number, module, state, rotary tables (n, D_head) and mask of each layer of the decoder;
         who goes through them writes the layer's output to `state.hidden`."""
-        changes = {0, *(layer for layer, _ in self.cuts)}
         for number, layer in enumerate(self.decoder.layers):
             state = self.cut(row, number, state)
-            if number in changes:
-                tables, mask = self.rotary(state), self.mask(len(state.places))
+            tables, mask = self.rotary(state, number), self.mask(row, state.places, number)
             yield number, layer, state, tables, mask
             if number < len(state.deep):
                 state.hidden = state.hidden + state.deep[number]

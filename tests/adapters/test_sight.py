@@ -1,0 +1,66 @@
+"""Who sees whom in a decoder: tokens that see each other both ways, windows and rotary positions by
+kind of layer, capped logits. Signals and logits beside those of eager layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import vlmprune
+from kit import zoo
+from kit.decoder_by_hand import check, expected
+from kit.recorders import ROWS, Recorder, declared, run
+from kit.reported import TOLERANCE, truth_of
+
+VARIANTS = pytest.mark.parametrize(
+    "case",
+    [
+        getattr(family, name)
+        for family in zoo.OF_TESTS.values()
+        for name in ("CAPPED", "WINDOWED")
+        if hasattr(family, name)
+    ],
+    ids=lambda case: case.name,
+)
+
+
+@VARIANTS
+def test_signals_are_those_of_eager_layers(case):
+    recorder = Recorder(wants=declared())
+    run(case, "eager", ROWS, recorder)
+    check(recorder, expected(case, ROWS), (1, 3))
+
+
+@VARIANTS
+@pytest.mark.parametrize("name", ["divprune", "fastv", "pyramiddrop"])
+def test_logits_equal_the_oracle(case, name):
+    model, inputs = case.model("eager"), case.inputs(zoo.BATCH)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        handle = vlmprune.patch(model, name, keep_ratio=0.4)
+        first = model(**inputs).logits
+        out = model.generate(
+            **inputs,
+            max_new_tokens=3,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    truth = truth_of(case, inputs, model, handle)
+    for row, spec in enumerate(truth.rows):
+        found = first[row, spec.columns]
+        torch.testing.assert_close(found, truth.full_logits(row), **TOLERANCE)
+        changed = (found - dense[row, spec.columns]).abs().max()
+        assert (changed > 0.1) == bool(spec.images), "it had nothing to show"
+    tokens, logits = truth.decode(3)
+    assert torch.equal(out.sequences[:, -3:], tokens)
+    torch.testing.assert_close(torch.stack(out.logits), logits, **TOLERANCE)
+
+
+@VARIANTS
+def test_a_full_budget_changes_no_bit(case):
+    model, inputs = case.model("eager"), case.inputs(zoo.BATCH)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with vlmprune.patch(model, "fastv", keep_ratio=1.0):
+            assert torch.equal(model(**inputs).logits, dense)
+        assert torch.equal(model(**inputs).logits, dense)

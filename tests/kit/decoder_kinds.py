@@ -1,0 +1,159 @@
+"""What decoders differ in, by layer: windows, rotary positions, who sees whom, layers that are
+not Llama's. Written against `transformers` alone, for the oracles."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+TYPES = {"paligemma": "token_type_ids", "gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
+"""The argument that says which tokens see each other both ways, of models where some do."""
+HIDDEN = torch.finfo(torch.float32).min
+
+
+def kind_of(config, layer: int) -> str:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return kinds[layer]
+    return "full_attention" if getattr(config, "sliding_window", None) is None else "sliding"
+
+
+def window_of(config, layer: int) -> int | None:
+    """Keys that a row of the layer sees at most."""
+    return config.sliding_window if kind_of(config, layer).startswith("sliding") else None
+
+
+def beyond(model, embeds: Tensor, types: Tensor | None) -> dict[str, Tensor]:
+    """By kind of layer, (L, L) bool: what rows of a whole prompt see besides the keys of their
+    window before them, as the model's own masks for it say."""
+    config = model.config.get_text_config()
+    if model.config.model_type not in TYPES or types is None:
+        return {}
+    masks = model.create_masks_for_generate(
+        config=model.config,
+        inputs_embeds=embeds[None],
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+        **{TYPES[model.config.model_type]: types[None]},
+    )
+    masks = masks if isinstance(masks, dict) else {kind_of(config, 0): masks}
+    found = {}
+    for layer in range(config.num_hidden_layers):
+        kind, length = kind_of(config, layer), len(embeds)
+        if (mask := masks[kind]) is not None:
+            seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+            found[kind] = seen & ~causal(length, window_of(config, layer))
+    return found
+
+
+def causal(length: int, window: int | None) -> Tensor:
+    """(length, length) bool: each row sees itself and the keys of its window before itself."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def rotary(decoder, hidden: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that a layer has of positions (axes, n): (1, n, D_head) each."""
+    axes = ids[:, None]
+    by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    kind = (kind_of(decoder.config, layer),) if by_kind else ()
+    return decoder.rotary_emb(hidden[None], axes if len(axes) > 1 else axes[0], *kind)
+
+
+def head(model, hidden: Tensor) -> Tensor:
+    """Logits of hidden states behind the last norm."""
+    config = model.config.get_text_config()
+    logits = model.lm_head(hidden) * getattr(config, "logit_scale", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+@dataclass
+class Observed:
+    """One layer of one prompt, as its modules ran: (n, ...) or (H, n, D_head)."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    maps: Tensor
+    attention: tuple[Tensor, Tensor]
+    mlp: tuple[Tensor, Tensor]
+    neurons: Tensor | None
+    output: Tensor
+
+
+def observe(layer, hidden: Tensor, tables, mask: Tensor, **more) -> Observed:
+    """What an eager layer makes of an input (n, D).
+
+    Args:
+        tables: (n, D_head) each.
+        mask: (n, n), added to logits.
+    """
+    seen: dict[str, object] = {}
+    with ExitStack() as open_:
+        open_.enter_context(_heads(layer.self_attn, seen))
+        for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
+            open_.enter_context(_run(name, part, seen))
+        output = layer(
+            hidden[None],
+            position_embeddings=tuple(table[None] for table in tables),
+            attention_mask=mask[None, None],
+            **more,
+        )
+    queries, keys, values = seen["heads"]
+    given, (added, maps) = seen["attention"]
+    before, after = seen["mlp"]
+    output = output[0] if isinstance(output, tuple) else output
+    neurons = getattr(layer.mlp, "down_proj", None) and seen["neurons"][0]
+    return Observed(
+        queries=queries[0],
+        keys=keys[0],
+        values=values[0],
+        maps=maps[0],
+        attention=(given[0], added[0]),
+        mlp=(before[0], after[0]),
+        neurons=neurons,
+        output=output[0],
+    )
+
+
+@contextmanager
+def _heads(attention, seen: dict) -> Iterator[None]:
+    """Note queries, keys and values that eager attention is given."""
+    module = sys.modules[type(attention).__module__]
+    eager = module.eager_attention_forward
+
+    def spy(module, query, key, value, mask, **kwargs):
+        seen["heads"] = query, key, value
+        return eager(module, query, key, value, mask, **kwargs)
+
+    with mock.patch.object(module, "eager_attention_forward", spy):
+        yield
+
+
+@contextmanager
+def _run(name: str, part, seen: dict) -> Iterator[None]:
+    """Note input and output of a module; of an MLP also what enters its last projection."""
+
+    def note(module, args, kwargs, output):
+        seen[name] = (args[0] if args else kwargs["hidden_states"]), output
+
+    def note_neurons(module, args):
+        seen["neurons"] = args[0]
+
+    hooks = [part.register_forward_hook(note, with_kwargs=True)]
+    if hasattr(part, "down_proj"):
+        hooks.append(part.down_proj.register_forward_pre_hook(note_neurons))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
