@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -26,6 +27,8 @@ class Tiled(Family):
     """
 
     of_prompt = True
+    dropped: ClassVar[str] = ""
+    """What an error adds about tiles that the model does not see."""
 
     @property
     @abstractmethod
@@ -81,7 +84,8 @@ class Tiled(Family):
         rows, columns = self.grid(call)
         return UnsupportedFeatureError(
             f"{tiles} {call.modality.name} tiles of {rows} x {columns} tokens came with "
-            f"{placeholders}: input_ids and {call.modality.name}s do not belong together."
+            f"{placeholders}: input_ids and {call.modality.name}s do not belong together"
+            f"{self.dropped}."
         )
 
     def counts(self, call: Call) -> Sequence[int]:

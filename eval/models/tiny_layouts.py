@@ -174,17 +174,15 @@ PLAIN = Plain()
 
 
 def joined(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """Images of two calls as those of one; tiles are padded to the same number."""
+    """Images of two calls as those of one; tiles are padded to the same number and size."""
     found = {}
     for key in one:
         parts = [one[key], two[key]]
-        if parts[0].dim() == 5:
-            most = max(part.shape[1] for part in parts)
-            parts = [
-                torch.cat([x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])], 1)
-                for x in parts
-            ]
-        found[key] = torch.cat(parts)
+        most = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+        padded = [part.new_zeros(len(part), *most) for part in parts]
+        for into, part in zip(padded, parts, strict=True):
+            into[tuple(slice(size) for size in part.shape)] = part
+        found[key] = torch.cat(padded)
     return found
 
 
@@ -201,7 +199,10 @@ def is_visual(ids: torch.Tensor) -> torch.Tensor:
 def encoder_inputs(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The arguments of `get_image_features` and of `get_video_features` among a model's inputs."""
     of = {
-        "image": ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw"),
+        "image": (
+            *("pixel_values", "pixel_attention_mask", "image_sizes"),
+            *("batch_num_images", "image_grid_thw"),
+        ),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }
     found = {name: {k: inputs[k] for k in keys if k in inputs} for name, keys in of.items()}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from kit import zoo
 from kit.decoder_by_hand import Expected, expected
+from kit.oracle import decoder_of
 from kit.prefixes import LONG, PREFIX, in_two_calls
 from kit.recorders import (
     CLOSE,
@@ -29,7 +30,7 @@ def check_entries(model, recorder: CacheRecorder, truth: Expected, keep: float) 
     """Layer by layer, the prompts that have more than the method is to keep of them."""
     seen, wants = iter(recorder.seen), recorder.needs(None)
     for layer in LAYERS:
-        module = model.base_model.language_model.layers[layer].self_attn
+        module = decoder_of(model).layers[layer].self_attn
         for row, spec in enumerate(truth.truth.rows):
             here, start = truth.rows[row][layer], truth.prefix[row]
             text = len(spec.ids) - sum(map(len, spec.images)) - start

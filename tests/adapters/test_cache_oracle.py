@@ -21,7 +21,7 @@ from kit.cache_oracle import (
     soft_vote,
     taken,
 )
-from kit.oracle import Rows, Truth
+from kit.oracle import Rows, Truth, decoder_of
 from kit.paths import TESTS
 from kit.reported import TOLERANCE
 from transformers import DynamicCache
@@ -194,7 +194,7 @@ def test_cuts_that_leave_nothing_of_an_image(case, layer):
 def entering(case: zoo.Case, inputs: dict, layer: int) -> torch.Tensor:
     """Hidden states of one prompt that enter a layer of the unpatched model: (L, D)."""
     model, seen = case.reference("eager"), []
-    block = model.base_model.language_model.layers[layer]
+    block = decoder_of(model).layers[layer]
     hook = block.register_forward_pre_hook(lambda module, given: seen.append(given[0][0]))
     try:
         model(**inputs)
@@ -293,7 +293,7 @@ def by_transformers(case, rows, layers, at, evicted) -> torch.Tensor:
     tensors are exchanged: `layers` (keys, values) after prefill, `evicted` a slot after each step;
     `at` positions of the new tokens."""
     model = case.reference("eager")
-    decoder, cache = model.base_model.language_model, DynamicCache(config=None)
+    decoder, cache = decoder_of(model), DynamicCache(config=None)
     with torch.no_grad():
         model(**case.inputs(rows), **{CACHE: cache}, use_cache=True)
     logits = []

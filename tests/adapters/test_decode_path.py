@@ -17,6 +17,7 @@ import torch
 import vlmprune
 from kit import skips, zoo
 from kit.devices import VALUES, Devices, Elsewhere, _Values, dispatch
+from kit.oracle import decoder_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from vlmprune.adapters.cache_names import CACHE
@@ -183,7 +184,7 @@ def test_without_padding_there_is_no_mask(case, name):
     if options is None:
         skips.skip("no signal", name)
     model, masks = case.model(), []
-    for layer in model.model.language_model.layers:
+    for layer in decoder_of(model).layers:
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")),
             with_kwargs=True,
@@ -195,5 +196,5 @@ def test_without_padding_there_is_no_mask(case, name):
 
     with patched(model, name, options):
         decode(case, model, case.inputs((zoo.ONE,)), nothing)
-    assert len(masks) == (1 + STEPS) * len(model.model.language_model.layers)
+    assert len(masks) == (1 + STEPS) * len(decoder_of(model).layers)
     assert all(mask is None for mask in masks)

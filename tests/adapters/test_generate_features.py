@@ -20,7 +20,7 @@ from kit import zoo
 from kit.feature_bench import CALLS, CLOSE, DETAILS, PLACES, TWO_PLACES, Bench, check_greedy
 from kit.features import FEATURES, REFUSED, SLOW, found, is_refused
 from kit.features_of_forward import merged, not_deep, text_labels
-from kit.oracle import Rows, Truth
+from kit.oracle import Rows, Truth, decoder_of
 from kit.paths import TESTS
 from kit.reported import features_of
 
@@ -193,7 +193,7 @@ def test_training_with_gradient_checkpointing_is_right_or_refused(case, place):
     labels = text_labels(inputs)
     bench.model.activation_checkpointing_enable()
     bench.model.train()
-    weight = bench.model.model.language_model.layers[0].self_attn.v_proj.weight
+    weight = decoder_of(bench.model).layers[0].self_attn.v_proj.weight
     weight.requires_grad_(True)
     try:
         loss = bench.model(**inputs, labels=labels, use_cache=False).loss

@@ -15,6 +15,7 @@ from kit import zoo
 from kit.oracle import Truth
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from vlmprune.adapters.patching import patch
+from vlmprune.adapters.registry import family_of
 from vlmprune.prune import scores as probes
 from vlmprune.prune.budget import Budget, MethodCall
 from vlmprune.prune.contract import (
@@ -151,7 +152,7 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
     if model.config.model_type == "mistral3":
         return [_encode_pixtral(case, model.model.vision_tower, name) for name in zoo.images(rows)]
     found = []
-    tower, side = model.model.vision_tower, zoo.SIDE
+    tower, side = family_of(model).vision_tower, zoo.SIDE
     skip = int(case.shape.tower.has_cls)
     for kind, given in zoo.encoder_inputs(inputs).items():
         queries, keys, hidden = _tower_reads(model.model, tower, kind, given)
@@ -238,8 +239,11 @@ def _shuffled(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
     """Values of patches (tiles, P * 4, width) as the model itself shuffles them: those behind a
     token side by side, or their mean, (P, width)."""
     side = math.isqrt(values.shape[1])
-    squares = core.pixel_shuffle(values.unflatten(1, (side, side)), scale_factor=0.5)
-    tokens = squares.flatten(0, 2)
+    if hasattr(core, "connector"):
+        tokens = core.connector.pixel_shuffle(values, scale_factor=2).flatten(0, 1)
+    else:
+        squares = core.pixel_shuffle(values.unflatten(1, (side, side)), scale_factor=0.5)
+        tokens = squares.flatten(0, 2)
     return tokens.unflatten(1, (4, -1)).mean(1) if mean else tokens
 
 
@@ -425,7 +429,9 @@ def test_what_the_projector_reads(case, attention, rows):
                 sizes = torch.full((len(units), 2), 8)
                 projected = core.multi_modal_projector(units.view(-1, units.shape[-1] // 4), sizes)
             else:
-                projected = core.multi_modal_projector(tokens.signals[EncoderFeatures()])
+                projector = getattr(core, "multi_modal_projector", None)
+                projector = projector or core.connector.modality_projection
+                projected = projector(tokens.signals[EncoderFeatures()])
         torch.testing.assert_close(projected, tokens.signals[Features()], atol=1e-4, rtol=1e-4)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kit import zoo
 from kit.decoder_by_hand import check, expected
+from kit.oracle import decoder_of
 from kit.recorders import ROWS, CacheRecorder, Recorder, call, declared, likeness, modes, step
 from vlmprune.adapters.patching import patch
 from vlmprune.adapters.places import prefill as prefill_module
@@ -65,7 +66,7 @@ def test_a_layer_is_read_only_for_what_is_declared(case, heard):
     wants = (TextAttention(1), ModuleStep(0, "mlp", step), Hidden(2), Neurons(2, likeness))
     model, recorder = case.model(), Recorder(wants=wants, at=(Cut(Place.DECODER, 3),))
     patch(model, call(recorder))
-    layers, heard_in_prefill = model.base_model.language_model.layers, []
+    layers, heard_in_prefill = decoder_of(model).layers, []
 
     def look(*_):
         hooked = [
@@ -75,7 +76,7 @@ def test_a_layer_is_read_only_for_what_is_declared(case, heard):
         tapped = [hasattr(layer.self_attn.config, "_vlmprune_tap") for layer in layers]
         heard_in_prefill.append((hooked, tapped))
 
-    model.base_model.language_model.norm.register_forward_pre_hook(look)
+    decoder_of(model).norm.register_forward_pre_hook(look)
     with torch.no_grad():
         model(**case.inputs(ROWS))
     hooked, tapped = heard_in_prefill.pop()

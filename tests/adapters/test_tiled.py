@@ -16,7 +16,9 @@ from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.registry import family_of
 
 TILED = pytest.mark.parametrize(
-    "case", [case for name, case in zoo.CASES.items() if name == "internvl"], ids=lambda c: c.name
+    "case",
+    [case for name, case in zoo.CASES.items() if name in ("internvl", "idefics3", "smolvlm")],
+    ids=lambda c: c.name,
 )
 ROWS = ((3, "A", "B", 5), (2, "D", 4), (9,))
 """Images of 3, 1 and 2 tiles, two of them side by side."""
@@ -107,3 +109,78 @@ def test_crops_are_drawn_without_the_picture_which_is_under_the_thumbnail(case):
     reds = [int((panel == (255, 0, 0)).all(-1).sum()) for panel in panels]
     assert reds[:2] == [0, 0] and reds[2] > 100
     assert handle.overlay([red] * 3).size == sheet.size
+
+
+NAMED = pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+
+
+@NAMED
+def test_the_mark_that_ends_an_image_must_be_there(name):
+    """It tells tiles of one image from those of two."""
+    case, model = zoo.CASES[name], zoo.CASES[name].model()
+    inputs = case.inputs(((3, "A"),))
+    cut = {k: inputs[k][:, :-2] for k in ("input_ids", "attention_mask")}  # mark and closing word
+    with (
+        vlmprune.patch(model, "divprune", keep_ratio=0.5),
+        pytest.raises(vlmprune.UnsupportedFeatureError, match="ends images"),
+    ):
+        model(**{**inputs, **cut})
+
+
+@NAMED
+def test_a_tile_of_zeros_is_padding_to_the_model_and_refused_here(name):
+    """transformers itself has no tokens for it."""
+    case, model = zoo.CASES[name], zoo.CASES[name].model()
+    inputs = case.inputs(((3, "A", 4),))
+    inputs["pixel_values"][0, 1] = 0
+    with pytest.raises((ValueError, RuntimeError), match="do not match"):
+        case.reference()(**inputs)
+    with (
+        vlmprune.patch(model, "divprune", keep_ratio=0.5),
+        pytest.raises(vlmprune.UnsupportedFeatureError, match="tiles of zeros"),
+    ):
+        model(**inputs)
+
+
+@NAMED
+def test_images_of_the_real_processor_are_told_apart(name):
+    """Tiles, rows of tiles and neighbours, in the processor's own words."""
+    family, case = zoo.OF_TESTS[name], zoo.CASES[name]
+    mark = family.MARKS["image_token"]
+    pictures = [Image.radial_gradient("L").resize(size) for size in ((72, 48), (72, 72), (24, 24))]
+    inputs = family.processor()(
+        text=[f"w5 {mark}{mark} w6", f"w7 w8 {mark} w9"],
+        images=[
+            [picture.convert("RGB") for picture in own] for own in (pictures[:2], pictures[2:])
+        ],
+        padding=True,
+        return_tensors="pt",
+    )
+    tiles = (inputs["pixel_values"] != 0).flatten(2).any(2).sum(1).tolist()
+    found = parts(case, inputs)
+    assert len(found) == 3 and [found[0] + found[1], found[2]] == tiles
+    assert found[0] == 7 and found[1] == 10  # 2 x 3 and 3 x 3 crops
+
+
+def test_frames_of_a_video_are_images_of_one_tile():
+    """Nothing that reaches the model says that they are one video."""
+    family, case = zoo.OF_TESTS["internvl"], zoo.CASES["internvl"]
+    clip = np.random.default_rng(0).integers(0, 255, (4, 24, 24, 3)).astype(np.uint8)
+    words = {"text": ["w5 <video> w6"], "videos": [clip]}
+    assert parts(case, family.processor()(**words, return_tensors="pt")) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_pixels_that_are_padding_make_another_image(name):
+    """Of a remembered image the mask counts like the pixels."""
+    case, model = zoo.CASES[name], zoo.CASES[name].model()
+    inputs = case.inputs(((3, "A", 4),))
+    masked = {**inputs, "pixel_attention_mask": inputs["pixel_attention_mask"].clone()}
+    masked["pixel_attention_mask"][0, 1, 12:] = 0
+    with vlmprune.patch(model, "divprune", keep_ratio=0.5, remember_images=4) as handle:
+        first = model(**inputs).logits
+        second = model(**masked).logits
+        assert handle.remembered.misses == 2 and not torch.equal(first, second)
+        assert torch.equal(model(**masked).logits, second) and handle.remembered.hits == 1
+    with vlmprune.patch(model, "divprune", keep_ratio=0.5):
+        assert torch.equal(model(**masked).logits, second)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
+from kit.oracle import decoder_of
 from kit.snapshots import differences, snapshot
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -129,7 +130,7 @@ def test_nothing_is_left_of_any_method_on_the_cache(case, name):
 def listens(model, parts: tuple[str, ...]) -> dict[str, set[int]]:
     """Layers of the decoder in which each part has a hook or a `forward` of its own."""
     found: dict[str, set[int]] = {part: set() for part in parts}
-    for index, layer in enumerate(model.model.language_model.layers):
+    for index, layer in enumerate(decoder_of(model).layers):
         for part in parts:
             module = layer.get_submodule(part)
             hooked = module._forward_hooks or module._forward_pre_hooks
@@ -157,9 +158,7 @@ def test_modules_inside_layers_are_hooked_where_they_are_read_and_freed_again(ca
     model, seen = case.model(), []
     nothing = listens(model, parts)
     assert not any(nothing.values())
-    model.model.language_model.norm.register_forward_pre_hook(
-        lambda *_: seen.append(listens(model, parts))
-    )
+    decoder_of(model).norm.register_forward_pre_hook(lambda *_: seen.append(listens(model, parts)))
     handle = vlmprune.patch(model, name, keep_ratio=0.4, **zoo.SMALL.get(name, {}))
     in_prefill = {part: where.get(part, set()) for part in parts}
     while_decoding = in_prefill if name == "token_select" else nothing
@@ -182,7 +181,7 @@ def test_an_interrupted_prefill_leaves_hooks_until_the_next_call_only(case):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    interrupting = model.model.language_model.layers[1].register_forward_pre_hook(interrupt)
+    interrupting = decoder_of(model).layers[1].register_forward_pre_hook(interrupt)
     with torch.no_grad(), pytest.raises(KeyboardInterrupt):
         model(**case.inputs())
     interrupting.remove()
@@ -195,7 +194,7 @@ def test_an_interrupted_prefill_leaves_hooks_until_the_next_call_only(case):
 def test_a_forward_that_somebody_put_on_a_projection_stays(case):
     """As accelerate does it to move weights: it is called while patched, and there afterwards."""
     model, expected = warm(case)
-    layers = model.model.language_model.layers
+    layers = decoder_of(model).layers
     calls: list[int] = []
 
     def counting(index, original, *args):
@@ -317,17 +316,15 @@ def test_an_exception_in_a_layer_leaves_the_next_call_right(case, which, layer):
     def fail(*_):
         raise ZeroDivisionError
 
-    hook = model.model.language_model.layers[layer].mlp.register_forward_hook(fail)
+    hook = decoder_of(model).layers[layer].mlp.register_forward_hook(fail)
     for rows in (zoo.SINGLE, zoo.BATCH):
         with pytest.raises(ZeroDivisionError):
             model(**case.inputs(rows))
     hook.remove()
     # Nothing of the failed call reaches a direct call of the text model, nor a text-only one.
     embeds = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
-    found = model.model.language_model(inputs_embeds=embeds).last_hidden_state
-    assert torch.equal(
-        found, case.reference().model.language_model(inputs_embeds=embeds).last_hidden_state
-    )
+    found = decoder_of(model)(inputs_embeds=embeds).last_hidden_state
+    assert torch.equal(found, decoder_of(case.reference())(inputs_embeds=embeds).last_hidden_state)
     text = (zoo.NONE,)
     assert same(outputs(model, case, text), outputs(case.reference(), case, text))
     assert same(outputs(model, case), expected)
@@ -493,7 +490,7 @@ def test_hooks_of_the_user_stay(case):
     calls = []
     early = model.model.register_forward_pre_hook(lambda *_: calls.append("early"))
     handle = vlmprune.patch(model, METHODS["both"])
-    late = model.model.language_model.register_forward_hook(lambda *_: calls.append("late"))
+    late = decoder_of(model).register_forward_hook(lambda *_: calls.append("late"))
     model(**case.inputs())
     handle.remove()
     model(**case.inputs())

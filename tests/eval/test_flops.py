@@ -57,10 +57,11 @@ def test_dense_prefill_equals_torch(case: Case, attention: str):
     assert flops.first_token == counter.get_total_flops()
     parts = counter.get_flop_counts()
     name = type(model).__name__
-    assert flops.prefill == sum(parts[f"{name}.model.language_model"].values())
-    tower = "visual" if case.packed else "vision_tower"
+    core, family = model.base_model, family_of(model)
+    named = {id(module): f"{name}.model.{path}" for path, module in core.named_children()}
+    assert flops.prefill == sum(parts[named[id(family.text_model)]].values())
     vision = flops.vision + (flops.projector if case.packed else 0)  # Qwen's merger is in its tower
-    assert vision == sum(parts[f"{name}.model.{tower}"].values())
+    assert vision == sum(parts[named[id(family.vision_tower)]].values())
 
 
 @BOTH_FAMILIES

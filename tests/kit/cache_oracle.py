@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from kit.oracle import Cuts, Truth, projected, turned
+from kit.oracle import Cuts, Truth, decoder_of, projected, turned
 from torch import Tensor
 
 
@@ -110,7 +110,7 @@ class CacheTruth:
     ) -> None:
         assert positions in ("original", "repacked")
         assert compress is None or attend is None, "one method on the cache"
-        self.model, self.decoder = model, model.base_model.language_model
+        self.model, self.decoder = model, decoder_of(model)
         self.truth = Truth(model, inputs, cuts, cut_positions, by_layer=True)
         self.repacked = positions == "repacked"
         axes = len(self.truth.rows[0].positions)

@@ -116,6 +116,12 @@ def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return heads * cos + torch.cat([-heads[..., half:], heads[..., :half]], -1) * sin
 
 
+def decoder_of(model):
+    """The text model."""
+    core = model.base_model
+    return core.text_model if hasattr(core, "text_model") else core.language_model
+
+
 def _between_marks(ids: Tensor, found: list[Tensor]) -> list[Tensor]:
     """The places (N,) of the visual tokens of each image of a prompt, of those of its tiles."""
     if not found:
@@ -144,7 +150,7 @@ class Truth:
     ) -> None:
         self.model = model
         self.core = model.base_model
-        self.decoder = self.core.language_model
+        self.decoder = decoder_of(model)
         self.cuts = [
             (layer, [k if isinstance(k, Rows) else k.long() for k in kept]) for layer, kept in cuts
         ]
@@ -212,8 +218,10 @@ class Truth:
         if self.model.config.model_type in TILED:  # alone, the encoder takes each tile for an image
             names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
             output = self.model(**{name: inputs[name] for name in names if name in inputs})
-            tokens = output.image_hidden_states.flatten(0, -2)
-            return [(tile,) for tile in tokens.split(_TILE)]
+            found = output.image_hidden_states  # of SmolVLM, all that the encoder returned
+            if not isinstance(found, Tensor):
+                found = torch.cat(found.pooler_output)
+            return [(tile,) for tile in found.view(-1, found.shape[-1]).split(_TILE)]
         encode = getattr(self.core, f"get_{kind}_features")
         given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
         output = encode(**given, return_dict=True)

@@ -21,6 +21,9 @@ IDS = {
     "start_image_token": VISION_START,
     "end_image_token": VISION_END,
     "context_image_token": IMAGE,
+    "fake_image_token": VISION_START,
+    "end_of_utterance_token": VISION_END,
+    "global_image_token": 110,
 }
 
 
