@@ -6,9 +6,9 @@ import transformers
 from kit.words import PLAIN as MARKS
 from kit.words import tokenizer
 from vlmprune.eval.models.families.llava import CLIP
-from vlmprune.eval.models.families.llava_next import tiny_llava_next
+from vlmprune.eval.models.families.llava_next import CANVASES, tiny_granite, tiny_llava_next
 from vlmprune.eval.models.tiny_layouts import PINPOINTS, PIXELS, Tiles
-from vlmprune.eval.models.tiny_models import Case
+from vlmprune.eval.models.tiny_models import Case, tiny_shape
 from vlmprune.prune.tiling import Block
 
 CASES = ("llava_next",)
@@ -34,6 +34,14 @@ GONE = Case(
     ),
 )
 """Narrow pictures on wide canvases: of some tiles only padding was seen, and nothing is left."""
+
+GRANITE = Case(
+    "llava_next-granite",
+    tiny_granite,
+    tiny_shape(has_cls=False, blocks_read=5),
+    Tiles(CANVASES),
+)
+"""Granite Vision: SigLIP, of which four layers are read, and a decoder that scales everything."""
 
 
 def processor() -> transformers.ProcessorMixin:

@@ -372,6 +372,9 @@ class Truth:
         who goes through them writes the layer's output to `state.hidden`."""
         for number, layer in enumerate(self.decoder.layers):
             state = self.cut(row, number, state)
+            if number == 0:  # Granite scales what it is given
+                scale = getattr(self.decoder.config, "embedding_multiplier", 1.0)
+                state.hidden = state.hidden * scale
             tables, mask = self.rotary(state, number), self.mask(row, state.places, number)
             yield number, layer, state, tables, mask
             if number < len(state.deep):
@@ -401,7 +404,7 @@ class Truth:
         query = turned(projected(attention, "q", x), cos, sin)
         key = turned(projected(attention, "k", x), cos, sin)
         key = key.repeat_interleave(len(query) // len(key), 0)
-        scores = (query[:, -1:] @ key.transpose(1, 2))[:, 0] * attention.head_dim**-0.5
+        scores = (query[:, -1:] @ key.transpose(1, 2))[:, 0] * attention.scaling
         mean = scores.softmax(-1).mean(0)
         return [mean[torch.isin(state.places, image)] for image in self.rows[row].images]
 

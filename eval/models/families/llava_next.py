@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from transformers import CLIPVisionConfig, LlavaNextConfig, MistralConfig
+from transformers import (
+    CLIPVisionConfig,
+    GraniteConfig,
+    LlavaNextConfig,
+    MistralConfig,
+    SiglipVisionConfig,
+)
 
 from ....prune.errors import MethodFieldError
 from ....prune.tiling import Block
@@ -34,6 +40,58 @@ CANVASES = {  # 140, 96, 114 and 192 tokens
 }
 
 
+def _granite(vision: Any, text: Any, layers: list[int], **options: Any) -> LlavaNextConfig:
+    """Granite Vision: several layers of SigLIP side by side, and a decoder that scales embeddings,
+    attention and residuals by numbers of its own."""
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=layers,
+        vision_feature_select_strategy="full",
+        **options,
+    )
+
+
+_SCALES = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+
+
+def _granite_vision() -> LlavaNextConfig:
+    """Granite-Vision-3.3-2B at its defaults."""
+    vision = SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    text = GraniteConfig(
+        vocab_size=49156,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        attention_multiplier=1 / 64,
+        **_SCALES,
+    )
+    canvases = [[384 * r, 384 * c] for r in range(1, 11) for c in range(1, 11) if r * c <= 10]
+    options = {"image_token_id": 49155, "image_grid_pinpoints": canvases}
+    return _granite(vision, text, [-24, -20, -12, -1], **options)
+
+
+def tiny_granite() -> LlavaNextConfig:
+    return _granite(
+        SiglipVisionConfig(**TOWER, vision_use_head=False),
+        GraniteConfig(**DECODER, num_key_value_heads=2, attention_multiplier=0.5, **_SCALES),
+        [-4, -3, -2, -1],
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        image_seq_length=SIDE**2,
+    )
+
+
 def tiny_llava_next() -> LlavaNextConfig:
     return LlavaNextConfig(
         vision_config=CLIPVisionConfig(**TOWER),
@@ -49,6 +107,7 @@ class LlavaNext(EvalFamily):
     wrapper = "llava_hf"
     shapes: ClassVar[tuple[Shape, ...]] = (
         Shape("llava-next-7b", lambda: _llava_next(clip(), llama()), (672, 672)),
+        Shape("granite-vision-3.3-2b", _granite_vision, (768, 768)),
     )
     small_shapes: ClassVar[tuple[Shape, ...]] = (
         Shape(
