@@ -72,9 +72,9 @@ UNUSUAL = {
 }
 
 
-@zoo.each(("prompts", "which"), itertools.product(UNUSUAL, ["before", "decoder", "both"]))
-def test_unusual_prompts(case, prompts, which):
-    rows = UNUSUAL[prompts]
+@zoo.turns("how", itertools.product(UNUSUAL, ["before", "decoder", "both"]))
+def test_unusual_prompts(case, how):
+    rows, which = UNUSUAL[how[0]], how[1]
     calls = {
         "before": [vlmprune.method("divprune", keep_tokens=5)],
         "decoder": [vlmprune.method("fastv", keep_tokens=3, layer=1)],

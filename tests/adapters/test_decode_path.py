@@ -21,6 +21,8 @@ from kit.oracle import decoder_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from vlmprune.adapters.cache_names import CACHE
+from vlmprune.prune.contract import BeforeLLM, InEncoder
+from vlmprune.prune.registry import method_class
 
 DEVICE = torch.device("xla:0")
 aten = torch.ops.aten
@@ -115,18 +117,20 @@ def test_what_waits_is_counted():
     assert waits["aten.nonzero.default"] == waits["aten.index.Tensor"] == 1
 
 
-WAYS = ["divprune", "fastv", "pyramiddrop", "todre", *zoo.ON_CACHE]
+WAYS = ["tome", "divprune", "pool", "fastv", "pyramiddrop", "todre", *zoo.ON_CACHE]
 """One method for each way in which caches are shortened, as a step knows the cache that it goes on
 with, and not who chose."""
 
 
 def cells() -> Iterator[tuple[zoo.Case, str, str]]:
-    """On the first family every way alone and padded, and every other method padded; padded every
-    way on a family with positions of its own, and one by turns on others."""
+    """On the first family every way alone and padded, and padded every other method that has hooks
+    in the decoder's layers (those before it are gone when a step runs); padded every way on a
+    family with positions of its own, and one by turns on others."""
     first, second, *others = *zoo.TWO_NAMES, *(set(zoo.FAMILY_NAMES) - set(zoo.TWO_NAMES))
     for name in vlmprune.methods():
-        for rows in ROWS if name in WAYS else ["padded"]:
-            yield zoo.CASES[first], name, rows
+        if name in WAYS or not issubclass(method_class(name), BeforeLLM | InEncoder):
+            for rows in ROWS if name in WAYS else ["padded"]:
+                yield zoo.CASES[first], name, rows
     yield from ((zoo.CASES[second], name, "padded") for name in WAYS)
     for family, name in zip(sorted(others), WAYS[1:], strict=False):
         yield zoo.CASES[family], name, "padded"

@@ -92,8 +92,13 @@ def test_default_positions_are_those_of_the_method(case, name):
     torch.testing.assert_close(first.logits[0], truth.full_logits(0), **TOLERANCE)
 
 
-@zoo.WHOLE
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(case, name, id=f"{name}-{case.name}")
+        for case, name in zoo.by_turns(zoo.WHOLE_CASES, ADAPTIVE, (*zoo.TWO_NAMES, "llava_next"))
+    ],
+)
 def test_methods_that_need_no_budget_equal_the_oracle(case, name):
     model = case.model()
     handle = zoo.patch_or_refusal(model, case, name)

@@ -45,7 +45,7 @@ HELP: tuple[dict[str, Any], ...] = ({}, {"scores": "received"}, {"pivot": "recei
 """Fields with which a method runs on an encoder without CLS token; the first that works."""
 SMALL: dict[str, dict[str, Any]] = {"token_select": {"n_init": 1, "n_local": 2}}
 """Fields of methods that refuse the budgets of prompts as short as these."""
-NEW_TOKENS = 8
+NEW_TOKENS = 3
 
 
 def compact(value: Any) -> Any:

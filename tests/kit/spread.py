@@ -12,7 +12,7 @@ from kit import zoo
 from kit.snapshots import differences
 from torch import nn
 
-STEPS = 4
+STEPS = 3
 ROWS = (zoo.TWO, zoo.ONE)
 METHODS = {
     "in the encoder": [vlmprune.method("tome", keep_ratio=0.4)],

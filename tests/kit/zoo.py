@@ -82,13 +82,15 @@ BOTH_FAMILIES = pytest.mark.parametrize(
 )
 
 
-def by_turns(cases: Iterable[Case], words: Iterable[Any]) -> Iterator[tuple[Case, Any]]:
-    """Every word on models of a family of each kind of positions, and one by turns on each other:
-    for what is one code path on all of them."""
+def by_turns(
+    cases: Iterable[Case], words: Iterable[Any], whole: Iterable[str] = TWO_NAMES
+) -> Iterator[tuple[Case, Any]]:
+    """Every word on models of a family of each kind of positions (`whole`), and one by turns on
+    each other: for what is one code path on all of them."""
     words = list(words)
     turns = itertools.cycle(words)
     for case in cases:
-        for word in words if case.name in TWO_NAMES else [next(turns)]:
+        for word in words if case.name in whole else [next(turns)]:
             yield case, word
 
 
