@@ -77,6 +77,7 @@ class Engine(Installed):
         attending = CacheAttendDriver(text, self._flight)
         self._decoder = DecoderDriver(
             text,
+            family.layer_names,
             self._names,
             self._flight,
             self._before_llm,

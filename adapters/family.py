@@ -16,10 +16,12 @@ from ..prune.contract import Decoder, ModelShape, Tower
 from ..prune.tiling import Tiling
 from .both_ways import BothWays
 from .encoder import Encoder
+from .layer_names import LLAMA, LayerNames
 from .modality import IMAGE as IMAGE
 from .modality import MODALITIES as MODALITIES
 from .modality import VIDEO as VIDEO
 from .modality import Modality as Modality
+from .sequence.masks import STATES, layer_kind
 from .sequence.prompt import Prompt
 
 Fit = Literal["crop", "stretch"]
@@ -61,6 +63,8 @@ class Family(ABC):
     """Whether only the prompt tells which pictures are of one image: `parts`."""
     mrope: ClassVar[bool] = False
     """Multi-axis rotary positions: kept tokens must keep their original positions."""
+    layer_names: ClassVar[LayerNames] = LLAMA
+    """What the modules of a decoder layer are called."""
 
     makes_masks: ClassVar[bool] = False
     """Whether the core makes the decoder's masks, and not the text model."""
@@ -255,10 +259,34 @@ class Family(ABC):
     @property
     def shape(self) -> ModelShape:
         """Sizes of encoder and decoder."""
-        config = self.text_model.config
+        config, layers = self.text_model.config, self.text_model.layers
+        names = self.layer_names
         decoder = Decoder(
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=_mlp_width(config),
+            attention_layers=_attention_layers(config),
+            expert_layers=tuple(n for n, layer in enumerate(layers) if _experts(layer, names)),
         )
         return ModelShape(tower=self.tower, decoder=decoder)
+
+
+def _mlp_width(config: Any) -> int:
+    """Neurons that a token passes in an MLP: of experts, those of the active ones."""
+    active = getattr(config, "num_experts_per_tok", None)
+    if active is None:
+        return int(config.intermediate_size)
+    shared = getattr(config, "shared_expert_intermediate_size", None) or 0
+    return int(active * config.moe_intermediate_size + shared)
+
+
+def _experts(layer: Any, names: LayerNames) -> bool:
+    """Whether tokens are sent to experts of their own."""
+    return hasattr(getattr(layer, names.mlp), "experts")
+
+
+def _attention_layers(config: Any) -> tuple[int, ...] | None:
+    """The layers with attention; None: all."""
+    depth = config.num_hidden_layers
+    layers = tuple(n for n in range(depth) if layer_kind(config, n) not in STATES)
+    return None if len(layers) == depth else layers

@@ -29,6 +29,7 @@ from ..prune.errors import BudgetError
 from .clip_text import ClipText
 from .devices import execution_device
 from .hooks import Spot, Spots
+from .layer_names import LLAMA, LayerNames
 from .sequence.masks import layer_kind
 from .signals.decoder import Turn
 from .signals.table import ENCODER_ATTENTION, HOOKS, shown
@@ -57,6 +58,8 @@ class Setup:
     ticket: Ticket
     turn: Turn | None = None
     """How the text model's attention turns queries and keys."""
+    names: LayerNames = LLAMA
+    """What the modules of its layers are called."""
     record: bool = False
     """Whether the scores of all choices are kept for `handle.last`."""
     debug: bool = False

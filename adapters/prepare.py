@@ -14,7 +14,8 @@ from ..prune.errors import (
     MethodFieldError,
 )
 from ..prune.registry import method as make_call
-from .checks.patches import check_clip, check_decoder, check_encoder, check_memory, check_signals
+from .checks.decoder import check_decoder
+from .checks.patches import check_clip, check_encoder, check_memory, check_signals
 from .clip_text import ClipText
 from .family import Family
 from .patch_setup import Setup, Ticket
@@ -63,7 +64,7 @@ def make_setup(
     shape = family.shape
     for call in calls:
         check_signals(call, shape, clip)
-        check_decoder(call, family, model)
+        check_decoder(call, family)
     check_encoder(calls, family)
     modes = _positions_of(family, calls, positions)
     if (tokens := family.fixed_tokens) is not None:
@@ -80,6 +81,7 @@ def make_setup(
         family.text_model,
         Ticket(),
         turn=family.turned,
+        names=family.layer_names,
         clip=clip,
         projectors=len(family.projectors),
     )

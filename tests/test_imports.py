@@ -29,7 +29,7 @@ ROOMS = {
     ),
     "adapters": (
         *("__init__", "cache_names", "devices", "wrappers", "stopwatch", "hooks"),
-        *("tap", "clip_text", "both_ways", "modality", "sequence"),
+        *("tap", "clip_text", "layer_names", "both_ways", "modality", "sequence"),
         *("encoder", "image_model", "encoders", "image_models"),
         *("family", "tiled", "families", "registry"),
         *("signals", "patch_setup", "budgets", "encoded", "remember"),

@@ -8,13 +8,11 @@ from torch import nn
 
 from ...prune.budget import MethodCall
 from ...prune.contract import (
-    Attending,
     BeforeLLM,
     InEncoder,
     LayerSignal,
     Method,
     ModelShape,
-    Place,
 )
 from ...prune.declared import check_declared
 from ...prune.errors import (
@@ -26,7 +24,6 @@ from ...prune.errors import (
 from ...prune.registry import default_methods, method_class
 from ..clip_text import ClipText
 from ..family import Family
-from ..sequence.masks import layer_kind
 
 
 def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) -> None:
@@ -46,6 +43,11 @@ def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) ->
             f"{call.name} reads the CLS token, which this vision tower does not have. "
             f"{instead}{', '.join(_working(shape))}."
         )
+    if inside := [need for need in missing if isinstance(need, LayerSignal)]:
+        raise MissingSignalError(
+            f"{call.name} reads {_not_there(inside[0], shape)} Methods that work on it: "
+            f"{', '.join(_working(shape))}."
+        )
     if missing:
         raise MissingSignalError(
             f"{call.name} compares image and question in the space of a CLIP text encoder, which "
@@ -59,6 +61,22 @@ def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) ->
             f"of the checkpoint that the vision tower comes from: pass clip=vlmprune.ClipText."
             f'from_pretrained("openai/clip-vit-large-patch14-336", processor).'
         )
+
+
+def _not_there(need: LayerSignal, shape: ModelShape) -> str:
+    """What a decoder layer does not have of a signal, and which layers have it."""
+    decoder = shape.decoder
+    if need.of_attention:
+        return (
+            f"attention of decoder layer {need.layer}, which keeps a state instead: only the "
+            f"layers {', '.join(map(str, decoder.attending))} of this model have attention."
+        )
+    dense = [n for n in range(decoder.num_layers) if n not in decoder.expert_layers]
+    instead = f"; layers that do not: {', '.join(map(str, dense))}" if dense else ""
+    return (
+        f"neurons of the MLP of decoder layer {need.layer}, which sends each token to experts of "
+        f"its own{instead}."
+    )
 
 
 def _working(shape: ModelShape) -> list[str]:
@@ -101,36 +119,6 @@ def check_clip(clip: ClipText, family: Family, model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"clip= belongs to a vision tower of width {clip.vision_width}, and this model's is "
             f"{width} wide: load the CLIP checkpoint that the model's tower comes from."
-        )
-
-
-def check_decoder(call: MethodCall, family: Family, model: nn.Module) -> None:
-    """Refuse a decoder whose modules a method inside it cannot read."""
-    text: Any = family.text_model
-    needs = call.method.needs(family.shape)
-    inside = any(isinstance(need, LayerSignal) for need in needs)
-    if inside or call.method.place is Place.CACHE:
-        for path in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "input_layernorm"):
-            try:
-                text.layers[0].get_submodule(path)
-            except AttributeError:
-                raise UnsupportedModelError(
-                    f"{call.name} reaches into decoder layers by the names of Llama's modules, and "
-                    f"{type(text).__name__} has no {path}: use a method that acts before the LLM."
-                ) from None
-    if call.method.place is not Place.CACHE:
-        return
-    kinds = {layer_kind(text.config, layer) for layer in range(text.config.num_hidden_layers)}
-    if kinds != {"full_attention"}:
-        raise UnsupportedModelError(
-            f"{call.name} works on the KV cache of layers that see the whole prompt, and this "
-            f"decoder has {', '.join(sorted(kinds))}: use a method that acts before the LLM or in "
-            f"the decoder."
-        )
-    if isinstance(call.method, Attending) and "flex" in (text.config._attn_implementation or ""):
-        raise UnsupportedModelError(
-            f"{call.name} exchanges the keys of a decoding step, which the block masks of flex "
-            f'attention do not allow: call model.set_attn_implementation("sdpa") first.'
         )
 
 

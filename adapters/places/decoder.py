@@ -18,6 +18,7 @@ from ..devices import execution_device
 from ..encoded import Encoded
 from ..family import IMAGE, Modality
 from ..hooks import Undo, all_of, shadow
+from ..layer_names import LayerNames
 from ..patch_setup import Setup
 from ..report import Last
 from ..signals.decoder import Heads
@@ -36,6 +37,7 @@ class DecoderDriver:
 
     Args:
         text: the text model, a `transformers` object.
+        layer_names: of its layers' modules.
         before: what knows images that the caller merged itself.
         exchange: what attention computes with instead, by layer (methods on the cache).
         setup: what calls that begin now run with.
@@ -44,13 +46,15 @@ class DecoderDriver:
     def __init__(
         self,
         text: Any,
+        layer_names: LayerNames,
         names: Names,
         flight: InFlight,
         before: BeforeLLMDriver,
         exchange: Callable[[int], Exchange],
         setup: Callable[[], Setup],
     ) -> None:
-        self._text, self._names, self._flight = text, names, flight
+        self._text, self._layer_names = text, layer_names
+        self._names, self._flight = names, flight
         self._before, self._exchange, self._setup = before, exchange, setup
         self.hooks: Mapping[str, Callable[[int], Undo]] = {
             "enter": self._hook_layer,
@@ -164,12 +168,16 @@ class DecoderDriver:
 
     def _hook_mlp(self, index: int) -> Undo:
         own = functools.partial(self._after_mlp, index)
-        return self._text.layers[index].mlp.register_forward_hook(own).remove  # type: ignore[no-any-return]
+        return self._mlp(index).register_forward_hook(own).remove  # type: ignore[no-any-return]
 
     def _hook_neurons(self, index: int) -> Undo:
         own = functools.partial(self._before_down_proj, index)
-        last = self._text.layers[index].mlp.down_proj  # adapters exchange it while the patch is on
+        # Adapters exchange it while the patch is on.
+        last = getattr(self._mlp(index), self._layer_names.down)
         return last.register_forward_pre_hook(own).remove  # type: ignore[no-any-return]
+
+    def _mlp(self, index: int) -> Any:
+        return getattr(self._text.layers[index], self._layer_names.mlp)
 
     def _hook_keys(self, index: int) -> Undo:
         own = functools.partial(self._project_keys, index)

@@ -293,7 +293,8 @@ class Prefill:
         with self.images[0].stopwatch:
             stored, here = self._stored(layer)
             assert self.setup.turn is not None  # noqa: S101  (for the types)
-            heads = HeadsAhead.of(module, hidden, rotary, stored, self.setup.turn)
+            names, turn = self.setup.names, self.setup.turn
+            heads = HeadsAhead.of(module, hidden, rotary, stored, names, turn)
             with torch.no_grad():
                 hear("heads ahead", needs, self.batch, here, heads)
         return heads.projected

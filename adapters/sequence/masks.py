@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
 
+STATES = ("linear_attention", "conv")
+"""Kinds of layers that keep a state of fixed size instead of keys and values."""
+
+
 def layer_kind(config: PreTrainedConfig, layer: int) -> str:
-    """`full_attention` or `sliding_attention`; layers of one kind can share a mask."""
+    """`full_attention` or `sliding_attention`, or one of `STATES`; layers of one kind can share a
+    mask."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return kinds[layer]

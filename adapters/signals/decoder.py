@@ -28,6 +28,7 @@ from ...prune.contract import (
     TextHidden,
     TextKeys,
 )
+from ..layer_names import LayerNames
 from ..sequence.batch import Batch, Here
 
 Rotary = tuple[Tensor, Tensor]
@@ -68,23 +69,29 @@ class HeadsAhead:
     rotary: Rotary
     key: Tensor
     """(B, H_kv, S, D_head): stored ones first."""
-
+    names: LayerNames
     turn: Turn
     """How the model turns heads."""
 
     @classmethod
     def of(
-        cls, layer: Any, hidden: Tensor, rotary: Rotary, stored: Tensor | None, turn: Turn
+        cls,
+        layer: Any,
+        hidden: Tensor,
+        rotary: Rotary,
+        stored: Tensor | None,
+        names: LayerNames,
+        turn: Turn,
     ) -> HeadsAhead:
         """From the input (B, length, D) of a decoder layer, and the keys (B, H_kv, past, D_head)
         that it stored earlier."""
         attention = layer.self_attn
-        normed = layer.input_layernorm(hidden)
+        normed = getattr(layer, names.norm)(hidden)
         projected = attention.k_proj(normed)
         with torch.no_grad():
-            key = turn(attention, _heads(attention, "k", projected), rotary)
+            key = turn(attention, names.heads(attention, "k", projected), rotary)
             key = key if stored is None else torch.cat([stored, key], 2)
-        return cls(attention, normed, projected, rotary, key, turn)
+        return cls(attention, normed, projected, rotary, key, names, turn)
 
     @property
     def scale(self) -> float:
@@ -100,14 +107,8 @@ class HeadsAhead:
         at = row if self.rotary[0].shape[0] > 1 else 0
         cos, sin = (table[at : at + 1, columns] for table in self.rotary)
         given = self.attention.q_proj(self.normed[row : row + 1, columns])
-        return self.turn(self.attention, _heads(self.attention, "q", given), (cos, sin))[0]
-
-
-def _heads(attention: Any, name: str, projected: Tensor) -> Tensor:
-    """Projected queries or keys (B, Q, ...) before they are turned: (B, H, Q, D_head)."""
-    heads = projected.view(*projected.shape[:2], -1, attention.head_dim)
-    norm = getattr(attention, f"{name}_norm", None)
-    return (heads if norm is None else norm(heads)).transpose(1, 2)
+        heads = self.names.heads(self.attention, "q", given)
+        return self.turn(self.attention, heads, (cos, sin))[0]
 
 
 def text_attention(

@@ -316,5 +316,13 @@ def _weights(module: nn.Linear | nn.Conv2d | nn.Conv3d) -> int:
 
 
 def _matmuls(module: nn.Module) -> int:
-    """FLOPs per token of all linear layers below `module`."""
-    return sum(_weights(m) for m in module.modules() if isinstance(m, nn.Linear))
+    """FLOPs per token of all linear layers below `module`, of experts the active ones' and those
+    of the choice of them."""
+    found = sum(_weights(m) for m in module.modules() if isinstance(m, nn.Linear))
+    for block in module.modules():
+        experts: Any = getattr(block, "experts", None)
+        if experts is not None:
+            router: Any = block.gate
+            weights = sum(w.numel() for w in experts.parameters() if w.dim() == 3)
+            found += 2 * weights // router.num_experts * router.top_k + 2 * router.weight.numel()
+    return found

@@ -153,7 +153,7 @@ def _weight(name: str, begun: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
     if "lm_head" in name:
         gain = 3.0  # clear winners
         noise[[IMAGE, VIDEO, VISION_START, VISION_END]] = 0
-    fan_in = shape[1:].numel()
+    fan_in = shape[-1] if "experts" in name else shape[1:].numel()
     return gain * noise / fan_in**0.5
 
 

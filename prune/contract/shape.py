@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .signals import Signal
+from .signals import LayerSignal, Signal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +36,32 @@ class Tower:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Sizes of the LLM decoder: layers, width `hidden_size` and MLP width `intermediate_size`."""
+    """Sizes of the LLM decoder: layers, width `hidden_size` and MLP width `intermediate_size` (of
+    experts, the width of those that a token passes).
+
+    `attention_layers` lists the layers with attention; None: all. The others (linear attention,
+    short convolutions) keep a state of fixed size, and say nothing of single tokens.
+    `expert_layers` lists those whose MLP sends each token to experts of its own.
+    """
 
     num_layers: int
     hidden_size: int
     intermediate_size: int
+    attention_layers: tuple[int, ...] | None = None
+    expert_layers: tuple[int, ...] = ()
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The layers with attention."""
+        if self.attention_layers is None:
+            return tuple(range(self.num_layers))
+        return self.attention_layers
+
+    def lacks(self, signal: LayerSignal) -> bool:
+        """Whether the signal's layer has no such signal."""
+        return (signal.of_attention and signal.layer not in self.attending) or (
+            signal.of_neurons and signal.layer in self.expert_layers
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +72,9 @@ class ModelShape:
     decoder: Decoder
 
     def lacks(self, signal: Signal) -> bool:
-        """Whether the model's encoder has no such signal."""
+        """Whether the model has no such signal."""
+        if isinstance(signal, LayerSignal):
+            return self.decoder.lacks(signal)
         return (signal.of_cls and not self.tower.has_cls) or (
             signal.of_text_twin and not self.tower.text_twin
         )

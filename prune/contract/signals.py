@@ -190,6 +190,16 @@ class LayerSignal(Signal):
 
     layer: int
 
+    @property
+    def of_attention(self) -> bool:
+        """Whether the layer must have attention."""
+        return False
+
+    @property
+    def of_neurons(self) -> bool:
+        """Whether the layer must have an MLP whose neurons are the same for all tokens."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class TextAttention(LayerSignal):
@@ -205,6 +215,10 @@ class TextAttention(LayerSignal):
     each: bool = False
     heads: Literal["mean", "max"] = "mean"
 
+    @property
+    def of_attention(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class RotaryAffinity(LayerSignal):
@@ -218,6 +232,10 @@ class RotaryAffinity(LayerSignal):
 class ReceivedInLayer(LayerSignal):
     """Attention that each token receives from all rows of the prompt: head mean, summed over rows
     (causal, streamed): (N,)."""
+
+    @property
+    def of_attention(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,12 +262,20 @@ class LayerKeys(LayerSignal):
     """Keys of the layer, turned to their positions as if nothing was padded: (N, H_kv, D_head), the
     model's dtype."""
 
+    @property
+    def of_attention(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class TextKeys(LayerSignal):
     """`LayerKeys` of the text behind the image (as for `Rows`): (T, H_kv, D_head)."""
 
     per: ClassVar[Per] = "image"
+
+    @property
+    def of_attention(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +298,10 @@ class ModuleStep(LayerSignal):
     module: Literal["attention", "mlp"]
     read: Callable[[Tensor, Tensor], Tensor]
 
+    @property
+    def of_attention(self) -> bool:
+        return self.module == "attention"
+
 
 @dataclass(frozen=True, slots=True)
 class Neurons(LayerSignal):
@@ -279,3 +309,7 @@ class Neurons(LayerSignal):
     of the text behind the image (as for `Rows`): (N,)."""
 
     read: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def of_neurons(self) -> bool:
+        return True

@@ -28,7 +28,7 @@ from vlmprune.prune.errors import MissingSignalError
 
 def check_entries(model, recorder: CacheRecorder, truth: Expected, keep: float) -> None:
     """Layer by layer, the prompts that have more than the method is to keep of them."""
-    seen, wants = iter(recorder.seen), recorder.needs(None)
+    seen, wants = iter(recorder.seen), recorder.needs(truth.shape)
     for layer in LAYERS:
         module = decoder_of(model).layers[layer].self_attn
         for row, spec in enumerate(truth.truth.rows):

@@ -61,7 +61,7 @@ def test_nothing_is_read_behind_the_last_cut_nor_while_decoding(case, layer, hea
     assert all(heard.count(one) == 1 for one in heard)
 
 
-@zoo.ALL
+@zoo.WHOLE
 def test_a_layer_is_read_only_for_what_is_declared(case, heard):
     wants = (TextAttention(1), ModuleStep(0, "mlp", step), Hidden(2), Neurons(2, likeness))
     model, recorder = case.model(), Recorder(wants=wants, at=(Cut(Place.DECODER, 3),))

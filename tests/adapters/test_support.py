@@ -31,6 +31,7 @@ COLUMNS: dict[str, tuple[str, zoo.Row]] = {
     "qwen2_vl": ("qwen2_vl", (7, "C", 3)),
     "qwen2_5_vl": ("qwen2_5_vl", (7, "C", 3)),
     "qwen3_vl": ("qwen3_vl", (7, "C", 3)),
+    "qwen3_vl_moe": ("qwen3_vl_moe", (7, "C", 3)),
     "qwen videos": ("qwen3_vl", (7, "V", 3)),
     "vipllava": ("vipllava", (7, "C", 3)),
 }
@@ -98,10 +99,12 @@ def test_every_method_and_no_other_is_expected():
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_what_acts_inside_the_llm_runs_on_every_model(column):
-    """It reads nothing that only some encoders have."""
+    """It reads nothing that only some encoders have; what some decoder layers lack is refused."""
+    shape = zoo.CASES[COLUMNS[column][0]].shape
     for name in METHODS:
-        if method_class(name).place > Place.BEFORE_LLM:
-            assert way(name, column) == "works", name
+        if (cls := method_class(name)).place > Place.BEFORE_LLM:
+            lacks = any(map(shape.lacks, cls().needs(shape)))
+            assert way(name, column) == ("no" if lacks else "works"), name
 
 
 def test_every_family_has_a_column():

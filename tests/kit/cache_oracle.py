@@ -316,7 +316,7 @@ def _finish(
     keys, values = shared(keys, len(query)), shared(values, len(query))
     weights = (query @ keys.transpose(1, 2) * attention.scaling + mask).softmax(-1)
     hidden = hidden + attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
-    return hidden + block.mlp(block.post_attention_layernorm(hidden))
+    return hidden + block.mlp(block.post_attention_layernorm(hidden)[None])[0]
 
 
 # --- what the papers say, by hand --------------------------------------------------------------

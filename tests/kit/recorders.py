@@ -135,7 +135,11 @@ class Recorder(InDecoder):
     seen: list[Seen] = field(default_factory=list)
 
     def needs(self, shape):
-        return tuple(want for want in self.wants if any(readable(want, cut) for cut in self.at))
+        return tuple(
+            want
+            for want in self.wants
+            if any(readable(want, cut) for cut in self.at) and not shape.lacks(want)
+        )
 
     def cuts(self, shape):
         return self.at
@@ -172,7 +176,7 @@ class CacheRecorder(Compressing):
     seen: list[CacheEntries] = field(default_factory=list)
 
     def needs(self, shape):
-        return self.wants
+        return tuple(want for want in self.wants if not shape.lacks(want))
 
     def compress(self, entries, keep):
         self.seen.append(entries)

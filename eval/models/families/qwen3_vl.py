@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Qwen3VLConfig
 
@@ -12,18 +12,26 @@ from ..tiny_models import Case
 from .qwen2_vl import MERGING, TOKEN_IDS, Qwen2VL, tiny_config
 
 
-def _qwen3_vl(
-    width: int = 4096, mlp: int = 12288, layers: int = 36, key_heads: int = 8, depth: int = 27
-) -> Qwen3VLConfig:
-    """Qwen3-VL-8B at its defaults."""
-    vision = 1152 if width > 2048 else 576
-    return Qwen3VLConfig(
+def sized(
+    config_class: Any = Qwen3VLConfig,
+    *,
+    width: int = 4096,
+    mlp: int = 12288,
+    layers: int = 36,
+    heads: int = 32,
+    key_heads: int = 8,
+    depth: int = 27,
+    **text: Any,
+) -> Any:
+    """Qwen3-VL-8B at its defaults; `text`: what else differs in the decoder."""
+    vision = 1152 if depth == 27 else 576
+    return config_class(
         text_config={
             "vocab_size": 151936,
             "hidden_size": width,
             "intermediate_size": mlp,
             "num_hidden_layers": layers,
-            "num_attention_heads": width // 128,
+            "num_attention_heads": heads,
             "num_key_value_heads": key_heads,
             "head_dim": 128,
             "rope_parameters": {
@@ -32,6 +40,7 @@ def _qwen3_vl(
                 "mrope_section": [24, 20, 20],
                 "mrope_interleaved": True,
             },
+            **text,
         },
         vision_config={
             "depth": depth,
@@ -47,7 +56,11 @@ def _qwen3_vl(
     )
 
 
-class _Timestamped(Packed):
+def _small() -> Any:
+    return sized(width=1024, mlp=2752, layers=12, heads=8, key_heads=4, depth=12)
+
+
+class Timestamped(Packed):
     """Every frame of a video is a run of its own behind a timestamp."""
 
     def framed(self, image: str, tokens: list[int]) -> list[int]:
@@ -60,10 +73,11 @@ class _Timestamped(Packed):
         return framed
 
 
-def _tiny() -> Any:
+def tiny(config_class: Any = Qwen3VLConfig, **text: Any) -> Any:
+    """The tiny model; `text`: what differs in the decoder."""
     return tiny_config(
-        Qwen3VLConfig,
-        {"head_dim": 16},
+        config_class,
+        {"head_dim": 16, **text},
         hidden_size=48,
         intermediate_size=64,
         out_hidden_size=DECODER["hidden_size"],
@@ -75,6 +89,6 @@ def _tiny() -> Any:
 class Qwen3VL(Qwen2VL):
     wrapper = "qwen3_vl"
     scaling = Scaling(limits_fps=True, system_prompt=True, patch_size=16)
-    shapes = (Shape("qwen3-vl-8b", _qwen3_vl, (1024, 1024)),)
-    small_shapes = (Shape("qwen3-vl-small", lambda: _qwen3_vl(1024, 2752, 12, 4, 12), (768, 768)),)
-    tiny = (Case("qwen3_vl", _tiny, MERGING, _Timestamped(), fixed_positions=True, checked=True),)
+    shapes: ClassVar[tuple[Shape, ...]] = (Shape("qwen3-vl-8b", sized, (1024, 1024)),)
+    small_shapes: ClassVar[tuple[Shape, ...]] = (Shape("qwen3-vl-small", _small, (768, 768)),)
+    tiny = (Case("qwen3_vl", tiny, MERGING, Timestamped(), fixed_positions=True, checked=True),)

@@ -1,0 +1,86 @@
+"""What cannot work on a decoder, refused when it is patched: signal by signal, layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...prune.budget import MethodCall
+from ...prune.contract import (
+    Attending,
+    LayerSignal,
+    Method,
+    ModuleStep,
+    Neurons,
+    Place,
+    TextAttention,
+)
+from ...prune.errors import UnsupportedModelError
+from ..family import Family
+from ..sequence.masks import STATES, layer_kind
+
+
+def check_decoder(call: MethodCall, family: Family) -> None:
+    """Refuse a decoder whose modules a method inside it or on its cache cannot read."""
+    missing = _missing(call.method, family)
+    if missing is not None:
+        layer, path = missing
+        raise UnsupportedModelError(
+            f"{call.name} reads {path} of decoder layer {layer}, which "
+            f"{type(family.text_model).__name__} does not have: use a method that acts before the "
+            f"LLM."
+        )
+    if call.method.place is not Place.CACHE:
+        return
+    config: Any = family.text_model.config
+    kinds = {layer_kind(config, layer) for layer in range(config.num_hidden_layers)} - {*STATES}
+    if kinds != {"full_attention"}:
+        raise UnsupportedModelError(
+            f"{call.name} works on the KV cache of layers that see the whole prompt, and this "
+            f"decoder has {', '.join(sorted(kinds))}: use a method that acts before the LLM or in "
+            f"the decoder."
+        )
+    if isinstance(call.method, Attending) and "flex" in (config._attn_implementation or ""):
+        raise UnsupportedModelError(
+            f"{call.name} exchanges the keys of a decoding step, which the block masks of flex "
+            f'attention do not allow: call model.set_attn_implementation("sdpa") first.'
+        )
+
+
+def _missing(method: Method, family: Family) -> tuple[int, str] | None:
+    """The first layer, and the path of the module in it, that a method reads and that is not
+    there."""
+    shape = family.shape
+    wanted: list[tuple[int, str]] = []
+    for need in method.needs(shape):
+        if isinstance(need, LayerSignal):
+            wanted += [(need.layer, path) for path in _paths(need, family)]
+    if method.place is Place.CACHE:
+        layers = shape.decoder.attending
+        wanted += [(n, f"self_attn.{name}") for n in layers for name in ("q_proj", "k_proj")]
+    for layer, path in wanted:
+        if not _has(family.text_model.layers[layer], path):
+            return layer, path
+    return None
+
+
+def _paths(need: LayerSignal, family: Family) -> tuple[str, ...]:
+    """The modules of its layer that a signal is read from."""
+    names = family.layer_names
+    match need:
+        case TextAttention(ahead=True):
+            return ("self_attn.q_proj", "self_attn.k_proj", names.norm)
+        case ModuleStep(module="mlp"):
+            return (names.mlp,)
+        case Neurons():
+            return (f"{names.mlp}.{names.down}",)
+    return ("self_attn",) if need.of_attention else ()
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    try:
+        layer.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
