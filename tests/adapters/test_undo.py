@@ -88,10 +88,17 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@functools.cache
+def used(case):
+    """A warm model that several methods are put on and taken off one after the other, and what it
+    was before all of them: what one leaves behind is seen at once, and by all after it."""
+    model, (expected, _) = warm(case)
+    return model, expected, snapshot(model)
+
+
 @zoo.asking(zoo.REMOVING)
 def test_nothing_is_left_of_any_method(case, name):
-    model, (expected, _) = warm(case)
-    before, inputs = snapshot(model), case.inputs(zoo.BATCH)
+    (model, expected, before), inputs = used(case), case.inputs(zoo.BATCH)
     if (handle := zoo.patch_or_refusal(model, case, name, keep_ratio=0.4)) is None:
         return
     with torch.no_grad():
