@@ -44,6 +44,7 @@ VERSIONS: dict[str, int] = {
     "sparsevlm": 1,
     "sparsevlm_plus": 1,
     "spatten": 1,
+    "spatten_llm": 1,
     "todre": 1,
     "token_select": 1,
     "tome": 1,

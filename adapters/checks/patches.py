@@ -52,14 +52,15 @@ def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) ->
         raise MissingSignalError(
             f"{call.name} compares image and question in the space of a CLIP text encoder, which "
             f"this vision tower was not trained with, or of which the projector does not read one "
-            f"layer alone. Methods that work on it: "
+            f"layer alone. {_without_clip(call)}Methods that work on it: "
             f"{', '.join(_working(shape))}."
         )
     if clip is None and any(need.of_text_twin for need in needs):
         raise MissingSignalError(
             f"{call.name} compares image and question in CLIP's space, and needs the text encoder "
             f"of the checkpoint that the vision tower comes from: pass clip=vlmprune.ClipText."
-            f'from_pretrained("openai/clip-vit-large-patch14-336", processor).'
+            f'from_pretrained("openai/clip-vit-large-patch14-336", processor). '
+            f"{_without_clip(call)}".rstrip()
         )
 
 
@@ -77,6 +78,13 @@ def _not_there(need: LayerSignal, shape: ModelShape) -> str:
         f"neurons of the MLP of decoder layer {need.layer}, which sends each token to experts of "
         f"its own{instead}."
     )
+
+
+def _without_clip(call: MethodCall) -> str:
+    """Fields with which the method needs no text encoder, as a sentence; nothing where it has
+    none."""
+    fields = ", ".join(f"{k}={v!r}" for k, v in call.method.without_clip.items())
+    return f"Or set {fields}, which reads the prompt's embeddings instead. " if fields else ""
 
 
 def _working(shape: ModelShape) -> list[str]:

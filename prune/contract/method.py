@@ -49,6 +49,8 @@ class Method(ABC):
     without_cls: ClassVar[Mapping[str, object]] = {}
     """Fields to set so that the mean attention that each token receives stands in for CLS, on
     encoders that have none."""
+    without_clip: ClassVar[Mapping[str, object]] = {}
+    """Fields to set so that the embeddings of the prompt stand in for CLIP's text encoder."""
     retired: ClassVar[Mapping[str, object]] = {}
     """Fields that earlier versions had, with the value that they had in all results: these are
     found again under the same id."""

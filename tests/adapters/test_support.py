@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, object]] = {
     "`scores='received'`": {"scores": "received"},
     "`pivot='received'`": {"pivot": "received"},
     "`clip=`": {"clip": True},
+    "`relevance='prompt'`": {"relevance": "prompt"},
 }
 METHODS = vlmprune.methods()
 REFUSALS = (

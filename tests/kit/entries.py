@@ -61,6 +61,8 @@ COMPRESSING = [
     ("elastic_cache", {"start_size": 0}),
     ("elastic_cache", {"start_size": 6}),
     ("elastic_cache", {"start_size": 2}),
+    ("spatten_llm", {"recent_size": 1}),
+    ("spatten_llm", {"start_size": 0, "recent_size": 1}),
     *(("visual_press", {"press": press}) for press in PRESSES),
     ("visual_press", {"pooling": "max", "kernel": 7, "window": 3}),
 ]

@@ -12,12 +12,17 @@ Differs: once the picks span all tokens, the official code divides by zero and r
     Tiles get shares of the budget by their size (official: all tiles are equal, as padding stays).
     As published, relevance is the similarity of CLIP's patches to the text with its sign turned,
     scaled to 0..1 over all tiles of the image; newlines are dropped.
+    `relevance="prompt"` needs no CLIP and follows openvinotoolkit/openvino.genai, src/cpp/src/
+    visual_language/cdpruner/relevance_calculator.cpp, commit
+    335d37ed543dbb422fcd29efa6e096cfb3fcd1a6: the mean cosine of a token with the embeddings of the
+    text that belongs to the image, with its own sign (there: turned for LLaVA, if asked for).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,11 +36,15 @@ from ...contract import (
     ModelShape,
     Selection,
     Signal,
+    TextEmbeddings,
     VisualTokens,
 )
+from ...fields import check_choice
 from ...ops.dpp import weighted_greedy_map
 from ...registry import register
 from ...tiles import InTiles, Part
+
+Relevance = Literal["clip", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +57,29 @@ class _Relevance(Signal):
 class CDPruner(InTiles, Greedy):
     """Greedy determinant maximisation in each tile, relevance weighed over the image.
 
+    `relevance` says what tokens are compared with: the question in CLIP's space ("clip"), or the
+    embeddings of the prompt's text, which every model has ("prompt").
+
     Recorded scores are the relevance: what each pick adds depends on the picks before it.
     """
 
+    without_clip: ClassVar[Mapping[str, object]] = {"relevance": "prompt"}
+
+    relevance: Relevance = "clip"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("relevance", self.relevance, get_args(Relevance))
+
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
+        if self.relevance == "prompt":
+            return (Features(), TextEmbeddings())
         return (Features(), ClipImage(), ClipText())
 
     def seen(self, tokens: VisualTokens) -> VisualTokens:
         features, *clip = (tokens.signals[signal] for signal in self.needs(tokens.shape))
-        return replace(tokens, signals={Features(): features, _Relevance(): relevance(*clip)})
+        found = relevance(*clip) if len(clip) == 2 else likeness(features, *clip)
+        return replace(tokens, signals={Features(): features, _Relevance(): found})
 
     def picks(self, images: Sequence[VisualTokens], count: int) -> Tensor:
         features = [tile.signals[Features()] for tile in images]
@@ -70,7 +93,19 @@ class CDPruner(InTiles, Greedy):
 
 def relevance(image: Tensor, text: Tensor) -> Tensor:
     """How unlike the text (M, C) each patch (N, C) is in CLIP's space, scaled to 0..1: (N,)."""
-    similar = normalize(image.float(), dim=-1) @ normalize(text.float(), dim=-1).T
-    unlike = -similar.mean(1)
+    unlike = -_similar(image, text).mean(1)
     low, high = unlike.aminmax()
     return torch.where(high > low, (unlike - low + 1e-6) / (high - low), 1)
+
+
+def likeness(features: Tensor, text: Tensor) -> Tensor:
+    """How like the text (T, D) each token (N, D) is, scaled to 0..1: (N,); 1 for all without
+    text."""
+    similar = _similar(features, text).mean(1)
+    low, high = similar.aminmax()
+    return torch.where(high > low, (similar - low) / (high - low + 1e-6), 1)
+
+
+def _similar(tokens: Tensor, text: Tensor) -> Tensor:
+    """Cosines (N, T)."""
+    return normalize(tokens.float(), dim=-1) @ normalize(text.float(), dim=-1).T

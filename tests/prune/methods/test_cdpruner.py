@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kit.golden import Golden, Runner, assert_equal, choose
+from kit.golden import CLIP_L, Golden, Runner, assert_equal, choose
 from kit.greedy import TILINGS, best_determinants, circle, ids_of, make_tokens, tiling_of
-from vlmprune.prune.contract import ClipImage, ClipText, Features, Method
-from vlmprune.prune.methods.before_llm.cdpruner import relevance
+from vlmprune.prune.contract import ClipImage, ClipText, Features, Method, TextEmbeddings
+from vlmprune.prune.errors import MethodFieldError
+from vlmprune.prune.methods.before_llm.cdpruner import likeness, relevance
 from vlmprune.prune.ops.dpp import weighted_cosines, weighted_greedy_map
 from vlmprune.prune.ops.spread import share
 from vlmprune.prune.registry import method_class
@@ -37,6 +38,24 @@ def _cdpruner(golden: Golden, method: Method) -> None:
 GOLDEN = {
     "cdpruner": Runner("cdpruner", lambda p: {}, _cdpruner),
 }
+
+
+def test_likeness_to_the_prompt_needs_no_clip():
+    """The mean over the text's tokens, with its own sign; without text all are alike."""
+    features = circle(0, 90, 180, 60)
+    scaled = torch.tensor([1, 0.5, 0, 0.75])
+    torch.testing.assert_close(likeness(features, circle(0, 0)), scaled, atol=1e-5, rtol=0)
+    two = likeness(features, torch.tensor([[1.0, 0], [0, 3]]))
+    assert two.argmax() == 3 and two.argmin() == 2
+    assert likeness(features, features[:0]).tolist() == [1] * 4
+    method = method_class("cdpruner")(relevance="prompt")
+    signals = {Features(): features, TextEmbeddings(): circle(0, 0)}
+    assert method.needs(CLIP_L) == tuple(signals)
+    assert choose(method, signals, 1).kept.tolist() == [0]
+    # 60 degrees: weight 0.75, and its own part beside the first pick is sin(60)^2.
+    assert choose(method, signals, 2).kept.tolist() == [0, 3]
+    with pytest.raises(MethodFieldError, match=r"relevance='text' .*'clip' or 'prompt'"):
+        method_class("cdpruner")(relevance="text")
 
 
 def test_relevance_is_unlikeness_to_the_text():
