@@ -48,6 +48,9 @@ class Tiled(Family):
         pixels: Tensor = call.inputs[call.modality.pixels]
         return pixels
 
+    def num_tiles(self, call: Call) -> int:
+        return len(self.tiles(call))
+
     def grid(self, call: Call) -> tuple[int, int]:
         """Rows and columns of the tokens of a tile."""
         size = self.vision_tower.config.patch_size
@@ -66,8 +69,8 @@ class Tiled(Family):
             if len(at) % unit:
                 raise self._unlike(call, sum(found), f"{len(at)} placeholders in a prompt")
             found += self._images_of(ids.tolist(), at[::unit], unit)
-        if sum(found) != len(self.tiles(call)):
-            raise self._unlike(call, len(self.tiles(call)), f"placeholders for {sum(found)}")
+        if sum(found) != self.num_tiles(call):
+            raise self._unlike(call, self.num_tiles(call), f"placeholders for {sum(found)}")
         return tuple(found)
 
     def _images_of(self, ids: list[int], firsts: list[int], unit: int) -> Iterator[int]:
@@ -90,7 +93,7 @@ class Tiled(Family):
 
     def counts(self, call: Call) -> Sequence[int]:
         """Tiles of each image."""
-        return (1,) * len(self.tiles(call)) if call.parts is None else call.parts
+        return (1,) * self.num_tiles(call) if call.parts is None else call.parts
 
     # --- images and back -----------------------------------------------------------------------
 

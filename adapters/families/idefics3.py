@@ -63,9 +63,15 @@ class Idefics3(Tiled):
         pixels: Tensor = call.inputs["pixel_values"]
         return pixels[self._real(call)]
 
+    def num_tiles(self, call: Call) -> int:
+        return int(self._real(call).sum())
+
     def _real(self, call: Call) -> Tensor:
         """Which tiles the model sees: (B, tiles) bool. Those of zeros fill prompts up."""
-        real: Tensor = (call.inputs["pixel_values"] != 0).flatten(2).any(2)
+        pixels = call.inputs["pixel_values"]
+        if pixels.is_meta:  # sizes alone are known
+            return torch.ones(pixels.shape[:2], dtype=torch.bool)
+        real: Tensor = (pixels != 0).flatten(2).any(2)
         return real
 
     def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> list[Tensor]:

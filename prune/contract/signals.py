@@ -57,7 +57,8 @@ class EncoderFeatures(Signal):
 
 @dataclass(frozen=True, slots=True)
 class ClsFeatures(Signal):
-    """The CLS token beside `EncoderFeatures`, one per tile: (tiles, C)."""
+    """The CLS token beside `EncoderFeatures`, one per tile: (tiles, C). Where the projector merges
+    patches it is narrower than a token's, and cannot go through the projector."""
 
     per: ClassVar[Per] = "tile"
     of_cls: ClassVar[bool] = True

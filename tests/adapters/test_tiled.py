@@ -42,6 +42,16 @@ def test_tiles_of_one_image_share_its_budget(case):
             check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
 
 
+def test_visionzip_has_no_cls_row_where_the_projector_merges_patches():
+    """CLS has no neighbours to be merged with."""
+    case = zoo.CASES["internvl"]
+    model, inputs = case.model(), case.inputs(ROWS)
+    handle = vlmprune.patch(model, "visionzip", keep_ratio=0.4)
+    model(**inputs)
+    assert all(order is None or (order >= 0).all() for order in handle.last.order)
+    check_against(truth_of(case, inputs, model, handle), model, inputs, handle)
+
+
 @TILED
 def test_embeddings_in_place_of_ids_tell_images_apart_as_ids_do(case):
     model, inputs = case.model(), case.inputs(ROWS)

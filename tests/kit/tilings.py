@@ -24,4 +24,5 @@ TILINGS = {
     "with a lost tile": Tiling((THUMBNAIL, Block((3, 4), (4, 0, 2), "rows"))),
     "one crop": Tiling((THUMBNAIL, Block((2,), (3,), "rows"))),
     "video": Tiling((*[Block((2,), (3,))] * 3, Block((2,), (3,), "end"))),
+    "thumbnail last": Tiling((Block((2,), (3,)),) * 4, thumbnail=3),
 }

@@ -79,7 +79,8 @@ def _idefics3() -> Idefics3Config:
         image_size=364,
         patch_size=14,
     )
-    return siglip_llama(Idefics3Config, vision, 128257, text, scale_factor=2)
+    options = {"scale_factor": 2, "tie_word_embeddings": False}
+    return siglip_llama(Idefics3Config, vision, 128257, text, **options)
 
 
 SHUFFLED = tiny_shape(has_cls=False, merge_unit=4)

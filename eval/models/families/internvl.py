@@ -58,7 +58,8 @@ def _internvl(
         head_dim=128,
     )
     vision = {"attention_bias": True, **(tower or {})}
-    return InternVLConfig(vision_config=vision, text_config=text, image_token_id=151671)
+    options = {"image_token_id": 151671, "tie_word_embeddings": False}
+    return InternVLConfig(vision_config=vision, text_config=text, **options)
 
 
 def _tiny() -> InternVLConfig:

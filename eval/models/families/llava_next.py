@@ -77,7 +77,11 @@ def _granite_vision() -> LlavaNextConfig:
         **_SCALES,
     )
     canvases = [[384 * r, 384 * c] for r in range(1, 11) for c in range(1, 11) if r * c <= 10]
-    options = {"image_token_id": 49155, "image_grid_pinpoints": canvases}
+    options = {
+        "image_token_id": 49155,
+        "image_grid_pinpoints": canvases,
+        "tie_word_embeddings": True,
+    }
     return _granite(vision, text, [-24, -20, -12, -1], **options)
 
 

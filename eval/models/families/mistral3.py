@@ -63,7 +63,9 @@ def _mistral3(
         sliding_window=None,
     )
     vision = {"image_size": 1540, "patch_size": 14, **(tower or {})}
-    return Mistral3Config(vision_config=PixtralVisionConfig(**vision), text_config=text)
+    return Mistral3Config(
+        vision_config=PixtralVisionConfig(**vision), text_config=text, tie_word_embeddings=False
+    )
 
 
 def _tiny() -> Mistral3Config:

@@ -37,8 +37,8 @@ def _smolvlm2(
         num_attention_heads=tower // 72 if tower == 1152 else tower // 64,
         **options,
     )
-    scale = 3 if tower == 1152 else 4
-    return siglip_llama(SmolVLMConfig, vision, 49190, text, scale_factor=scale)
+    scale = {"scale_factor": 3 if tower == 1152 else 4, "tie_word_embeddings": False}
+    return siglip_llama(SmolVLMConfig, vision, 49190, text, **scale)
 
 
 def _of_2b() -> SmolVLMConfig:

@@ -16,7 +16,7 @@ from vlmprune.prune.contract import (
 )
 from vlmprune.prune.registry import method, method_class
 from vlmprune.prune.select import most, select
-from vlmprune.prune.tiling import Tiling
+from vlmprune.prune.tiling import Block, Tiling
 
 
 def test_todre_by_hand():
@@ -44,6 +44,21 @@ def test_todre_starts_where_attention_is_largest(pivot):
         assert method.select(tokens, 9).kept.tolist() == sorted(
             disperse(features, start, 9, "max_sum")
         )
+
+
+def test_todre_starts_in_a_thumbnail_behind_its_crops():
+    tiling = Tiling((Block((2,), (3,)),) * 4, thumbnail=3)
+    for pivot, starts in (("received", {20}), ("random", {*range(18, 24)})):
+        method = method_class("todre")(pivot=pivot)
+        tokens = make_tokens(method, tiling)
+        scores = torch.zeros(24)
+        scores[[5, 20, 22]] = torch.tensor([0.9, 0.4, 0.2])
+        found = []
+        for seed in range(10_000, 10_040):
+            given = {ReceivedAttention(23): scores, PixelSeed(): torch.tensor(seed)}
+            own = {need: given.get(need, value) for need, value in tokens.signals.items()}
+            found += method.select(replace(tokens, signals=own), 1).kept.tolist()
+        assert set(found) == starts
 
 
 def test_todre_random_pivot_depends_on_the_pixels():
