@@ -271,7 +271,7 @@ def _vision_cost(family: Family) -> VisionCost:
         ),
         per_patch=sum(_weights(m) for m in between if isinstance(m, nn.Conv2d | nn.Conv3d)),
         projectors=tuple(
-            (_matmuls(module), block)
+            (_matmuls(module) + _bare(module), block)
             for module, block in zip(family.projectors, behind, strict=True)
         ),
         has_cls=shape.tower.has_cls,
@@ -282,6 +282,12 @@ def _vision_cost(family: Family) -> VisionCost:
         head_per_token=2 * 2 * width * width + 4 * width if head is not None else 0,
         head_fixed=2 * 2 * width * width + _matmuls(head.mlp) if head is not None else 0,
     )
+
+
+def _bare(module: nn.Module) -> int:
+    """FLOPs per token of matrices that a module holds outside of linear layers."""
+    held = module.parameters(recurse=False)
+    return sum(2 * w.numel() for w in held if w.dim() == 2) * (not isinstance(module, nn.Linear))
 
 
 def _windows(grid: tuple[int, int], side: int) -> list[int]:

@@ -52,6 +52,12 @@ class Case:
     check stays short however many families there are."""
 
     @property
+    def whole_cache(self) -> bool:
+        """Whether every decoder layer stores the whole prompt, as methods on the cache need."""
+        kinds = getattr(self.config().get_text_config(), "layer_types", None) or ()
+        return set(kinds) <= {"full_attention"}
+
+    @property
     def packed(self) -> bool:
         """Whether patches of all images come in one row."""
         return self.layout.packed

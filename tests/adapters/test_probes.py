@@ -172,6 +172,8 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
 
             def place(values, mean=True, kind=kind, given=given, i=i):
                 values = values[:, skip:]
+                if model.config.model_type == "gemma3":
+                    return _averaged(values, mean)
                 if case.shape.tower.merge_unit > 1:
                     return _shuffled(model.model, values, mean)
                 if kind == "video":
@@ -233,6 +235,17 @@ def _tower_reads(core, tower, kind: str, given: dict):
     layers = [layers] if isinstance(layers, int) else layers
     read = torch.cat([hidden[0].hidden_states[layer] for layer in layers], -1)
     return split["q_proj"], split["k_proj"], read
+
+
+def _averaged(values: torch.Tensor, mean: bool) -> torch.Tensor:
+    """Values of a square of patches (1, P * 4, width) as those of 2 x 2: side by side, or their
+    mean as the model's own pooling takes it, (P, width)."""
+    side = math.isqrt(values.shape[1])
+    square = values[0].unflatten(0, (side, side)).permute(2, 0, 1)
+    if mean:
+        return torch.nn.functional.avg_pool2d(square, 2).flatten(1).T
+    cells = square.unfold(1, 2, 2).unfold(2, 2, 2)  # (width, rows, columns, 2, 2)
+    return cells.permute(1, 2, 3, 4, 0).flatten(2).flatten(0, 1)
 
 
 def _shuffled(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
@@ -424,6 +437,11 @@ def test_what_the_projector_reads(case, attention, rows):
             if case.packed:
                 units = tokens.signals[EncoderFeatures()]
                 projected = core.visual.merger(units.view(-1, units.shape[-1] // 4))
+            elif case.name == "gemma3":  # which averages before a norm
+                patches = tokens.signals[EncoderFeatures()].unflatten(1, (4, -1))
+                projector = core.multi_modal_projector
+                projected = projector.mm_soft_emb_norm(patches.mean(1))
+                projected = projected @ projector.mm_input_projection_weight
             elif case.name == "mistral3":  # a picture of one token for each
                 units = tokens.signals[EncoderFeatures()]
                 sizes = torch.full((len(units), 2), 8)

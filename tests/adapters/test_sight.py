@@ -56,6 +56,17 @@ def test_logits_equal_the_oracle(case, name):
     torch.testing.assert_close(torch.stack(out.logits), logits, **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "case", [c for c in zoo.OTHER_CASES if not c.whole_cache], ids=lambda case: case.name
+)
+def test_methods_on_the_cache_are_refused_where_layers_forget(case):
+    model = case.model()
+    before = zoo.hooks(model)
+    with pytest.raises(vlmprune.UnsupportedModelError, match="see the whole prompt"):
+        vlmprune.patch(model, "elastic_cache", keep_ratio=0.5)
+    assert zoo.hooks(model) == before
+
+
 @VARIANTS
 def test_a_full_budget_changes_no_bit(case):
     model, inputs = case.model("eager"), case.inputs(zoo.BATCH)

@@ -67,6 +67,8 @@ class Bench:
     def calls(self):
         if self.instead:
             return self.instead
+        if self.place == "all" and not self.case.whole_cache:
+            return TWO_PLACES
         return (PLACES if self.plain else CALLS.get(self.case.name, PLACES))[self.place]
 
     @functools.cached_property

@@ -24,6 +24,8 @@ IDS = {
     "fake_image_token": VISION_START,
     "end_of_utterance_token": VISION_END,
     "global_image_token": 110,
+    "boi_token": VISION_START,
+    "eoi_token": VISION_END,
 }
 
 

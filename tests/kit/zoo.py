@@ -46,7 +46,7 @@ from vlmprune.eval.models.tiny_layouts import (
 )
 from vlmprune.eval.models.tiny_models import Case
 from vlmprune.prune.budget import MethodCall
-from vlmprune.prune.contract import Attending, CacheMethod, InEncoder
+from vlmprune.prune.contract import Attending, CacheMethod, InEncoder, Place
 from vlmprune.prune.registry import method_class
 
 OF_TESTS = {name: importlib.import_module(f"families.{name}") for name in known_families()}
@@ -105,6 +105,8 @@ def asked(case: Case, names: Iterable[str]) -> list[str]:
     names = list(names)
     if case not in OTHER_CASES:
         return names
+    if not case.whole_cache:  # methods on it are refused
+        names = [name for name in names if method_class(name.partition(":")[0]).place != CACHE]
     places: dict[Any, list[str]] = {}
     for name in names:
         cls = method_class(name.partition(":")[0])
@@ -148,6 +150,7 @@ def turns(name: str, words: Iterable[Any], cases: Iterable[Case] = tuple(CASES.v
     return pytest.mark.parametrize(("case", name), cells)
 
 
+CACHE = Place.CACHE
 _ALL = vlmprune.methods()
 ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
 IN_ENCODER = [name for name in _ALL if issubclass(method_class(name), InEncoder)]
