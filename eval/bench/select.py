@@ -44,7 +44,7 @@ from ..transcriptions.picture import SIDE, Picture, canvas
 
 PATCHES = SIDE * SIDE
 _HEADS, _HEAD_WIDTH, _LAYERS, _CLIP_WIDTH, _TEXT_TOKENS = 16, 64, 24, 768, 40
-_LAYERS_READ = (0, 8, *range(16, _LAYERS))
+_LAYERS_READ = (0, 5, 8, *range(16, _LAYERS))
 GRIDS = {1: (0, 0), 3: (1, 2), 4: (1, 3), 5: (2, 2)}
 """Tiles of an image -> rows and columns of crops besides the thumbnail."""
 
