@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -101,6 +101,10 @@ class Tiled(Family):
         rows, columns = self.grid(call)
         tokens = torch.cat(list(pooled))
         return tokens.split([count * rows * columns for count in self.counts(call)])
+
+    def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> Any:
+        rows, columns = self.grid(call)
+        return torch.cat(list(images)).unflatten(0, (-1, rows * columns))
 
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         rows, columns = self.grid(call)

