@@ -234,6 +234,10 @@ class Family(ABC):
         """
         return None
 
+    def rotates(self, layer: int) -> bool:
+        """Whether a decoder layer turns queries and keys to positions."""
+        return True
+
     def turned(self, attention: Any, heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """Queries or keys (B, H, Q, D_head) at their positions, as a decoder layer's attention
         turns them.
@@ -241,6 +245,8 @@ class Family(ABC):
         Args:
             rotary: cosines and sines, (B or 1, Q, D_head) each.
         """
+        if not self.rotates(attention.layer_idx):
+            return heads
         turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         turned: Tensor = turn(heads, heads[:, :0], *rotary)[0]
         return turned

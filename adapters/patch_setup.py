@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -60,6 +60,8 @@ class Setup:
     """How the text model's attention turns queries and keys."""
     names: LayerNames = LLAMA
     """What the modules of its layers are called."""
+    rotates: Callable[[int], bool] = lambda layer: True
+    """Whether a layer's attention turns them at all."""
     record: bool = False
     """Whether the scores of all choices are kept for `handle.last`."""
     debug: bool = False

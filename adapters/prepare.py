@@ -81,6 +81,7 @@ def make_setup(
         family.text_model,
         Ticket(),
         turn=family.turned,
+        rotates=family.rotates,
         names=family.layer_names,
         clip=clip,
         projectors=len(family.projectors),

@@ -137,7 +137,7 @@ class Prefill:
 
         The model goes on passing rotary tables, mask and positions for its first layer.
         """
-        start = self.setup.start_of(layer)
+        setup, start = self.setup, self.setup.start_of(layer)
         cut = any(image.stages(layer) for image in self.images)
         if layer == start and layer:
             if cut:
@@ -153,7 +153,10 @@ class Prefill:
             }
         if not cut:  # else `_cut` has shown it
             self.show("input", layer, hidden)
-        self.show("rotary", layer, kwargs["position_embeddings"])
+        cos, sin = kwargs["position_embeddings"]
+        if not setup.rotates(layer):  # no position differs from another there
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        self.show("rotary", layer, (cos, sin))
         return hidden, dict(kwargs)
 
     def mask(self, start: int, layer: int, hidden: Tensor) -> Any:

@@ -252,7 +252,9 @@ def _shuffled(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
     """Values of patches (tiles, P * 4, width) as the model itself shuffles them: those behind a
     token side by side, or their mean, (P, width)."""
     side = math.isqrt(values.shape[1])
-    if hasattr(core, "connector"):
+    if core.config.model_type == "cohere2_vision":
+        tokens = core.multi_modal_projector.pixel_shuffle(values).flatten(0, 2)
+    elif hasattr(core, "connector"):
         tokens = core.connector.pixel_shuffle(values, scale_factor=2).flatten(0, 1)
     else:
         squares = core.pixel_shuffle(values.unflatten(1, (side, side)), scale_factor=0.5)
@@ -442,6 +444,10 @@ def test_what_the_projector_reads(case, attention, rows):
                 projector = core.multi_modal_projector
                 projected = projector.mm_soft_emb_norm(patches.mean(1))
                 projected = projected @ projector.mm_input_projection_weight
+            elif case.name == "cohere2_vision":  # which shuffles patches in its projector
+                projector = core.multi_modal_projector
+                own, gate = projector.linear_1(tokens.signals[EncoderFeatures()]).chunk(2, -1)
+                projected = projector.linear_2(projector.act(gate) * own)
             elif case.name == "mistral3":  # a picture of one token for each
                 units = tokens.signals[EncoderFeatures()]
                 sizes = torch.full((len(units), 2), 8)

@@ -17,7 +17,11 @@ from vlmprune.adapters.registry import family_of
 
 TILED = pytest.mark.parametrize(
     "case",
-    [case for name, case in zoo.CASES.items() if name in ("internvl", "idefics3", "smolvlm")],
+    [
+        case
+        for name, case in zoo.CASES.items()
+        if name in ("internvl", "idefics3", "smolvlm", "cohere2_vision")
+    ],
     ids=lambda c: c.name,
 )
 ROWS = ((3, "A", "B", 5), (2, "D", 4), (9,))

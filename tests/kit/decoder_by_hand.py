@@ -172,9 +172,10 @@ class Expected:
                 return found.mean((0, 1)) if heads == "mean" else found.amax(0).mean(0)
             case RotaryAffinity(layer, rows):
                 width = here.tables[0].shape[-1]
-                ones = turned(torch.ones(1, len(here.places), width), *here.tables)[0]
+                cos, sin = here.tables
+                products = cos @ cos.T + sin @ sin.T
                 asked = here.at(self.asked(row, image, rows))
-                return (ones @ ones.T / width**0.5)[here.at(alive)][:, asked]
+                return (products / width**0.5)[here.at(alive)][:, asked]
             case ReceivedInLayer():
                 return here.maps.mean(0).sum(0)[here.at(alive)]
             case Hidden(layer, normed):

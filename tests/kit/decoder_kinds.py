@@ -65,13 +65,16 @@ def rotary(decoder, hidden: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Te
     axes = ids[:, None]
     by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     kind = (kind_of(decoder.config, layer),) if by_kind else ()
-    return decoder.rotary_emb(hidden[None], axes if len(axes) > 1 else axes[0], *kind)
+    cos, sin = decoder.rotary_emb(hidden[None], axes if len(axes) > 1 else axes[0], *kind)
+    if decoder.config.model_type == "cohere2" and window_of(decoder.config, layer) is None:
+        return torch.ones_like(cos), torch.zeros_like(sin)  # no positions: they are not looked at
+    return cos, sin
 
 
 def head(model, hidden: Tensor) -> Tensor:
     """Logits of hidden states behind the last norm."""
     config = model.config.get_text_config()
-    logits = model.lm_head(hidden) * getattr(config, "logit_scale", 1.0)
+    logits = model.lm_head(hidden)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else (logits / cap).tanh() * cap
 

@@ -22,7 +22,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from kit.decoder_kinds import HIDDEN, TYPES, beyond, causal, head, kind_of, rotary, window_of
+from kit.decoder_kinds import (
+    HIDDEN,
+    TYPES,
+    beyond,
+    causal,
+    head,
+    kind_of,
+    observe,
+    rotary,
+    window_of,
+)
 from torch import Tensor
 from vlmprune.eval.models.tiny_layouts import VISION_END
 
@@ -399,6 +409,10 @@ class Truth:
             if number == layer:
                 break
             state.hidden = self._layer(block, state, tables, mask)
+        if self.decoder.config.model_type == "cohere2":  # which turns neighbours, or nothing
+            tables = tuple(table[0] for table in tables)
+            mean = observe(block, state.hidden, tables, mask).maps.mean(0)[-1]
+            return [mean[torch.isin(state.places, image)] for image in self.rows[row].images]
         attention, x = block.self_attn, block.input_layernorm(state.hidden)
         cos, sin = (table[0] for table in tables)
         query = turned(projected(attention, "q", x), cos, sin)

@@ -24,6 +24,7 @@ IDS = {
     "fake_image_token": VISION_START,
     "end_of_utterance_token": VISION_END,
     "global_image_token": 110,
+    "img_line_break_token": 110,
     "boi_token": VISION_START,
     "eoi_token": VISION_END,
 }

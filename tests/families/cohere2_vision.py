@@ -1,0 +1,28 @@
+"""What tests need of Command A Vision: its tiny models, and its real processor."""
+
+from __future__ import annotations
+
+import transformers
+from kit.words import tokenizer
+from vlmprune.eval.models.families.cohere2_vision import LAYOUT, SHUFFLING, tiny_cohere2
+from vlmprune.eval.models.tiny_layouts import PIXELS
+from vlmprune.eval.models.tiny_models import Case
+
+CASES = ("cohere2_vision",)
+ONE = "cohere2_vision"
+MARKS = {
+    "image_token": "<|IMG_PATCH|>",
+    "video_token": "<video>",
+    "boi_token": "<|START_OF_IMG|>",
+    "eoi_token": "<|END_OF_IMG|>",
+    "img_line_break_token": "<|IMG_LINE_BREAK|>",
+}
+WINDOWED = Case("cohere2_vision-windowed", lambda: tiny_cohere2(12), SHUFFLING, LAYOUT)
+"""Windows shorter than the prompts, and layers between them without any positions."""
+
+
+def processor() -> transformers.ProcessorMixin:
+    """The real processor, for the tiny models."""
+    size = {"height": PIXELS, "width": PIXELS}
+    images = transformers.Cohere2VisionImageProcessor(size=size, max_patches=6, patch_size=3)
+    return transformers.Cohere2VisionProcessor(images, tokenizer(MARKS))
