@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .adapters.handle import Handle
     from .adapters.patching import patch, unpatch
     from .adapters.registry import model_names as models
+    from .adapters.serving.arguments import vllm_args
     from .eval.checking.check import check_method
     from .eval.compare.comparison import Comparison, compare
     from .prune.errors import (
@@ -43,6 +44,7 @@ _HOME = {
     "patch": ("adapters.patching", "patch"),
     "unpatch": ("adapters.patching", "unpatch"),
     "Handle": ("adapters.handle", "Handle"),
+    "vllm_args": ("adapters.serving.arguments", "vllm_args"),
     "models": ("adapters.registry", "model_names"),
     "check_method": ("eval.checking.check", "check_method"),
     "compare": ("eval.compare.comparison", "compare"),
@@ -85,6 +87,7 @@ __all__ = [
     "models",
     "patch",
     "unpatch",
+    "vllm_args",
 ]
 
 

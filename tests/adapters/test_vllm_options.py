@@ -1,0 +1,109 @@
+"""What is refused before vLLM is there, and how many tokens a served image keeps."""
+
+from __future__ import annotations
+
+import pytest
+import vlmprune
+from kit import tiny_llava
+from vlmprune.adapters.serving.engine import check_engine
+from vlmprune.adapters.serving.served import Served, requested
+from vlmprune.adapters.serving.versions import check_version
+from vlmprune.eval.models.families.llava import CLIP, SIGLIP
+from vlmprune.prune.tiling import Tiling
+
+GRID = Tiling.single(6, 6)
+
+
+def served(method, shape=CLIP, **words):
+    return Served.of({"method": method, **words}, shape, GRID)
+
+
+@pytest.mark.parametrize(
+    ("budget", "keep"),
+    [({"keep_ratio": 0.25}, 9), ({"keep_tokens": 40}, 36), ({"keep_ratio": 1}, 36)],
+)
+def test_counts_come_from_sizes(budget, keep):
+    assert served("divprune", **budget).keep == keep
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "says"),
+    [
+        ("fastv", vlmprune.UnsupportedFeatureError, "paged KV cache"),
+        ("visual_press", vlmprune.UnsupportedFeatureError, "paged KV cache"),
+        ("tome", vlmprune.UnsupportedFeatureError, "paged KV cache"),
+        ("catp", vlmprune.UnsupportedFeatureError, "vLLM"),
+        ("random", vlmprune.UnsupportedFeatureError, "not shown inside vLLM"),
+        ("nobody", vlmprune.UnknownMethodError, "nobody"),
+    ],
+)
+def test_methods_that_cannot_be_served_are_refused(method, error, says):
+    with pytest.raises(error, match=says):
+        served(method, keep_ratio=0.5)
+
+
+def test_a_count_that_the_method_finds_is_refused():
+    with pytest.raises(vlmprune.BudgetError, match="before any image is encoded"):
+        served("prumerge")
+
+
+def test_cls_is_refused_where_there_is_none():
+    with pytest.raises(vlmprune.MissingSignalError, match="received"):
+        served("cls_topk", SIGLIP, keep_ratio=0.5)
+
+
+def test_a_request_may_change_the_budget_alone():
+    options = {"method": "divprune", "keep_ratio": 0.25}
+    assert requested(options, None) == options
+    assert requested(options, {"keep_tokens": 7}) == {"method": "divprune", "keep_tokens": 7}
+    for wrong in ({"method": "grid"}, {}, 3):
+        with pytest.raises(vlmprune.MethodFieldError, match="budget alone"):
+            requested(options, wrong)
+    with pytest.raises(vlmprune.BudgetError):
+        requested(options, {"keep_ratio": 2})
+
+
+class Settings:
+    def __init__(self, **words):
+        self.__dict__.update(words)
+
+
+@pytest.mark.parametrize(
+    ("speculative", "graphs", "parallel", "says"),
+    [
+        (object(), False, 1, "--speculative-config"),
+        (None, True, 1, "cudagraph_mm_encoder"),
+        (None, False, 2, "--tensor-parallel-size"),
+    ],
+)
+def test_settings_that_cannot_be_combined_are_refused(speculative, graphs, parallel, says):
+    config = Settings(
+        speculative_config=speculative,
+        compilation_config=Settings(cudagraph_mm_encoder=graphs),
+        parallel_config=Settings(tensor_parallel_size=parallel),
+    )
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match=says):
+        check_engine(config, served("vtc_cls", keep_ratio=0.5))
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
+def test_other_versions_of_vllm_are_refused(version):
+    with pytest.raises(vlmprune.VlmpruneError, match=r"pip install 'vllm>=0\.32,<0\.33'"):
+        check_version(version)
+    check_version("0.32.1+cpu")
+
+
+def test_the_way_in_reads_the_configuration_alone(tmp_path):
+    tiny_llava.config().save_pretrained(tmp_path)
+    args = vlmprune.vllm_args(str(tmp_path), "divprune", keep_ratio=0.25)
+    assert args == {
+        "hf_overrides": {
+            "architectures": ["VlmPruneLlavaForConditionalGeneration"],
+            "vlmprune": {"method": "divprune", "keep_ratio": 0.25},
+        }
+    }
+    with pytest.raises(vlmprune.UnsupportedFeatureError):
+        vlmprune.vllm_args(str(tmp_path), "fastv", keep_ratio=0.25)
+    tiny_llava.config().text_config.save_pretrained(tmp_path)
+    with pytest.raises(vlmprune.UnsupportedModelError, match="not served"):
+        vlmprune.vllm_args(str(tmp_path), "divprune", keep_ratio=0.25)
