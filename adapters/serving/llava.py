@@ -128,8 +128,9 @@ class VlmPruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # t
     def _reading(self, read: dict[Signal, Tensor]) -> Iterator[None]:
         """Read what the method declared of the encoder's attention: (B, S, ...) each."""
         layers = self.vision_tower.vision_model.encoder.layers
+        needs: tuple[Any, ...] = self._served.needs  # those of attention have a layer
         with ExitStack() as hooks:
-            for need in self._served.needs:
+            for need in needs:
                 if (reader := OF_ATTENTION.get(type(need))) is None:
                     continue
                 attention = layers[need.layer].self_attn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -40,6 +41,7 @@ def engine(folder, **options):
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     from vllm import LLM
 
+    gc.collect()  # an engine that is collected later would take the new one's process groups along
     return LLM(
         model=str(folder),
         dtype="float32",
@@ -83,7 +85,7 @@ def patched(folder, prompts, method, **fields):
             out = model.generate(
                 **inputs,
                 max_new_tokens=NEW,
-                min_new_tokens=NEW,
+                eos_token_id=-1,  # min_new_tokens would forbid the token, which vLLM does not
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
