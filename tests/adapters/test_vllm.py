@@ -93,8 +93,8 @@ def patched(folder, prompts, method, **fields):
             length = inputs["input_ids"].shape[1]
             tokens = out.sequences[0, length:].tolist()
             first = out.logits[0][0].log_softmax(-1)[tokens[0]].item()
-            kept = handle.last.kept if images else []
-            dropped = sum(tiny_llava.TOKENS - len(one) for one in kept)
+            entered = handle.last.tokens_per_layer[0][0] if images else 0  # merged rows among them
+            dropped = len(images) * tiny_llava.TOKENS - entered
             found.append((tokens, first, length - dropped))
     return found
 
