@@ -21,6 +21,8 @@ from vlmprune.prune.contract import Place
 from vlmprune.prune.registry import method_class
 
 COLUMNS: dict[str, tuple[str, zoo.Row]] = {
+    "idefics3": ("idefics3", (7, "C", 3)),
+    "internvl": ("internvl", (7, "C", 3)),
     "llava (CLIP)": ("llava-clip-llama", (7, "C", 3)),
     "llava (SigLIP)": ("llava-siglip-qwen2", (7, "C", 3)),
     "llava_next": ("llava_next", (7, "A", 3)),
@@ -28,11 +30,13 @@ COLUMNS: dict[str, tuple[str, zoo.Row]] = {
     "llava_next_video, video": ("llava_next_video", (7, "V", 3)),
     "llava_onevision": ("llava_onevision", (7, "A", 3)),
     "llava_onevision, video": ("llava_onevision", (7, "V", 3)),
+    "mistral3": ("mistral3", (7, "C", 3)),
     "qwen2_vl": ("qwen2_vl", (7, "C", 3)),
     "qwen2_5_vl": ("qwen2_5_vl", (7, "C", 3)),
     "qwen3_vl": ("qwen3_vl", (7, "C", 3)),
     "qwen3_vl_moe": ("qwen3_vl_moe", (7, "C", 3)),
     "qwen videos": ("qwen3_vl", (7, "V", 3)),
+    "smolvlm": ("smolvlm", (7, "C", 3)),
     "vipllava": ("vipllava", (7, "C", 3)),
 }
 WAYS: dict[str, dict[str, object]] = {
