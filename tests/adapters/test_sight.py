@@ -75,3 +75,18 @@ def test_a_full_budget_changes_no_bit(case):
         with vlmprune.patch(model, "fastv", keep_ratio=1.0):
             assert torch.equal(model(**inputs).logits, dense)
         assert torch.equal(model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize("given", [{"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+def test_steps_behind_a_prompt_are_causal_whatever_the_cache(name, given):
+    """A static cache's masks are made above the model, from the kinds of all of a prompt's tokens;
+    without a cache every step makes those of the prompt again."""
+    case = zoo.CASES[name]
+    model, inputs = case.model(), case.inputs(zoo.BATCH)
+    details = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    with vlmprune.patch(model, "fastv", keep_ratio=0.4):
+        expected = model.generate(**inputs, **details, output_logits=True)
+        found = model.generate(**inputs, **details, **given, output_logits=True)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **TOLERANCE)
