@@ -84,7 +84,7 @@ class Engine(Installed):
             attending.exchange,
             lambda: self.setup,
         )
-        self._generation = Generation(model, self._hooks, self._flight, self.wanted, self._prompt)
+        self._generation = Generation(family, self._hooks, self._flight, self.wanted, self._prompt)
         self._at: Mapping[str, Callable[[int], Undo]] = {
             **self._encoder.hooks,
             **self._decoder.hooks,
@@ -210,6 +210,12 @@ class Engine(Installed):
                 flight.encoded[modality] = self._own(output, handed)
             else:
                 flight.prompt = self._prompt(ids, embeds, kwargs.get("attention_mask"))
+        if len({self.family.placeholder(one) for one in flight.visual}) < len(flight.visual):
+            raise UnsupportedFeatureError(
+                f"{' and '.join(one.name + 's' for one in flight.visual)} of {self.family.name} "
+                f"have the same placeholders, and one call of the model cannot tell them apart: "
+                f"give them in calls of their own."
+            )
 
     def _refuse_modality(self, modality: Modality) -> None:
         if modality not in self.family.modalities:

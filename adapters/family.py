@@ -257,6 +257,13 @@ class Family(ABC):
         The first line of its documentation says which they are: it stands in the table of models.
         """
 
+    def check_generate(self, kwargs: Mapping[str, Any], copies: int) -> None:  # noqa: B027
+        """Raise `UnsupportedFeatureError` for what `generate` cannot do with this family.
+
+        Args:
+            copies: rows that a prompt is generated in: beams, or sequences that are returned.
+        """
+
     @property
     def fixed_tokens(self) -> int | None:
         """Visual tokens of every image, where the model has one input size."""

@@ -14,7 +14,7 @@ from .cache.continuation import first_padding
 from .cache.pruned import pruned_state
 from .cache_names import cache_given
 from .checks.calls import check_generate, check_mask
-from .family import Model
+from .family import Family
 from .hooks import Hooks, Undo, all_of, shadow
 from .patch_setup import Setup
 from .places.call import InFlight
@@ -31,18 +31,18 @@ class Generation:
 
     def __init__(
         self,
-        model: Model,
+        family: Family,
         hooks: Hooks,
         flight: InFlight,
         wanted: Callable[[], Setup | None],
         prompt: Callable[[Tensor | None, Tensor | None, Tensor | None], Prompt | None],
     ) -> None:
-        self._model, self._hooks, self._flight = model, hooks, flight
+        self._family, self._hooks, self._flight = family, hooks, flight
         self._wanted, self._prompt = wanted, prompt
 
     def install(self) -> Undo:
         """On the model at all times."""
-        model = self._model
+        model = self._family.model
         make_masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
         undos = [
             shadow(model, "generate", self._generate),
@@ -54,7 +54,7 @@ class Generation:
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if (setup := self._wanted()) is not None:
-            check_generate(self._model, kwargs, inside_the_llm=setup.inside_the_llm)
+            check_generate(self._family, kwargs, inside_the_llm=setup.inside_the_llm)
         check_mask(kwargs.get("visual_mask"), kwargs.get("inputs_embeds"))
         flight = self._flight
         outer = flight.setup, flight.visual_mask, flight.chosen, flight.prompt

@@ -173,7 +173,8 @@ def foreign_to_operations(path: str, text: str) -> list[str]:
 
 
 def model_names_in(path: str, text: str) -> list[str]:
-    return [w for w in [path, *words(text)] if any(family in w.lower() for family in FAMILIES)]
+    found = {w: w.lower().replace("lmms", "") for w in [path, *words(text)]}  # MissinGLMmsError
+    return [w for w, told in found.items() if any(family in told for family in FAMILIES)]
 
 
 def method_modules_in(path: str, text: str) -> list[str]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
-
 from ...prune.contract import Place
 from ...prune.errors import UnsupportedFeatureError
 from ..encoded import Encoded
+from ..family import Family
 from ..patch_setup import Setup
 
 
-def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, inside_the_llm: bool) -> None:
+def check_generate(family: Family, kwargs: Mapping[str, Any], *, inside_the_llm: bool) -> None:
     """Refuse what would give wrong results.
 
     Args:
@@ -22,7 +21,7 @@ def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, inside_the_ll
     Raises:
         UnsupportedFeatureError: with the option and what to do instead.
     """
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    config = kwargs.get("generation_config") or getattr(family.model, "generation_config", None)
 
     def option(name: str) -> Any:
         value = kwargs.get(name)
@@ -39,6 +38,8 @@ def check_generate(model: nn.Module, kwargs: Mapping[str, Any], *, inside_the_ll
             "A custom attention mask that is not 2-D cannot be shortened with the visual tokens: "
             "pass the (B, L) padding mask of the processor, or unpatch the model."
         )
+    copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+    family.check_generate(kwargs, copies)
     if not inside_the_llm:
         return
     if kwargs.get("assistant_model") is not None or option("prompt_lookup_num_tokens") is not None:

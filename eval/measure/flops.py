@@ -263,16 +263,22 @@ def _vision_cost(family: Family) -> VisionCost:
     # Where features are taken between the blocks, each merger has a block of its own.
     behind = [len(stack) - 1, *getattr(tower, "deepstack_visual_indexes", ())]
     attention = list(map(_matmuls, family.vision_attention))
+    # One that reads rows of the blocks merges those of a token.
+    convolutions = [m for m in between if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    merging = [m for m in convolutions if m.in_channels == width]
     side = getattr(config, "window_size", None)
     return VisionCost(
         blocks=tuple(
             Block(attention=own, mlp=_matmuls(block) - own, per_pair=4 * width)
             for block, own in zip(stack, attention, strict=True)
         ),
-        per_patch=sum(_weights(m) for m in between if isinstance(m, nn.Conv2d | nn.Conv3d)),
+        per_patch=sum(_weights(m) for m in convolutions if m not in merging),
         projectors=tuple(
-            (_matmuls(module) + _bare(module), block)
-            for module, block in zip(family.projectors, behind, strict=True)
+            (
+                _matmuls(module) + _bare(module) + (sum(map(_weights, merging)) if not n else 0),
+                block,
+            )
+            for n, (module, block) in enumerate(zip(family.projectors, behind, strict=True))
         ),
         has_cls=shape.tower.has_cls,
         merge_unit=shape.tower.merge_unit,

@@ -30,8 +30,8 @@ class Pixels:
     tokens: int
     """Visual tokens of each picture."""
     inputs: dict[str, Tensor]
-    framed: bool = False
-    """Whether marks stand around each picture."""
+    marks: tuple[int, int] | None = None
+    """What stands around each picture."""
 
 
 @dataclass(frozen=True, kw_only=True)

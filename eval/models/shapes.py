@@ -66,13 +66,13 @@ def prompt(
     text = words(config, TEXT_TOKENS + longer, seed=0)
     before = _BEFORE_IMAGE + longer
     image = torch.full((made.tokens,), config.image_token_id)
-    if made.framed:
-        image = torch.tensor([config.vision_start_token_id, *image, config.vision_end_token_id])
+    if made.marks is not None:
+        image = torch.tensor([made.marks[0], *image, made.marks[1]])
     ids = torch.cat([text[:before], image, text[before:]])
     inputs = made.inputs | {"input_ids": ids.repeat(batch_size, 1)}
     missing = torch.linspace(longer, 0, batch_size).long()
     inputs["attention_mask"] = (torch.arange(len(ids)) >= missing[:, None]).long()
-    if made.framed:
+    if made.marks is not None:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == config.image_token_id).int()
     inputs |= family.kinds(config, inputs["input_ids"])
     if device != "meta":
@@ -83,7 +83,8 @@ def prompt(
 def words(config: Any, count: int, *, seed: int) -> Tensor:
     """Random token ids (count,) that are no placeholders."""
     text = getattr(config, "text_config", config)
-    names = ("image", "video", "vision_start", "vision_end")
+    around = [f"{what}_{end}" for what in ("vision", "image", "video") for end in ("start", "end")]
+    names = ("image", "video", *around)
     special = [getattr(config, f"{name}_token_id", None) for name in names]
     known = torch.arange(_FIRST_WORD, min(text.vocab_size, _LAST_WORD))
     usable = known[~torch.isin(known, torch.tensor([i for i in special if i is not None]))]

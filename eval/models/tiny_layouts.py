@@ -28,6 +28,7 @@ MIXED: tuple[Row, ...] = ((3, "D", 2, "W", 4), (2, "V", "B", 1, "W", 1, "A", 3),
 
 VOCAB = 120
 PAD, VISION_START, VISION_END, IMAGE, VIDEO = 0, 112, 113, 118, 119
+VIDEO_START, VIDEO_END = 114, 115
 FIRST_WORD, LAST_WORD = 3, 111
 
 DECODER: dict[str, Any] = {
@@ -73,12 +74,18 @@ class Plain:
     takes_videos = False
     packed = False
     """Whether patches of all images come in one row."""
+    videos = MIXED
+    """Prompts with videos, where the model takes them."""
     resampled = ""
     """Images whose patches are mixed behind the encoder: scaled or pooled."""
 
     def tiling(self, image: str, alone: bool) -> Tiling:
         """How the tokens of an image lie; `alone`: no other image in its prompt."""
         return Tiling.single(SIDE, SIDE)
+
+    def placeholder(self, image: str) -> int:
+        """The token that stands for each of its tokens."""
+        return VIDEO if image in FRAMES else IMAGE
 
     def framed(self, image: str, tokens: list[int]) -> list[int]:
         """The placeholders of an image and what a processor puts around them."""

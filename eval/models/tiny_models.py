@@ -21,7 +21,6 @@ from .pressed import Pressed
 from .tiny_layouts import (
     DECODER,
     FIRST_WORD,
-    FRAMES,
     IMAGE,
     LAST_WORD,
     PAD,
@@ -101,7 +100,7 @@ class Case:
             if isinstance(part, int):
                 ids += torch.randint(FIRST_WORD, LAST_WORD, (part,), generator=words).tolist()
             else:
-                token = VIDEO if part in FRAMES else IMAGE
+                token = self.layout.placeholder(part)
                 ids += self.layout.framed(part, [token] * next(counts))
         return torch.tensor(ids)
 

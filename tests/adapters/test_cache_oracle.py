@@ -449,7 +449,9 @@ def test_entries_are_those_that_transformers_stores(case):
             entries.received(), attention[0].mean(0).sum(0), atol=1e-4, rtol=1e-3
         )
         assert torch.equal(entries.visual, zoo.is_visual(inputs["input_ids"][0]))
-        shape = (len(entries.visual), entries.keys.shape[2])
+        rope = model.model.language_model.config.rope_parameters
+        width = int(entries.keys.shape[2] * rope.get("partial_rotary_factor", 1))
+        shape = (len(entries.visual), width)
         assert entries.rotary[0].shape == entries.rotary[1].shape == shape
 
 

@@ -66,8 +66,8 @@ def test_padding_on_the_right(case, attention):
 @VIDEOS
 def test_videos(case):
     recorder = Recorder(wants=declared())
-    run(case, "sdpa", zoo.MIXED, recorder)
-    check(recorder, expected(case, zoo.MIXED), (1, 3))
+    run(case, "sdpa", case.layout.videos, recorder)
+    check(recorder, expected(case, case.layout.videos), (1, 3))
 
 
 @zoo.WHOLE

@@ -77,10 +77,10 @@ def test_videos_equal_the_oracle(case, name):
     handle = patched(model, case, name, keep_ratio=0.4)
     if handle is None:
         skips.skip("no signal", name)
-    inputs = case.inputs(zoo.MIXED)
+    inputs = case.inputs(case.layout.videos)
     with torch.no_grad():
         first = model(**inputs)
-    check_kept(case, zoo.MIXED, handle, lambda n: budget_of({"keep_ratio": 0.4}, n))
+    check_kept(case, case.layout.videos, handle, lambda n: budget_of({"keep_ratio": 0.4}, n))
     check_against(truth_of(case, inputs, model, handle), model, inputs, handle, first)
 
 

@@ -141,7 +141,7 @@ def test_features_with_videos_beside_images(case, name, place):
         pytest.param(case, place, id=f"{place}-{case.name}".replace(" ", "_"))
         for case, place in itertools.product(VIDEO_CASES.args[1], PLACES)
         if place in ("in the encoder", "all") or case.name in zoo.TWO_NAMES
-        if place != "in the encoder" or case.name != "llava_onevision"  # which resamples
+        if place != "in the encoder" or not case.layout.resampled
     ],
 )
 def test_precomputed_encoder_outputs_of_images_and_videos(case, place):

@@ -10,23 +10,19 @@ import vlmprune
 from kit import zoo
 from vlmprune.adapters.cache_names import CACHE
 
-ROWS = {"single": zoo.SINGLE, "padded-batch": zoo.BATCH, "videos": zoo.MIXED}
 
-
-def layouts(case: zoo.Case, attention: str) -> list[str]:
+def layouts(case: zoo.Case, attention: str) -> list[tuple[zoo.Row, ...]]:
     """All on a family of each kind of positions; on others the one that holds most."""
-    richest = "videos" if case.layout.takes_videos else "padded-batch"
+    rows = [zoo.SINGLE, zoo.BATCH, *([case.layout.videos] if case.layout.takes_videos else [])]
     if attention != "sdpa":
-        return ["padded-batch"]
-    if case.name in zoo.TWO_NAMES:
-        return ["single", *{"padded-batch": 0, richest: 0}]
-    return [richest]
+        return [zoo.BATCH]
+    return rows if case.name in zoo.TWO_NAMES else rows[-1:]
 
 
 @functools.cache
-def dense(case: zoo.Case, attention: str, layout: str):
+def dense(case: zoo.Case, attention: str, rows):
     """Logits, tokens and logits of every step of the unpatched model."""
-    return run(case.reference(attention), case.inputs(ROWS[layout]))
+    return run(case.reference(attention), case.inputs(rows))
 
 
 def run(model, inputs):
@@ -58,9 +54,8 @@ def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, 
     handle = zoo.patch_or_refusal(model, case, name, **budget)
     if handle is None:
         return
-    for layout in layouts(case, attention):
-        rows = ROWS[layout]
-        found, expected = run(model, case.inputs(rows)), dense(case, attention, layout)
+    for rows in layouts(case, attention):
+        found, expected = run(model, case.inputs(rows)), dense(case, attention, rows)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[2], expected[2])

@@ -87,7 +87,7 @@ def images_of(case, kind: str, inputs, pooled) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)
 def test_the_zoo_has_as_many_placeholders_as_features(case):
-    rows = zoo.BATCH + (zoo.MIXED if case.layout.takes_videos else ((2, "D", 1),))
+    rows = zoo.BATCH + (case.layout.videos if case.layout.takes_videos else ((2, "D", 1),))
     inputs = case.inputs(rows)
     found = {}
     for kind, given_inputs in zoo.encoder_inputs(inputs).items():
@@ -250,7 +250,7 @@ def test_methods_on_tiles_of_which_nothing_is_left(name):
 @pytest.mark.parametrize("case", [*zoo.CASES.values(), zoo.GONE], ids=lambda case: case.name)
 def test_the_pictures_that_the_encoder_saw(case):
     """All tiles, those of which nothing is left included, and all frames."""
-    rows = zoo.MIXED if case.layout.takes_videos else zoo.BATCH
+    rows = case.layout.videos if case.layout.takes_videos else zoo.BATCH
     family, inputs, found = family_of(case.reference()), case.inputs(rows), {}
     side = zoo.SIDE // math.isqrt(case.shape.tower.merge_unit)
     for kind in zoo.encoder_inputs(inputs):

@@ -121,9 +121,9 @@ def test_videos_equal_the_oracle(case, name):
     handle = zoo.patch_or_refusal(model, case, name, keep_ratio=0.4)
     if handle is None:
         return
-    inputs = case.inputs(zoo.MIXED)
+    inputs = case.inputs(case.layout.videos)
     first = model(**inputs)
-    check_kept(case, zoo.MIXED, handle, lambda n: budget_of({"keep_ratio": 0.4}, n))
+    check_kept(case, case.layout.videos, handle, lambda n: budget_of({"keep_ratio": 0.4}, n))
     check_against(truth_of(case, inputs, model, handle), model, inputs, handle, first)
 
 

@@ -580,3 +580,24 @@ def test_two_methods_of_one_budget_are_warned_of(recwarn):
     recwarn.clear()
     vlmprune.patch(model, [vlmprune.method("fastv", keep_ratio=0.2), one])
     assert not [w for w in recwarn if w.category is UserWarning]
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2}], ids=str)
+def test_videos_that_transformers_does_not_copy(options):
+    """GLM's prompts have no tokens of videos, which copies are counted by."""
+    case = zoo.CASES["glm4v"]
+    model = case.model()
+    vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    inputs = case.inputs(((3, "V", 2),))
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="makes no copies of videos"):
+        model.generate(**inputs, do_sample=True, max_new_tokens=2, **options)
+
+
+def test_images_and_videos_with_the_same_placeholders():
+    case = zoo.CASES["glm4v"]
+    model = case.model()
+    vlmprune.patch(model, "divprune", keep_ratio=0.5)
+    inputs = case.inputs(((3, "D", 2, "W", 4),))
+    for run in (model, lambda **given: model.generate(**given, max_new_tokens=2)):
+        with pytest.raises(vlmprune.UnsupportedFeatureError, match="calls of their own"):
+            run(**inputs)

@@ -36,6 +36,9 @@ COLUMNS: dict[str, tuple[str, zoo.Row]] = {
     "qwen3_vl": ("qwen3_vl", (7, "C", 3)),
     "qwen3_vl_moe": ("qwen3_vl_moe", (7, "C", 3)),
     "qwen videos": ("qwen3_vl", (7, "V", 3)),
+    "glm4v": ("glm4v", (7, "C", 3)),
+    "glm46v": ("glm46v", (7, "C", 3)),
+    "glm videos": ("glm46v", (7, "V", 3)),
     "smolvlm": ("smolvlm", (7, "C", 3)),
     "vipllava": ("vipllava", (7, "C", 3)),
 }

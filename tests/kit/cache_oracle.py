@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from kit.oracle import Cuts, Truth, decoder_of, projected, turned
+from kit.oracle import Cuts, Truth, decoder_of, plus, projected, turned
 from torch import Tensor
 
 
@@ -139,9 +139,9 @@ class CacheTruth:
                 query, key, value = (projected(attention, name, x) for name in "qkv")
                 entries = Entries(
                     layer=number,
-                    keys=turned(key, cos, sin),
+                    keys=turned(attention, key, cos, sin),
                     values=value,
-                    queries=turned(query, cos, sin),
+                    queries=turned(attention, query, cos, sin),
                     visual=torch.isin(state.places, visual),
                     attention=attention,
                     hidden=x,
@@ -245,7 +245,7 @@ class CacheTruth:
         if self.repacked and layer.acts:
             at = layer.stored
         tables = self._tables(hidden, range(at, at + new))
-        layer.keys = torch.cat([layer.keys, turned(key, *tables)], 1)
+        layer.keys = torch.cat([layer.keys, turned(attention, key, *tables)], 1)
         layer.values = torch.cat([layer.values, value], 1)
         if layer.unturned is not None:
             layer.unturned = torch.cat([layer.unturned, key], 1)
@@ -255,10 +255,11 @@ class CacheTruth:
             window = getattr(self.decoder.config, "sliding_window", None) or layer.stored
             assert new == 1 or window == layer.stored, "pieces are not cut to windows here"
             seen = layer.keys[:, -window:], layer.values[:, -window:]
-            return _finish(block, hidden, turned(query, *tables), *seen, mask[:, -window:])
+            query = turned(attention, query, *tables)
+            return _finish(block, hidden, query, *seen, mask[:, -window:])
         keys = layer.unturned if self.repacked else layer.keys
         if not self.repacked:
-            query = turned(query, *tables)
+            query = turned(attention, query, *tables)
         given, chosen = self.attend, None
         if new == 1:
             chosen = (
@@ -270,7 +271,8 @@ class CacheTruth:
         keys, values = taken(keys, chosen), taken(layer.values, chosen)
         if self.repacked:
             cos, sin = self._tables(hidden, range(len(chosen)))
-            keys, query = turned(keys, cos, sin), turned(query, cos[-new:], sin[-new:])
+            keys = turned(attention, keys, cos, sin)
+            query = turned(attention, query, cos[-new:], sin[-new:])
         return _finish(block, hidden, query, keys, values, mask[:, -len(chosen) :])
 
     def _tables(self, hidden: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -315,8 +317,10 @@ def _finish(
     attention = block.self_attn
     keys, values = shared(keys, len(query)), shared(values, len(query))
     weights = (query @ keys.transpose(1, 2) * attention.scaling + mask).softmax(-1)
-    hidden = hidden + attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
-    return hidden + block.mlp(block.post_attention_layernorm(hidden)[None])[0]
+    added = attention.o_proj((weights @ values).transpose(0, 1).flatten(1))
+    hidden = plus(block, "post_self_attn_layernorm", hidden, added)
+    change = block.mlp(block.post_attention_layernorm(hidden)[None])[0]
+    return plus(block, "post_mlp_layernorm", hidden, change)
 
 
 # --- what the papers say, by hand --------------------------------------------------------------

@@ -129,7 +129,7 @@ class Expected:
             here = observe(layer, hidden, tables, mask)
             return here.attention[0], here.queries, here.keys, here.maps
         attention, x = layer.self_attn, layer.input_layernorm(hidden)
-        queries, keys = (turned(projected(attention, name, x), *tables) for name in "qk")
+        queries, keys = (turned(attention, projected(attention, name, x), *tables) for name in "qk")
         shared = keys.repeat_interleave(len(queries) // len(keys), 0)
         scores = queries @ shared.mT / queries.shape[-1] ** 0.5
         return x, queries, keys, (scores + mask).softmax(-1)

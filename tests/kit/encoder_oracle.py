@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from kit import zoo
 from kit.oracle import Rows, Truth
 from torch import Tensor
@@ -211,6 +212,9 @@ def packed(tower, pixels: Tensor, grids: Tensor, made: Made) -> tuple[list[Walk]
             for b in range(side)
         ]
         positions = torch.tensor(cells * frames)
+        if hasattr(tower, "post_conv_layernorm"):  # GLM
+            sizes, lengths = torch.tensor([grid]), torch.tensor([size])
+            x = tower.embeddings(tower.post_conv_layernorm(x), lengths, sizes, *positions.T)
         if hasattr(tower, "pos_embed"):
             from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
@@ -306,6 +310,15 @@ def _frame(tower, x, cos, sin, windows, made: Made, picture: int) -> tuple[Walk,
     return walk, deep
 
 
+def _behind(tower, units: Tensor) -> Tensor:
+    """What the merger reads of units of patches (n, 4, C)."""
+    if not hasattr(tower, "downsample"):
+        return units.flatten(0, 1)
+    side = tower.config.spatial_merge_size
+    pictures = rearrange(tower.post_layernorm(units), "n (h w) c -> n c h w", h=side)
+    return tower.downsample(pictures).flatten(1)
+
+
 def tokens_of(places: Tensor, images: list[Tensor]) -> list[dict[int, int]]:
     """Per image, the place (row of `places`, (P, D)) of each of its tokens (N, D) that the encoder
     gave as it is: {token: place}."""
@@ -398,10 +411,10 @@ def left_by_encoder(case, inputs: dict, model) -> Left:
         with recorded() as passes:
             getattr(model.model, f"get_{kind}_features")(**given)
         found[kind] = [*_left(reference, kind, given, passes[0] if passes else Made(None))]
-    config, rows, deep = reference.config, [], []
-    for row in Truth(reference, inputs).rows:
+    truth, rows, deep = Truth(reference, inputs), [], []
+    for row, kinds in zip(truth.rows, truth.kinds(inputs), strict=True):
         for places in row.images:
-            video = int(row.ids[places[0]]) == getattr(config, "video_token_id", None)
+            video = kinds[row.columns[places[0]]] == 2
             left, levels = found["video" if video else "image"].pop(0)
             rows.append(left)
             deep.append(levels)
@@ -412,7 +425,7 @@ def _left(reference, kind: str, given: dict, made: Made) -> Iterator[tuple[Rows,
     core, unpatched = reference.model, seen(reference, kind, given)
     if hasattr(core, "visual"):
         walks, deeper = packed(core.visual, *unpatched.given, made)
-        embeds = [core.visual.merger(walk.rows.flatten(0, 1)) for walk in walks]
+        embeds = [core.visual.merger(_behind(core.visual, walk.rows)) for walk in walks]
     else:
         tower, layer = core.vision_tower, getattr(reference.config, "vision_feature_layer", None)
         depth = len(tower.encoder.layers)

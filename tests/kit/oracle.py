@@ -18,6 +18,7 @@ Token choice after the last layer is by hand as well (greedy, sampling, beams).
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -120,10 +121,16 @@ def projected(attention, name: str, x: Tensor) -> Tensor:
     return getattr(attention, f"{name}_norm", lambda z: z)(heads).transpose(0, 1)
 
 
-def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys (heads, n, D_head) at their rotary positions; cos, sin (n, D_head)."""
-    half = heads.shape[-1] // 2
-    return heads * cos + torch.cat([-heads[..., half:], heads[..., :half]], -1) * sin
+def turned(attention, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (heads, n, D_head) at their rotary positions as the attention's own file
+    turns them: halves or neighbours, whole or in part; cos, sin (n, the part's width)."""
+    turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return turn(heads[None], heads[None, :0], cos[None], sin[None])[0][0]
+
+
+def plus(block, norm: str, hidden: Tensor, change: Tensor) -> Tensor:
+    """What a module adds to the rows, behind the norm that some layers have there."""
+    return hidden + getattr(block, norm, lambda z: z)(change)
 
 
 def decoder_of(model):
@@ -181,12 +188,11 @@ class Truth:
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         grids = {kind: list(inputs.get(f"{kind}_grid_thw", ())) for kind in ("image", "video")}
-        config = self.model.config
-        features = {config.image_token_id: self._features("image", "pixel_values", inputs)}
-        if hasattr(config, "video_token_id"):
-            videos = self._features("video", "pixel_values_videos", inputs)
-            features[config.video_token_id] = videos
-
+        kinds = self.kinds(inputs)
+        features = {
+            1: self._features("image", "pixel_values", inputs),
+            2: self._features("video", "pixel_values_videos", inputs),
+        }
         number = 0
         for b in range(len(ids)):
             columns = mask[b].bool().nonzero()[:, 0]
@@ -194,8 +200,9 @@ class Truth:
             embeds = self.model.get_input_embeddings()(row_ids).clone()
             deep = [torch.zeros_like(embeds) for _ in self.deep_layers]
             found = []
-            for token, waiting in features.items():
-                places = (row_ids == token).nonzero()[:, 0].tolist()
+            row_kinds = kinds[b, columns]
+            for kind, waiting in features.items():
+                places = (row_kinds == kind).nonzero()[:, 0].tolist()
                 while places:
                     image, *deeper = waiting.pop(0)
                     here = torch.tensor(places[: len(image)])
@@ -205,16 +212,25 @@ class Truth:
                         target[here] = rows
                     found.append(here)
             found.sort(key=lambda here: int(here[0]))
-            if config.model_type in TILED:
+            if self.model.config.model_type in TILED:
                 found = _between_marks(row_ids, found)
             numbers = list(range(number, number + len(found)))
             number += len(found)
-            positions, following = self._positions(row_ids, grids)
-            types = inputs.get(TYPES.get(config.model_type, ""))
+            positions, following = self._positions(row_ids, row_kinds, grids)
+            types = inputs.get(TYPES.get(self.model.config.model_type, ""))
             more = beyond(self.model, embeds, None if types is None else types[b, columns])
             yield RowTruth(
                 row_ids, embeds, positions, following, columns, deep, more, found, numbers
             )
+
+    def kinds(self, inputs: dict) -> Tensor:
+        """1 where a token is an image's, 2 where it is a video's: (B, L)."""
+        if "mm_token_type_ids" in inputs:
+            return inputs["mm_token_type_ids"]
+        config, ids = self.model.config, inputs["input_ids"]
+        video = getattr(config, "video_token_id", None)
+        kinds = (ids == config.image_token_id).int()
+        return kinds if video is None else kinds + 2 * (ids == video).int()
 
     @property
     def deep_layers(self) -> Sequence[int]:
@@ -238,22 +254,20 @@ class Truth:
         deeper = output.deepstack_features if len(self.deep_layers) else ()
         return list(zip(output.pooler_output, *deeper, strict=True))
 
-    def _positions(self, ids: Tensor, grids: dict[str, list[Tensor]]):
+    def _positions(self, ids: Tensor, kinds: Tensor, grids: dict[str, list[Tensor]]):
         """Positions of a whole row (axes, L), and that of the token after it; its grids are taken
         out of `grids`."""
         if not hasattr(self.core, "get_rope_index"):
             first = int(self.model.config.model_type == "paligemma")  # which counts from one
             return torch.arange(len(ids))[None] + first, len(ids) + first
-        types, of_row = torch.zeros_like(ids).int(), {}
+        of_row = {}
         for number, (kind, waiting) in enumerate(grids.items(), start=1):
-            marks = ids == getattr(self.model.config, f"{kind}_token_id")
-            types[marks] = number
-            left, taken = int(marks.sum()), []
+            left, taken = int((kinds == number).sum()), []
             while left:
                 taken.append(waiting.pop(0))
                 left -= int(taken[-1].prod()) // 4
             of_row[f"{kind}_grid_thw"] = torch.stack(taken) if taken else None
-        index, delta = self.core.get_rope_index(ids[None], mm_token_type_ids=types[None], **of_row)
+        index, delta = self.core.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **of_row)
         return index[:, 0], len(ids) + int(delta)
 
     # --- which tokens are alive --------------------------------------------------------------
@@ -415,8 +429,8 @@ class Truth:
             return [mean[torch.isin(state.places, image)] for image in self.rows[row].images]
         attention, x = block.self_attn, block.input_layernorm(state.hidden)
         cos, sin = (table[0] for table in tables)
-        query = turned(projected(attention, "q", x), cos, sin)
-        key = turned(projected(attention, "k", x), cos, sin)
+        query = turned(attention, projected(attention, "q", x), cos, sin)
+        key = turned(attention, projected(attention, "k", x), cos, sin)
         key = key.repeat_interleave(len(query) // len(key), 0)
         scores = (query[:, -1:] @ key.transpose(1, 2))[:, 0] * attention.scaling
         mean = scores.softmax(-1).mean(0)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from vlmprune.eval.models.tiny_layouts import IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCAB
+from vlmprune.eval.models.tiny_layouts import (
+    IMAGE,
+    PAD,
+    VIDEO,
+    VIDEO_END,
+    VIDEO_START,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+)
 
 PLAIN = {"image_token": "<image>", "video_token": "<video>"}
 FRAMED = {
@@ -12,6 +21,14 @@ FRAMED = {
     "video_token": "<|video_pad|>",
     "vision_bos_token": "<|vision_start|>",
     "vision_eos_token": "<|vision_end|>",
+}
+FRAMES_AS_IMAGES = {
+    "image_token": "<|image|>",
+    "video_token": "<|video|>",
+    "vision_bos_token": "<|begin_of_image|>",
+    "vision_eos_token": "<|end_of_image|>",
+    "video_bos_token": "<|begin_of_video|>",
+    "video_eos_token": "<|end_of_video|>",
 }
 IDS = {
     "image_token": IMAGE,
@@ -27,7 +44,16 @@ IDS = {
     "img_line_break_token": 110,
     "boi_token": VISION_START,
     "eoi_token": VISION_END,
+    "video_bos_token": VIDEO_START,
+    "video_eos_token": VIDEO_END,
 }
+
+
+def framed(marks: dict[str, str], kind: str) -> str:
+    """What a prompt says where an image or a video is."""
+    around = kind if f"{kind}_bos_token" in marks else "vision"
+    names = (f"{around}_bos_token", f"{kind}_token", f"{around}_eos_token")
+    return " ".join(marks[name] for name in names if name in marks)
 
 
 def tokenizer(special: dict[str, str]) -> transformers.PreTrainedTokenizerFast:

@@ -45,6 +45,8 @@ def _tiny() -> Any:
 class Qwen2VL(EvalFamily):
     line = "Qwen"
     wrapper: ClassVar[str] = "qwen2_vl"
+    marks: ClassVar[tuple[str, str]] = ("vision_start_token_id", "vision_end_token_id")
+    """The configuration's names of what stands around a picture."""
     scaling: ClassVar[Scaling | None] = Scaling(
         limits_images=True, thins_videos=True, system_prompt=True
     )
@@ -70,4 +72,5 @@ class Qwen2VL(EvalFamily):
             "pixel_values": noise(device, batch_size * rows * columns, values),
             "image_grid_thw": torch.tensor([[1, rows, columns]] * batch_size),
         }
-        return Pixels(rows * columns // vision.spatial_merge_size**2, inputs, framed=True)
+        start, end = (getattr(config, mark) for mark in self.marks)
+        return Pixels(rows * columns // vision.spatial_merge_size**2, inputs, (start, end))
