@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..prune.budget import MethodCall, remark
-from ..prune.contract import Place, Selection
+from ..prune.contract import LayerSignal, Place, Pruning, Selection
 from .patch_setup import Setup
 from .report import StageReport
 
@@ -18,6 +18,25 @@ def layers_read(setup: Setup) -> dict[str, list[int]]:
             if hasattr(need, "layer"):
                 read.setdefault(f"{call.name}: {type(need).__name__}", []).append(need.layer)
     return read
+
+
+def states_remark(setup: Setup) -> str | None:
+    """Where methods that read attention read it and cut, in a decoder where few layers have it."""
+    decoder = setup.shape.decoder
+    if decoder.attention_layers is None:
+        return None
+    said = []
+    for call in setup.calls:
+        needs = [n for n in call.method.needs(setup.shape) if isinstance(n, LayerSignal)]
+        read = sorted({need.layer for need in needs if need.of_attention})
+        cuts = [] if not isinstance(call.method, Pruning) else call.method.cuts(setup.shape)
+        inside = [cut.layer for cut in cuts if cut.place is Place.DECODER]
+        if read and inside:
+            said.append(
+                f"{call.name} reads attention of layers {read} and cuts at layers {inside}: of "
+                f"this decoder only layers {[*decoder.attending]} have attention."
+            )
+    return " ".join(said) or None
 
 
 def in_encoder(setup: Setup, left: Sequence[Selection]) -> StageReport:

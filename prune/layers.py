@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .contract import Tower
+from .contract import ModelShape, Tower
 from .errors import MethodFieldError, UnsupportedModelError
 
 
@@ -89,3 +89,17 @@ def encoder_layer(
             f"{', '.join(map(str, tower.full_attention))}."
         )
     return layer
+
+
+def check_behind(cut: int, shape: ModelShape, name: str) -> int:
+    """A cut behind a layer with attention, which must have a layer to shorten.
+
+    Raises:
+        UnsupportedModelError: only the decoder's last layer has attention.
+    """
+    if cut >= shape.decoder.num_layers:
+        raise UnsupportedModelError(
+            f"{name} cuts behind a layer with attention, and only the last layer of this decoder "
+            f"has it: use a method that acts before the LLM."
+        )
+    return cut

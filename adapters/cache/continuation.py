@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache_names import cache_given
 from ..patch_setup import Setup
-from ..sequence.masks import layer_kind, layer_mask, tells_length
+from ..sequence.masks import STATES, layer_kind, layer_mask, tells_length
 from .pruned import PrunedState, Segment
 
 
@@ -59,6 +59,8 @@ class Continued:
         """Whether a layer stores less than the first, for which the model made its mask and its
         rotary tables, and so needs others."""
         segment = self.state.segment(layer)
+        if layer_kind(self.setup.config, layer) in STATES:
+            return False  # it is told about the new tokens alone
         if segment.start == 0 or cache_given(kwargs) is not self.cache:
             return False
         return self._masked(segment, kwargs) or self.ids is not None
@@ -114,7 +116,7 @@ def shortened_mask(
 
 def first_padding(state: PrunedState, cache: Any, queries: int) -> Tensor | None:
     """The 2-D mask of the first layer, from which generate() builds its own for a static cache."""
-    first = state.segments[0]
+    first = state.segment(state.setup.shape.decoder.attends_at(0))
     if first.padding is None:
         return None
     return first.padding_to(_mask_length(state.setup, cache, queries, 0))

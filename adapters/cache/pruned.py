@@ -118,9 +118,13 @@ class PrunedCacheMixin:
     _pruned: PrunedState
     layers: list[Any]
 
+    def _anchor(self, layer_idx: int) -> int:
+        """The layer that says how much is stored: one that keeps a state does not."""
+        return self._pruned.setup.shape.decoder.attends_at(layer_idx)
+
     def physical_length(self, layer_idx: int = 0) -> Any:
         """Columns stored by a layer."""
-        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+        return super().get_seq_length(self._anchor(layer_idx))  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         if not self._pruned.setup.ticket.active:
@@ -128,7 +132,8 @@ class PrunedCacheMixin:
                 "This cache holds a prompt pruned by a patch that has been removed: patch the "
                 "model and run the prompt again, or start with a new cache."
             )
-        return self.physical_length(layer_idx) + self._pruned.segment(layer_idx).dropped
+        at = self._anchor(layer_idx)
+        return self.physical_length(at) + self._pruned.segment(at).dropped
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.physical_length(layer_idx)
@@ -183,7 +188,7 @@ def is_new(cache: Cache | None) -> bool:
     without waiting for the device."""
     if cache is None or not cache.layers:
         return True
-    first = cache.layers[0]
+    first = next(layer for layer in cache.layers if hasattr(layer, "get_seq_length"))
     stored = first.get_seq_length() if first.is_initialized else 0
     return isinstance(stored, int) and not stored
 

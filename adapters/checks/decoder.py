@@ -18,7 +18,7 @@ from ...prune.contract import (
 )
 from ...prune.errors import UnsupportedModelError
 from ..family import Family
-from ..sequence.masks import STATES, layer_kind
+from ..sequence.masks import layer_kind
 
 
 def check_decoder(call: MethodCall, family: Family) -> None:
@@ -34,7 +34,7 @@ def check_decoder(call: MethodCall, family: Family) -> None:
     if call.method.place is not Place.CACHE:
         return
     config: Any = family.text_model.config
-    kinds = {layer_kind(config, layer) for layer in range(config.num_hidden_layers)} - {*STATES}
+    kinds = {layer_kind(config, layer) for layer in range(config.num_hidden_layers)}
     if kinds != {"full_attention"}:
         raise UnsupportedModelError(
             f"{call.name} works on the KV cache of layers that see the whole prompt, and this "

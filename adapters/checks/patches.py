@@ -9,6 +9,7 @@ from torch import nn
 from ...prune.budget import MethodCall
 from ...prune.contract import (
     BeforeLLM,
+    CacheMethod,
     InEncoder,
     LayerSignal,
     Method,
@@ -42,6 +43,12 @@ def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) ->
         raise MissingSignalError(
             f"{call.name} reads the CLS token, which this vision tower does not have. "
             f"{instead}{', '.join(_working(shape))}."
+        )
+    if isinstance(call.method, CacheMethod) and shape.decoder.attention_layers is not None:
+        raise MissingSignalError(
+            f"{call.name} works on the KV cache of every layer, and only the layers "
+            f"{', '.join(map(str, shape.decoder.attending))} of this decoder have one. Methods "
+            f"that work on it: {', '.join(_working(shape))}."
         )
     if inside := [need for need in missing if isinstance(need, LayerSignal)]:
         raise MissingSignalError(
@@ -94,7 +101,8 @@ def _working(shape: ModelShape) -> list[str]:
 
 def _finds_all(made: Method, shape: ModelShape) -> bool:
     try:
-        return not any(shape.lacks(need) for need in made.needs(shape))
+        stored = shape.decoder.attention_layers is None or not isinstance(made, CacheMethod)
+        return stored and not any(shape.lacks(need) for need in made.needs(shape))
     except Exception:  # it has no rule for this shape, or is somebody's own and broken
         return False
 

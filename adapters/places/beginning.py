@@ -21,7 +21,7 @@ from ..encoded import Encoded
 from ..family import Modality
 from ..patch_setup import Setup
 from ..report import Last, StageReport
-from ..reporting import in_encoder, layers_read, remarks
+from ..reporting import in_encoder, layers_read, remarks, states_remark
 from ..sequence.batch import Batch
 from ..sequence.layout import Layout
 from ..sequence.placed import PlacedImage
@@ -190,6 +190,7 @@ def _report(
     setup: Setup, images: list[PlacedImage], text: Tensor, encoded: Iterable[Encoded]
 ) -> Last:
     """What is known before the decoder runs; `text` (samples,) counts the text tokens."""
+    said = remarks([(image.encoded.num_tokens, image.encoded.calls) for image in images])
     last = Last(
         tilings=[image.encoded.tiling for image in images],
         kept=[image.tokens for image in images],
@@ -205,7 +206,7 @@ def _report(
         recorded=setup.record,
         unranked={call.name: call.method.unranked for call in setup.calls},
         stopwatches=list({id(image.stopwatch): image.stopwatch for image in images}.values()),
-        note=remarks([(image.encoded.num_tokens, image.encoded.calls) for image in images]),
+        note=" ".join(filter(None, (states_remark(setup), said))) or None,
     )
     last.encoder = [entering for one in encoded for entering in one.entering]
     left = [image.encoded.encoded for image in images]

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.masking_utils import (
     blockwise_overlay,
     create_causal_mask,
+    create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
     sliding_window_overlay,
 )
@@ -57,6 +58,8 @@ def layer_mask(
         both_ways: of the L new columns.
     """
     kind = layer_kind(config, layer)
+    if kind in STATES:
+        return create_recurrent_attention_mask(config, hidden_states, padding)
     sliding = kind == "sliding_attention"
     create = create_sliding_window_causal_mask if sliding else create_causal_mask
     more: dict[str, Any] = {}

@@ -237,15 +237,16 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
         config.hidden_size // config.num_attention_heads
     )
     shape = family.shape
+    attending = set(shape.decoder.attending)
     return ModelCost(
         vision=_vision_cost(family),
         layers=tuple(
             Block(
-                attention=_matmuls(layer.self_attn),
-                mlp=_matmuls(layer) - _matmuls(layer.self_attn),
-                per_pair=4 * config.num_attention_heads * head_size,
+                attention=_mixing(layer),
+                mlp=_matmuls(layer) - _matmuls(_mixer(layer)),
+                per_pair=4 * config.num_attention_heads * head_size * (number in attending),
             )
-            for layer in text_model.layers
+            for number, layer in enumerate(text_model.layers)
         ),
         lm_head=_matmuls(model.get_output_embeddings()),
         decoder=shape.decoder,
@@ -323,7 +324,24 @@ def _outside(root: nn.Module, excluded: Sequence[nn.Module]) -> Iterator[nn.Modu
         yield from _outside(child, excluded)
 
 
-def _weights(module: nn.Linear | nn.Conv2d | nn.Conv3d) -> int:
+def _mixer(layer: Any) -> nn.Module:
+    """What mixes tokens in a decoder layer."""
+    names = ("self_attn", "linear_attn", "conv")
+    found: nn.Module = next(getattr(layer, name) for name in names if hasattr(layer, name))
+    return found
+
+
+def _mixing(layer: Any) -> int:
+    """FLOPs per token of it: projections, and of layers that keep a state also the convolution and
+    the recurrence of gated delta rules, which reads, corrects and asks the state of each head."""
+    mixer: Any = _mixer(layer)
+    found = _matmuls(mixer) + sum(_weights(m) for m in mixer.modules() if type(m) is nn.Conv1d)
+    if hasattr(mixer, "head_k_dim"):
+        found += 6 * mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim
+    return found
+
+
+def _weights(module: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) -> int:
     return 2 * module.weight.numel()
 
 

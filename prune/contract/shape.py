@@ -57,6 +57,20 @@ class Decoder:
             return tuple(range(self.num_layers))
         return self.attention_layers
 
+    def attends_at(self, layer: int) -> int:
+        """The first layer from `layer` on that has attention; the last of all that have it, where
+        none is."""
+        if self.attention_layers is None:
+            return layer
+        return next((n for n in self.attention_layers if n >= layer), self.attention_layers[-1])
+
+    def attends_before(self, cut: int) -> int:
+        """The layer nearest before `cut` that has attention; the first of all that have it, where
+        none is."""
+        if self.attention_layers is None:
+            return cut - 1
+        return max((n for n in self.attention_layers if n < cut), default=self.attention_layers[0])
+
     def lacks(self, signal: LayerSignal) -> bool:
         """Whether the signal's layer has no such signal."""
         return (signal.of_attention and signal.layer not in self.attending) or (

@@ -8,6 +8,7 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
+from kit.decoder_kinds import stored_lengths
 from vlmprune.adapters.cache_names import CACHE
 
 
@@ -35,8 +36,7 @@ def run(model, inputs):
         return_dict_in_generate=True,
         output_logits=True,
     )
-    lengths = [layer.keys.shape[-2] for layer in out[CACHE].layers]
-    return logits, out.sequences, torch.stack(out.logits), lengths
+    return logits, out.sequences, torch.stack(out.logits), stored_lengths(out[CACHE])
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_the_two_ways_of_the_oracle_agree_and_a_cut_matters(case, positions):
         assert (one.next_logits(0) - other.next_logits(0)).abs().max() > 0.1
 
 
-@zoo.ALL
+@zoo.STORING
 def test_the_oracle_reads_the_attention_row_that_eager_attention_has(case):
     model, inputs = case.reference("eager"), case.inputs(zoo.BATCH)
     maps = model(**inputs, output_attentions=True).attentions

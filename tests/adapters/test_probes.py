@@ -545,7 +545,8 @@ def test_probes_do_not_change_a_bit(case):
     model, inputs = case.model(), case.inputs(zoo.BATCH)
     before = case.reference()(**inputs).logits
     tower = Recorder(wants=wants)
-    decoder = DecoderRecorder(wants=(TextAttention(2),), layer=3)
+    attention = TextAttention(case.shape.decoder.attends_before(3))
+    decoder = DecoderRecorder(wants=(attention,), layer=3)
     # The contract skips methods that keep everything; 0.99 of a few tokens rounds to all but the
     # probes of the other image's method still run. So record first, then compare the features.
     patch(model, [call(tower, 0.5), call(decoder, 0.4)])
@@ -555,7 +556,7 @@ def test_probes_do_not_change_a_bit(case):
     expected = Truth(case.reference(), inputs)
     flat = [row.embeds[image] for row in expected.rows for image in row.images]
     assert torch.equal(torch.cat(list(features)), torch.cat(flat))
-    patch(model, call(DecoderRecorder(wants=(TextAttention(2),), layer=3), 1.0))
+    patch(model, call(DecoderRecorder(wants=(attention,), layer=3), 1.0))
     assert torch.equal(model(**inputs).logits, before)
 
 

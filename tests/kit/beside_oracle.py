@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from kit import zoo
+from kit.decoder_kinds import stored_lengths
 from kit.oracle import Truth
 from kit.reported import TOLERANCE
 from vlmprune.adapters.cache_names import CACHE
@@ -106,12 +107,17 @@ def check_against(truth: Truth, model, inputs, handle=None, first=None) -> None:
     assert first.logits.shape[:2] == inputs["input_ids"].shape
     torch.testing.assert_close(first.logits[:, -1], logits[0], **TOLERANCE)
 
+    def layers(lengths):
+        """Of each layer its lengths, and whether it has a KV cache."""
+        stores = [hasattr(layer, "self_attn") for layer in truth.decoder.layers]
+        return zip(zip(*lengths, strict=True), stores, strict=True)
+
     lengths = [truth.layer_lengths(b) for b in range(len(truth.rows))]
-    physical = [layer.keys.shape[-2] for layer in first[CACHE].layers]
-    assert physical == [max(column) for column in zip(*lengths, strict=True)]
+    physical = stored_lengths(first[CACHE])
+    assert physical == [max(column) * has for column, has in layers(lengths)]
     cache = out[CACHE]
-    physical = [layer.keys.shape[-2] for layer in cache.layers]
-    assert physical == [max(column) + STEPS - 1 for column in zip(*lengths, strict=True)]
+    physical = stored_lengths(cache)
+    assert physical == [(max(column) + STEPS - 1) * has for column, has in layers(lengths)]
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
     if handle is not None:
         text = [int((~zoo.is_visual(row.ids)).sum()) for row in truth.rows]

@@ -215,7 +215,11 @@ def like_llama(layer) -> bool:
     """Whether a layer adds two modules, each behind a norm, and turns queries and keys."""
     names = {name for name, _ in layer.named_children()}
     norms = {"input_layernorm", "post_attention_layernorm"}
-    return names == {"self_attn", "mlp", *norms} and hasattr(layer.mlp, "down_proj")
+    return (
+        names == {"self_attn", "mlp", *norms}
+        and hasattr(layer.mlp, "down_proj")
+        and layer.self_attn.q_proj.out_features == layer.self_attn.o_proj.in_features  # no gates
+    )
 
 
 def projected_values(attention, x: Tensor) -> Tensor:

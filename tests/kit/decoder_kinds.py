@@ -71,6 +71,11 @@ def rotary(decoder, hidden: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Te
     return cos, sin
 
 
+def stored_lengths(cache) -> list[int]:
+    """Entries of each layer of a cache, of one that keeps a state 0."""
+    return [layer.keys.shape[-2] if hasattr(layer, "keys") else 0 for layer in cache.layers]
+
+
 def head(model, hidden: Tensor) -> Tensor:
     """Logits of hidden states behind the last norm."""
     config = model.config.get_text_config()
@@ -101,18 +106,21 @@ def observe(layer, hidden: Tensor, tables, mask: Tensor, **more) -> Observed:
         mask: (n, n), added to logits.
     """
     seen: dict[str, object] = {}
+    attends = hasattr(layer, "self_attn")
     with ExitStack() as open_:
-        open_.enter_context(_heads(layer.self_attn, seen))
-        for name, part in (("attention", layer.self_attn), ("mlp", layer.mlp)):
-            open_.enter_context(_run(name, part, seen))
+        if attends:
+            open_.enter_context(_heads(layer.self_attn, seen))
+            open_.enter_context(_run("attention", layer.self_attn, seen))
+        open_.enter_context(_run("mlp", layer.mlp, seen))
         output = layer(
             hidden[None],
             position_embeddings=tuple(table[None] for table in tables),
-            attention_mask=mask[None, None],
+            attention_mask=mask[None, None] if attends else None,
             **more,
         )
-    queries, keys, values = seen["heads"]
-    given, (added, maps) = seen["attention"]
+    nothing = hidden[:0][None]  # of a layer that keeps a state
+    queries, keys, values = seen.get("heads", (nothing, nothing, nothing))
+    given, (added, maps) = seen.get("attention", (nothing, (nothing, nothing)))
     before, after = seen["mlp"]
     output = output[0] if isinstance(output, tuple) else output
     neurons = getattr(layer.mlp, "down_proj", None) and seen["neurons"][0]

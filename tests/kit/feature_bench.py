@@ -46,7 +46,15 @@ MERGED = {
     "all": [vlmprune.method("pool", keep_ratio=0.5), TWO_PLACES[1], SELECT],
 }
 """The same places with rows that are merged."""
-CALLS = {"llava_next": MOVED, "llava_onevision": MERGED, "qwen3_vl": MERGED}
+STATES = {**PLACES, "in the decoder": [vlmprune.method("fastv", keep_ratio=0.4)]}
+"""The same places where the layers that others read keep a state."""
+CALLS = {
+    "llava_next": MOVED,
+    "llava_onevision": MERGED,
+    "qwen3_vl": MERGED,
+    "qwen3_5": STATES,
+    "qwen3_5_moe": STATES,
+}
 STEPS = 3
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

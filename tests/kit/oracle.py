@@ -411,8 +411,9 @@ class Truth:
         return self.decoder.norm(state.hidden), state.places
 
     @staticmethod
-    def _layer(layer, state: State, tables, mask: Tensor) -> Tensor:
-        hidden, mask = state.hidden[None], mask[None, None]
+    def _layer(layer, state: State, tables, mask: Tensor | None) -> Tensor:
+        hidden = state.hidden[None]
+        mask = mask[None, None] if hasattr(layer, "self_attn") else None  # one that keeps a state
         return layer(hidden, attention_mask=mask, position_embeddings=tables)[0]
 
     @torch.no_grad()

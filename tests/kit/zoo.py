@@ -65,6 +65,9 @@ WHOLE_CASES = tuple(CASES[name] for name in WHOLE_NAMES)
 OTHER_CASES = tuple(case for case in CASES.values() if case not in WHOLE_CASES)
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 """Every tiny model of every family: for tests of what an adapter says, once a model."""
+STORING_CASES = tuple(c for c in CASES.values() if c.shape.decoder.attention_layers is None)
+STORING = pytest.mark.parametrize("case", STORING_CASES, ids=lambda case: case.name)
+"""Those all of whose layers have attention and a KV cache."""
 WHOLE = pytest.mark.parametrize("case", WHOLE_CASES, ids=WHOLE_NAMES)
 """The tiny models of the first families: for what no adapter has to do with."""
 FAMILY_NAMES = tuple(OF_TESTS[family].ONE for family in FIRST if OF_TESTS[family].ONE)
@@ -114,6 +117,8 @@ def asked(case: Case, names: Iterable[str]) -> list[str]:
     found = []
     for of_place in places.values():
         run = [name for name in of_place if options_for(case, name.partition(":")[0]) is not None]
+        if not run and issubclass(method_class(of_place[0].partition(":")[0]), CacheMethod):
+            continue  # decoders that keep states refuse all of them: test_states.py
         found.append((run or of_place)[turn_of(case) % len(run or of_place)])
     return found
 
@@ -164,7 +169,10 @@ ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def needs_of(case: Case, method: Any) -> tuple[Any, ...] | None:
-    """The signals that a method asks for; None where it has no rule for the model's encoder."""
+    """The signals that a method asks for; None where it has no rule for the model's encoder, or
+    works on a cache that not every layer has."""
+    if isinstance(method, CacheMethod) and case.shape.decoder.attention_layers is not None:
+        return None
     try:
         return tuple(method.needs(case.shape))
     except (vlmprune.MissingSignalError, vlmprune.UnsupportedModelError):

@@ -91,4 +91,6 @@ class Qwen3VL(Qwen2VL):
     scaling = Scaling(limits_fps=True, system_prompt=True, patch_size=16)
     shapes: ClassVar[tuple[Shape, ...]] = (Shape("qwen3-vl-8b", sized, (1024, 1024)),)
     small_shapes: ClassVar[tuple[Shape, ...]] = (Shape("qwen3-vl-small", _small, (768, 768)),)
-    tiny = (Case("qwen3_vl", tiny, MERGING, Timestamped(), fixed_positions=True, checked=True),)
+    tiny: ClassVar[tuple[Case, ...]] = (
+        Case("qwen3_vl", tiny, MERGING, Timestamped(), fixed_positions=True, checked=True),
+    )

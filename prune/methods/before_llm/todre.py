@@ -92,7 +92,7 @@ class ToDRE(Greedy):
         return (Place.BEFORE_LLM, Place.DECODER) if self.late else (Place.BEFORE_LLM,)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        late = tuple(_text_attention(cut.layer) for cut in self.cuts(shape)[1:])
+        late = tuple(_text_attention(shape, cut.layer) for cut in self.cuts(shape)[1:])
         if self.pivot == "random":
             return (Features(), PixelSeed(), *late)
         layer = encoder_layer(self.layer, -1, shape.tower, field="layer")
@@ -114,7 +114,7 @@ class ToDRE(Greedy):
 
     def select_adaptive(self, tokens: VisualTokens) -> Selection:
         """The late cut: all of an image's tokens or none."""
-        received = tokens.signals[_text_attention(tokens.layer)].float()
+        received = tokens.signals[_text_attention(tokens.shape, tokens.layer)].float()
         stays = bool(received.sum() >= self.tau)
         return Selection(kept=torch.arange(len(received) if stays else 0, device=received.device))
 
@@ -130,6 +130,7 @@ class ToDRE(Greedy):
         return first + signal[first : first + among].float().argmax()
 
 
-def _text_attention(cut: int) -> TextAttention:
-    """The layer before the cut: what the text rows read from each token, on average."""
-    return TextAttention(cut - 1, rows="text")
+def _text_attention(shape: ModelShape, cut: int) -> TextAttention:
+    """The layer before the cut, or the last before it that has attention: what the text rows read
+    from each token, on average."""
+    return TextAttention(shape.decoder.attends_before(cut), rows="text")

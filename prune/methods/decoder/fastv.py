@@ -26,7 +26,7 @@ from ...contract import (
 )
 from ...errors import MethodFieldError
 from ...fields import check_int
-from ...layers import user_layer
+from ...layers import check_behind, user_layer
 from ...ops.topk import ascending, top_k
 from ...registry import register
 
@@ -36,7 +36,10 @@ _HINT = "give the first decoder layer that sees fewer tokens, at least 1 (2 and 
 @register("fastv")
 @dataclass(frozen=True, kw_only=True)
 class FastV(InDecoder):
-    """One cut: `layer` is the first decoder layer that sees fewer tokens, on any depth."""
+    """One cut: `layer` is the first decoder layer that sees fewer tokens, on any depth.
+
+    The last layer before it that has attention is read; where none has, the cut is behind the first
+    that has."""
 
     positions: ClassVar[Positions] = "original"
     layer: int = 2
@@ -48,13 +51,14 @@ class FastV(InDecoder):
             raise MethodFieldError(f"layer=0 is not possible: {_HINT}.")
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        return (TextAttention(self.cuts(shape)[0].layer - 1),)
+        return (TextAttention(shape.decoder.attends_before(self.cuts(shape)[0].layer)),)
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         layer = user_layer(self.layer, depth=shape.decoder.num_layers, field="layer")
         if layer == 0:
             raise MethodFieldError(f"layer={self.layer} is the first layer: {_HINT}.")
-        return (Cut(Place.DECODER, layer),)
+        read = shape.decoder.attends_before(layer)
+        return (Cut(Place.DECODER, check_behind(max(layer, read + 1), shape, "fastv")),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         (row,) = self.needs(tokens.shape)

@@ -40,17 +40,21 @@ from ...registry import register
 @register("spatten")
 @dataclass(frozen=True, kw_only=True)
 class SpAtten(InDecoder):
-    """A cut at every layer behind the first 15 %, of which there are at least three."""
+    """A cut at every layer behind the first 15 %, of which there are at least three; in decoders
+    where few layers have attention, behind each of these."""
 
     positions: ClassVar[Positions] = "original"
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        return tuple(ReceivedInLayer(layer) for layer in range(shape.decoder.num_layers - 1))
+        last = shape.decoder.num_layers - 1
+        return tuple(ReceivedInLayer(layer) for layer in shape.decoder.attending if layer < last)
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         depth = shape.decoder.num_layers
         first = min(max(3, round(0.15 * depth)), depth - 1)
-        return tuple(Cut(Place.DECODER, layer) for layer in range(first, depth))
+        possible = [layer + 1 for layer in shape.decoder.attending if layer + 1 < depth]
+        behind = [layer for layer in possible if layer >= first] or possible[-1:]
+        return tuple(Cut(Place.DECODER, layer) for layer in behind)
 
     def counts(self, shape: ModelShape, num_tokens: int, keep: int) -> tuple[int, ...]:
         cuts = len(self.cuts(shape))
@@ -58,6 +62,7 @@ class SpAtten(InDecoder):
         return tuple(round(num_tokens - dropped * i / cuts) for i in range(1, cuts + 1))
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        layers = [tokens.signals[ReceivedInLayer(layer)] for layer in range(tokens.layer)]
+        read = [layer for layer in tokens.shape.decoder.attending if layer < tokens.layer]
+        layers = [tokens.signals[ReceivedInLayer(layer)] for layer in read]
         scores = torch.stack(layers).float().sum(0)
         return Selection(kept=ascending(top_k(scores, keep)), scores=scores)
