@@ -16,34 +16,26 @@ import torch
 import vlmprune
 from kit import zoo
 from kit.support import EXPECTED, EXPECTED_FILE
+from vlmprune.adapters.family import VIDEO
+from vlmprune.adapters.registry import family_class
 from vlmprune.eval.checking.tiny_clip import clip
 from vlmprune.prune.contract import Place
 from vlmprune.prune.registry import method_class
 
-COLUMNS: dict[str, tuple[str, zoo.Row]] = {
-    "idefics3": ("idefics3", (7, "C", 3)),
-    "internvl": ("internvl", (7, "C", 3)),
-    "llava (CLIP)": ("llava-clip-llama", (7, "C", 3)),
-    "llava (SigLIP)": ("llava-siglip-qwen2", (7, "C", 3)),
-    "llava_next": ("llava_next", (7, "A", 3)),
-    "llava_next_video": ("llava_next_video", (7, "A", 3)),
-    "llava_next_video, video": ("llava_next_video", (7, "V", 3)),
-    "llava_onevision": ("llava_onevision", (7, "A", 3)),
-    "llava_onevision, video": ("llava_onevision", (7, "V", 3)),
-    "mistral3": ("mistral3", (7, "C", 3)),
-    "qwen2_vl": ("qwen2_vl", (7, "C", 3)),
-    "qwen2_5_vl": ("qwen2_5_vl", (7, "C", 3)),
-    "qwen3_vl": ("qwen3_vl", (7, "C", 3)),
-    "qwen3_vl_moe": ("qwen3_vl_moe", (7, "C", 3)),
-    "qwen3_5": ("qwen3_5", (7, "C", 3)),
-    "qwen3_5_moe": ("qwen3_5_moe", (7, "C", 3)),
-    "qwen videos": ("qwen3_vl", (7, "V", 3)),
-    "glm4v": ("glm4v", (7, "C", 3)),
-    "glm46v": ("glm46v", (7, "C", 3)),
-    "glm videos": ("glm46v", (7, "V", 3)),
-    "smolvlm": ("smolvlm", (7, "C", 3)),
-    "vipllava": ("vipllava", (7, "C", 3)),
-}
+
+def _columns() -> dict[str, tuple[str, zoo.Row]]:
+    """A model of every family with an image, and with a video where the family is asked for what
+    others share."""
+    columns: dict[str, tuple[str, zoo.Row]] = {}
+    for name, family in zoo.OF_TESTS.items():
+        for label, case in getattr(family, "COLUMNS", {name: family.CASES[0]}).items():
+            columns[label] = (case, (7, "A", 3))
+            if family.ONE and VIDEO in family_class(name).modalities:
+                columns[f"{label}, video"] = (case, (7, "V", 3))
+    return columns
+
+
+COLUMNS = _columns()
 WAYS: dict[str, dict[str, object]] = {
     "works": {},
     "`scores='received'`": {"scores": "received"},
@@ -60,15 +52,20 @@ REFUSALS = (
 
 
 @functools.cache
+def column_of(column: str):
+    """The model of a column, which all methods come and go on, and what it is asked."""
+    name, row = COLUMNS[column]
+    return zoo.CASES[name], row, zoo.CASES[name].model(), zoo.CASES[name].inputs((row,))
+
+
+@functools.cache
 def way(name: str, column: str) -> str:
     """The first of `WAYS` in which a method keeps 40 % of an image's tokens, or of their entries in
     the cache; "no" if none does.
 
     Anything but a typed refusal is a failure of the caller's test.
     """
-    case_name, row = COLUMNS[column]
-    case = zoo.CASES[case_name]
-    model, inputs = case.model(), case.inputs((row,))
+    case, row, model, inputs = column_of(column)
     for words, options in WAYS.items():
         given = options | zoo.SMALL.get(name, {})
         if given.pop("clip", None):
@@ -110,11 +107,12 @@ def test_every_method_and_no_other_is_expected():
 @pytest.mark.parametrize("column", COLUMNS)
 def test_what_acts_inside_the_llm_runs_on_every_model(column):
     """It reads nothing that only some encoders have; what some decoder layers lack is refused."""
-    shape = zoo.CASES[COLUMNS[column][0]].shape
+    case = zoo.CASES[COLUMNS[column][0]]
     for name in METHODS:
         if (cls := method_class(name)).place > Place.BEFORE_LLM:
-            needs = zoo.needs_of(zoo.CASES[COLUMNS[column][0]], cls())
-            lacks = needs is None or any(map(shape.lacks, needs))
+            needs = zoo.needs_of(case, cls())
+            lacks = needs is None or any(map(case.shape.lacks, needs))
+            lacks |= name in zoo.ON_CACHE and not case.whole_cache
             assert way(name, column) == ("no" if lacks else "works"), name
 
 

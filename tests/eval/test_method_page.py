@@ -36,7 +36,7 @@ def test_a_page_says_what_the_file_says(capsys):
         "              https://arxiv.org/abs/2403.06764",
         "  Defined in  vlmprune.prune.methods.decoder.fastv",
         "  layer: int = 2",
-        "  Not tried   qwen2_vl: no sizes of a checkpoint are known here",
+        "  Not tried   glm46v, qwen2_vl: no sizes of a checkpoint are known here",
     ):
         assert any(line.startswith(fact) for line in lines), fact
     said = " ".join(page.split())

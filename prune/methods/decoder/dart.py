@@ -41,7 +41,7 @@ from ...contract import (
 )
 from ...errors import MethodFieldError
 from ...fields import check_int
-from ...layers import user_layer
+from ...layers import check_behind, user_layer
 from ...ops.topk import ascending, top_k
 from ...registry import register
 
@@ -53,7 +53,8 @@ _HINT = "give the first decoder layer that sees fewer tokens, at least 1 (2 is p
 class DART(InDecoder):
     """One cut: `layer` is the first decoder layer that sees fewer tokens, on any depth.
 
-    `pivot_image` and `pivot_text` are the numbers of pivots among the image's tokens and the text.
+    Keys are of the last layer before it that has attention; where none has, the cut is behind the
+    first that has. `pivot_image` and `pivot_text` are the numbers of pivots among the image's tokens and the text.
     """
 
     positions: ClassVar[Positions] = "original"
@@ -75,14 +76,16 @@ class DART(InDecoder):
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         layer = self.cuts(shape)[0].layer
+        read = shape.decoder.attends_before(layer)
         hidden = (Hidden(layer, normed=True), TextHidden(layer, normed=True))
-        return (LayerKeys(layer - 1), TextKeys(layer - 1), *hidden)
+        return (LayerKeys(read), TextKeys(read), *hidden)
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         layer = user_layer(self.layer, depth=shape.decoder.num_layers, field="layer")
         if layer == 0:
             raise MethodFieldError(f"layer={self.layer} is the first layer: {_HINT}.")
-        return (Cut(Place.DECODER, layer),)
+        read = shape.decoder.attends_before(layer)
+        return (Cut(Place.DECODER, check_behind(max(layer, read + 1), shape, "dart")),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         keys, text_keys, hidden, text = (tokens.signals[need] for need in self.needs(tokens.shape))
