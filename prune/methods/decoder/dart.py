@@ -54,7 +54,8 @@ class DART(InDecoder):
     """One cut: `layer` is the first decoder layer that sees fewer tokens, on any depth.
 
     Keys are of the last layer before it that has attention; where none has, the cut is behind the
-    first that has. `pivot_image` and `pivot_text` are the numbers of pivots among the image's tokens and the text.
+    first that has. `pivot_image` and `pivot_text` are the numbers of pivots among the image's
+    tokens and the text.
     """
 
     positions: ClassVar[Positions] = "original"
