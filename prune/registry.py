@@ -15,7 +15,7 @@ from .budget import BUDGET_WORDS, Budget, MethodCall
 from .contract import Attending, BeforeLLM, Compressing, InDecoder, InEncoder, Method
 from .errors import BudgetError, MethodFieldError, PluginError, UnknownMethodError, did_you_mean
 from .plugins import ENTRY_POINT_GROUP, Plugins, owner_of
-from .shipped import PACKAGE, shipped
+from .shipped import ELSEWHERE, PACKAGE, shipped
 
 _BASES = (InEncoder, BeforeLLM, InDecoder, Compressing, Attending)
 _M = TypeVar("_M", bound=type[Method])
@@ -38,6 +38,8 @@ def register(name: str) -> Callable[[_M], _M]:
         else:  # a shipped method owns its name before its file is imported
             owner = (shipped().get(name, cls.__module__), cls.__qualname__)
         other = next((n for n, c in _classes.items() if c is cls and n != name), None)
+        if name in ELSEWHERE:
+            raise ValueError(f"Method name {name!r} is taken: it {ELSEWHERE[name]}")
         if other is not None:
             raise ValueError(
                 f"{cls.__qualname__} is {other!r} already: register it under one name."
@@ -132,6 +134,8 @@ def _load_plugin(name: str) -> None:
 
 def _hint(name: str) -> str:
     head, *more = re.split("[:@+]", name)
+    if head in ELSEWHERE:
+        return f"It {ELSEWHERE[head]}"
     if head not in method_names() or not "".join(more):
         return did_you_mean(name, method_names())
     return (

@@ -58,6 +58,13 @@ VERSIONS: dict[str, int] = {
     "zero_tprune": 1,
 }
 
+ELSEWHERE: dict[str, str] = {
+    "downsample": "makes pictures smaller before the processor, so that no model is patched with "
+    "it: compare it in `vlmprune sweep --methods downsample` or vlmprune.compare, or resize the "
+    "pictures yourself."
+}
+"""Names of what is compared with methods and is none, and the end of a sentence that says so."""
+
 
 @cache
 def shipped() -> dict[str, str]:

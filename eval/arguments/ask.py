@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ...prune.errors import MethodFieldError
 from ..models.request import ModelRequest
-from ..words.typed import split_list
+from ..words.typed import DOWNSAMPLE, split_list
 from .model import model_arguments, model_request
 from .shared import (
     METHOD_WORD,
@@ -102,7 +102,7 @@ def request(args: argparse.Namespace) -> AskRequest:
     from ..compare import asked
     from . import early
 
-    early.refuse_unknown_methods(split_list(args.method))
+    early.refuse_unknown_methods(split_list(args.method), others=[DOWNSAMPLE])
     asked.check_save(args.save)
     return AskRequest(
         asked=asked.read_asked(args.image, args.question),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..models.request import ModelRequest
-from ..words.typed import split_list
+from ..words.typed import DOWNSAMPLE, split_list
 from .model import model_arguments, model_request
 from .shared import (
     BUDGET_WORD,
@@ -105,7 +105,7 @@ def request(args: argparse.Namespace) -> CompareRequest:
     from . import early
 
     methods, budgets = split_list(args.methods), split_list(args.budgets)
-    early.refuse_unknown_methods(methods)
+    early.refuse_unknown_methods(methods, others=[DOWNSAMPLE])
     early.refuse_unknown_budgets(budgets)
     asked.check_save(args.save)
     return CompareRequest(

@@ -14,7 +14,7 @@ from pathlib import Path
 from ...prune.amount import PUBLISHED, Budget
 from ...prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
 from ...prune.plugins import ENTRY_POINT_GROUP
-from ...prune.shipped import PACKAGE, shipped
+from ...prune.shipped import ELSEWHERE, PACKAGE, shipped
 from ..embedded import TASK
 from ..embedded.vocabulary import KINDS
 from ..tasks.protocols import TaskError
@@ -31,8 +31,11 @@ class OutputError(VlmpruneError, OSError):
     """
 
 
-def refuse_unknown_methods(words: Iterable[str]) -> None:
+def refuse_unknown_methods(words: Iterable[str], *, others: Sequence[str] = ()) -> None:
     """Look at the names alone in words such as "divprune@0.5+fastv:layer=3".
+
+    Args:
+        others: names that are no methods, and that the command takes all the same.
 
     Raises:
         UnknownMethodError: it says what is near, and what there is.
@@ -40,8 +43,10 @@ def refuse_unknown_methods(words: Iterable[str]) -> None:
     names = [name for word in words for name in method_names_in(word)]
     if not names:
         return
-    known = _known()
+    known = [*_known(), *others]
     for name in names:
+        if name in ELSEWHERE and name not in others:
+            raise UnknownMethodError(f"{name} is no method: it {ELSEWHERE[name]}")
         if name not in known and name != DENSE:
             raise UnknownMethodError(f"Unknown method {name!r}. {did_you_mean(name, known)}")
 

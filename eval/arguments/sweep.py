@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sweep.request import SweepRequest
-from ..words.typed import split_list
+from ..words.typed import DOWNSAMPLE, split_list
 from .model import model_arguments, model_request
 from .shared import (
     DEFAULT_BUDGETS,
@@ -47,7 +47,7 @@ Interrupt it when you like: the same command goes on where it stopped. The table
 show every cell in the folder with the same model, questions and seed, so that a later call with
 other methods or budgets adds to them. Exit code: 0, or 1 if a cell failed.
 """
-DEFAULT_METHODS = ("random", "grid", "divprune", "vtc_cls", "hiprune", "fastv")
+DEFAULT_METHODS = ("random", "grid", DOWNSAMPLE, "divprune", "vtc_cls", "hiprune", "fastv")
 
 
 def sweep_parser() -> argparse.ArgumentParser:
@@ -169,7 +169,7 @@ def request(args: argparse.Namespace) -> SweepRequest:
 
     methods, budgets = split_list(args.methods), split_list(args.budgets)
     tasks, kinds = split_list(args.tasks), split_list(args.kinds or [])
-    early.refuse_unknown_methods(methods)
+    early.refuse_unknown_methods(methods, others=[DOWNSAMPLE])
     early.refuse_unknown_budgets(budgets)
     early.refuse_unknown_questions(tasks, kinds, other_tasks=bool(args.data))
     early.refuse_unwritable(args.output_path)

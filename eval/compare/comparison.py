@@ -311,7 +311,7 @@ def compare_cells(
                 answer=sample.prediction,
                 correct=correct,
                 measured=measured,
-                picture=pictures[0],
+                picture=pictures[0] if pictures else asked.image,
             )
         )
     notes = [vocabulary_note(processor, [asked.question])]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...adapters.clip_text import ClipText
 from ...prune.budget import MethodCall
 from ...prune.contract import Positions
-from ...prune.errors import VlmpruneError, did_you_mean
+from ...prune.errors import UnsupportedFeatureError, VlmpruneError, did_you_mean
 from ..measure.answering import flops_of, tokens_of
 from ..measure.evaluate import EXAMPLES, TIMED_QUESTIONS, Sample, SavePicture, example
 from ..measure.flops import model_cost
@@ -19,6 +19,7 @@ from ..processes import Processes
 from ..results.records import Measured
 from ..tasks import TASKS_DIR
 from ..tasks.protocols import TaskError
+from ..words.downsample import downsampling
 from .manners import cause_of, data_bars, to_stderr
 from .running import Evaluation, Shared
 
@@ -192,6 +193,11 @@ class LmmsBenchmark:
         save_picture: SavePicture | None = None,
     ) -> tuple[Measured, list[Sample]]:
         """Evaluate the dense model, or what `calls` make of it; see `evaluate.Benchmark`."""
+        if downsampling(calls) is not None:
+            raise UnsupportedFeatureError(
+                f"downsample on {self.name}: tasks of lmms-eval read pictures by themselves; it is "
+                f"measured on tinyscenes and on your own questions (--data)."
+            )
         lm, processes = self.lm, self.lm.processes
         lm.use(calls, positions)
         lm.task_dict[self.name] = self.task.dataset

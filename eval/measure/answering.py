@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +22,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Whole:
+    """What the dense model would be given, where pictures were made smaller for a prompt."""
+
+    visual: int
+    text_tokens: int
+    pictures: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """What a model said to one prompt, and what it took. Videos count as images."""
 
     text: str
     images: int
     visual: int
-    """Visual tokens of the prompt."""
+    """Visual tokens of the prompt; of pictures that were made smaller, before that."""
     kept: int
     """Rows for them that are alive after the last cut."""
     per_layer: list[int]
@@ -47,6 +56,12 @@ class Answer:
     cache_visual: float | None
     """Visual ones among these, a mean over layers: as many as were found, or, of a method that
     evicts nothing, as many as it may be."""
+    whole: Whole | None = None
+    """None: the pictures were not made smaller."""
+
+    def beside(self, whole: Whole) -> Answer:
+        """The same answer, as one on smaller pictures."""
+        return replace(self, visual=whole.visual, whole=whole)
 
 
 @torch.inference_mode()
@@ -105,6 +120,18 @@ def answer(
     return answers
 
 
+def wholes(model: PreTrainedModel, inputs: Mapping[str, Any], images: Sequence[int]) -> list[Whole]:
+    """What prompts hold, without running the model; as many images in each."""
+    visual = _visual_tokens(model, inputs)
+    real = inputs["attention_mask"].sum(1).tolist()
+    counts = {"image": list(images), "video": [0] * len(images)}
+    pictures = _pictures(model, inputs, counts, None, None)
+    return [
+        Whole(visual=n, text_tokens=whole - n, pictures=[grid for grid, _ in seen])
+        for n, whole, seen in zip(visual, real, pictures, strict=True)
+    ]
+
+
 def tokens_of(answers: Sequence[Answer]) -> Tokens:
     """Means over answers (and per image over their images)."""
     images = sum(a.images for a in answers) or 1
@@ -131,15 +158,15 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
     pruned: list[Flops] = []
     dense: list[Flops] = []
     for a in answers:
-        for target, per_layer, unread, entries, shortened in (
-            (pruned, a.per_layer, a.unread_layers, a.cache_entries, a.shortened),
-            (dense, [a.visual] * len(a.per_layer), 0, None, None),
+        for target, of, per_layer, unread, entries, shortened in (
+            (pruned, a, a.per_layer, a.unread_layers, a.cache_entries, a.shortened),
+            (dense, a.whole or a, [a.visual] * len(a.per_layer), 0, None, None),
         ):
             target.append(
                 cost.sample(
-                    pictures=a.pictures,
+                    pictures=of.pictures,
                     visual_per_layer=per_layer,
-                    text_tokens=a.text_tokens,
+                    text_tokens=of.text_tokens,
                     new_tokens=a.generated,
                     unread_layers=unread,
                     cache_entries=entries,

@@ -16,15 +16,19 @@ from ...adapters.clip_text import ClipText
 from ...adapters.devices import input_device
 from ...adapters.handle import Handle
 from ...adapters.patching import patch, unpatched
+from ...adapters.registry import family_of
 from ...prune.budget import MethodCall
 from ...prune.contract import Positions
 from ..models.picture_fit import picture_fit
+from ..models.registry import eval_family
+from ..models.smaller import Smaller
 from ..processes import Processes
 from ..results.records import Example, Measured, MeasuredClasses
 from ..results.statistics import Score, mean_score
 from ..tasks.protocols import Question, Task
 from ..tasks.version import version_of
-from .answering import Answer, answer, flops_of, tokens_of
+from ..words.downsample import downsampling, wanted_count
+from .answering import Answer, answer, flops_of, tokens_of, wholes
 from .flops import model_cost
 from .times import Measurement, PatchOptions, measure
 from .where_kept import Seen, add_where
@@ -149,7 +153,7 @@ class Evaluator:
         save_picture: SavePicture | None = None,
         inspect: Callable[[Handle], None] = lambda handle: None,
     ) -> tuple[Measured, list[Sample]]:
-        """Evaluate the dense model, or what `calls` make of it; see `Benchmark`.
+        """Evaluate the dense model, or what `calls` make of it or of its pictures; see `Benchmark`.
 
         Args:
             inspect: given the handle after the last batch of this process.
@@ -157,13 +161,15 @@ class Evaluator:
         import torch
 
         torch.manual_seed(self.seed)
+        seen, calls = self._seen(calls)
         options: PatchOptions = {"positions": positions, "clip": self.clip}
         drawn = EXAMPLES if save_picture else 0
-        with unpatched(self.model):  # a patch of the caller's comes back afterwards
+        ready = seen.on(family_of(self.model).vision_tower) if seen else nullcontext()
+        with unpatched(self.model), ready:  # a patch of the caller's comes back afterwards
             done = self.processes.gather(
-                partial(self._share, calls, options, drawn, progress, inspect)
+                partial(self._share, seen, calls, options, drawn, progress, inspect)
             )
-            measured = self.processes.from_first(partial(self._measure, calls, options))
+            measured = self.processes.from_first(partial(self._measure, seen, calls, options))
         answers = self.processes.dealt([share.answers for share in done])
         samples = [
             self._sample(question, found)
@@ -182,12 +188,27 @@ class Evaluator:
         )
         if calls:
             evidence = self.processes.dealt([share.seen.evidence for share in done])
-            seen = [share.seen for share in done]
-            add_where(cell, seen, evidence, [sample.score for sample in samples])
+            kept = [share.seen for share in done]
+            add_where(cell, kept, evidence, [sample.score for sample in samples])
         return cell, samples
+
+    def _seen(self, calls: Sequence[MethodCall]) -> tuple[Smaller | None, Sequence[MethodCall]]:
+        """How pictures are made smaller (None: they are not), and what the model is patched with.
+
+        Raises:
+            UnsupportedModelError, UnsupportedFeatureError: they cannot be, or not so.
+        """
+        call = downsampling(calls)
+        if call is None:
+            return None, calls
+        config = self.model.config
+        family = eval_family(config.model_type, "No way to make pictures smaller is known")
+        count = wanted_count(call, family_of(self.model).shape)
+        return family.smaller(config, self.processor, count), ()
 
     def _share(
         self,
+        seen: Smaller | None,
         calls: Sequence[MethodCall],
         options: PatchOptions,
         drawn: int,
@@ -196,21 +217,27 @@ class Evaluator:
     ) -> _Share:
         """Answer what this process is dealt, and draw what was kept for the first questions."""
         share = _Share([], set(), set(), {}, Seen())
+        share.notes |= {seen.note} if seen is not None and seen.note else set()
         questions = self.processes.share(self.questions)
         numbers = self.processes.share(range(len(self.questions)))
         fit = picture_fit(self.processor)
         with patch(self.model, calls, **options) if calls else nullcontext() as handle:
             for start in range(0, len(questions), self.batch_size):
                 asked = questions[start : start + self.batch_size]
-                share.answers += answer(
+                images = [1] * len(asked)
+                answers = answer(
                     self.model,
                     self.processor,
-                    self._encode(asked),
+                    self._encode(asked, seen),
                     handle,
-                    images=[1] * len(asked),
+                    images=images,
                     do_sample=False,
                     max_new_tokens=self.task.max_new_tokens,
                 )
+                if seen is not None:
+                    before = wholes(self.model, self._encode(asked), images)
+                    answers = [a.beside(w) for a, w in zip(answers, before, strict=True)]
+                share.answers += answers
                 if handle is not None:
                     share.notes |= {handle.last.note} if handle.last.note else set()
                     share.modes |= {handle.last.positions}
@@ -221,6 +248,8 @@ class Evaluator:
                         share.pictures[number] = (
                             handle.overlay(question.image, index, fit=fit)
                             if handle
+                            else seen.picture(question.image)
+                            if seen
                             else question.image
                         )
                 progress(len(asked) * self.processes.world)
@@ -228,33 +257,42 @@ class Evaluator:
                 inspect(handle)
         return share
 
-    def _measure(self, calls: Sequence[MethodCall], options: PatchOptions) -> Measurement:
+    def _measure(
+        self, seen: Smaller | None, calls: Sequence[MethodCall], options: PatchOptions
+    ) -> Measurement:
         few = self.questions[: self.timed_questions]
         return measure(
             self.model,
-            [self._encode([question]) for question in few] * self.repeats,
+            [self._encode([question], seen) for question in few] * self.repeats,
             calls=calls,
             options=options,
+            beside=[self._encode([question]) for question in few] * self.repeats if seen else None,
         )
 
-    def _encode(self, asked: Sequence[Question]) -> dict[str, Any]:
-        """The model's inputs, left-padded."""
+    def _encode(self, asked: Sequence[Question], seen: Smaller | None = None) -> dict[str, Any]:
+        """The model's inputs, left-padded; with `seen`, of smaller pictures, which are not kept."""
+        if seen is not None:
+            return self._on_device(self._processed(asked, seen))
         key = tuple(question.id for question in asked)
         if key not in self._encoded:
-            encoded = self.processor(
-                text=[self.task.prompt(self.processor, q) for q in asked],
-                images=[q.image for q in asked],
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            )
-            inputs = dict(encoded)
+            inputs = self._processed(asked, Smaller(processor=self.processor))
             size = sum(t.numel() * t.element_size() for t in inputs.values())
             if self._encoded_bytes + size > _CACHED_BYTES:
                 return self._on_device(inputs)
             self._encoded[key] = inputs
             self._encoded_bytes += size
         return self._on_device(self._encoded[key])
+
+    def _processed(self, asked: Sequence[Question], seen: Smaller) -> dict[str, Any]:
+        return dict(
+            seen.processor(
+                text=[self.task.prompt(seen.processor, q) for q in asked],
+                images=[seen.picture(q.image) for q in asked],
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+        )
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -117,6 +117,7 @@ def measure(
     *,
     calls: Sequence[MethodCall] = (),
     options: PatchOptions | None = None,
+    beside: Sequence[Mapping[str, Any]] | None = None,
     new_tokens: int = 8,
 ) -> Measurement:
     """Time `generate` on each of `inputs` (batch 1, on the model's device), after a warm-up.
@@ -125,6 +126,7 @@ def measure(
         model: not patched; it is patched for the measured calls and left as it was.
         calls: the methods to measure, each time next to the dense model; none: that alone.
         options: further arguments of `patch`.
+        beside: what the dense model is given instead, where `inputs` are smaller than its own.
         new_tokens: length of every generation; the time per decoded token is a call's mean over
             the steps after the first.
 
@@ -144,9 +146,10 @@ def measure(
         cache_bytes = [kv_bytes(cache) for cache in caches]
         del caches
         _generate(model, inputs[0], new_tokens, [])
-    for one in inputs:
-        if calls:
-            stamps, start = _timed(model, one, 1, device)
+    for number, one in enumerate(inputs):
+        if calls or beside:
+            dense = beside[number] if beside else one
+            stamps, start = _timed(model, dense, 1, device)
             timings.dense_first_token.append(stamps[0] - start)
         with patched() as handle, module_seconds(tower, device) as vision:
             if device.type == "cuda":
@@ -160,7 +163,7 @@ def measure(
         timings.vision.append(sum(vision))
         timings.select.append(select)
         timings.prefill.append(first - sum(vision) - select)
-        if calls:
+        if calls or beside:
             timings.share_of_dense.append(first / timings.dense_first_token[-1])
         if len(stamps) > 1:
             timings.per_decoded_token.append((stamps[-1] - stamps[0]) / (len(stamps) - 1))

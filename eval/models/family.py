@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from ...prune.errors import UnsupportedModelError
+from .smaller import Count, Smaller
 from .tiny_models import Case
 
 
@@ -82,6 +84,23 @@ class EvalFamily(ABC):
     def kinds(self, config: Any, ids: Tensor) -> dict[str, Tensor]:
         """What a processor says of the kinds of tokens `ids` (B, L)."""
         return {}
+
+    def smaller(self, config: Any, processor: Any, count: Count) -> Smaller:
+        """How `downsample` makes pictures smaller.
+
+        Args:
+            config: the model's.
+            processor: the model's, which stays as it is.
+            count: as many tokens as are wanted, of an image that has so many.
+
+        Raises:
+            UnsupportedModelError: nobody has said how, or its processor does not allow it.
+        """
+        raise UnsupportedModelError(
+            f"downsample: how pictures of {config.model_type} become smaller is not known; its "
+            f"tokens do not follow from one size alone. Use pool or grid there, or say it in "
+            f"EvalFamily.smaller."
+        )
 
 
 class EvalFamilyBySizes(EvalFamily):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...prune.errors import VlmpruneError
-from ...prune.registry import method_class
 from ..method_facts import what_it_does
+from ..words.downsample import class_of
 from .cells import Section
 
 UNKNOWN = "not known to the vlmprune that wrote this report"
@@ -25,7 +25,7 @@ def described(sections: Sequence[Section]) -> list[tuple[str, str]]:
 
 def _sentence(name: str) -> str:
     try:
-        said = what_it_does(method_class(name))
+        said = what_it_does(class_of(name))
     except (VlmpruneError, TypeError):
         return UNKNOWN
     return f"{said[:1].upper()}{said[1:].rstrip('.')}."

@@ -11,12 +11,12 @@ from typing import Any
 from ...prune.amount import PREFIXES, PUBLISHED
 from ...prune.contract import ClipText
 from ...prune.errors import VlmpruneError
-from ...prune.registry import method_class
 from ..embedded.task import EmbeddedTask
 from ..method_facts import needs_of
 from ..models.loading import EMBEDDED
 from ..results.records import ANSWERS, CLASSES, MethodRecord, Record, method_record
 from ..results.task_kinds import kind_of
+from ..words.downsample import class_of
 from ..words.parts import parse
 from ..words.typed import pair
 
@@ -119,7 +119,7 @@ def _methods_word(entries: list[MethodRecord], seed: int) -> str:
 def _method_word(entry: MethodRecord, seed: int) -> str:
     """A method as `--methods` takes it: the fields that are not at their defaults, the budget."""
     try:
-        cls = method_class(entry["name"])
+        cls = class_of(entry["name"])
         usual = {**cls.retired, **cls().fields(), "seed": seed}
     except (VlmpruneError, TypeError):  # of another version, a plug-in, or without defaults
         usual = {}
@@ -166,7 +166,7 @@ def _need(entry: MethodRecord, seed: int) -> str | None:
 
 def _reads_clip(entry: MethodRecord) -> bool:
     try:
-        cls = method_class(entry["name"])
+        cls = class_of(entry["name"])
         return any(isinstance(need, ClipText) for need in needs_of(cls()))
     except (VlmpruneError, TypeError):
         return False

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from ...prune.budget import BUDGET_WORDS, PUBLISHED, Budget, MethodCall
 from ...prune.contract import Method
 from ...prune.errors import BudgetError, MethodFieldError
-from ...prune.registry import made_of, method_class
-from .typed import DENSE, parse_fields, split_parts
+from ...prune.registry import made_of
+from .downsample import Downsample, class_of
+from .typed import DENSE, DOWNSAMPLE, parse_fields, split_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,10 @@ def parse(text: str, seed: int = 0) -> Parts:
         UnknownMethodError, MethodFieldError, BudgetError: each says what to type instead.
     """
     parts = [_part(word, seed) for word in split_parts(text)]
+    if len(parts) > 1 and any(isinstance(part.method, Downsample) for part in parts):
+        raise MethodFieldError(
+            f"{text!r}: {DOWNSAMPLE} cannot be combined with methods: write it as a word alone."
+        )
     return tuple(sorted(parts, key=lambda part: part.method.place))
 
 
@@ -120,10 +125,18 @@ def _part(text: str, seed: int) -> Part:
                 f"{text!r}: a budget is written behind the method, {name}@0.5, or given to the "
                 f"whole command (sweep and bench: --budgets 0.5; ask: --keep_ratio 0.5)."
             )
-    if "seed" in {field.name for field in dataclasses.fields(method_class(name))}:
+    if "seed" in {field.name for field in dataclasses.fields(class_of(name))}:
         fields.setdefault("seed", seed)
-    made = made_of(name, fields)
+    made = _made(name, fields)
     return Part(made, _own_budget(made, budget)) if at else Part(made, open=True)
+
+
+def _made(name: str, fields: dict[str, object]) -> Method:
+    if name != DOWNSAMPLE:
+        return made_of(name, fields)
+    if fields:
+        raise MethodFieldError(f"{name} has no fields: leave {', '.join(fields)} out.")
+    return Downsample()
 
 
 def _own_budget(made: Method, text: str) -> Budget | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...prune.amount import PREFIXES, PUBLISHED
 from ...prune.errors import VlmpruneError
-from ...prune.registry import method_class
+from .downsample import class_of
 from .parts import Part
 
 
@@ -26,7 +26,7 @@ def _part_text(part: Part, seed: int) -> str:
 def changed_fields(name: str, fields: Mapping[str, object], seed: int) -> list[str]:
     """`field=value` of every field that is not at its default (a `seed`: not the sweep's)."""
     try:
-        usual = method_class(name)().fields() | {"seed": seed}
+        usual = class_of(name)().fields() | {"seed": seed}
     except (VlmpruneError, TypeError):  # recorded by a version that knew this method
         return []
     return [

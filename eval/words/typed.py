@@ -11,6 +11,9 @@ from ...prune.errors import MethodFieldError
 DENSE = "dense"
 """The model as it is, where methods are named."""
 
+DOWNSAMPLE = "downsample"
+"""The baseline that makes pictures smaller; no method that a model is patched with."""
+
 _AND = re.compile(r"\+(?=[A-Za-z_])")  # the plus of 1e+3 is none
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")
 

@@ -17,7 +17,7 @@ from PIL import Image
 from vlmprune.eval import cli
 from vlmprune.eval.arguments.sweep import DEFAULT_METHODS
 from vlmprune.eval.measure.evaluate import Evaluator
-from vlmprune.eval.words.typed import parse_fields, split_list
+from vlmprune.eval.words.typed import DOWNSAMPLE, parse_fields, split_list
 from vlmprune.prune.registry import method_class
 
 COMMANDS = (
@@ -89,7 +89,7 @@ def test_every_command_has_help_with_its_defaults(capsys):
     text = capsys.readouterr().out
     assert all(method in text for method in DEFAULT_METHODS)
     assert "./vlmprune_runs" in text and "examples:" in text
-    assert set(DEFAULT_METHODS) <= set(vlmprune.methods())
+    assert set(DEFAULT_METHODS) <= {*vlmprune.methods(), DOWNSAMPLE}
 
 
 # --- Errors ----------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from vlmprune.eval import cli
 from vlmprune.eval.report.repeat import command_of, needs
 from vlmprune.eval.results.records import Config, method_record
 from vlmprune.eval.results.store import read_records
+from vlmprune.eval.words.downsample import class_of
 from vlmprune.eval.words.parts import grid, parse, parse_budgets
 from vlmprune.eval.words.typed import parse_fields, split_list
 from vlmprune.prune import registry
-from vlmprune.prune.registry import method_class
 
 
 def read_back(command: str, config: dict) -> list[Config]:
@@ -61,7 +61,7 @@ def gained(one: dict) -> set[str]:
     return {
         name
         for entry in one["config"]["methods"]
-        for name in method_class(entry["name"])().fields().keys() - entry["fields"].keys()
+        for name in class_of(entry["name"])().fields().keys() - entry["fields"].keys()
     }
 
 

@@ -24,10 +24,10 @@ from vlmprune.eval.results.texts import setting_line
 from vlmprune.eval.sweep.grid import Cell
 from vlmprune.eval.tasks.protocols import TaskError
 from vlmprune.eval.tasks.questions import asked
+from vlmprune.eval.words.downsample import class_of
 from vlmprune.eval.words.parts import Part, grid, parse, parse_budgets
 from vlmprune.eval.words.said import parts_text
 from vlmprune.prune.budget import Budget
-from vlmprune.prune.registry import method_class
 
 
 def config(text: str, **others) -> Config:
@@ -75,7 +75,7 @@ def test_a_field_that_a_method_has_lost_stays_in_ids():
     alone = {
         r["config"]["methods"][0]["name"]: r for r in stored if len(r["config"]["methods"]) == 1
     }
-    lost = {name: cls.retired for name in alone if (cls := method_class(name)).retired}
+    lost = {name: cls.retired for name in alone if (cls := class_of(name)).retired}
     assert len(lost) >= 7
     for name, retired in lost.items():
         config = alone[name]["config"]
@@ -89,7 +89,7 @@ def test_a_field_that_a_method_has_lost_stays_in_ids():
 
 def _word(method: dict) -> str:
     """A recorded method as the command line writes it."""
-    budget, known = method["budget"], method_class(method["name"])().fields()
+    budget, known = method["budget"], class_of(method["name"])().fields()
     fields = "".join(f":{k}={v}" for k, v in method["fields"].items() if k in known)
     prefix = "avg:" if budget and budget["word"] == "average_tokens" else ""
     return f"{method['name']}{fields}@" + (f"{prefix}{budget['value']}" if budget else "published")

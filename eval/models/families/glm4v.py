@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import Glm4vConfig
 
-from ..family import Shape
+from ..family import EvalFamily, Shape
 from ..tiny_layouts import (
     DECODER,
     FIRST_WORD,
@@ -86,6 +86,7 @@ class Glm4V(Qwen2VL):
     line = "GLM"
     wrapper = "vlmprune"  # lmms-eval has none
     scaling = None
+    smaller = EvalFamily.smaller  # its processor's limits count the frames of a picture
     marks = ("image_start_token_id", "image_end_token_id")
     shapes: ClassVar[tuple[Shape, ...]] = (Shape("glm-4.1v-9b", _glm4v, (1008, 1008)),)
     tiny: ClassVar[tuple[Case, ...]] = (

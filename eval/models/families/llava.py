@@ -15,6 +15,7 @@ from transformers import (
 
 from ....prune.errors import MethodFieldError
 from ..family import EvalFamilyBySizes, Pixels, Shape, noise
+from ..smaller import Count, Smaller, smaller_square
 from ..tiny_layouts import DECODER, IMAGE, TOWER
 from ..tiny_models import Case, tiny_shape
 
@@ -120,6 +121,9 @@ class Llava(EvalFamilyBySizes):
     def usual_picture(self, config: Any) -> tuple[int, int]:
         side = config.vision_config.image_size
         return side, side
+
+    def smaller(self, config: Any, processor: Any, count: Count) -> Smaller:
+        return smaller_square(config.vision_config, processor, count)
 
     def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
         side = config.vision_config.image_size

@@ -9,6 +9,7 @@ from transformers import Qwen2VLConfig
 
 from ....prune.errors import MethodFieldError
 from ..family import EvalFamily, Pixels, Scaling, noise
+from ..smaller import Count, Smaller, smaller_grid
 from ..tiny_layouts import DECODER, IMAGE, MROPE, VIDEO, VISION_END, VISION_START, Packed
 from ..tiny_models import Case, tiny_shape
 
@@ -57,6 +58,9 @@ class Qwen2VL(EvalFamily):
     def usual_picture(self, config: Any) -> tuple[int, int]:
         side = 36 * config.vision_config.patch_size * config.vision_config.spatial_merge_size
         return side, side
+
+    def smaller(self, config: Any, processor: Any, count: Count) -> Smaller:
+        return smaller_grid(processor, count)
 
     def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
         """Patches of all pictures in one row."""

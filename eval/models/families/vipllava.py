@@ -41,4 +41,4 @@ class VipLlava(EvalFamily):
     tiny: ClassVar[tuple[Case, ...]] = (
         Case("vipllava", _tiny, tiny_shape(has_cls=True, prefix=1, blocks_read=4)),
     )
-    usual_picture, pixels = Llava.usual_picture, Llava.pixels
+    usual_picture, pixels, smaller = Llava.usual_picture, Llava.pixels, Llava.smaller
