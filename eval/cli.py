@@ -32,6 +32,7 @@ from .arguments import (
     presets,
     report,
     sweep,
+    vllm_args,
     where,
 )
 from .arguments.shared import OneLineParser, verbosity_argument
@@ -48,6 +49,7 @@ VERBS: Mapping[str, ModuleType] = {
     "methods": methods,
     "models": models,
     "presets": presets,
+    "vllm-args": vllm_args,
     "where": where,
 }
 """Each has `HELP`, `EXAMPLES`, `add_arguments(parser)` and `request(args)`, and those with presets

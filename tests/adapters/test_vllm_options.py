@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import vlmprune
 from kit import tiny_llava
 from vlmprune.adapters.serving.engine import check_engine
 from vlmprune.adapters.serving.served import Served, requested
 from vlmprune.adapters.serving.versions import check_version
+from vlmprune.eval import cli
 from vlmprune.eval.models.families.llava import CLIP, SIGLIP
 from vlmprune.prune.tiling import Tiling
 
@@ -107,3 +110,14 @@ def test_the_way_in_reads_the_configuration_alone(tmp_path):
     tiny_llava.config().text_config.save_pretrained(tmp_path)
     with pytest.raises(vlmprune.UnsupportedModelError, match="not served"):
         vlmprune.vllm_args(str(tmp_path), "divprune", keep_ratio=0.25)
+
+
+def test_the_command_prints_it_for_a_server(tmp_path, capsys):
+    tiny_llava.config().save_pretrained(tmp_path)
+    argv = ["vllm-args", str(tmp_path), "--method", "cls_topk", "--method_args", "scores=received"]
+    assert cli.main([*argv, "--keep_tokens", "9"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = vlmprune.vllm_args(str(tmp_path), "cls_topk", scores="received", keep_tokens=9)
+    assert found == expected["hf_overrides"]
+    assert cli.main([*argv[:2], "--method", "fastv", "--keep_tokens", "9"]) == 2
+    assert "fastv" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from vlmprune.prune.registry import method_class
 
 COMMANDS = (
     *("sweep", "report", "presets", "ask", "compare", "classify", "bench"),
-    *("methods", "models", "where"),
+    *("methods", "models", "where", "vllm-args"),
 )
 CLIP = CASES["llava-clip-llama"]
 
