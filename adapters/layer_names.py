@@ -21,6 +21,8 @@ class LayerNames:
     down: str = "down_proj"
     """The last projection of an MLP, which reads its neurons; experts have none that all tokens
     pass."""
+    last_norm: str = "norm"
+    """Of the text model, behind its last layer."""
     gated: bool = False
     """Whether the projection of a head's queries brings as many gates behind them."""
 

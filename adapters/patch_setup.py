@@ -203,7 +203,7 @@ class Setup:
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """Hidden states (n, D) as the norm behind the last layer gives them, on their device."""
-        norm = self.text.norm
+        norm = getattr(self.text, self.names.last_norm)
         device = execution_device(norm)  # of a sharded model, it may be another
         return norm(rows if device is None else rows.to(device)).to(rows.device)  # type: ignore[no-any-return]
 

@@ -208,7 +208,7 @@ def encoder_inputs(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     of = {
         "image": (
             *("pixel_values", "pixel_attention_mask", "image_sizes"),
-            *("batch_num_images", "image_grid_thw"),
+            *("batch_num_images", "image_grid_thw", "spatial_shapes"),
         ),
         "video": ("pixel_values_videos", "video_grid_thw"),
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from kit import zoo
-from kit.decoder_kinds import Observed, head, observe
+from kit.decoder_kinds import Observed, head, last_norm, observe
 from kit.oracle import State, Truth, projected, turned
 from kit.recorders import CLOSE, FIRST, TWICE, Recorder, pick, ran
 from torch import Tensor
@@ -101,7 +101,7 @@ class Expected:
             if number < len(state.deep):
                 hidden = hidden + state.deep[number]
             state = State(hidden, state.positions, state.places, state.deep, state.following)
-        logits = head(truth.model, truth.decoder.norm(state.hidden))
+        logits = head(truth.model, last_norm(truth.decoder)(state.hidden))
         torch.testing.assert_close(logits, truth.forward(row)[0], atol=1e-3, rtol=1e-3)
 
     def _sees(self, row: int, layer: int, state: State):
@@ -180,11 +180,11 @@ class Expected:
                 return here.maps.mean(0).sum(0)[here.at(alive)]
             case Hidden(layer, normed):
                 found = here.before.hidden[torch.isin(here.before.places, alive)]
-                return self.truth.decoder.norm(found) if normed else found
+                return last_norm(self.truth.decoder)(found) if normed else found
             case TextHidden(layer, normed):
                 asked, places = self.asked(row, image, "text"), here.before.places
                 found = here.before.hidden[torch.searchsorted(places, asked, right=True) - 1]
-                return self.truth.decoder.norm(found) if normed else found
+                return last_norm(self.truth.decoder)(found) if normed else found
             case LayerKeys():
                 return here.keys[:, here.at(alive)].transpose(0, 1)
             case TextKeys():

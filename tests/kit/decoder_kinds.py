@@ -76,6 +76,18 @@ def stored_lengths(cache) -> list[int]:
     return [layer.keys.shape[-2] if hasattr(layer, "keys") else 0 for layer in cache.layers]
 
 
+def last_norm(decoder):
+    """The norm behind the last layer."""
+    return decoder.embedding_norm if decoder.config.model_type == "lfm2" else decoder.norm
+
+
+def mlp_of(layer) -> tuple:
+    """The MLP of a layer, and its last projection; None: experts have none for all tokens."""
+    if hasattr(layer, "feed_forward"):  # LFM2
+        return layer.feed_forward, layer.feed_forward.w2
+    return layer.mlp, getattr(layer.mlp, "down_proj", None)
+
+
 def head(model, hidden: Tensor) -> Tensor:
     """Logits of hidden states behind the last norm."""
     config = model.config.get_text_config()
@@ -106,12 +118,14 @@ def observe(layer, hidden: Tensor, tables, mask: Tensor, **more) -> Observed:
         mask: (n, n), added to logits.
     """
     seen: dict[str, object] = {}
-    attends = hasattr(layer, "self_attn")
+    attends, (mlp, down) = hasattr(layer, "self_attn"), mlp_of(layer)
     with ExitStack() as open_:
         if attends:
             open_.enter_context(_heads(layer.self_attn, seen))
             open_.enter_context(_run("attention", layer.self_attn, seen))
-        open_.enter_context(_run("mlp", layer.mlp, seen))
+        open_.enter_context(_run("mlp", mlp, seen))
+        if down is not None:
+            open_.enter_context(_run("neurons", down, seen))
         output = layer(
             hidden[None],
             position_embeddings=tuple(table[None] for table in tables),
@@ -123,7 +137,7 @@ def observe(layer, hidden: Tensor, tables, mask: Tensor, **more) -> Observed:
     given, (added, maps) = seen.get("attention", (nothing, (nothing, nothing)))
     before, after = seen["mlp"]
     output = output[0] if isinstance(output, tuple) else output
-    neurons = getattr(layer.mlp, "down_proj", None) and seen["neurons"][0]
+    neurons = None if down is None else seen["neurons"][0][0]
     return Observed(
         queries=queries[0],
         keys=keys[0],
@@ -152,19 +166,13 @@ def _heads(attention, seen: dict) -> Iterator[None]:
 
 @contextmanager
 def _run(name: str, part, seen: dict) -> Iterator[None]:
-    """Note input and output of a module; of an MLP also what enters its last projection."""
+    """Note input and output of a module."""
 
     def note(module, args, kwargs, output):
         seen[name] = (args[0] if args else kwargs["hidden_states"]), output
 
-    def note_neurons(module, args):
-        seen["neurons"] = args[0]
-
-    hooks = [part.register_forward_hook(note, with_kwargs=True)]
-    if hasattr(part, "down_proj"):
-        hooks.append(part.down_proj.register_forward_pre_hook(note_neurons))
+    hook = part.register_forward_hook(note, with_kwargs=True)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()

@@ -30,6 +30,7 @@ from kit.decoder_kinds import (
     causal,
     head,
     kind_of,
+    last_norm,
     observe,
     rotary,
     window_of,
@@ -37,7 +38,7 @@ from kit.decoder_kinds import (
 from torch import Tensor
 from vlmprune.eval.models.tiny_layouts import VISION_END
 
-TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision")
+TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "lfm2_vl")
 """Models whose encoder is not told which tiles are one image: a mark ends each in these tests."""
 
 
@@ -241,7 +242,7 @@ class Truth:
         """Those of each image, or each video, in batch order: (N, D), and deeper ones."""
         if inputs.get(pixels) is None:
             return []
-        if self.model.config.model_type in TILED:  # alone, the encoder takes each tile for an image
+        if self.model.config.model_type in TILED and "spatial_shapes" not in inputs:  # alone, the encoder takes each tile for an image
             names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
             output = self.model(**{name: inputs[name] for name in names if name in inputs})
             found = output.image_hidden_states  # of SmolVLM, all that the encoder returned
@@ -408,7 +409,7 @@ class Truth:
         """The decoder's layers by hand, and its norm."""
         for _, layer, here, tables, mask in self.layer_inputs(row, state):
             here.hidden, state = self._layer(layer, here, tables, mask), here
-        return self.decoder.norm(state.hidden), state.places
+        return last_norm(self.decoder)(state.hidden), state.places
 
     @staticmethod
     def _layer(layer, state: State, tables, mask: Tensor | None) -> Tensor:
@@ -424,7 +425,7 @@ class Truth:
             if number == layer:
                 break
             state.hidden = self._layer(block, state, tables, mask)
-        if self.decoder.config.model_type == "cohere2":  # which turns neighbours, or nothing
+        if self.decoder.config.model_type in ("cohere2", "lfm2"):  # neighbours; names of its own
             tables = tuple(table[0] for table in tables)
             mean = observe(block, state.hidden, tables, mask).maps.mean(0)[-1]
             return [mean[torch.isin(state.places, image)] for image in self.rows[row].images]

@@ -1,0 +1,187 @@
+"""LFM2-VL: SigLIP 2 on pictures of any size, padded in a batch; most layers are convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ...prune.contract import ModelShape, Tower
+from ...prune.errors import UnsupportedFeatureError
+from ...prune.tiling import Block, Tiling
+from ..family import Call, Family, Modality
+from ..layer_names import LayerNames
+from ..sequence.prompt import Prompt
+
+_Of = TypeVar("_Of")
+
+
+class Lfm2Vl(Family):
+    """An image is one picture, or tiles and the whole picture last. Encoded without a prompt, each
+    of these counts as an image."""
+
+    name = "lfm2_vl"
+    of_prompt = True
+    layer_names = LayerNames(
+        norm="operator_norm",
+        head_norm="{}_layernorm",
+        mlp="feed_forward",
+        down="w2",
+        last_norm="embedding_norm",
+    )
+
+    @property
+    def vision_tower(self) -> Any:
+        return self.core.vision_tower
+
+    @property
+    def vision_attention(self) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.vision_tower.encoder.layers]
+
+    @property
+    def tower(self) -> Tower:
+        depth = self.vision_tower.config.num_hidden_layers
+        return Tower(num_layers=depth, has_cls=False, merge_unit=self.step**2)
+
+    @property
+    def projectors(self) -> Sequence[Any]:
+        return [self.core.multi_modal_projector]
+
+    @property
+    def step(self) -> int:
+        """Rows and columns of patches that the projector merges into a token."""
+        return int(self.model.config.downsample_factor)
+
+    @property
+    def shape(self) -> ModelShape:
+        """MLPs may be narrower than the configuration's `intermediate_size`."""
+        whole, width = super().shape, self.text_model.layers[0].feed_forward.w2.in_features
+        return replace(whole, decoder=replace(whole.decoder, intermediate_size=width))
+
+    # --- which pictures are an image -----------------------------------------------------------
+
+    def parts(self, call: Call, prompt: Prompt) -> tuple[int, ...]:
+        """Between pictures of an image is one mark, or nothing; images end and begin with marks."""
+        todo, found = self._tokens(call), list[int]()
+        for ids in prompt.rows():
+            columns = (ids == prompt.placeholders[call.modality]).nonzero()[:, 0].tolist()
+            last = None
+            while columns:
+                count = todo.pop(0) if todo else 0
+                if not 0 < count <= len(columns):
+                    raise _unlike(f"{len(columns)} placeholders are left in a prompt", count)
+                if last is not None and columns[0] - last <= 2:
+                    found[-1] += 1
+                else:
+                    found.append(1)
+                last = columns[count - 1]
+                del columns[:count]
+        if todo:
+            raise _unlike("no placeholders are left", todo[0])
+        return tuple(found)
+
+    def counts(self, call: Call) -> Sequence[int]:
+        """Pictures of each image."""
+        return call.parts or (1,) * len(call.inputs["spatial_shapes"])
+
+    def _of_images(self, call: Call, pictures: Sequence[_Of]) -> list[Sequence[_Of]]:
+        """What there is of each picture, per image."""
+        waiting = iter(pictures)
+        return [[next(waiting) for _ in range(count)] for count in self.counts(call)]
+
+    def images(self, call: Call, pooled: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [torch.cat(list(own)) for own in self._of_images(call, pooled)]
+
+    def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> Any:
+        return list(torch.cat(list(images)).split(self._tokens(call)))
+
+    # --- what is where -------------------------------------------------------------------------
+
+    def _patches(self, call: Call) -> list[tuple[int, int]]:
+        """Rows and columns of patches of each picture."""
+        return [(rows, columns) for rows, columns in call.inputs["spatial_shapes"].tolist()]
+
+    def _grids(self, call: Call) -> list[tuple[int, int]]:
+        """Rows and columns of tokens of each picture."""
+        return [(rows // self.step, columns // self.step) for rows, columns in self._patches(call)]
+
+    def _tokens(self, call: Call) -> list[int]:
+        return [rows * columns for rows, columns in self._grids(call)]
+
+    def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
+        return self._of_images(call, self._grids(call))
+
+    def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
+        return [
+            Tiling(tuple(Block((rows,), (columns,)) for rows, columns in own), thumbnail=_whole(own))
+            for own in self.pictures(call)
+        ]
+
+    def pixels(self, call: Call) -> Sequence[Tensor]:
+        seen = zip(call.inputs["pixel_values"], self._patches(call), strict=True)
+        return self.images(call, [patches[: rows * columns] for patches, (rows, columns) in seen])
+
+    def encoder_features(self, call: Call, output: Any) -> Tensor:
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def project(self, rows: Tensor) -> Tensor:
+        projector = self.core.multi_modal_projector
+        rows = projector.layer_norm(rows) if projector.use_layer_norm else rows
+        projected: Tensor = projector.linear_2(projector.act(projector.linear_1(rows)))
+        return projected
+
+    def per_image(self, call: Call, values: Tensor) -> Sequence[Tensor]:
+        return [unit.mean(1) for unit in self._units(call, values)]
+
+    def merged_patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
+        return [unit.flatten(1) for unit in self._units(call, values)]
+
+    def _units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
+        """The patches behind each token, per image: (P, step * step, ...)."""
+        cells, step = "(r i c j) ... -> (r c) (i j) ...", self.step
+        units = [
+            rearrange(picture[: rows * columns], cells, i=step, c=columns // step, j=step)
+            for picture, (rows, columns) in zip(values, self._patches(call), strict=True)
+        ]
+        return self.images(call, units)
+
+    # --- images that are remembered ------------------------------------------------------------
+
+    def sizes(self, modality: Modality) -> str:
+        return "spatial_shapes"
+
+    def per_image_arguments(self, modality: Modality) -> frozenset[str]:
+        return super().per_image_arguments(modality) | {"pixel_attention_mask"}
+
+    def apart(self, call: Call) -> Sequence[str]:
+        return list(map(str, self.pictures(call)))
+
+    def only(self, call: Call, images: Sequence[int]) -> tuple[Sequence[int], Call]:
+        own = self._of_images(call, range(len(call.inputs["spatial_shapes"])))
+        pictures = [picture for image in images for picture in own[image]]
+        names = self.per_image_arguments(call.modality) & set(call.inputs)
+        some = {name: call.inputs[name][pictures] for name in names}
+        parts = tuple(len(own[image]) for image in images)
+        return images, replace(call, inputs={**call.inputs, **some}, parts=parts)
+
+
+def _whole(grids: Sequence[tuple[int, int]]) -> int | None:
+    """Which picture of an image is the whole one beside tiles, which some processors do not add: it
+    has the image's proportions and tiles are alike, so that it is like them only where the image is
+    a square, of as many tiles each way."""
+    last = len(grids) - 1
+    whole = last > 0 and (grids[last] != grids[0] or math.isqrt(last) ** 2 == last > 1)
+    return last if whole else None
+
+
+def _unlike(placeholders: str, tokens: int) -> UnsupportedFeatureError:
+    return UnsupportedFeatureError(
+        f"{placeholders} for a picture of {tokens} tokens: input_ids and spatial_shapes do not "
+        f"belong together; make both with the model's own processor."
+    )
