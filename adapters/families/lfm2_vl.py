@@ -118,7 +118,7 @@ class Lfm2Vl(Family):
 
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         return [
-            Tiling(tuple(Block((rows,), (columns,)) for rows, columns in own), thumbnail=_whole(own))
+            Tiling(tuple(Block((rows,), (columns,)) for rows, columns in own), thumbnail=_last(own))
             for own in self.pictures(call)
         ]
 
@@ -171,8 +171,8 @@ class Lfm2Vl(Family):
         return images, replace(call, inputs={**call.inputs, **some}, parts=parts)
 
 
-def _whole(grids: Sequence[tuple[int, int]]) -> int | None:
-    """Which picture of an image is the whole one beside tiles, which some processors do not add: it
+def _last(grids: Sequence[tuple[int, int]]) -> int | None:
+    """The last picture of an image where it is the whole one, which some processors do not add: it
     has the image's proportions and tiles are alike, so that it is like them only where the image is
     a square, of as many tiles each way."""
     last = len(grids) - 1

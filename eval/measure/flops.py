@@ -273,7 +273,7 @@ def _vision_cost(family: Family) -> VisionCost:
             Block(attention=own, mlp=_matmuls(block) - own, per_pair=4 * width)
             for block, own in zip(stack, attention, strict=True)
         ),
-        per_patch=sum(_weights(m) for m in convolutions if m not in merging),
+        per_patch=sum(_weights(m) for m in convolutions if m not in merging) + _embedding(tower),
         projectors=tuple(
             (
                 _matmuls(module) + _bare(module) + (sum(map(_weights, merging)) if not n else 0),
@@ -289,6 +289,14 @@ def _vision_cost(family: Family) -> VisionCost:
         head_per_token=2 * 2 * width * width + 4 * width if head is not None else 0,
         head_fixed=2 * 2 * width * width + _matmuls(head.mlp) if head is not None else 0,
     )
+
+
+def _embedding(tower: nn.Module) -> int:
+    """FLOPs per patch of an encoder that is given patches, not pictures, and embeds them without a
+    convolution."""
+    embeddings: Any = getattr(tower, "embeddings", None)
+    linear = getattr(embeddings, "patch_embedding", None)
+    return _weights(linear) if isinstance(linear, nn.Linear) else 0
 
 
 def _bare(module: nn.Module) -> int:

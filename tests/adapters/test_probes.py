@@ -151,6 +151,8 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
         ]
     if model.config.model_type == "mistral3":
         return [_encode_pixtral(case, model.model.vision_tower, name) for name in zoo.images(rows)]
+    if model.config.model_type == "lfm2_vl":
+        return [_encode_siglip2(case, model.model, name) for name in zoo.images(rows)]
     found = []
     tower, side = family_of(model).vision_tower, zoo.SIDE
     skip = int(case.shape.tower.has_cls)
@@ -300,7 +302,7 @@ def _encode_qwen(case: zoo.Case, core, kind: str, given: dict, rows) -> list[Enc
     merged = sum(sizes) // len(last[0])  # patches in a row that the merger reads
     for i, name in enumerate(names):
         hidden = last[0].split([size // merged for size in sizes])[i][None]
-        image = EncodedQwen(
+        image = EncodedMasked(
             name,
             case.tiling(name),
             [layer[i] for layer in queries],
@@ -314,7 +316,9 @@ def _encode_qwen(case: zoo.Case, core, kind: str, given: dict, rows) -> list[Enc
 
 
 @dataclass(frozen=True)
-class EncodedQwen(Encoded):
+class EncodedMasked(Encoded):
+    """Of pictures of which none sees another."""
+
     masks: list[torch.Tensor]
 
     def logits(self, layer: int) -> torch.Tensor:
@@ -354,6 +358,39 @@ def _encode_pixtral(case: zoo.Case, tower, name: str) -> Encoded:
         return torch.stack([t.mean(0) if mean else t.flatten() for t in tokens])
 
     return Encoded(name, case.tiling(name), queries, keys, hidden, place)
+
+
+@torch.no_grad()
+def _encode_siglip2(case: zoo.Case, core, name: str) -> Encoded:
+    """Each picture of an image on its own, so that nothing is padded; one behind the other, and
+    none sees another."""
+    reads, sizes = [], []
+    for patches, size in case.layout.seen(name):
+        given = {
+            "pixel_values": patches[None],
+            "spatial_shapes": torch.tensor([size]),
+            "pixel_attention_mask": torch.ones(1, len(patches), dtype=torch.long),
+        }
+        reads.append(_tower_reads(core, core.vision_tower, "image", given))
+        sizes.append(size)
+    of_queries, of_keys, hidden = zip(*reads, strict=True)
+    queries, keys = (
+        [torch.cat(layer, 2) for layer in zip(*of, strict=True)] for of in (of_queries, of_keys)
+    )
+    counts = torch.tensor([rows * columns for rows, columns in sizes])
+    owner = torch.arange(len(sizes)).repeat_interleave(counts)
+    apart = torch.where(owner[:, None] == owner[None], 0.0, -torch.inf)
+
+    def place(values, mean=True):
+        tokens = []
+        for part, (rows, columns) in zip(values[0].split(counts.tolist()), sizes, strict=True):
+            squares = part.unflatten(0, (rows, columns))[None]
+            own = core.multi_modal_projector.pixel_unshuffle(squares).flatten(0, 2)
+            tokens.append(own.unflatten(1, (4, -1)).mean(1) if mean else own)
+        return torch.cat(tokens)
+
+    read, masks = torch.cat(hidden, 1), [apart] * len(queries)
+    return EncodedMasked(name, case.tiling(name), queries, keys, read, place, masks)
 
 
 def _raster(name: str, windowed: bool, values: torch.Tensor, mean: bool = True) -> torch.Tensor:
@@ -456,6 +493,9 @@ def test_what_the_projector_reads(case, attention, rows):
                 units = tokens.signals[EncoderFeatures()]
                 sizes = torch.full((len(units), 2), 8)
                 projected = core.multi_modal_projector(units.view(-1, units.shape[-1] // 4), sizes)
+            elif case.name == "lfm2_vl":  # a picture of one token for each
+                units = tokens.signals[EncoderFeatures()].unflatten(1, (2, 2, -1))
+                projected = core.multi_modal_projector(units).flatten(1)
             else:
                 projector = getattr(core, "multi_modal_projector", None)
                 projector = projector or core.connector.modality_projection

@@ -57,7 +57,7 @@ def test_logits_equal_the_oracle(case, name):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in zoo.OTHER_CASES if not c.whole_cache], ids=lambda case: case.name
+    "case", [c for c in zoo.STORING_CASES if not c.whole_cache], ids=lambda case: case.name
 )
 def test_methods_on_the_cache_are_refused_where_layers_forget(case):
     model = case.model()

@@ -103,7 +103,7 @@ def test_text_embeddings_are_those_of_the_text_of_each_image(case, run):
         beams = 2 if run == "beams" else 1
         model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=beams)
     embed = case.reference().get_input_embeddings()
-    before, behind = case.layout.around("A")  # marks count as text
+    before, behind = case.layout.around("B")[0], case.layout.around("A")[1]  # marks are text
     expected = []
     for row in (0, 1):
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]

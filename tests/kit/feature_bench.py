@@ -52,6 +52,7 @@ CALLS = {
     "llava_next": MOVED,
     "llava_onevision": MERGED,
     "qwen3_vl": MERGED,
+    "lfm2_vl": STATES,
     "qwen3_5": STATES,
     "qwen3_5_moe": STATES,
 }

@@ -41,9 +41,8 @@ from vlmprune.eval.models.tiny_layouts import VISION_END
 TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "lfm2_vl")
 """Models whose encoder is not told which tiles are one image: a mark ends each in these tests."""
 
-
 _TILE = 9
-"""Tokens of a tile."""
+"""Tokens of a tile, where all are alike."""
 
 
 @dataclass(frozen=True)
@@ -242,13 +241,16 @@ class Truth:
         """Those of each image, or each video, in batch order: (N, D), and deeper ones."""
         if inputs.get(pixels) is None:
             return []
-        if self.model.config.model_type in TILED and "spatial_shapes" not in inputs:  # alone, the encoder takes each tile for an image
+        if self.model.config.model_type in TILED:  # alone, the encoder takes each tile for an image
             names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
+            names = (*names, "spatial_shapes")
             output = self.model(**{name: inputs[name] for name in names if name in inputs})
             found = output.image_hidden_states  # of SmolVLM, all that the encoder returned
             if not isinstance(found, Tensor):
                 found = torch.cat(list(found.pooler_output))
-            return [(tile,) for tile in found.view(-1, found.shape[-1]).split(_TILE)]
+            shapes = inputs.get("spatial_shapes")  # of patches, four of which are a token
+            sizes = _TILE if shapes is None else (shapes.prod(-1) // 4).tolist()
+            return [(tile,) for tile in found.view(-1, found.shape[-1]).split(sizes)]
         encode = getattr(self.core, f"get_{kind}_features")
         given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
         output = encode(**given, return_dict=True)
