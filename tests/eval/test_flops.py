@@ -70,9 +70,8 @@ def test_dense_prefill_equals_torch(case: Case, attention: str, monkeypatch):
     unseen = of_states(model, len(case.row_ids(ROW)), monkeypatch)
     with counting() as counter, torch.inference_mode():
         model(**case.inputs([ROW]), logits_to_keep=1)
-    flops = analytic(
-        case, model, [case.num_tokens("B")] * model.model.language_model.config.num_hidden_layers
-    )
+    depth = len(family_of(model).text_model.layers)
+    flops = analytic(case, model, [case.num_tokens("B")] * depth)
     assert flops.first_token == counter.get_total_flops() + unseen
     parts = counter.get_flop_counts()
     name = type(model).__name__

@@ -74,8 +74,9 @@ def labels(bench):
 def backward(bench):
     inputs, truth = bench.prefill()
     answers = text_labels(inputs)
-    weight = decoder_of(bench.model).layers[0].self_attn.v_proj.weight
-    expected = truth.decoder.layers[0].self_attn.v_proj.weight
+    first = bench.case.shape.decoder.attending[0]
+    weight = decoder_of(bench.model).layers[first].self_attn.v_proj.weight
+    expected = truth.decoder.layers[first].self_attn.v_proj.weight
     try:
         weight.requires_grad_(True)
         expected.requires_grad_(True)

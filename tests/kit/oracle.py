@@ -246,8 +246,8 @@ class Truth:
             names = (*names, "spatial_shapes")
             output = self.model(**{name: inputs[name] for name in names if name in inputs})
             found = output.image_hidden_states  # of SmolVLM, all that the encoder returned
-            if not isinstance(found, Tensor):
-                found = torch.cat(list(found.pooler_output))
+            found = getattr(found, "pooler_output", found)
+            found = found if isinstance(found, Tensor) else torch.cat(list(found))
             shapes = inputs.get("spatial_shapes")  # of patches, four of which are a token
             sizes = _TILE if shapes is None else (shapes.prod(-1) // 4).tolist()
             return [(tile,) for tile in found.view(-1, found.shape[-1]).split(sizes)]

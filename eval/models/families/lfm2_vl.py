@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -62,28 +62,23 @@ def padded(pictures: Sequence[tuple[torch.Tensor, tuple[int, int]]]) -> dict[str
     }
 
 
-def _lfm2_vl(
-    width: int = 2048,
-    attention: Sequence[int] = (2, 5, 8, 10, 12, 14),
-    layers: int = 16,
-    tower: Mapping[str, int] | None = None,
-) -> Lfm2VlConfig:
-    """LFM2-VL-1.6B."""
+def _lfm2_vl() -> Lfm2VlConfig:
+    """LFM2-VL-1.6B: LFM2-1.2B behind SigLIP 2 So400m."""
     text = Lfm2Config(
-        hidden_size=width,
-        intermediate_size=6 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
+        hidden_size=2048,
+        intermediate_size=12288,
+        num_hidden_layers=16,
+        num_attention_heads=32,
         num_key_value_heads=8,
-        full_attn_idxs=list(attention),
+        full_attn_idxs=[2, 5, 8, 10, 12, 14],
     )
-    so400m = {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-    }
-    vision = Siglip2VisionConfig(**{**so400m, **(tower or {})}, vision_use_head=False)
+    vision = Siglip2VisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        vision_use_head=False,
+    )
     return Lfm2VlConfig(vision_config=vision, text_config=text)
 
 
