@@ -10,6 +10,7 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 
+import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -25,10 +26,22 @@ ENTRY_POINT_GROUP = "vlmprune.families"
 
 @cache
 def _files() -> dict[str, str]:
-    """Families whose models the installed `transformers` has."""
+    """Families that the installed `transformers` is new enough for."""
     modules = pkgutil.iter_modules(_families_package.__path__, _families_package.__name__ + ".")
     named = {m.name.rpartition(".")[2]: m.name for m in modules}
-    return {name: module for name, module in named.items() if name in CONFIG_MAPPING_NAMES}
+    return {name: module for name, module in named.items() if _is_here(name, module)}
+
+
+def _is_here(name: str, module: str) -> bool:
+    """Whether the installed `transformers` has its models, as the family knows them."""
+    if name not in CONFIG_MAPPING_NAMES:
+        return False
+    return _release(transformers.__version__) >= _release(_class_in(module).since)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(5, 23) of 5.23.0."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @cache
@@ -59,7 +72,12 @@ def family_class(name: str) -> type[Family]:
     """
     if name not in _files():
         return _load_plugin(name)
-    module = importlib.import_module(_files()[name])
+    return _class_in(_files()[name])
+
+
+def _class_in(name: str) -> type[Family]:
+    """The family that a module holds."""
+    module = importlib.import_module(name)
     (cls,) = (
         value
         for value in vars(module).values()

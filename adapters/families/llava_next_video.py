@@ -15,6 +15,7 @@ from .llava_next import LlavaNext
 
 class LlavaNextVideo(LlavaNext):
     name = "llava_next_video"
+    since = "5.21"  # which gives one row of features a video
     modalities: ClassVar[tuple[Modality, ...]] = (IMAGE, VIDEO)
     newline_of_videos: ClassVar[Literal["none", "end"]] = "none"
     """Whether a newline follows the last frame."""

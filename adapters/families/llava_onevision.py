@@ -13,6 +13,7 @@ from .llava_next_video import LlavaNextVideo
 
 class LlavaOnevision(LlavaNextVideo):
     name = "llava_onevision"
+    since = "5.20"
     newline_of_videos = "end"
 
     def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:

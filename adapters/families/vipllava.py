@@ -8,6 +8,7 @@ from .llava import Llava
 
 class VipLlava(Llava):
     name = "vipllava"
+    since = "5.23"  # which calls the layers that are read as LLaVA does
 
     def check(self) -> None:
         """Towers without a CLS row: the model drops the first row, whatever that is."""
