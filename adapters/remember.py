@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..prune.budget import MethodCall
 from ..prune.choose import ChosenImage
@@ -199,11 +200,12 @@ def _keys(family: Family, call: Call) -> list[Hashable] | None:
     ]
 
 
-def _weights(core: Any, text: Any) -> int:
-    """A number that changes with the weights in front of the LLM: with every step of an optimizer,
-    weights that are loaded or cast, adapters that are added, switched or merged.
+def _weights(core: Any, text: Any) -> tuple[object, ...]:
+    """What changes with the weights in front of the LLM: with every step of an optimizer, weights
+    that are loaded or cast, adapters that are added, switched or merged.
 
-    Read from the host's records alone: PyTorch counts the changes of a tensor in place.
+    Read from the host's records alone: PyTorch counts the changes of a tensor in place. Storages
+    are held weakly, as other weights may come to lie where freed ones were.
     """
     tensors: list[Tensor | None] = []
     adapters: list[object] = []
@@ -219,8 +221,8 @@ def _weights(core: Any, text: Any) -> int:
     # Those that are offloaded are other ones at every call.
     here = [tensor for tensor in tensors if tensor is not None and not tensor.is_meta]
     changes = [0 if tensor.is_inference() else tensor._version for tensor in here]
-    places = [tensor.data_ptr() for tensor in here]
-    return hash((*map(id, here), *places, *changes, str(adapters)))
+    storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in here]
+    return (*map(id, here), *storages, *changes, str(adapters))
 
 
 def _digest(pixels: Tensor) -> bytes:

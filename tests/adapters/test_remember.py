@@ -16,6 +16,7 @@ from kit.snapshots import differences, snapshot
 from kit.spread import ONE, changed, spread, to_disk
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from vlmprune.adapters import remember
 from vlmprune.adapters.registry import family_of
 from vlmprune.prune.registry import method_class
 
@@ -433,6 +434,21 @@ def merged(model) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge()
+
+
+def test_weights_where_freed_ones_were_are_others():
+    model = LLAVA.model()
+    core = model.base_model
+    memory = bytearray(4 * 64)
+
+    def weights() -> tuple[object, ...]:
+        """With a bias at the same address as before, in a storage of its own."""
+        bias = core.multi_modal_projector.linear_2.bias
+        bias.data = torch.frombuffer(memory, dtype=torch.float32)[: len(bias)]
+        return remember._weights(core, core.language_model)
+
+    before = weights()
+    assert remember._weights(core, core.language_model) == before != weights()
 
 
 @pytest.mark.parametrize(
