@@ -295,7 +295,7 @@ def _mlp_width(config: Any) -> int:
 
 def _experts(layer: Any, names: LayerNames) -> bool:
     """Whether tokens are sent to experts of their own."""
-    return hasattr(getattr(layer, names.mlp), "experts")
+    return hasattr(getattr(layer, names.mlp, None), "experts")
 
 
 def _attention_layers(config: Any) -> tuple[int, ...] | None:

@@ -10,7 +10,14 @@ import vlmprune
 from kit import zoo
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from vlmprune.prune.contract import Attending, Compressing, LayerSignal, Place
+from vlmprune.prune.contract import (
+    Attending,
+    Compressing,
+    LayerSignal,
+    Neurons,
+    Place,
+    TextAttention,
+)
 from vlmprune.prune.registry import method_class
 
 CLIP, QWEN = zoo.CASES["llava-clip-llama"], zoo.CASES["qwen2_5_vl"]
@@ -429,17 +436,28 @@ def foreign(path: str):
     return model
 
 
+def _reads(name: str, path: str) -> bool:
+    """Whether a method reads what a module of the decoder's layers holds or gives."""
+    needs = method_class(name)().needs(zoo.CLIP)
+    ahead = any(isinstance(need, TextAttention) and need.ahead for need in needs)
+    neurons = any(isinstance(need, Neurons) for need in needs)
+    return {
+        "self_attn.k_proj": ahead or name in zoo.ON_CACHE,
+        "input_layernorm": ahead,
+        "mlp.down_proj": neurons,
+        "mlp": neurons or any(getattr(need, "module", None) == "mlp" for need in needs),
+    }[path]
+
+
 @pytest.mark.parametrize("name", INSIDE)
 @pytest.mark.parametrize("path", ["self_attn.k_proj", "mlp.down_proj", "input_layernorm", "mlp"])
 def test_decoders_with_other_names_of_modules(name, path):
-    refusal(
-        vlmprune.UnsupportedModelError,
-        *(name, path, "LlamaModel", "before the LLM"),
-        model=foreign(path),
-        args=(name,),
-        keep_ratio=0.5,
-        clip=_clip_of(name),
-    )
+    model, given = foreign(path), {"keep_ratio": 0.5, "clip": _clip_of(name)}
+    if not _reads(name, path):
+        vlmprune.patch(model, name, **given)
+        return
+    words = (name, path, "LlamaModel", "before the LLM")
+    refusal(vlmprune.UnsupportedModelError, *words, model=model, args=(name,), **given)
 
 
 def test_decoders_with_other_names_take_methods_that_do_not_read_them():
