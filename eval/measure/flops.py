@@ -2,8 +2,9 @@
 
 Counted: matrix products of linear and convolution layers and of attention (`q k^T` and `p v`, the
 full rectangle of queries and keys, as fused kernels are usually reported), a multiply-add being 2
-operations. Not counted: norms, activations, softmax, rotary embeddings, embedding look-ups, and the
-choice of tokens (its time is measured instead).
+operations. Not counted: norms, activations, softmax, rotary embeddings, embedding look-ups,
+positions that are brought to the size of a picture, and the choice of tokens (its time is
+measured instead).
 
 `visual_flops` is the other convention, the literature's: multiply-adds, decoder only, visual tokens
 only. It is what published TFLOPs and our frontiers are in.

@@ -11,6 +11,7 @@ import vlmprune
 from kit.flop_counter import counting
 from kit.zoo import BOTH_FAMILIES, CASES, Case, each
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import _disable_current_modes
 from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.registry import family_of
 from vlmprune.eval.measure.flops import (
@@ -53,6 +54,18 @@ def of_states(model, tokens: int, monkeypatch) -> int:
     return steps * tokens - behind
 
 
+def without_resizing(model, monkeypatch) -> None:
+    """Some releases of transformers bring positions to a picture's size by products."""
+    embeddings = type(getattr(family_of(model).vision_tower, "embeddings", None))
+    if (resize := getattr(embeddings, "resize_positional_embeddings", None)) is not None:
+
+        def uncounted(*args, **kwargs):
+            with _disable_current_modes():
+                return resize(*args, **kwargs)
+
+        monkeypatch.setattr(embeddings, "resize_positional_embeddings", staticmethod(uncounted))
+
+
 def analytic(case: Case, model, visual_per_layer, **options):
     extra = len(case.row_ids(ROW)) - TEXT - case.num_tokens("B")  # marks of pictures
     return model_cost(model).sample(
@@ -68,6 +81,7 @@ def test_dense_prefill_equals_torch(case: Case, attention: str, monkeypatch):
     model = case.model(attention)
     model.set_experts_implementation("eager")  # torch's counter does not know grouped products
     unseen = of_states(model, len(case.row_ids(ROW)), monkeypatch)
+    without_resizing(model, monkeypatch)
     with counting() as counter, torch.inference_mode():
         model(**case.inputs([ROW]), logits_to_keep=1)
     depth = len(family_of(model).text_model.layers)
