@@ -64,7 +64,7 @@ LAYOUT = BrokenTiles(TILES, 3)
 
 class Cohere2Vision(EvalFamily):
     line = "Command A"
-    wrapper = "cohere2_vision"
+    wrapper = "vlmprune"  # lmms-eval has none
     shapes = (Shape("command-a-vision", _command_a, (512, 512)),)
     tiny = (Case("cohere2_vision", tiny_cohere2, SHUFFLING, LAYOUT),)
 

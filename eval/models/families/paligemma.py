@@ -78,7 +78,7 @@ SIGLIP = tiny_shape(has_cls=False, blocks_read=5)
 
 class PaliGemma(EvalFamily):
     line = "Gemma"
-    wrapper = "paligemma"
+    wrapper = "vlmprune"  # lmms-eval has none
     shapes = (Shape("paligemma-3b-448", lambda: _paligemma(448), (448, 448)),)
     tiny = (Case("paligemma", _tiny, SIGLIP, Asked()),)
 
