@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..prune.errors import UnsupportedFeatureError
 from ..prune.tiling import Block, Tiling
-from .family import Call, Family
+from .family import Call
+from .merged import Merged
 from .sequence.prompt import Prompt
 
 
-class Tiled(Family):
+class Tiled(Merged):
     """An image is a run of tiles, the whole picture last where it is more than one.
 
     The tokens of a tile lie side by side, each made of `step` x `step` patches; where crops lie in
@@ -29,11 +30,6 @@ class Tiled(Family):
     of_prompt = True
     dropped: ClassVar[str] = ""
     """What an error adds about tiles that the model does not see."""
-
-    @property
-    @abstractmethod
-    def step(self) -> int:
-        """Rows and columns of patches behind a token."""
 
     @abstractmethod
     def separates(self, gap: Sequence[int], behind: Sequence[int]) -> bool:
@@ -120,14 +116,7 @@ class Tiled(Family):
     def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
         return [[self.grid(call)] * count for count in self.counts(call)]
 
-    def per_image(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return [unit.mean(1) for unit in self._units(call, values)]
-
-    def merged_patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return [unit.flatten(1) for unit in self._units(call, values)]
-
-    def _units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        """The patches behind each token, per image: (P, step * step, ...)."""
+    def units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
         (rows, columns), step = self.grid(call), self.step
         units = rearrange(
             values[:, self.tower.prefix :],

@@ -3,47 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from einops import rearrange, reduce
 from torch import Tensor
-from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
 
-from ...prune.contract import Tower
 from ...prune.tiling import Tiling
 from ..both_ways import BothWays
-from ..family import Call, Family, Inputs
+from ..family import Call, Inputs
+from ..merged import Merged
 
 
-class Gemma3(Family):
+class Gemma3(Merged):
     """Crops of pan-and-scan come as images of their own, with text between them."""
 
     name = "gemma3"
     makes_masks = True
 
     def both_ways(self, inputs: Inputs) -> BothWays | None:
+        from transformers.models.gemma3.modeling_gemma3 import get_block_sequence_ids_for_mask
+
         kinds = inputs.get("token_type_ids")
         return None if kinds is None else BothWays(get_block_sequence_ids_for_mask(kinds))
 
     @property
-    def vision_tower(self) -> Any:
-        return self.core.vision_tower
-
-    @property
-    def vision_attention(self) -> Sequence[Any]:
-        return [layer.self_attn for layer in self.vision_tower.encoder.layers]
-
-    @property
-    def tower(self) -> Tower:
-        return Tower(
-            num_layers=self.vision_tower.config.num_hidden_layers,
-            has_cls=False,
-            merge_unit=self.core.multi_modal_projector.kernel_size**2,
-        )
-
-    @property
-    def projectors(self) -> Sequence[Any]:
-        return [self.core.multi_modal_projector]
+    def step(self) -> int:
+        return int(self.core.multi_modal_projector.kernel_size)
 
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         return [Tiling.single(*grid) for (grid,) in self.pictures(call)]
@@ -54,27 +38,15 @@ class Gemma3(Family):
     def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
         return [[(self.side, self.side)]] * len(call.inputs["pixel_values"])
 
-    def encoder_features(self, call: Call, output: Any) -> Tensor:
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
     def project(self, rows: Tensor) -> Tensor:
         projector = self.core.multi_modal_projector
         pooled = reduce(rows, "n (u c) -> n c", "mean", u=self.tower.merge_unit)
         weight: Tensor = projector.mm_input_projection_weight
         return (projector.mm_soft_emb_norm(pooled) @ weight).type_as(rows)
 
-    def per_image(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return list(self._units(values).mean(2))
-
-    def merged_patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return list(self._units(values).flatten(2))
-
-    def _units(self, values: Tensor) -> Tensor:
-        """Values of patches (B, S, ...) by the tokens that average them: (B, N, unit, ...)."""
-        step = self.core.multi_modal_projector.kernel_size
-        cells = "b (h i w j) ... -> b (h w) (i j) ..."
-        return rearrange(values, cells, h=self.side, w=self.side, i=step, j=step)
+    def units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
+        cells, step = "b (h i w j) ... -> b (h w) (i j) ...", self.step
+        return list(rearrange(values, cells, h=self.side, w=self.side, i=step, j=step))
 
     @property
     def side(self) -> int:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...prune.contract import Tower
 from ...prune.errors import UnsupportedFeatureError
 from ..family import Call, Modality
 from ..tiled import Tiled
@@ -31,15 +30,6 @@ class Idefics3(Tiled):
     @property
     def vision_tower(self) -> Any:
         return self.core.vision_model
-
-    @property
-    def vision_attention(self) -> Sequence[Any]:
-        return [layer.self_attn for layer in self.vision_tower.encoder.layers]
-
-    @property
-    def tower(self) -> Tower:
-        depth = self.vision_tower.config.num_hidden_layers
-        return Tower(num_layers=depth, has_cls=False, merge_unit=self.step**2)
 
     @property
     def projectors(self) -> Sequence[Any]:
@@ -80,10 +70,6 @@ class Idefics3(Tiled):
         rows, columns = self.grid(call)
         tiles = self._real(call).sum(1) * rows * columns
         return list(torch.cat(list(images)).split(tiles.tolist()))
-
-    def encoder_features(self, call: Call, output: Any) -> Tensor:
-        features: Tensor = output.last_hidden_state
-        return features
 
     def project(self, rows: Tensor) -> Tensor:
         projected: Tensor = self.core.connector.modality_projection(rows)

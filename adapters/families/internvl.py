@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,25 +18,12 @@ class InternVL(Tiled):
     name = "internvl"
 
     @property
-    def vision_tower(self) -> Any:
-        return self.core.vision_tower
-
-    @property
     def vision_attention(self) -> Sequence[Any]:
         return [layer.attention for layer in self.vision_tower.encoder.layer]
 
     @property
     def tower(self) -> Tower:
-        return Tower(
-            num_layers=self.vision_tower.config.num_hidden_layers,
-            has_cls=True,
-            merge_unit=self.step**2,
-            prefix=1,
-        )
-
-    @property
-    def projectors(self) -> Sequence[Any]:
-        return [self.core.multi_modal_projector]
+        return replace(super().tower, has_cls=True, prefix=1)
 
     @property
     def step(self) -> int:

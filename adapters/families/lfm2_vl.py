@@ -11,17 +11,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...prune.contract import ModelShape, Tower
+from ...prune.contract import ModelShape
 from ...prune.errors import UnsupportedFeatureError
 from ...prune.tiling import Block, Tiling
-from ..family import Call, Family, Modality
+from ..family import Call, Modality
 from ..layer_names import LayerNames
+from ..merged import Merged
 from ..sequence.prompt import Prompt
 
 _Of = TypeVar("_Of")
 
 
-class Lfm2Vl(Family):
+class Lfm2Vl(Merged):
     """An image is one picture, or tiles and the whole picture last. Encoded without a prompt, each
     of these counts as an image."""
 
@@ -36,25 +37,7 @@ class Lfm2Vl(Family):
     )
 
     @property
-    def vision_tower(self) -> Any:
-        return self.core.vision_tower
-
-    @property
-    def vision_attention(self) -> Sequence[Any]:
-        return [layer.self_attn for layer in self.vision_tower.encoder.layers]
-
-    @property
-    def tower(self) -> Tower:
-        depth = self.vision_tower.config.num_hidden_layers
-        return Tower(num_layers=depth, has_cls=False, merge_unit=self.step**2)
-
-    @property
-    def projectors(self) -> Sequence[Any]:
-        return [self.core.multi_modal_projector]
-
-    @property
     def step(self) -> int:
-        """Rows and columns of patches that the projector merges into a token."""
         return int(self.model.config.downsample_factor)
 
     @property
@@ -87,7 +70,8 @@ class Lfm2Vl(Family):
 
     def counts(self, call: Call) -> Sequence[int]:
         """Pictures of each image."""
-        return call.parts or (1,) * len(call.inputs["spatial_shapes"])
+        pictures = len(call.inputs["spatial_shapes"])
+        return (1,) * pictures if call.parts is None else call.parts
 
     def _of_images(self, call: Call, pictures: Sequence[_Of]) -> list[Sequence[_Of]]:
         """What there is of each picture, per image."""
@@ -126,24 +110,13 @@ class Lfm2Vl(Family):
         seen = zip(call.inputs["pixel_values"], self._patches(call), strict=True)
         return self.images(call, [patches[: rows * columns] for patches, (rows, columns) in seen])
 
-    def encoder_features(self, call: Call, output: Any) -> Tensor:
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
     def project(self, rows: Tensor) -> Tensor:
         projector = self.core.multi_modal_projector
         rows = projector.layer_norm(rows) if projector.use_layer_norm else rows
         projected: Tensor = projector.linear_2(projector.act(projector.linear_1(rows)))
         return projected
 
-    def per_image(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return [unit.mean(1) for unit in self._units(call, values)]
-
-    def merged_patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return [unit.flatten(1) for unit in self._units(call, values)]
-
-    def _units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        """The patches behind each token, per image: (P, step * step, ...)."""
+    def units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
         cells, step = "(r i c j) ... -> (r c) (i j) ...", self.step
         units = [
             rearrange(picture[: rows * columns], cells, i=step, c=columns // step, j=step)

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from ...prune.contract import Tower
 from ...prune.tiling import Tiling
-from ..family import Call, Family
+from ..family import Call
+from ..merged import Merged
 
 
-class Mistral3(Family):
+class Mistral3(Merged):
     """The patches of all pictures are one sequence, in which a mask keeps pictures apart; breaks
     between rows are text, and stay."""
 
     name = "mistral3"
-
-    @property
-    def vision_tower(self) -> Any:
-        return self.core.vision_tower
 
     @property
     def vision_attention(self) -> Sequence[Any]:
@@ -31,20 +28,10 @@ class Mistral3(Family):
 
     @property
     def tower(self) -> Tower:
-        return Tower(
-            num_layers=self.vision_tower.config.num_hidden_layers,
-            has_cls=False,
-            merge_unit=self.step**2,
-            rotary=True,
-        )
-
-    @property
-    def projectors(self) -> Sequence[Any]:
-        return [self.core.multi_modal_projector]
+        return replace(super().tower, rotary=True)
 
     @property
     def step(self) -> int:
-        """Rows and columns of patches that the projector merges into a token."""
         return int(self.model.config.spatial_merge_size)
 
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
@@ -80,20 +67,13 @@ class Mistral3(Family):
         projected: Tensor = self.core.multi_modal_projector(patches, sizes)
         return projected
 
-    def per_image(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return [unit.mean(1) for unit in self._units(call, values)]
-
-    def merged_patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        return [unit.flatten(1) for unit in self._units(call, values)]
-
     def _patches(self, call: Call) -> list[tuple[int, int]]:
         """Rows and columns of patches of each picture."""
         side = self.vision_tower.config.patch_size
         sizes = torch.as_tensor(call.inputs["image_sizes"]).tolist()
         return [(height // side, width // side) for height, width in sizes]
 
-    def _units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        """The patches behind each token, per image: (P, step * step, ...)."""
+    def units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
         sizes, step = self._patches(call), self.step
         return [
             rearrange(image, "(r i c j) ... -> (r c) (i j) ...", i=step, c=w // step, j=step)
