@@ -183,12 +183,16 @@ class Setup:
         """Whether rotary tables differ between kinds of layers."""
         return "layer_type" in inspect.signature(self.text.rotary_emb.forward).parameters
 
+    def rotary_kind(self, layer: int) -> str:
+        """What layers share that have the same rotary tables."""
+        return layer_kind(self.config, layer) if self._rotary_by_kind else ""
+
     def rotary(self, like: Tensor, position_ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines that a layer has of positions (B, K) or (axes, B, K): (B, K, D_head)
         each, in the dtype and on the device of `like`."""
         if position_ids.dim() == 3:
             position_ids = position_ids[-3:]  # without the row that only tells packed sequences
-        kind = (layer_kind(self.config, layer),) if self._rotary_by_kind else ()
+        kind = filter(None, [self.rotary_kind(layer)])
         cos, sin = self.text.rotary_emb(like, position_ids.to(like.device), *kind)
         return cos.to(like.device), sin.to(like.device)  # on a sharded model it is elsewhere
 

@@ -59,10 +59,10 @@ class Continued:
         """Whether a layer stores less than the first, for which the model made its mask and its
         rotary tables, and so needs others."""
         segment = self.state.segment(layer)
-        if layer_kind(self.setup.config, layer) in STATES:
-            return False  # it is told about the new tokens alone
         if segment.start == 0 or cache_given(kwargs) is not self.cache:
             return False
+        if layer_kind(self.setup.config, layer) in STATES:
+            return False  # it is told about the new tokens alone
         return self._masked(segment, kwargs) or self.ids is not None
 
     def layer(self, layer: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Continued:
                 self._memo[key] = mask
             new["attention_mask"] = self._memo[key]
         if self.ids is not None:
-            key = ("rotary", layer_kind(self.setup.config, layer), hidden.device)
+            key = ("rotary", self.setup.rotary_kind(layer), hidden.device)
             if key not in self._memo:
                 self._memo[key] = self._tables(layer, hidden, self.ids)
             new["position_embeddings"] = self._memo[key][segment.start]

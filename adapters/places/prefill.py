@@ -173,7 +173,7 @@ class Prefill:
         first."""
         if not start:
             return given
-        key = ("rotary", start, layer_kind(self.setup.config, layer), hidden.device)
+        key = ("rotary", start, self.setup.rotary_kind(layer), hidden.device)
         if key not in self._memo:
             shift = None if self.state is None else self.state.segment(start).shift
             ids = self.positions.at(self.layout, shift)
