@@ -91,12 +91,18 @@ def encoder_layer(
     return layer
 
 
-def check_behind(cut: int, shape: ModelShape, name: str) -> int:
-    """A cut behind a layer with attention, which must have a layer to shorten.
+def cut_behind_attention(layer: int, shape: ModelShape, name: str, hint: str) -> int:
+    """The first layer that sees fewer tokens, where attention of a layer before it is read: `layer`
+    as a user gives it, or what is behind the first layer with attention, if that is deeper.
 
     Raises:
+        MethodFieldError: it is the first layer, or there is no such one; `hint` says what to give.
         UnsupportedModelError: only the decoder's last layer has attention.
     """
+    cut = user_layer(layer, depth=shape.decoder.num_layers, field="layer")
+    if cut == 0:
+        raise MethodFieldError(f"layer={layer} is the first layer: {hint}.")
+    cut = max(cut, shape.decoder.attends_before(cut) + 1)
     if cut >= shape.decoder.num_layers:
         raise UnsupportedModelError(
             f"{name} cuts behind a layer with attention, and only the last layer of this decoder "

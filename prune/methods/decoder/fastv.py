@@ -26,7 +26,7 @@ from ...contract import (
 )
 from ...errors import MethodFieldError
 from ...fields import check_int
-from ...layers import check_behind, user_layer
+from ...layers import cut_behind_attention
 from ...ops.topk import ascending, top_k
 from ...registry import register
 
@@ -54,11 +54,7 @@ class FastV(InDecoder):
         return (TextAttention(shape.decoder.attends_before(self.cuts(shape)[0].layer)),)
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
-        layer = user_layer(self.layer, depth=shape.decoder.num_layers, field="layer")
-        if layer == 0:
-            raise MethodFieldError(f"layer={self.layer} is the first layer: {_HINT}.")
-        read = shape.decoder.attends_before(layer)
-        return (Cut(Place.DECODER, check_behind(max(layer, read + 1), shape, "fastv")),)
+        return (Cut(Place.DECODER, cut_behind_attention(self.layer, shape, "fastv", _HINT)),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         (row,) = self.needs(tokens.shape)
