@@ -2,7 +2,8 @@
 patches that a question is about, was among them.
 
 Both are read on a raster of `SIDE` x `SIDE` points of what the model sees of a picture; a point is
-kept where a token over it has its own place in the prompt, in the thumbnail or in the tiles.
+kept where a token over it has its own place in the prompt, in the thumbnail or on the canvas of
+tiles. Where it is not known how crops lie on the picture, the thumbnail alone is read.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ class Seen:
             sample: its number in the batch.
             evidence: points of the raster that its one image's answer needs, in reading order.
         """
-        found = [
+        rasters = [
             raster(tiling, kept)
             for tiling, kept, of in zip(last.tilings, last.kept, last.image_sample, strict=True)
             if of == sample
         ]
-        for points in found:
+        for points in rasters:
             self.counts += points
             self.images += 1
-        known = evidence and len(found) == 1
-        self.evidence.append(
-            found[0].flatten()[list(evidence)].double().mean().item() if known else None  # type: ignore[arg-type]
-        )
+        found: float | None = None
+        if evidence and len(rasters) == 1:
+            found = rasters[0].flatten()[list(evidence)].double().mean().item()
+        self.evidence.append(found)
 
 
 def raster(tiling: Tiling, kept: Tensor) -> Tensor:
@@ -64,10 +65,10 @@ def raster(tiling: Tiling, kept: Tensor) -> Tensor:
     found = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     middles = (torch.arange(SIDE) + 0.5) / SIDE
     start = 0
-    for block in tiling.blocks:
+    for number, block in enumerate(tiling.blocks):
         grid = patches[start : start + block.num_patches].view(block.rows, block.columns)
         start += block.num_patches
-        if block.num_patches:
+        if block.num_patches and tiling.thumbnail in (None, number):
             rows, columns = (middles * block.rows).long(), (middles * block.columns).long()
             found |= grid[rows][:, columns]
     return found

@@ -37,6 +37,14 @@ def test_thumbnail_and_tiles_show_the_same_picture():
     assert not raster(tiling, torch.tensor([], dtype=torch.int64)).any()
 
 
+def test_crops_that_lie_nobody_knows_where_are_not_read():
+    crop = Block((1,), (2,))
+    tiling = Tiling((crop, crop, crop), thumbnail=2)
+    assert not raster(tiling, torch.tensor([0, 1, 2, 3])).any()
+    shown = raster(tiling, torch.tensor([4]))
+    assert shown[:, : SIDE // 2].all() and not shown[:, SIDE // 2 :].any()
+
+
 def test_counts_and_evidence_are_of_the_samples_own_images():
     grid, seen, cell = Tiling.single(SIDE, SIDE), Seen(), {}
     last = Prefill([grid] * 3, [[0], [0, 1], [5]], [0, 1, 1])
