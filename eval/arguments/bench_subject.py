@@ -6,25 +6,12 @@ import argparse
 import math
 
 from ...prune.errors import MethodFieldError
-from .shared import BUDGET_WORD, DEFAULT_BUDGETS, METHOD_WORD, positive
+from .shared import DEFAULT_BUDGETS, grid_arguments, positive
 
 
 def add_words(parser: argparse.ArgumentParser) -> None:
     """--methods and --budgets."""
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["divprune", "vtc_cls", "fastv"],
-        metavar="NAME",
-        help=f"{METHOD_WORD} (default: divprune,vtc_cls,fastv)",
-    )
-    parser.add_argument(
-        "--budgets",
-        nargs="+",
-        default=list(DEFAULT_BUDGETS),
-        metavar="BUDGET",
-        help=f"{BUDGET_WORD} (default: {','.join(DEFAULT_BUDGETS)})",
-    )
+    grid_arguments(parser, ("divprune", "vtc_cls", "fastv"), DEFAULT_BUDGETS, "names")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -12,12 +12,11 @@ def agreement_table(section: Section) -> Grid | None:
     name, dense = section.main, section.dense
     if name is None or dense is None:
         return None
-    found: dict[str, Agreement] = {}
-    cells = [cell for cell in section.done if not cell.dense]
-    for cell in cells:
-        if (one := agreement(cell.record, dense.record, name)) is not None:
-            found[cell.record["id"]] = one
-    rows = [_row(section, c, name, found[c.record["id"]]) for c in cells if c.record["id"] in found]
+    rows = [
+        _row(section, cell, name, found)
+        for cell in section.done
+        if not cell.dense and (found := agreement(cell.record, dense.record, name)) is not None
+    ]
     headers = [
         *("Method", "Budget", "Score", "vs dense"),
         *("Same answers %", "Right to wrong", "Wrong to right"),

@@ -33,8 +33,18 @@ from .repeat import command_of, needs
 from .where import NOTE as WHERE
 from .where import maps, where_table
 
-WHERE_TITLE = "Where tokens are kept"
 _RECORDED = ("id", "status", "finished", "seconds", "batch_size", "load_average", "notes")
+
+
+@dataclass(frozen=True)
+class Further:
+    """A table behind the main one. `shown`: at once; `maps`: data URIs by cell, below it."""
+
+    title: str
+    grid: Grid | None
+    shown: bool = True
+    maps: Sequence[tuple[Cell, str]] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,25 +103,24 @@ def _view(
         "item": section.kind.item,
         "measures": section.kind.notes,
         "more": list(_more(section)),
-        "maps": {WHERE_TITLE: [(cell, Markup(uri)) for cell, uri in maps(section)]},
-        "notes": {WHERE_TITLE: WHERE},
         "examples": [_example(example) for example in asked(section, most)],
         "missing": section.missing,
         "configurations": [_configuration(cell) for cell in section.cells],
     }
 
 
-def _more(section: Section) -> Iterator[tuple[str, Grid, bool]]:
-    """Further tables: title, table, and whether it is shown at once."""
-    for title, grid, shown in (
-        ("Published beside measured", beside_published(section), True),
-        ("All metrics", metrics_table(section), True),
-        ("Agreement with the dense model", agreement_table(section), True),
-        (WHERE_TITLE, where_table(section), True),
-        ("By kind of question", kinds_table(section), False),
+def _more(section: Section) -> Iterator[Further]:
+    """Further tables that there are."""
+    where = [(cell, Markup(source)) for cell, source in maps(section)]
+    for further in (
+        Further("Published beside measured", beside_published(section)),
+        Further("All metrics", metrics_table(section)),
+        Further("Agreement with the dense model", agreement_table(section)),
+        Further("Where tokens are kept", where_table(section), maps=where, note=WHERE),
+        Further("By kind of question", kinds_table(section), shown=False),
     ):
-        if grid is not None:
-            yield title, grid, shown
+        if further.grid is not None:
+            yield further
 
 
 def _summary(section: Section) -> str:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import vlmprune
-from kit.flop_counter import counting
 from kit.zoo import BOTH_FAMILIES, CASES, Case, each
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.registry import family_of
+from vlmprune.eval.classify.counting import counting
 from vlmprune.eval.measure.flops import (
     _windows,
     after_cuts,

@@ -8,7 +8,6 @@ from itertools import starmap
 import pytest
 import torch
 import vlmprune
-from kit.flop_counter import counting
 from kit.zoo import CASES, MIXED
 from torch.utils._python_dispatch import _disable_current_modes
 from vlmprune.adapters.family import IMAGE, MODALITIES
@@ -17,6 +16,7 @@ from vlmprune.adapters.places.padded import PaddedPassage
 from vlmprune.adapters.registry import family_of
 from vlmprune.adapters.signals.recording import Recording
 from vlmprune.eval import cli
+from vlmprune.eval.classify.counting import counting
 from vlmprune.eval.measure.flops import Flops, ModelCost, _filled, model_cost
 from vlmprune.eval.measure.shortened import Shortened, measured, reckoned
 from vlmprune.eval.results.store import read_records
