@@ -24,6 +24,12 @@ def older(monkeypatch):
         cached.cache_clear()
 
 
+def test_what_the_package_requires_as_a_whole_is_not_asked_again(older, monkeypatch):
+    """A serving engine with a transformers of its own may be older, where no model is patched."""
+    monkeypatch.setattr(registry.transformers, "__version__", "5.19.0")
+    assert "llava" in vlmprune.models() and "vipllava" not in vlmprune.models()
+
+
 def test_families_that_a_release_lacks_are_absent(older):
     absent = {"qwen3_vl", "vipllava", "llava_next_video"}
     assert absent.isdisjoint({*vlmprune.models(), *known_families()})
