@@ -15,6 +15,8 @@ examples:
       one page that opens offline: frontier, tables, pictures of the kept tokens, configurations
   vlmprune report a/runs.jsonl b/runs.jsonl -o report.md
   vlmprune report ./vlmprune_runs -o numbers.csv
+  vlmprune report ./vlmprune_runs -o report.html --hard
+      also how methods do on the questions that smaller pictures (downsample) fail at equal tokens
   vlmprune report ./vlmprune_runs -o table.tex
       for a paper: \\input{table.tex}, with \\usepackage{booktabs}
   vlmprune report ./vlmprune_runs -o ./lm_eval_results
@@ -31,12 +33,14 @@ class ReportRequest:
         output: a file, or a folder for lm-eval's; None for stdout.
         format: in place of the one that `output` ends on.
         examples: questions with pictures of every task; None for all.
+        hard: also scores on the questions that `downsample` fails.
     """
 
     runs: Sequence[str]
     output: str | None = None
     format: str | None = None
     examples: int | None = None
+    hard: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,11 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="questions of every task that are shown, with pictures (default: all recorded)",
     )
+    parser.add_argument(
+        "--hard",
+        action="store_true",
+        help="also scores on the questions that downsample answers wrong at equal tokens (pages, "
+        "Markdown, CSV)",
+    )
 
 
 def request(args: argparse.Namespace) -> ReportRequest:
     return ReportRequest(
-        runs=args.runs, output=args.output_path, format=args.format, examples=args.examples
+        runs=args.runs,
+        output=args.output_path,
+        format=args.format,
+        examples=args.examples,
+        hard=args.hard,
     )
 
 

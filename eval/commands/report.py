@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments.report import ReportRequest
+from ..report.baselines import hard_table
 from ..report.cells import Section, read_cells, sections
 from ..results.records import ResultsError
 
@@ -20,10 +21,12 @@ def run(request: ReportRequest) -> int:
     if output is None and chosen == "lm-eval":
         raise ResultsError("--format lm-eval writes several files: give a folder with -o DIR.")
     found = sections(read_cells([Path(path) for path in request.runs]))
+    if request.hard:
+        _refuse_without_hard(found, chosen)
     if chosen == "lm-eval" and output is not None:
         _write_lm_eval(found, Path(output))
         return 0
-    text = _render(found, chosen, request.examples)
+    text = _render(found, chosen, request)
     if output is None:
         sys.stdout.write(text)
         return 0
@@ -36,22 +39,38 @@ def run(request: ReportRequest) -> int:
     return 0
 
 
-def _render(found: Sequence[Section], chosen: str, examples: int | None) -> str:
+def _render(found: Sequence[Section], chosen: str, request: ReportRequest) -> str:
     if chosen == "html":
         from ..report import html
 
-        return html.render(found, examples)
+        return html.render(found, request.examples, with_hard=request.hard)
     if chosen == "csv":
         from ..report import csv_file
 
-        return csv_file.render(found)
+        return csv_file.render(found, with_hard=request.hard)
     if chosen == "latex":
         from ..report import latex
 
         return latex.render(found)
     from ..report import markdown
 
-    return markdown.render(found, examples)
+    return markdown.render(found, request.examples, with_hard=request.hard)
+
+
+def _refuse_without_hard(found: Sequence[Section], chosen: str) -> None:
+    """Refuse to show hard questions where they are not known, or have no place.
+
+    Raises:
+        ResultsError: it says what to type.
+    """
+    if chosen not in ("html", "markdown", "csv"):
+        raise ResultsError(f"--hard is no part of {chosen}: end -o on .html, .md or .csv.")
+    if not any(hard_table(section) for section in found):
+        raise ResultsError(
+            "--hard: no cell of downsample stands beside another one at equal tokens: run "
+            "`vlmprune sweep --methods downsample --budgets ...` with the same questions and "
+            "output_path first."
+        )
 
 
 def _format_of(output: str | None) -> str:

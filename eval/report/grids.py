@@ -94,9 +94,13 @@ def score_entry(cell: Cell, metric: str) -> Entry:
 def difference_entry(section: Section, cell: Cell, metric: str) -> Entry:
     """What a cell is above dense, paired, with its interval."""
     found = section.against_dense(cell, metric)
+    return signed_entry(found, scale(cell.record["scores"][metric])) if found else Entry("")
+
+
+def signed_entry(found: tuple[float, float | None, float | None] | None, by: int) -> Entry:
+    """A difference with its interval, times `by`; empty where there is none."""
     if found is None:
         return Entry("")
-    by = scale(cell.record["scores"][metric])
     value, low, high = found
     interval = "" if low is None or high is None else f" [{by * low:+.1f}, {by * high:+.1f}]"
     return Entry(f"{by * value:+.1f}{interval}", finite(value))

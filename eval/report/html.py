@@ -21,6 +21,7 @@ from markupsafe import Markup
 from ..compare.side_by_side import LEGEND
 from .agreement import agreement_table
 from .averages import averages_table
+from .baselines import BESIDE, HARD, beside_baselines, hard_table
 from .cells import Cell, Section
 from .chart import chart
 from .examples import Asked, Given, asked
@@ -57,18 +58,21 @@ class Picture:
     reason: str = ""
 
 
-def render(sections: Sequence[Section], most: int | None = None) -> str:
+def render(sections: Sequence[Section], most: int | None = None, *, with_hard: bool = False) -> str:
     """The page.
 
     Args:
         most: questions with pictures of every task; None for all that were recorded.
+        with_hard: also the questions that `downsample` fails.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}
     anchors = _anchors(sections)
     plotly, script = _plotly(), _page_file("page.js")
     # In the order of the page; equal input makes an equal page.
-    views = [_view(n, section, anchors, most) for n, section in enumerate(sections, start=1)]
+    views = [
+        _view(n, section, anchors, most, with_hard) for n, section in enumerate(sections, start=1)
+    ]
     drawn = any(view["chart"] for view in views)
     template = environment.from_string(_page_file("page.html.j2"))
     return template.render(
@@ -87,7 +91,11 @@ def render(sections: Sequence[Section], most: int | None = None) -> str:
 
 
 def _view(
-    number: int, section: Section, anchors: dict[str, str], most: int | None
+    number: int,
+    section: Section,
+    anchors: dict[str, str],
+    most: int | None,
+    with_hard: bool,
 ) -> dict[str, Any]:
     config = section.config
     return {
@@ -102,19 +110,21 @@ def _view(
         "main": main_table(section),
         "item": section.kind.item,
         "measures": section.kind.notes,
-        "more": list(_more(section)),
+        "more": list(_more(section, with_hard)),
         "examples": [_example(example) for example in asked(section, most)],
         "missing": section.missing,
         "configurations": [_configuration(cell) for cell in section.cells],
     }
 
 
-def _more(section: Section) -> Iterator[Further]:
+def _more(section: Section, with_hard: bool) -> Iterator[Further]:
     """Further tables that there are."""
     where = [(cell, Markup(source)) for cell, source in maps(section)]
     for further in (
         Further("Published beside measured", beside_published(section)),
         Further("All metrics", metrics_table(section)),
+        Further("Beside baselines", beside_baselines(section), note=BESIDE),
+        Further("Hard questions", hard_table(section) if with_hard else None, note=HARD),
         Further("Agreement with the dense model", agreement_table(section)),
         Further("Where tokens are kept", where_table(section), maps=where, note=WHERE),
         Further("By kind of question", kinds_table(section), shown=False),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..table import Table
 from .agreement import agreement_table
 from .averages import averages_table
+from .baselines import BESIDE, HARD, beside_baselines, hard_table
 from .cells import Cell, Section
 from .escape import fenced, markdown, one_line
 from .examples import Asked, asked
@@ -24,17 +25,18 @@ NOTES = (
 )
 
 
-def render(sections: Sequence[Section], most: int | None = None) -> str:
+def render(sections: Sequence[Section], most: int | None = None, *, with_hard: bool = False) -> str:
     """All sections, one after the other.
 
     Args:
         most: questions of every task that are shown; None for all that were recorded.
+        with_hard: also the questions that `downsample` fails.
     """
     parts = ["# vlmprune report"]
     for model, grid in averages_table(sections):
         parts += [f"## Average over tasks: {markdown(model)}", table(grid)]
     for section in sections:
-        parts += _section(section, most)
+        parts += _section(section, most, with_hard)
     if methods := described(sections):
         lines = [f"- {markdown(name)}: {markdown(sentence)}" for name, sentence in methods]
         parts += ["## What the methods do", "\n".join(lines)]
@@ -51,7 +53,7 @@ def table(grid: Grid) -> str:
     return Table(headers, rows, numbers_from=grid.numbers_from).markdown()
 
 
-def _section(section: Section, most: int | None) -> list[str]:
+def _section(section: Section, most: int | None, with_hard: bool) -> list[str]:
     config = section.config
     parts = [
         f"## {markdown(config['task'])}: {markdown(config['model'])}",
@@ -59,15 +61,17 @@ def _section(section: Section, most: int | None) -> list[str]:
         table(main_table(section)),
         NOTES.format(item=section.kind.item) + section.kind.notes,
     ]
-    for title, grid in (
-        ("All metrics", metrics_table(section)),
-        ("Agreement with the dense model", agreement_table(section)),
-        ("Where tokens are kept", where_table(section)),
-        ("By kind of question", kinds_table(section)),
-        ("Published beside measured", beside_published(section)),
+    for title, grid, note in (
+        ("All metrics", metrics_table(section), ""),
+        ("Beside baselines", beside_baselines(section), BESIDE),
+        ("Hard questions", hard_table(section) if with_hard else None, HARD),
+        ("Agreement with the dense model", agreement_table(section), ""),
+        ("Where tokens are kept", where_table(section), ""),
+        ("By kind of question", kinds_table(section), ""),
+        ("Published beside measured", beside_published(section), ""),
     ):
         if grid is not None:
-            parts += [f"### {title}", table(grid)]
+            parts += [f"### {title}", table(grid), *([note] if note else [])]
     if section.missing:
         parts.append("### Not run")
         parts.append(
