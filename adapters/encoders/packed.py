@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..encoder import Encoder, EncoderBlock
+from .mixed import values_alone
 
 
 class PackedEncoder(Encoder):
@@ -32,7 +33,4 @@ class PackedEncoder(Encoder):
         ]
 
     def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
-        attention = block.attention
-        mixed = attention.qkv(block.norm1(rows))
-        heads = mixed.unflatten(-1, (3, attention.num_heads, -1))[..., 2, :, :]
-        return heads.transpose(1, 2)
+        return values_alone(block.attention, block.norm1(rows))

@@ -14,6 +14,7 @@ from ..encoder import Bias, Encoder, EncoderBlock
 from ..hooks import Undo
 from ..image_model import ImageModel, Keywords, unlike, weigh
 from ..tap import Exchange, Listener, Names
+from .mixed import values_alone
 from .timm_tap import TimmTap, mixes
 
 _ATTENTION = ("Attention", "AttentionRope", "EvaAttention")
@@ -38,9 +39,7 @@ class TimmEncoder(Encoder):
         ]
 
     def values(self, block: EncoderBlock, rows: Tensor) -> Tensor:
-        attention = block.attention
-        mixed = attention.qkv.forward(block.norm1(rows))  # past the hooks of the tap
-        return mixed.unflatten(-1, (3, attention.num_heads, -1))[..., 2, :, :].transpose(1, 2)
+        return values_alone(block.attention, block.norm1(rows))
 
     def tap(
         self,
