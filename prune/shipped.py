@@ -39,6 +39,7 @@ VERSIONS: dict[str, int] = {
     "prumerge_plus": 1,
     "pyramiddrop": 1,
     "random": 1,
+    "random_decoder": 1,
     "random_encoder": 1,
     "scope": 1,
     "sparsevlm": 1,

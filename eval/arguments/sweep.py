@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...prune.errors import MethodFieldError
 from ..sweep.request import SweepRequest
 from ..words.typed import DOWNSAMPLE, split_list
 from .model import model_arguments, model_request
@@ -29,6 +31,8 @@ examples:
   vlmprune sweep --methods divprune@0.5+fastv --budgets 0.25,0.11
       two methods at once, the first with a budget of its own; every budget is a share of the
       tokens that the image had at first
+  vlmprune sweep --depths 1,2,3,4,5 --methods fastv,random_decoder --budgets 49
+      cuts in front of each of these decoder layers, beside a choice by chance at the same depth
   vlmprune sweep --kinds read --limit all
       only questions of this kind, whose answers have two or three words
   vlmprune sweep --data my.jsonl --matching contains --model Qwen/Qwen2.5-VL-7B-Instruct
@@ -73,6 +77,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("grid")
     grid_arguments(group, DEFAULT_METHODS, DEFAULT_BUDGETS, "names, with commas or spaces")
+    group.add_argument(
+        "--depths",
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="methods in the decoder with a field `layer` run once for each of these, the first "
+        "layer that sees fewer tokens (-1: the last); name random_decoder beside them",
+    )
     import_argument(group)
     positions_argument(group)
     group = parser.add_argument_group("evaluation")
@@ -176,6 +188,7 @@ def request(args: argparse.Namespace) -> SweepRequest:
     return SweepRequest(
         methods=methods,
         budgets=budgets,
+        depths=_layers(args.depths),
         positions=args.positions,
         limit=args.limit,
         kinds=kinds,
@@ -190,6 +203,23 @@ def request(args: argparse.Namespace) -> SweepRequest:
         include_path=args.include_path,
         settings=resolved(sweep_parser(), args),
     )
+
+
+def _layers(words: Sequence[str]) -> list[int]:
+    """Numbers of layers as typed.
+
+    Raises:
+        MethodFieldError: one is no whole number.
+    """
+    layers = []
+    for word in split_list([str(word) for word in words]):
+        try:
+            layers.append(int(word))
+        except ValueError:
+            raise MethodFieldError(
+                f"--depths {word}: give numbers of decoder layers, e.g. --depths 2,8,16."
+            ) from None
+    return layers
 
 
 def _limit(text: str) -> int | None:

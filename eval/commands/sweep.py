@@ -33,6 +33,7 @@ from ..tasks.jsonl import JsonlTask
 from ..tasks.protocols import Task
 from ..tasks.questions import asked
 from ..vocabulary_note import vocabulary_note
+from ..words.depths import at_depths
 from ..words.parts import Part, Parts, combined
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def run(request: SweepRequest) -> int:
     """The command. Returns the exit code."""
     wanted, folder = request.model, request.output_path
     assert wanted is not None and folder is not None  # noqa: S101  (the command line gives both)
-    combinations = combined(request.methods, request.budget_words, request.seed)
+    methods = at_depths(request.methods, request.depths)
+    combinations = combined(methods, request.budget_words, request.seed)
     loading, pixels = split_model_args(wanted.model_args)
     with Processes.started(cpu=wanted.device == "cpu") as processes:
         store = Store(folder) if processes.first else None

@@ -24,6 +24,8 @@ from .averages import averages_table
 from .baselines import BESIDE, HARD, beside_baselines, hard_table
 from .cells import Cell, Section
 from .chart import chart
+from .depths import NOTE as DEPTHS
+from .depths import depths_table
 from .examples import Asked, Given, asked
 from .files import NoFileError
 from .grids import Grid, dense_text, facts, kinds_table, main_table, metrics_table
@@ -124,6 +126,7 @@ def _more(section: Section, with_hard: bool) -> Iterator[Further]:
         Further("Published beside measured", beside_published(section)),
         Further("All metrics", metrics_table(section)),
         Further("Beside baselines", beside_baselines(section), note=BESIDE),
+        Further("By depth of the cut", depths_table(section), note=DEPTHS),
         Further("Hard questions", hard_table(section) if with_hard else None, note=HARD),
         Further("Agreement with the dense model", agreement_table(section)),
         Further("Where tokens are kept", where_table(section), maps=where, note=WHERE),

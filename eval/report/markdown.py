@@ -10,6 +10,8 @@ from .agreement import agreement_table
 from .averages import averages_table
 from .baselines import BESIDE, HARD, beside_baselines, hard_table
 from .cells import Cell, Section
+from .depths import NOTE as DEPTHS
+from .depths import depths_table
 from .escape import fenced, markdown, one_line
 from .examples import Asked, asked
 from .grids import Grid, facts, kinds_table, main_table, metrics_table
@@ -64,6 +66,7 @@ def _section(section: Section, most: int | None, with_hard: bool) -> list[str]:
     for title, grid, note in (
         ("All metrics", metrics_table(section), ""),
         ("Beside baselines", beside_baselines(section), BESIDE),
+        ("By depth of the cut", depths_table(section), DEPTHS),
         ("Hard questions", hard_table(section) if with_hard else None, HARD),
         ("Agreement with the dense model", agreement_table(section), ""),
         ("Where tokens are kept", where_table(section), ""),

@@ -36,6 +36,7 @@ class SweepRequest:
 
     Attributes:
         methods, budgets: words as on the command line.
+        depths: decoder layers at each of which methods are run that cut there; empty: at their own.
         positions: of rotary embeddings after a cut; None: those of each method's paper.
         limit: so many questions of every task; None: all.
         kinds: only questions of these kinds; empty: all.
@@ -54,6 +55,7 @@ class SweepRequest:
 
     methods: Sequence[str]
     budgets: Sequence[str | float]
+    depths: Sequence[int] = ()
     positions: Positions | None = None
     limit: int | None = None
     kinds: Sequence[str] = ()

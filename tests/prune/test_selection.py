@@ -57,7 +57,9 @@ STAGED = [name for name in NAMES if method_class(name)().cuts(SHAPE)[-1].layer]
 """Methods that act in the decoder, some of them before it too."""
 DEPTHS = (4, 5, 24, 28, 32, 40, 80)
 RANKING = ["cls_topk", "divprune", "hiprune", "vtc_cls"] + [
-    choice for choice in CHOICES if "@" in choice and not choice.startswith("sparsevlm@")
+    choice
+    for choice in CHOICES
+    if "@" in choice and not choice.startswith(("sparsevlm@", "random_decoder@"))
 ]
 """Methods that keep the first tokens where all tokens are alike."""
 GRIDS = [(1, 2), (1, 7), (9, 1), (2, 3), (5, 4), (12, 12), (7, 30)]

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ...blocks import FewCuts
 from ...contract import EncoderRows, Reduction
 from ...fields import check_int
+from ...ops.drawn import drawn
 from ...ops.topk import ascending
 from ...registry import register
-
-_MASK = 2**32 - 1
 
 
 @register("random_encoder")
@@ -34,13 +31,5 @@ class RandomEncoder(FewCuts):
         check_int("seed", self.seed, hint="give a whole number")
 
     def reduce(self, rows: EncoderRows, keep: int) -> Reduction:
-        drawn = _mixed(_mixed(rows.numbers + 1) + (self.seed * 0x9E3779B9 & _MASK))
-        return Reduction(source=ascending(drawn.argsort(dim=1, stable=True)[:, :keep]))
-
-
-def _mixed(numbers: Tensor) -> Tensor:
-    """Whole numbers of 32 bits, each as another one that looks drawn: MurmurHash3's last step."""
-    numbers = numbers & _MASK
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        numbers = (numbers ^ (numbers >> shift)) * factor & _MASK
-    return numbers ^ (numbers >> 16)
+        order = drawn(rows.numbers, self.seed).argsort(dim=1, stable=True)
+        return Reduction(source=ascending(order[:, :keep]))
