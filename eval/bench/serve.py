@@ -1,85 +1,26 @@
-"""A model under load: clients that ask at once, each in a thread of its own, each anew as soon as
-it is answered.
+"""A model of transformers under load.
 
-All share one model, as threads that serve it do; nothing is batched, which `generate` leaves to its
-caller. So waiting times grow with the number of clients, and what pruning saves of a prefill is
-saved of the others' waiting, too.
+All clients share one model, as threads that serve it do; nothing is batched, which `generate`
+leaves to its caller. So waiting times grow with the number of clients, and what pruning saves of a
+prefill is saved of the others' waiting, too.
 """
 
 from __future__ import annotations
 
-import statistics
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..measure.times import Clock
-from ..results.statistics import spread
+from ..words.parts import Parts
+from .load import Asked, Load, Round, under_load
+from .rounds import twin
+from .subject import Subject
 from .variant import Variant
-
-PERCENTILES = (50, 90, 99)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Seconds of one request, from when its client asked."""
-
-    first_token: float
-    answered: float
-
-
-@dataclass(frozen=True)
-class Load:
-    """One round of one variant."""
-
-    seconds: float
-    asked: list[Asked]
-
-    @property
-    def throughput(self) -> float:
-        """Requests a second."""
-        return len(self.asked) / self.seconds
-
-
-@dataclass
-class UnderLoad:
-    """A variant at one number of clients, round by round, beside the dense model's rounds."""
-
-    variant: Variant
-    clients: int
-    loads: list[Load] = field(default_factory=list)
-    dense: list[Load] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        asked = [one for load in self.loads for one in load.asked]
-        pairs = list(zip(self.loads, self.dense, strict=True))
-        return {
-            "name": self.variant.name,
-            "clients": self.clients,
-            "requests": len(asked),
-            "throughput": spread([load.throughput for load in self.loads]),
-            "throughput_over_dense": spread([a.throughput / b.throughput for a, b in pairs]),
-            "first_token": percentiles([one.first_token for one in asked]),
-            "answered": percentiles([one.answered for one in asked]),
-            "first_token_over_dense": spread([_middle(a) / _middle(b) for a, b in pairs]),
-        }
-
-
-def _middle(load: Load) -> float:
-    return statistics.median(one.first_token for one in load.asked)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Of seconds, by `PERCENTILES`; of a few, the nearest that was measured from above."""
-    ordered = sorted(values)
-    at = {p: -(-p * len(ordered) // 100) - 1 for p in PERCENTILES}
-    return {f"p{p}": ordered[max(0, index)] for p, index in at.items()}
 
 
 def serve(
@@ -95,28 +36,7 @@ def serve(
     Raises:
         Exception: what stopped a client first.
     """
-    asked: list[Asked] = []
-    failures: list[BaseException] = []
-    ready = threading.Barrier(clients + 1)
-
-    def client() -> None:
-        ready.wait()
-        try:
-            for _ in range(requests):
-                asked.append(_ask(model, inputs, new_tokens))
-        except BaseException as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    ready.wait()
-    started = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return Load(time.perf_counter() - started, asked)
+    return under_load(lambda _: _ask(model, inputs, new_tokens), clients=clients, requests=requests)
 
 
 @torch.inference_mode()
@@ -130,4 +50,20 @@ def _ask(model: PreTrainedModel, inputs: Mapping[str, Tensor], new_tokens: int) 
         max_new_tokens=new_tokens,
         logits_processor=LogitsProcessorList([clock]),
     )
-    return Asked(clock.stamps[0] - started, time.perf_counter() - started)
+    return Asked(clock.stamps[0] - started, time.perf_counter() - started, new_tokens)
+
+
+@contextmanager
+def of_transformers(
+    subject: Subject, device: str, cells: Sequence[Parts], new_tokens: int
+) -> Iterator[Round]:
+    """The subject as this process runs it, patched for each round."""
+    model = subject.model(device)
+    patched, inputs = twin(model), subject.inputs(device)
+    clip = subject.text_twin(device, tuple(part for parts in cells for part in parts))
+
+    def round_of(parts: Parts, clients: int, requests: int) -> Load:
+        with Variant(parts).patched(patched, clip):
+            return serve(patched, inputs, clients=clients, requests=requests, new_tokens=new_tokens)
+
+    yield round_of

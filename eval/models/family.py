@@ -85,6 +85,21 @@ class EvalFamily(ABC):
         """What a processor says of the kinds of tokens `ids` (B, L)."""
         return {}
 
+    def processor(self, config: Any, tokenizer: Any) -> Any:
+        """A processor for a model of random weights, whose pictures are of their usual size.
+
+        Args:
+            config: the model's.
+            tokenizer: of words, one of which is `tokenizer.image_token`.
+
+        Raises:
+            UnsupportedModelError: nobody has said how.
+        """
+        raise UnsupportedModelError(
+            f"A processor of {config.model_type} is not made here: give a checkpoint by --model, "
+            f"which has one, or leave --shape out."
+        )
+
     def smaller(self, config: Any, processor: Any, count: Count) -> Smaller:
         """How `downsample` makes pictures smaller.
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from vlmprune.eval import cli
 from vlmprune.eval.bench import serve as bench
-from vlmprune.eval.bench.serve import percentiles, serve
+from vlmprune.eval.bench.load import percentiles
+from vlmprune.eval.bench.serve import serve
 from vlmprune.eval.bench.subject import Subject
 
 SMALL = Subject(layers=2, width=64, visual_tokens=16)
@@ -36,16 +37,17 @@ def test_what_stops_a_client_is_raised():
 
 def test_the_command_writes_every_round(tmp_path, capsys, monkeypatch):
     rounds = []
+    one = bench.serve
     monkeypatch.setattr(
-        "vlmprune.eval.commands.bench_serve.serve",
-        lambda model, inputs, **asked: rounds.append(asked) or bench.serve(model, inputs, **asked),
+        "vlmprune.eval.bench.serve.serve",
+        lambda model, inputs, **asked: rounds.append(asked) or one(model, inputs, **asked),
     )
     file = tmp_path / "serve.json"
     sizes = ["--layers", "2", "--width", "64", "--tokens", "16", "--new_tokens", "2"]
     argv = [*sizes, "--methods", "divprune", "--budgets", "0.25", "--concurrency", "1,2"]
     assert cli.main(["bench", "serve", *argv, "--repeats", "2", "-o", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert report["schema"] == 1 and report["rounds"] == 2 and report["versions"]["torch"]
+    assert report["schema"] == 2 and report["rounds"] == 2 and report["versions"]["torch"]
     rows = [(row["clients"], row["name"], row["requests"]) for row in report["rows"]]
     name = "divprune(keep_ratio=0.25)"
     assert rows == [(1, "dense", 4), (1, name, 4), (2, "dense", 8), (2, name, 8)]

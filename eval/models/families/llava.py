@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaProcessor,
     MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
@@ -121,6 +123,18 @@ class Llava(EvalFamilyBySizes):
     def usual_picture(self, config: Any) -> tuple[int, int]:
         side = config.vision_config.image_size
         return side, side
+
+    def processor(self, config: Any, tokenizer: Any) -> LlavaProcessor:
+        vision = config.vision_config
+        size = {"height": vision.image_size, "width": vision.image_size}
+        return LlavaProcessor(
+            CLIPImageProcessor(size={"shortest_edge": vision.image_size}, crop_size=size),
+            tokenizer,
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+            image_token=tokenizer.image_token,
+        )
 
     def smaller(self, config: Any, processor: Any, count: Count) -> Smaller:
         return smaller_square(config.vision_config, processor, count)
