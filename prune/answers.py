@@ -360,7 +360,7 @@ def _bounds(method: Choosing, tokens: VisualTokens) -> tuple[int, int]:
     cuts = method.cuts(tokens.shape)
     if any(cut.adaptive and cut.depth == tokens.depth for cut in cuts):
         return 0, tokens.num_tokens
-    return 1, min(tokens.num_tokens, method.most(tokens.num_tokens))
+    return method.least, min(tokens.num_tokens, method.most(tokens.num_tokens))
 
 
 def _check_columns(

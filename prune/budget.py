@@ -210,7 +210,7 @@ def _stages(
         if cut.images not in ("each", images):
             continue
         adaptive = call.adaptive or cut.adaptive
-        count = alive if cut.adaptive else min(alive, max(1, count))
+        count = alive if cut.adaptive else min(alive, max(method.least, count))
         if count < alive or adaptive:
             stages.append(Stage(call, cut, count, adaptive))
             alive = count

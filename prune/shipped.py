@@ -56,6 +56,7 @@ VERSIONS: dict[str, int] = {
     "visual_press": 1,
     "vscan": 1,
     "vtc_cls": 1,
+    "vtw": 1,
     "zero_tprune": 1,
 }
 

@@ -67,6 +67,11 @@ class _Subject:
         budget = None if ratio is None else Budget("keep_ratio", ratio)
         return patch(self.model, MethodCall(method or self.method, budget), **self.options)
 
+    @property
+    def ratio(self) -> float | None:
+        """A budget to run with, if the method takes any."""
+        return None if self.method.unbudgeted else RATIOS[0]
+
     def logits(self, rows: Iterable[Row] = BATCH) -> Tensor:
         """(B, V) of the last token; prompts are padded on the left."""
         with torch.no_grad():
@@ -156,7 +161,7 @@ def _published(subject: _Subject) -> None:
 
 def _alone(subject: _Subject) -> None:
     """A prompt gets the same choice and the same answer alone and in a padded batch."""
-    with subject.patched(RATIOS[0]) as handle:
+    with subject.patched(subject.ratio) as handle:
         together = subject.logits()
         kept = iter(_chosen(handle))
         for number, row in enumerate(BATCH):
@@ -182,7 +187,7 @@ def _chosen(handle: Handle) -> list[Any]:
 
 def _deterministic(subject: _Subject) -> None:
     """The same batch gives the same bits."""
-    with subject.patched(RATIOS[0]) as handle:
+    with subject.patched(subject.ratio) as handle:
         first, kept = subject.logits(), copied(_chosen(handle))
         if not torch.equal(subject.logits(), first) or not same(_chosen(handle), kept):
             raise Broken("two runs of one batch differ")
@@ -192,7 +197,7 @@ def _undone(subject: _Subject) -> None:
     """After remove() the model is as it was."""
     logits, text = subject.dense
     before = _traces(subject.model)
-    subject.patched(RATIOS[0]).remove()
+    subject.patched(subject.ratio).remove()
     if _traces(subject.model) != before:
         raise Broken("hooks or attributes stay on the model")
     if not torch.equal(subject.logits(), logits) or not torch.equal(subject.text(), text):
@@ -270,7 +275,7 @@ def _whole(subject: _Subject) -> None:
 
 def _questions(subject: _Subject, debug: bool = False) -> Iterator[Question]:
     """What the method is asked in a batch, by a budget and as published."""
-    ratios = [RATIOS[0], *([] if subject.method.wants_budget else [None])]
+    ratios = dict.fromkeys([subject.ratio, *([] if subject.method.wants_budget else [None])])
     for ratio in ratios:
         method, noted = listening(subject.method)
         options = {**subject.options, "debug": debug or looks_at_values(method, False)}
@@ -306,7 +311,7 @@ def check(method: Method, layouts: Iterable[str] = LAYOUTS) -> Iterator[Finding]
 def _on_layout(method: Method, case: Case) -> Iterator[Finding]:
     try:
         subject = _Subject(method, case, case.model(), _options(method, case))
-        subject.patched(RATIOS[0]).remove()
+        subject.patched(subject.ratio).remove()
     except (MissingSignalError, UnsupportedModelError, BudgetError) as error:
         lacks = not isinstance(error, MissingSignalError) or _lacks(method, case)
         state: State = "n/a" if lacks else "FAIL"

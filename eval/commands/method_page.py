@@ -85,6 +85,8 @@ def _said(word: str, sections: dict[str, str]) -> list[tuple[str, str]]:
 
 def _budgets(cls: type[Method]) -> str:
     """The words of a budget that the method takes, and whether it needs one."""
+    if why := cls.unbudgeted:
+        return f"none: it {why}"
     taken = []
     for word in BUDGET_WORDS:
         try:

@@ -64,8 +64,15 @@ def _row(name: str, method: Method) -> tuple[str, ...]:
         " and ".join(place.value for place in method.places),
         reads(method),
         on_tiles(cls),
-        "needed" if method.wants_budget else f"or {PUBLISHED}",
+        _budget(method),
         cls.positions,
         fields,
         paper(cls),
     )
+
+
+def _budget(method: Method) -> str:
+    """Whether one is needed, may be given, or is refused."""
+    if method.unbudgeted:
+        return f"{PUBLISHED} alone"
+    return "needed" if method.wants_budget else f"or {PUBLISHED}"

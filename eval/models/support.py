@@ -4,12 +4,13 @@ weights."""
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...adapters.patching import patch
 from ...prune.errors import VlmpruneError
+from ...prune.registry import method_class
 from .shapes import SHAPES
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ def support(name: str) -> dict[str, tuple[str, str | None]]:
     Whatever else goes wrong in somebody's own method is a reason like any other.
     """
     found: dict[str, tuple[str, str | None]] = {}
+    budget: dict[str, Any] = {} if method_class(name).unbudgeted else {"keep_ratio": 0.5}
     for kind, (shape, model) in _models().items():
         reason: str | None = None
         try:
-            patch(model, name, keep_ratio=0.5).remove()
+            patch(model, name, **budget).remove()
         except VlmpruneError as error:
             reason = _without_others(str(error))
         except Exception as error:

@@ -42,6 +42,9 @@ class Method(ABC):
     needs_budget: ClassVar[bool] = True
     """Whether `patch` must be given a budget. False: without one the paper's own schedule holds,
     or its adaptive rule, which is `select_adaptive`. See `wants_budget`."""
+    unbudgeted: ClassVar[str | None] = None
+    """Why no budget says how many tokens stay, and what does: the end of a sentence that begins
+    with the method's name. None: budgets do."""
     unranked: ClassVar[str | None] = None
     """Why the method gives no `Selection.scores`, or none at one of its cuts: the end of a sentence
     that begins with its name."""
@@ -81,8 +84,10 @@ class Method(ABC):
         """Where tokens leave the sequence, in order of depth."""
         return ()
 
-    def check_budget(self, budget: Budget | None) -> None:  # noqa: B027  (most take any)
+    def check_budget(self, budget: Budget | None) -> None:
         """Raise `BudgetError` for a budget that no model can bring the method to."""
+        if budget is not None and self.unbudgeted is not None:
+            raise BudgetError(f"{self.name} takes no budget ({budget}): it {self.unbudgeted}.")
 
     def fields(self) -> dict[str, object]:
         """The method's own fields and their values, for result files."""
@@ -95,6 +100,8 @@ class Pruning(Method):
 
     finds_count: ClassVar[bool] = False
     """Whether the method decides every count itself where no budget is given."""
+    least: ClassVar[int] = 1
+    """The fewest tokens of an image that a cut may leave; 0: all may go."""
 
     @abstractmethod
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
@@ -120,7 +127,7 @@ class Choosing(Pruning):
 
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose exactly `keep` of `tokens.num_tokens` tokens, 1 <= keep < num_tokens."""
+        """Choose exactly `keep` of `tokens.num_tokens` tokens, least <= keep < num_tokens."""
 
     def select_batch(self, asked: Sequence[tuple[VisualTokens, int]]) -> list[Selection]:
         """`select` for several images or tiles; methods that have one pass for all override it,
@@ -194,6 +201,7 @@ class InEncoder(Pruning):
         return () if self.restores else (Cut(Place.ENCODER),)
 
     def check_budget(self, budget: Budget | None) -> None:
+        super().check_budget(budget)
         if (
             self.restores
             and budget is not None
@@ -275,6 +283,7 @@ class CacheMethod(Method):
     place: ClassVar[Place] = Place.CACHE
 
     def check_budget(self, budget: Budget | None) -> None:
+        super().check_budget(budget)
         if budget is not None and budget.word in ("average_tokens", "flops_ratio"):
             raise BudgetError(
                 f"{self.name} cannot reach {budget}: it acts on the KV cache, and every layer of "

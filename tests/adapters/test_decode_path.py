@@ -98,7 +98,8 @@ def decode(case: zoo.Case, model, inputs, ask=counted) -> list:
 
 
 def patched(model, name: str, options: dict):
-    return vlmprune.patch(model, name, keep_ratio=0.4, **options | zoo.SMALL.get(name, {}))
+    budget = zoo.budget(name, keep_ratio=0.4)
+    return vlmprune.patch(model, name, **budget, **options | zoo.SMALL.get(name, {}))
 
 
 def test_what_waits_is_counted():

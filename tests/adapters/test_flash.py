@@ -53,7 +53,7 @@ def test_every_method_does_what_it_does_with_sdpa(kernels, case, name):
     found, rows = [], BATCHES["padded"]
     for model in (model_of(case), case.model()):
         fields = {word: value for word, value in options.items() if word != "clip"}
-        call = call_of(name, keep_ratio=0.4)
+        call = call_of(name, **zoo.budget(name, keep_ratio=0.4))
         call = replace(call, method=replace(call.method, **fields))
         handle = vlmprune.patch(model, [call], clip=options.get("clip"))
         found.append((logits_of(generated(model, case.inputs(rows))), handle.last.kept))

@@ -21,7 +21,7 @@ PLAIN, TILES = zoo.CASES["llava-clip-llama"], zoo.CASES["llava_next"]
 
 def run(case, name, *, rows=zoo.SINGLE, record=True, **options):
     model = case.model()
-    options = {"keep_ratio": 0.3} | options
+    options = zoo.budget(name, keep_ratio=0.3) | options
     handle = zoo.patch_or_refusal(model, case, name, record=record, **options)
     with torch.no_grad():
         logits = model(**case.inputs(rows)).logits

@@ -227,7 +227,8 @@ def test_positions_behind_a_cut_in_the_decoder_may_be_packed_or_not(name):
     found = []
     for positions in ("original", "repacked"):
         model, options = CLIP.model(), zoo.options_for(CLIP, name)
-        handle = vlmprune.patch(model, name, keep_ratio=0.3, positions=positions, **options)
+        options |= zoo.budget(name, keep_ratio=0.3)
+        handle = vlmprune.patch(model, name, positions=positions, **options)
         with torch.no_grad():
             found.append(model(**CLIP.inputs()).logits[0, -1])
         assert handle.positions == handle.last.positions == positions
@@ -238,7 +239,7 @@ def test_positions_behind_a_cut_in_the_decoder_may_be_packed_or_not(name):
 @pytest.mark.parametrize("name", vlmprune.methods())
 def test_two_methods_at_one_place(name):
     """Every method, at every place where it acts, beside another one there."""
-    call = vlmprune.method(name, keep_ratio=0.5)
+    call = vlmprune.method(name, **zoo.budget(name, keep_ratio=0.5))
     for place in call.method.places:
         other = vlmprune.method(REPRESENTATIVE[place], keep_ratio=0.25)
         for two in ([call, other], [other, call]):

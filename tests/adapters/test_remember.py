@@ -79,7 +79,7 @@ def test_another_question_about_the_same_images(case, name):
     options = zoo.options_for(case, name)
     if options is None or name in READ_THE_PROMPT:
         return
-    options = {**BUDGET, **options, **zoo.SMALL.get(name, {})}
+    options = {**zoo.budget(name, **BUDGET), **options, **zoo.SMALL.get(name, {})}
     model, plain = case.model(), case.model()
     handle = vlmprune.patch(model, name, remember_images=3, **options)
     without = vlmprune.patch(plain, name, **options)

@@ -61,7 +61,7 @@ def column_of(column: str):
 @functools.cache
 def way(name: str, column: str) -> str:
     """The first of `WAYS` in which a method keeps 40 % of an image's tokens, or of their entries in
-    the cache; "no" if none does.
+    the cache, or none where it takes no budget; "no" if no way does.
 
     Anything but a typed refusal is a failure of the caller's test.
     """
@@ -71,7 +71,7 @@ def way(name: str, column: str) -> str:
         if given.pop("clip", None):
             given["clip"] = clip()
         try:
-            handle = vlmprune.patch(model, name, keep_ratio=0.4, **given)
+            handle = vlmprune.patch(model, name, **zoo.budget(name, keep_ratio=0.4), **given)
         except REFUSALS:
             continue
         try:
@@ -81,7 +81,7 @@ def way(name: str, column: str) -> str:
             assert name in zoo.IN_ENCODER, "only pictures that are resampled are refused so late"
             continue
         (count,) = case.counts((row,))
-        kept = round(0.4 * count)
+        kept = 0 if name in zoo.UNBUDGETED else round(0.4 * count)
         all_stay = name in zoo.ON_CACHE or getattr(method_class(name), "restores", False)
         assert handle.last.tokens_kept == [count if all_stay else kept], (name, column)
         for (entries,) in handle.last.entries:

@@ -96,10 +96,11 @@ def used(case):
     return model, expected, snapshot(model)
 
 
-@zoo.asking(zoo.REMOVING)
+@zoo.asking(zoo.REMOVING + zoo.UNBUDGETED)
 def test_nothing_is_left_of_any_method(case, name):
     (model, expected, before), inputs = used(case), case.inputs(zoo.BATCH)
-    if (handle := zoo.patch_or_refusal(model, case, name, keep_ratio=0.4)) is None:
+    budget = zoo.budget(name, keep_ratio=0.4)
+    if (handle := zoo.patch_or_refusal(model, case, name, **budget)) is None:
         return
     with torch.no_grad():
         assert not torch.equal(model(**inputs).logits, expected), "the patch did nothing"

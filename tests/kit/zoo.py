@@ -159,13 +159,20 @@ CACHE = Place.CACHE
 _ALL = vlmprune.methods()
 ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
 IN_ENCODER = [name for name in _ALL if issubclass(method_class(name), InEncoder)]
-REMOVING = [name for name in _ALL if name not in ON_CACHE + IN_ENCODER]
-"""Methods before the LLM and in the decoder, which remove tokens from the sequence."""
+UNBUDGETED = [name for name in _ALL if method_class(name).unbudgeted]
+"""Methods of which no budget says how many tokens stay."""
+REMOVING = [name for name in _ALL if name not in ON_CACHE + IN_ENCODER + UNBUDGETED]
+"""Methods before the LLM and in the decoder, which remove tokens from the sequence by a budget."""
 METHODS = pytest.mark.parametrize("name", REMOVING)
 CACHE_METHODS = pytest.mark.parametrize("name", ON_CACHE)
 SMALL = {"token_select": {"n_init": 1, "n_local": 2}}
 """Fields of methods that do nothing to prompts as short as these, or refuse their budgets."""
 ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+def budget(name: str, **words: float) -> dict[str, float]:
+    """A budget for a method, if it takes any."""
+    return {} if name in UNBUDGETED else words
 
 
 def needs_of(case: Case, method: Any) -> tuple[Any, ...] | None:

@@ -152,7 +152,7 @@ def test_a_schedule_from_its_first_cut_to_the_last(name, role, num_tokens, ratio
     """On every depth, each cut finds its signals and keeps what was planned, fewer than before; the
     last one what the budget says, or without one what the paper does."""
     cls = method_class(name)
-    if ratio is None and cls.needs_budget:
+    if (ratio is None and cls.needs_budget) or (ratio is not None and cls.unbudgeted):
         return
     call = method(name, keep_ratio=ratio)
     alive, last = num_tokens, num_tokens

@@ -15,6 +15,7 @@ RESULTS = (
     "ttv",
     "assign",
     "centers",
+    "kl",
 )  # what a file holds to compare, first of these
 
 
