@@ -44,7 +44,7 @@ from .places.before_llm import BeforeLLMDriver
 from .places.cache_attend import CacheAttendDriver
 from .places.call import InFlight
 from .places.decoder import DecoderDriver
-from .places.encoder import EncoderDriver
+from .places.encoder import EncoderDriver, on_all
 from .prepare import make_setup
 from .remember import ImageMemory
 from .report import DISABLED
@@ -67,37 +67,43 @@ class Engine(Installed):
         self._flight = InFlight(self._hooks)
         self._warned = False
         text: Any = family.text_model
-        skippable = family.unread_layers({})
-        self._encoder = EncoderDriver(
-            family.vision_attention, skippable, self._names, family.encoder, family.projectors
-        )
-        self._before_llm = BeforeLLMDriver(
-            family, self._encoder, self._hooks, self._flight, self.wanted, self.memory
-        )
+        self._encoders = [self._encoder(view) for view in family.views]
+        self._before_llm = [
+            BeforeLLMDriver(view, encoder, self._hooks, self._flight, self.wanted, self.memory)
+            for view, encoder in zip(family.views, self._encoders, strict=True)
+        ]
         attending = CacheAttendDriver(text, self._flight)
         self._decoder = DecoderDriver(
             text,
             family.layer_names,
             self._names,
             self._flight,
-            self._before_llm,
+            self._before_llm[0],
             attending.exchange,
             lambda: self.setup,
         )
         self._generation = Generation(family, self._hooks, self._flight, self.wanted, self._prompt)
         self._at: Mapping[str, Callable[[int], Undo]] = {
-            **self._encoder.hooks,
+            **on_all(self._encoders),
             **self._decoder.hooks,
             **attending.hooks,
         }
         """What installs each kind of hook."""
         self._start()
 
+    def _encoder(self, view: Family) -> EncoderDriver:
+        """What drives one vision encoder."""
+        skippable = view.unread_layers({})
+        return EncoderDriver(
+            view.vision_attention, skippable, self._names, view.encoder, view.projectors
+        )
+
     # --- installing and removing -------------------------------------------------------------
 
     def _install(self) -> None:
-        for driver in (self._encoder, self._before_llm, self._generation):
-            self._undo.append(driver.install())
+        self._undo += [encoder.install() for encoder in self._encoders]
+        self._undo += [driver.install() for driver in self._before_llm]
+        self._undo.append(self._generation.install())
         hooks = [
             self.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
             self.core.register_forward_hook(self._after_core, always_call=True),
@@ -114,7 +120,8 @@ class Engine(Installed):
 
     def _name_tap(self, kind: str, index: int) -> None:
         if kind == "encoder":
-            self._encoder.name_tap(index)
+            for encoder in self._encoders:
+                encoder.name_tap(index)
         elif kind == "tap":
             self._decoder.name_tap(index)
 
@@ -137,7 +144,7 @@ class Engine(Installed):
 
     @property
     def unread_layers(self) -> int:
-        return len(self._before_llm.unread(self.setup, {}))
+        return len(self._before_llm[0].unread(self.setup, {}))
 
     # --- a call of the model -----------------------------------------------------------------
 

@@ -82,6 +82,16 @@ class Family(ABC):
         """The LLM decoder without its head."""
         return self.core.language_model
 
+    def of(self, modality: Modality) -> Family:
+        """The family as it is of one modality, where each has a vision encoder of its own; a view
+        is the same object each time. By itself a family speaks of images."""
+        return self
+
+    @cached_property
+    def views(self) -> Sequence[Family]:
+        """One for each vision encoder, that of images first."""
+        return list(dict.fromkeys(self.of(modality) for modality in self.modalities))
+
     @property
     @abstractmethod
     def vision_tower(self) -> Any:

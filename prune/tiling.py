@@ -25,12 +25,14 @@ class Block:
 
     `row_sizes` are the heights of its rows of tiles and `column_sizes` the widths of their
     columns, in patches; a tile of which padding was cut away is smaller, possibly empty. A newline
-    token follows each row of patches, or the last one, or none.
+    token follows each row of patches, or the last one, or none. `lead` tokens without a patch stand
+    in front of the first row (the CLS row of a frame): they count as newlines.
     """
 
     row_sizes: tuple[int, ...]
     column_sizes: tuple[int, ...]
     newline: Literal["none", "rows", "end"] = "none"
+    lead: int = 0
 
     @property
     def rows(self) -> int:
@@ -46,7 +48,7 @@ class Block:
 
     @property
     def num_newlines(self) -> int:
-        return {"none": 0, "rows": self.rows, "end": 1}[self.newline]
+        return self.lead + {"none": 0, "rows": self.rows, "end": 1}[self.newline]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,8 @@ class Tiling:
         return 0 if len(self.blocks) == 2 and of_one_tile and len(tiles) > 2 else None
 
     def without_newlines(self) -> Tiling:
-        return replace(self, blocks=tuple(replace(one, newline="none") for one in self.blocks))
+        bare = tuple(replace(one, newline="none", lead=0) for one in self.blocks)
+        return replace(self, blocks=bare)
 
     def patches(self, device: torch.device) -> Tensor:
         """Token number of every patch: (P,) int64, ascending."""
@@ -151,6 +154,7 @@ def _numbers(tiling: Tiling) -> tuple[Tensor, Tensor]:
     """Those of the patches, and those of the newlines."""
     parts = []
     for block in tiling.blocks:
+        parts.append(torch.ones(block.lead, dtype=torch.bool))
         marks = torch.zeros(block.rows, block.columns + (block.newline == "rows"), dtype=torch.bool)
         if block.newline == "rows":
             marks[:, -1] = True

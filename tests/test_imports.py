@@ -67,7 +67,7 @@ FAMILIES = {
     re.match(r"[a-z]+", Path(path).stem)[0]
     for path in MODULES["adapters"]
     if path.startswith("adapters/families/") and not path.endswith("__init__.py")
-}
+} - {"video"}  # of video_llava, which its second word tells
 
 
 def every(layer: str):

@@ -29,6 +29,7 @@ class BeforeLLMDriver:
     """Encodes images, chooses from them, and hands on the rows that enter the LLM.
 
     Args:
+        family: as it is of the vision encoder that `encoder` drives.
         wanted: what a call that begins now runs with; None: without any method.
         memory: images that were asked about before.
     """
@@ -46,12 +47,13 @@ class BeforeLLMDriver:
         self._flight, self._wanted, self._memory = flight, wanted, memory
 
     def install(self) -> Undo:
-        """Shadow the methods that encode images and videos."""
-        core = self._family.core
+        """Shadow the methods that encode images and videos with this vision encoder."""
+        family = self._family
         return all_of(
             [
-                shadow(core, modality.encode, functools.partial(self._encode, modality))
-                for modality in self._family.modalities
+                shadow(family.core, modality.encode, functools.partial(self._encode, modality))
+                for modality in family.modalities
+                if family.of(modality) is family
             ]
         )
 

@@ -260,6 +260,15 @@ class EncoderDriver(Uncopied):
         return spread
 
 
+def on_all(drivers: Sequence[EncoderDriver]) -> Mapping[str, Callable[[int], Undo]]:
+    """What installs each kind of hook on several encoders of as many layers."""
+
+    def install(kind: str, index: int) -> Undo:
+        return all_of([driver.hooks[kind](index) for driver in drivers])
+
+    return {kind: functools.partial(install, kind) for kind in drivers[0].hooks}
+
+
 def _seen(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:
     """An encoder's own attention mask as what `scores` reads: (B, 1, 1 or S, S)."""
     if isinstance(mask, BlockMask):  # flex attention

@@ -99,12 +99,15 @@ class PaddedPassage(Passage):
         none = [tokens.new_zeros(0, tokens.shape[-1])] * self.num_pictures
         if self.restored or not self.made:
             return tokens, none
+        # Rows in front of the patches, where the projector reads these too.
+        count = min(self.prefix, tokens.shape[1] - max(group.rows for group in self.groups))
+        front, tokens = tokens[:, :count], tokens[:, count:]
         extra = list(none)
         for group in self.groups:
             if self.method.fuses(self.tower) and group.rows:
                 for number, place in zip(group.pictures, group.place, strict=True):
                     extra[number] = tokens[number, : group.rows][place < 0]
-        return self._spread(tokens, self.made), extra
+        return torch.cat([front, self._spread(tokens, self.made)], 1), extra
 
     def _spread(self, values: Tensor, cuts: int) -> Tensor:
         """Values (B, n, ...) without prefix: (B, N, ...)."""

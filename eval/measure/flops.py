@@ -260,7 +260,8 @@ def _vision_cost(family: Family) -> VisionCost:
     width = getattr(config, "embed_dim", None) or config.hidden_size
     stack = max((m for m in tower.modules() if isinstance(m, nn.ModuleList)), key=len)
     head = getattr(tower, "head", None)  # SigLIP's attention pooling, run although nobody reads it
-    elsewhere = [m for m in (stack, head, family.text_model) if m is not None]
+    others = [view.vision_tower for view in family.views if view is not family]
+    elsewhere = [m for m in (stack, head, family.text_model, *others) if m is not None]
     between = list(_outside(family.core, elsewhere))
     # Where features are taken between the blocks, each merger has a block of its own.
     behind = [len(stack) - 1, *getattr(tower, "deepstack_visual_indexes", ())]

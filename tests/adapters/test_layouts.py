@@ -220,6 +220,16 @@ def test_videos_are_a_block_a_frame_and_a_newline(frames):
     assert features.shape[1] == tiling.num_tokens
 
 
+def test_frames_with_a_token_ahead_of_each():
+    tiling = zoo.CASES["video_llava"].tiling("V")
+    frame = zoo.SIDE**2 + 1
+    assert tiling.num_tokens == 3 * frame and tiling.num_patches == 3 * (frame - 1)
+    assert tiling.newlines(CPU).tolist() == [0, frame, 2 * frame]
+    assert tiling.without_newlines().num_tokens == tiling.num_patches
+    ends = Tiling((Block((2,), (3,), "rows", lead=1), Block((1,), (1,), "end")))
+    assert ends.newlines(CPU).tolist() == [0, 4, 8, 10]
+
+
 # --- Tiles of which nothing is left ------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import torch
 from kit import zoo
 from kit.oracle import Truth
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from vlmprune.adapters.family import IMAGE, VIDEO
 from vlmprune.adapters.patching import patch
 from vlmprune.adapters.registry import family_of
 from vlmprune.prune import scores as probes
@@ -154,9 +155,10 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
     if model.config.model_type == "lfm2_vl":
         return [_encode_siglip2(case, model.model, name) for name in zoo.images(rows)]
     found = []
-    tower, side = family_of(model).vision_tower, zoo.SIDE
+    family, side = family_of(model), zoo.SIDE
     skip = int(case.shape.tower.has_cls)
     for kind, given in zoo.encoder_inputs(inputs).items():
+        tower = family.of({"image": IMAGE, "video": VIDEO}[kind]).vision_tower
         queries, keys, hidden = _tower_reads(model.model, tower, kind, given)
         seen = [
             (name, alone)
@@ -178,6 +180,8 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
                     return _averaged(values, mean)
                 if case.shape.tower.merge_unit > 1:
                     return _shuffled(model.model, values, mean)
+                if kind == "video" and model.config.model_type == "video_llava":
+                    return values.flatten(0, 1)
                 if kind == "video":
                     core = model.model
                     pool = getattr(core, "apply_pooling", None) or core.vision_resampler

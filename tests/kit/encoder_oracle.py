@@ -366,7 +366,7 @@ class Seen:
 
 def seen(model, kind: str, given: dict) -> Seen:
     core = model.model
-    tower = getattr(core, "vision_tower", None)
+    tower = tower_of(core, kind)
     projector = core.multi_modal_projector if tower is not None else core.visual.merger
     tower = core.visual if tower is None else tower
     caught: list = []
@@ -380,7 +380,16 @@ def seen(model, kind: str, given: dict) -> Seen:
     for hook in hooks:
         hook.remove()
     tensors = [one for one in caught[0] if isinstance(one, Tensor)]
-    return Seen(tensors, caught[1].flatten(0, -2), list(output.pooler_output))
+    places, pooled = caught[1], output.pooler_output
+    if hasattr(core, "video_tower") and kind == "video":  # frames, whose first row is CLS
+        pooled = pooled.reshape(len(given["pixel_values_videos"]), -1, pooled.shape[-1])
+        places = places[:, 1:]
+    return Seen(tensors, places.flatten(0, -2), list(pooled))
+
+
+def tower_of(core, kind: str):
+    """What encodes images or videos; None: it is called `visual`."""
+    return getattr(core, f"{kind}_tower", getattr(core, "vision_tower", None))
 
 
 @dataclass
@@ -427,7 +436,7 @@ def _left(reference, kind: str, given: dict, made: Made) -> Iterator[tuple[Rows,
         walks, deeper = packed(core.visual, *unpatched.given, made)
         embeds = [core.visual.merger(_behind(core.visual, walk.rows)) for walk in walks]
     else:
-        tower, layer = core.vision_tower, getattr(reference.config, "vision_feature_layer", None)
+        tower, layer = tower_of(core, kind), getattr(reference.config, "vision_feature_layer", None)
         depth = len(tower.encoder.layers)
         depth = depth if layer is None else layer % (depth + 1)
         behind = tower.post_layernorm if layer is None else torch.nn.Identity()

@@ -255,7 +255,10 @@ class Truth:
         given = {k: inputs[k] for k in inspect.signature(encode).parameters if k in inputs}
         output = encode(**given, return_dict=True)
         deeper = output.deepstack_features if len(self.deep_layers) else ()
-        return list(zip(output.pooler_output, *deeper, strict=True))
+        pooled = output.pooler_output
+        if self.model.config.model_type == "video_llava":  # a row of the batch for each frame
+            pooled = pooled.reshape(len(inputs[pixels]), -1, pooled.shape[-1])
+        return list(zip(pooled, *deeper, strict=True))
 
     def _positions(self, ids: Tensor, kinds: Tensor, grids: dict[str, list[Tensor]]):
         """Positions of a whole row (axes, L), and that of the token after it; its grids are taken
