@@ -1,4 +1,4 @@
 """The same choices before the LLM inside vLLM, as a plugin: see README.md beside this file.
 
-vLLM is imported by `llava.py` alone, which vLLM itself loads when a model asks for it.
+vLLM is imported by the files in `families/`, which vLLM itself loads when a model asks for one.
 """

@@ -9,7 +9,11 @@ from ...prune.errors import MethodFieldError, UnsupportedModelError
 from .served import WORD
 from .sizes import served_of
 
-ARCHITECTURES: Mapping[str, str] = {"llava": "VlmPruneLlavaForConditionalGeneration"}
+ARCHITECTURES: Mapping[str, str] = {
+    "llava": "VlmPruneLlavaForConditionalGeneration",
+    "qwen2_vl": "VlmPruneQwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "VlmPruneQwen2_5_VLForConditionalGeneration",
+}
 """Served families by `model_type`, which is also the file's name, and the class in it."""
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...prune.contract import Features
 from ...prune.errors import UnsupportedFeatureError
 from .served import OF_ATTENTION, Served
 
 
-def check_engine(config: Any, served: Served) -> None:
+def check_engine(config: Any, served: Served, *, travels: bool = False) -> None:
     """Refuse a `VllmConfig` whose results could not be those of the shortened prompt.
+
+    Args:
+        travels: whether positions come with embeddings, which only the first processes see.
 
     Raises:
         UnsupportedFeatureError: with the flag to leave out.
@@ -22,12 +26,27 @@ def check_engine(config: Any, served: Served) -> None:
             "cudagraph_mm_encoder",
             "they bypass the place where tokens are chosen",
         )
-    reads = [need for need in served.needs if isinstance(need, tuple(OF_ATTENTION))]
-    if reads and config.parallel_config.tensor_parallel_size > 1:
+    if config.model_config.multimodal_config.is_multimodal_pruning_enabled():
+        _refuse("vLLM's own pruning of videos", "--video-pruning-rate", "both would cut the same")
+    reads = [need for need in served.needs if need != Features()]
+    if reads and getattr(config.compilation_config, "compile_mm_encoder", False):
+        _refuse(
+            f"A compiled encoder with {served.call.name}",
+            "compile_mm_encoder",
+            f"nothing shows {reads[0]} in it; divprune reads features alone",
+        )
+    if travels and config.parallel_config.pipeline_parallel_size > 1:
+        _refuse(
+            "Pipeline parallelism",
+            "--pipeline-parallel-size",
+            "only its first stage is told where kept tokens were in their image",
+        )
+    attention = [need for need in reads if isinstance(need, tuple(OF_ATTENTION))]
+    if attention and config.parallel_config.tensor_parallel_size > 1:
         _refuse(
             f"Tensor parallelism with {served.call.name}",
             "--tensor-parallel-size",
-            f"each process sees only its own heads of {reads[0]}; divprune reads no attention",
+            f"each process sees only its own heads of {attention[0]}; divprune reads no attention",
         )
 
 

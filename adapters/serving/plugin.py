@@ -13,4 +13,5 @@ def register() -> None:
     from vllm import ModelRegistry
 
     for model_type, architecture in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, f"{__package__}.{model_type}:{architecture}")
+        where = f"{__package__}.families.{model_type}"
+        ModelRegistry.register_model(architecture, f"{where}:{architecture}")

@@ -79,11 +79,14 @@ class Served:
 
     call: MethodCall
     shape: ModelShape
-    tiling: Tiling
+    usual: Tiling
 
     @classmethod
-    def of(cls, options: Options, shape: ModelShape, tiling: Tiling) -> Served:
+    def of(cls, options: Options, shape: ModelShape, usual: Tiling) -> Served:
         """From the server's or a request's options.
+
+        Args:
+            usual: how the tokens of a picture lie, of every one where they have one size.
 
         Raises:
             UnsupportedFeatureError: the method acts elsewhere, finds its own counts, or reads what
@@ -98,21 +101,22 @@ class Served:
         call = make_call(name, **given)
         _check_place(call, shape)
         _check_signals(call, shape)
-        served = cls(call, shape, tiling)
-        served.keep  # noqa: B018  (a budget out of reach is an error now)
+        served = cls(call, shape, usual)
+        served.keep(usual)  # a budget out of reach is an error now
         return served
 
-    @property
-    def keep(self) -> int:
-        """Tokens of each image that enter the LLM."""
-        stages = plan(self.tiling.num_tokens, (self.call,), self.shape)
-        return stages[-1].keep if stages else self.tiling.num_tokens
+    def keep(self, tiling: Tiling) -> int:
+        """Tokens of an image that enter the LLM."""
+        stages = plan(tiling.num_tokens, (self.call,), self.shape)
+        return stages[-1].keep if stages else tiling.num_tokens
 
     @property
     def needs(self) -> tuple[Signal, ...]:
         return self.call.method.needs(self.shape)
 
-    def choose(self, signals: Mapping[Signal, Tensor], features: Tensor, keep: int) -> ChosenImage:
+    def choose(
+        self, tiling: Tiling, signals: Mapping[Signal, Tensor], features: Tensor, keep: int
+    ) -> ChosenImage:
         """The choice for one image.
 
         Args:
@@ -121,7 +125,7 @@ class Served:
             keep: of its request.
         """
         call = MethodCall(self.call.method, Budget("keep_tokens", keep))
-        (image,) = choose_images(self.shape, [self.tiling], [signals], [(call,)], features.device)
+        (image,) = choose_images(self.shape, [tiling], [signals], [(call,)], features.device)
         return image
 
 

@@ -1,13 +1,17 @@
-"""Sizes of a served LLaVA-1.5, read from its configuration alone."""
+"""Sizes of served models by `model_type`, read from their configurations alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...prune.contract import Decoder, ModelShape, Tower
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
 from .served import Options, Served
+
+Sizes = tuple[ModelShape, Tiling]
+"""Those of the model, and how the tokens of a usual picture lie, or of every one."""
 
 _TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """The towers, and the `vision_feature_select_strategy` that leaves their patches alone."""
@@ -19,6 +23,10 @@ def served_of(config: Any, options: Options) -> Served:
     Raises:
         UnsupportedModelError: a variant that is not served; else as `Served.of`.
     """
+    return Served.of(options, *SIZES[config.model_type](config))
+
+
+def _llava(config: Any) -> Sizes:
     vision, text = config.vision_config, config.text_config
     kind, layer = vision.model_type, config.vision_feature_layer
     strategy = config.vision_feature_select_strategy
@@ -36,11 +44,35 @@ def served_of(config: Any, options: Options) -> Served:
         prefix=int(has_cls),
         blocks_read=layer if layer >= 0 else vision.num_hidden_layers + layer + 1,
     )
-    decoder = Decoder(
+    side = vision.image_size // vision.patch_size
+    return ModelShape(tower=tower, decoder=_decoder(text)), Tiling.single(side, side)
+
+
+def _packed(config: Any) -> Sizes:
+    """An encoder of patches of all pictures in one row, merged behind its last block."""
+    vision = config.vision_config
+    full = getattr(vision, "fullatt_block_indexes", None)
+    tower = Tower(
+        num_layers=vision.depth,
+        has_cls=False,
+        merge_unit=vision.spatial_merge_size**2,
+        rotary=True,
+        full_attention=None if full is None else tuple(sorted(full)),
+    )
+    shape = ModelShape(tower=tower, decoder=_decoder(config.get_text_config()))
+    return shape, Tiling.single(36, 36)
+
+
+def _decoder(text: Any) -> Decoder:
+    return Decoder(
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         intermediate_size=text.intermediate_size,
     )
-    side = vision.image_size // vision.patch_size
-    shape = ModelShape(tower=tower, decoder=decoder)
-    return Served.of(options, shape, Tiling.single(side, side))
+
+
+SIZES: Mapping[str, Callable[[Any], Sizes]] = {
+    "llava": _llava,
+    "qwen2_vl": _packed,
+    "qwen2_5_vl": _packed,
+}

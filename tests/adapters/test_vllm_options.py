@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import vlmprune
 from kit import tiny_llava
 from vlmprune.adapters.serving.engine import check_engine
 from vlmprune.adapters.serving.served import Served, requested
+from vlmprune.adapters.serving.travelling import Span, digits, offsets, shortened
 from vlmprune.adapters.serving.versions import check_version
 from vlmprune.eval import cli
 from vlmprune.eval.models.families.llava import CLIP, SIGLIP
@@ -26,7 +28,7 @@ def served(method, shape=CLIP, **words):
     [({"keep_ratio": 0.25}, 9), ({"keep_tokens": 40}, 36), ({"keep_ratio": 1}, 36)],
 )
 def test_counts_come_from_sizes(budget, keep):
-    assert served("divprune", **budget).keep == keep
+    assert served("divprune", **budget).keep(GRID) == keep
 
 
 @pytest.mark.parametrize(
@@ -72,21 +74,45 @@ class Settings:
 
 
 @pytest.mark.parametrize(
-    ("speculative", "graphs", "parallel", "says"),
+    ("words", "says"),
     [
-        (object(), False, 1, "--speculative-config"),
-        (None, True, 1, "cudagraph_mm_encoder"),
-        (None, False, 2, "--tensor-parallel-size"),
+        ({"speculative": object()}, "--speculative-config"),
+        ({"graphs": True}, "cudagraph_mm_encoder"),
+        ({"compiled": True}, "compile_mm_encoder"),
+        ({"tensor": 2}, "--tensor-parallel-size"),
+        ({"pipeline": 2}, "--pipeline-parallel-size"),
+        ({"video": True}, "--video-pruning-rate"),
     ],
 )
-def test_settings_that_cannot_be_combined_are_refused(speculative, graphs, parallel, says):
-    config = Settings(
-        speculative_config=speculative,
-        compilation_config=Settings(cudagraph_mm_encoder=graphs),
-        parallel_config=Settings(tensor_parallel_size=parallel),
-    )
+def test_settings_that_cannot_be_combined_are_refused(words, says):
+    check_engine(settings(), served("vtc_cls", keep_ratio=0.5), travels=True)
     with pytest.raises(vlmprune.UnsupportedFeatureError, match=says):
-        check_engine(config, served("vtc_cls", keep_ratio=0.5))
+        check_engine(settings(**words), served("vtc_cls", keep_ratio=0.5), travels=True)
+
+
+def settings(
+    speculative=None, graphs=False, compiled=False, tensor=1, pipeline=1, video=False
+) -> Settings:
+    return Settings(
+        speculative_config=speculative,
+        compilation_config=Settings(cudagraph_mm_encoder=graphs, compile_mm_encoder=compiled),
+        parallel_config=Settings(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline),
+        model_config=Settings(
+            multimodal_config=Settings(is_multimodal_pruning_enabled=lambda: video)
+        ),
+    )
+
+
+def test_positions_travel_as_digits_and_text_keeps_its_own():
+    """Two images of 4 and 3 tokens, of which 2 and 3 are kept, in a prompt of 12."""
+    whole = torch.arange(12).expand(3, -1).clone()
+    whole[1:, 2:6] = torch.tensor([[2, 2, 3, 3], [2, 3, 2, 3]])
+    short, further = shortened(whole, [Span(2, 4, 2), Span(8, 3, 3)])
+    assert short[0].tolist() == [0, 1, 2, 2, 6, 7, 8, 8, 8, 11]
+    assert short[2].tolist() == short[0].tolist()
+    assert further == 12 - 10
+    far = torch.tensor([[0, 300, 65535], [255, 256, 257], [1, 2, 3]])
+    assert offsets(digits(far, torch.bfloat16)).equal(far)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])

@@ -11,11 +11,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ...prune.contract import ClsFeatures, EncoderFeatures, Features, Signal
-from .engine import check_engine
-from .served import OF_ATTENTION, WORD, requested
-from .sizes import served_of
-from .versions import check_version
+from ....prune.contract import ClsFeatures, EncoderFeatures, Features, Signal
+from ..engine import check_engine
+from ..served import OF_ATTENTION, WORD, requested
+from ..sizes import served_of
+from ..versions import check_version
 
 check_version()
 
@@ -45,7 +45,8 @@ class Processor(LlavaMultiModalProcessor):  # type: ignore[misc]
         return super().apply(replace(inputs, hf_processor_mm_kwargs=arguments), timing_ctx)
 
     def _keep(self, arguments: Mapping[str, Any]) -> int:
-        return served_of(self.info.get_hf_config(), arguments[WORD]).keep
+        served = served_of(self.info.get_hf_config(), arguments[WORD])
+        return served.keep(served.usual)
 
     def _call_hf_processor(self, hf_data: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         theirs = {word: value for word, value in hf_kwargs.items() if word != WORD}
@@ -118,7 +119,7 @@ class VlmPruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # t
         if keep == len(features):
             return features
         signals = {need: found[need][index] for need in self._served.needs}
-        chosen = self._served.choose(signals, features, keep)
+        chosen = self._served.choose(self._served.usual, signals, features, keep)
         own = chosen.selection.features
         if own is not None and not chosen.selection.projected:
             own = self.multi_modal_projector(own.to(features.dtype)[None])[0]

@@ -1,0 +1,57 @@
+"""Tiny random models of Qwen's line saved as vLLM reads them, with heads of 32, which all attention
+kernels of CPUs have."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from vlmprune.eval.models.families.qwen2_vl import tiny_config
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+TEXT = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "rope_parameters": ROPE,
+}
+VISION = {"num_heads": 2, "depth": 4}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl": ("Qwen2VL", {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}),
+    "qwen2_5_vl": (
+        "Qwen2_5_VL",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "out_hidden_size": 64,
+            "window_size": 16,
+            "fullatt_block_indexes": [1, 3],
+        },
+    ),
+}
+"""Stems of the classes' names, and what differs in the encoder."""
+
+
+def processor(family: str) -> Any:
+    return importlib.import_module(f"families.{family}").processor()
+
+
+def model(folder: Path) -> Any:
+    load = transformers.AutoModelForImageTextToText.from_pretrained
+    return load(folder, dtype=torch.float32).eval()
+
+
+def save(folder: Path, family: str) -> None:
+    """A whole checkpoint."""
+    stem, vision = CONFIGS[family]
+    torch.manual_seed(0)
+    config = tiny_config(getattr(transformers, f"{stem}Config"), TEXT, **VISION, **vision)
+    built = getattr(transformers, f"{stem}ForConditionalGeneration")(config).eval()
+    for weight in built.parameters():  # far from ties
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    built.save_pretrained(folder)
+    processor(family).save_pretrained(folder)
