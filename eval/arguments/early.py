@@ -16,9 +16,13 @@ from ...prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
 from ...prune.plugins import ENTRY_POINT_GROUP
 from ...prune.shipped import ELSEWHERE, PACKAGE, shipped
 from ..embedded import TASK
+from ..embedded.turns import TURNS
 from ..embedded.vocabulary import KINDS
 from ..tasks.protocols import TaskError
 from ..words.typed import DENSE, method_names_in
+
+EMBEDDED = (TASK, TURNS)
+"""Tasks that ship with the package."""
 
 
 class OutputError(VlmpruneError, OSError):
@@ -74,13 +78,13 @@ def refuse_unknown_questions(
         TaskError: it says what is near, or what to install.
     """
     for name in tasks:
-        near = get_close_matches(name, [TASK])
-        if name == TASK or (not near and find_spec("lmms_eval") is not None):
+        near = get_close_matches(name, EMBEDDED)
+        if name in EMBEDDED or (not near and find_spec("lmms_eval") is not None):
             continue
         raise TaskError(
-            f"Unknown task {name!r}.{f' Did you mean: {TASK}?' if near else ''} Tasks other than "
-            f"{TASK} are those of lmms-eval (pip install 'vlmprune[lmms]'; `lmms-eval --tasks "
-            f"list` lists them) and your own (--data FILE)."
+            f"Unknown task {name!r}.{f' Did you mean: {near[0]}?' if near else ''} Tasks other "
+            f"than {' and '.join(EMBEDDED)} are those of lmms-eval (pip install 'vlmprune[lmms]'; "
+            f"`lmms-eval --tasks list` lists them) and your own (--data FILE)."
         )
     if other_tasks or (tasks and TASK not in tasks):
         return

@@ -33,6 +33,8 @@ examples:
       tokens that the image had at first
   vlmprune sweep --depths 1,2,3,4,5 --methods fastv,random_decoder --budgets 49
       cuts in front of each of these decoder layers, beside a choice by chance at the same depth
+  vlmprune sweep --tasks tinyscenes-turns --methods divprune,fastv,random --budgets 49,22
+      the second of two questions about a picture, on the tokens that the first one left
   vlmprune sweep --kinds read --limit all
       only questions of this kind, whose answers have two or three words
   vlmprune sweep --data my.jsonl --matching contains --model Qwen/Qwen2.5-VL-7B-Instruct
@@ -93,8 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TASK",
-        help="with commas or spaces: tinyscenes, the embedded benchmark, or any task of lmms-eval "
-        "(default: tinyscenes)",
+        help="with commas or spaces: tinyscenes, the embedded benchmark, tinyscenes-turns, where "
+        "another question about the picture comes first, or any task of lmms-eval (default: "
+        "tinyscenes)",
     )
     group.add_argument(
         "--data",

@@ -12,7 +12,9 @@ from ...prune.contract import ClipText as ClipTextSignal
 from ...prune.errors import MethodFieldError
 from ..arguments.config import write_config
 from ..embedded.task import EmbeddedTask
+from ..embedded.turns import TURNS, turns
 from ..measure.evaluate import Benchmark, Evaluator
+from ..measure.second_turn import SecondTurn
 from ..models.loading import (
     limit_pixels,
     load,
@@ -129,7 +131,7 @@ def _benchmarks(
     processes: Processes,
     pixels: Mapping[str, int],
 ) -> list[Benchmark]:
-    """Each task once: the embedded benchmark as it is, all others through lmms-eval."""
+    """Each task once: the embedded benchmarks as they are, all others through lmms-eval."""
     embedded = EmbeddedTask()
     found: list[Benchmark] = []
     for name in dict.fromkeys(_tasks(request)):
@@ -153,6 +155,19 @@ def _benchmarks(
                 f"--kinds {' '.join(request.kinds)}: only {embedded.name} and files of --data have "
                 f"kinds of questions, not {name}: leave one of them out."
             )
+        if name == TURNS:
+            found.append(
+                SecondTurn(
+                    model,
+                    limit_pixels(model, processor, pixels) if pixels else processor,
+                    turns(request.limit),
+                    batch_size=request.batch_size,
+                    seed=request.seed,
+                    clip=clip,
+                    processes=processes,
+                )
+            )
+            continue
         from ..lmms.benchmark import benchmarks
 
         found += benchmarks(

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ...adapters.family import MODALITIES
 from ...adapters.handle import Handle
@@ -84,6 +85,24 @@ def answer(
         **generate: further arguments of `generate`.
     """
     output = model.generate(**inputs, **generate)
+    return answers_of(model, processor, inputs, output, handle, images=images, videos=videos)
+
+
+def answers_of(
+    model: PreTrainedModel,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    output: Tensor,
+    handle: Handle | None,
+    *,
+    images: Sequence[int],
+    videos: Sequence[int] | None = None,
+) -> list[Answer]:
+    """What `generate` has just said; see `answer`.
+
+    Args:
+        output: (B, L) the prompts and what follows them.
+    """
     new = output[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(new, skip_special_tokens=True)
     counts = {"image": list(images), "video": list(videos or [0] * len(images))}

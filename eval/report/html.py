@@ -31,8 +31,12 @@ from .files import NoFileError
 from .grids import Grid, dense_text, facts, kinds_table, main_table, metrics_table
 from .methods import described
 from .pictures import data_uri
+from .positions import NOTE as POSITIONS
+from .positions import positions_table
 from .published import beside_published
 from .repeat import command_of, needs
+from .turns import NOTE as TURNS
+from .turns import turns_table
 from .where import NOTE as WHERE
 from .where import maps, where_table
 
@@ -125,8 +129,10 @@ def _more(section: Section, with_hard: bool) -> Iterator[Further]:
     for further in (
         Further("Published beside measured", beside_published(section)),
         Further("All metrics", metrics_table(section)),
+        Further("Second turn", turns_table(section), note=TURNS),
         Further("Beside baselines", beside_baselines(section), note=BESIDE),
         Further("By depth of the cut", depths_table(section), note=DEPTHS),
+        Further("By positions", positions_table(section), note=POSITIONS),
         Further("Hard questions", hard_table(section) if with_hard else None, note=HARD),
         Further("Agreement with the dense model", agreement_table(section)),
         Further("Where tokens are kept", where_table(section), maps=where, note=WHERE),

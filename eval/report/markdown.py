@@ -16,8 +16,12 @@ from .escape import fenced, markdown, one_line
 from .examples import Asked, asked
 from .grids import Grid, facts, kinds_table, main_table, metrics_table
 from .methods import described
+from .positions import NOTE as POSITIONS
+from .positions import positions_table
 from .published import beside_published
 from .repeat import command_of, needs
+from .turns import NOTE as TURNS
+from .turns import turns_table
 from .where import where_table
 
 BEST = "★"
@@ -65,8 +69,10 @@ def _section(section: Section, most: int | None, with_hard: bool) -> list[str]:
     ]
     for title, grid, note in (
         ("All metrics", metrics_table(section), ""),
+        ("Second turn", turns_table(section), TURNS),
         ("Beside baselines", beside_baselines(section), BESIDE),
         ("By depth of the cut", depths_table(section), DEPTHS),
+        ("By positions", positions_table(section), POSITIONS),
         ("Hard questions", hard_table(section) if with_hard else None, HARD),
         ("Agreement with the dense model", agreement_table(section), ""),
         ("Where tokens are kept", where_table(section), ""),

@@ -208,7 +208,8 @@ class EvidenceKept(TypedDict):
 class Measured(TypedDict):
     """What a cell of questions yields. `scores` are by metric, the task's main one first;
     `answers`, one digest a question, tell whether two cells said the same; `where` and `evidence`
-    are of methods that drop tokens (none of these in older records)."""
+    are of methods that drop tokens (none of these in older records); `kept_alike`, of second turns,
+    is the share of tokens that both questions of a couple keep."""
 
     scores: dict[str, Score]
     tokens: Tokens
@@ -222,6 +223,7 @@ class Measured(TypedDict):
     answers: NotRequired[list[str]]
     where: NotRequired[WhereKept]
     evidence: NotRequired[EvidenceKept]
+    kept_alike: NotRequired[float]
 
 
 class PictureTokens(TypedDict):
@@ -295,6 +297,7 @@ class Record(TypedDict, total=False):
     answers: list[str]
     where: WhereKept
     evidence: EvidenceKept
+    kept_alike: float
     error: dict[str, str]
     versions: dict[str, str]
     hardware: dict[str, object]

@@ -78,6 +78,18 @@ def test_reports_show_both(runs):
     assert "Hard questions" in page and "vs downsample" in page
 
 
+def test_positions_stand_side_by_side(tmp_path):
+    modes = {"original": (1, 1, 0, 1), "repacked": (0, 0, 0, 1)}
+    records = [record(1)]
+    for number, (mode, outcomes) in enumerate(modes.items(), start=2):
+        records.append(record(number, fastv(), outcomes=outcomes, positions=mode))
+        records[-1]["config"]["positions"] = mode
+    (tmp_path / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / "report.md")]) == 0
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "| fastv(layer=3) | 0.5 | 75.0 [30.1, 95.4] | 25.0 [4.6, 69.9] | +50.0" in text
+
+
 def test_without_such_cells_it_is_refused(tmp_path, capsys):
     (tmp_path / "runs.jsonl").write_text(json.dumps(DENSE) + "\n", "utf-8")
     assert cli.main(["report", str(tmp_path), "--hard"]) == 2
