@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.cache_names import CACHE, cache_of
+from ...adapters.registry import family_of
 from ...adapters.stopwatch import Stopwatch
 from ..models.shapes import words
 
@@ -27,13 +28,17 @@ class Decoding:
     def step(self, word: Tensor) -> None:
         """Feed one word to every row."""
         batch_size = len(self.output.logits)
+        places = {}
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(batch_size, 1)], 1)
+            if family_of(self.model).mrope:  # else the model makes those of all columns
+                places["position_ids"] = self.mask.sum(1, keepdim=True) - 1
         self.model(
             input_ids=word.expand(batch_size, 1),
             attention_mask=self.mask,
             use_cache=True,
             logits_to_keep=1,
+            **places,
             **{CACHE: cache_of(self.output)},
         )
 

@@ -8,7 +8,8 @@ it is `slicing.py` that keeps the first rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -51,20 +52,16 @@ def oracle_prefill(
     padded = not bool(mask.all())
     alive = torch.arange(ids.shape[1], device=ids.device)
     first_visual = int(visual.nonzero()[0])
-    layers, norm = text_model.layers, text_model.norm
     cache = DynamicCache(config=text_model.config)
     left = dict(cuts)
-    starts = sorted({0, *left, len(layers)})
-    try:
-        for start, stop in pairwise(starts):
-            if start in left:
-                keep = ~visual
-                keep[first_visual : first_visual + left[start]] = True
-                hidden = hidden[:, keep[alive]]
-                alive = alive[keep[alive]]
-            text_model.layers = layers[start:stop]
-            text_model.norm = norm if stop == len(layers) else nn.Identity()
-            stored = DynamicCache(config=text_model.config)
+    for start, stop in pairwise(sorted({0, *left, len(text_model.layers)})):
+        if start in left:
+            keep = ~visual
+            keep[first_visual : first_visual + left[start]] = True
+            hidden = hidden[:, keep[alive]]
+            alive = alive[keep[alive]]
+        stored = DynamicCache(config=text_model.config)
+        with _layers_alone(text_model, family.layer_names.last_norm, start, stop):
             hidden = text_model(
                 inputs_embeds=hidden,
                 attention_mask=mask[:, alive] if padded else None,
@@ -72,11 +69,29 @@ def oracle_prefill(
                 **{CACHE: stored},
                 **_deep(deep[start:], visual, alive, len(ids)),
             ).last_hidden_state
-            cache.layers[start:stop] = stored.layers[start:stop]
-    finally:
-        text_model.layers, text_model.norm = layers, norm
+        cache.layers[start:stop] = stored.layers[start:stop]
     logits = model.get_output_embeddings()(hidden[:, -1:])
     return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
+
+
+@contextmanager
+def _layers_alone(text_model: Any, last_norm: str, start: int, stop: int) -> Iterator[None]:
+    """A text model of layers `start` to `stop` of its own, each with the mask of its kind; its last
+    norm is behind the last of all alone."""
+    config, layers, norm = text_model.config, text_model.layers, getattr(text_model, last_norm)
+    kinds = getattr(config, "layer_types", None)
+    try:
+        text_model.layers = layers[start:stop]
+        if stop < len(layers):
+            setattr(text_model, last_norm, nn.Identity())
+        if kinds is not None:
+            config.layer_types = kinds[start:stop]
+        yield
+    finally:
+        text_model.layers = layers
+        setattr(text_model, last_norm, norm)
+        if kinds is not None:
+            config.layer_types = kinds
 
 
 def _deep(
@@ -96,7 +111,14 @@ def _deep(
 
 def shorten(cache: Any, entries: Sequence[int]) -> None:
     """Leave the last `entries` of each layer, as a method on the cache leaves that many."""
-    for layer, count in zip(cache.layers, entries, strict=True):
-        if layer.keys.shape[2] > count:
+    stored = stored_entries(cache)
+    for layer, count, before in zip(cache.layers, entries, stored, strict=True):
+        if before > count:
             layer.keys = layer.keys[:, :, -count:].contiguous()
             layer.values = layer.values[:, :, -count:].contiguous()
+
+
+def stored_entries(cache: Any) -> list[int]:
+    """Entries of each layer; 0 where a layer keeps a state instead."""
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    return [0 if one is None else one.shape[2] for one in keys]

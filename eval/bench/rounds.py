@@ -25,7 +25,7 @@ from ..measure.shortened import measured
 from ..measure.times import kv_bytes
 from ..words.parts import Parts
 from .decoding import Decoding, in_turn
-from .oracle import oracle_prefill, shorten
+from .oracle import oracle_prefill, shorten, stored_entries
 from .slicing import sliced
 from .subject import Subject, visual_tokens_of
 from .turns import Timed, take_turns
@@ -126,7 +126,7 @@ class _Bench:
         """A prefill of the unpatched model on what a variant leaves."""
         cache = cache_of(call.result)
         shorten(cache, variant.entries)
-        lengths = {layer.keys.shape[2] for layer in cache.layers}
+        lengths = {count for count in stored_entries(cache) if count}
         eager = self.model.config.get_text_config()._attn_implementation == "eager"
         # Layers of unequal lengths would need masks of their own, which the model does not make.
         decodes = len(lengths) == 1 or not (self.padded or eager)
@@ -201,7 +201,7 @@ def cuts_of(handle: Handle) -> list[tuple[int, int]]:
 
 def _attended(cache: Any) -> list[int]:
     """Entries of each layer that a decoding step attends to."""
-    stored = [layer.keys.shape[2] for layer in cache.layers]
+    stored = stored_entries(cache)
     state = pruned_state(cache)
     most = -1 if state is None or state.attended is None else int(state.attended.max())
     return stored if most <= 0 else [min(count, most) for count in stored]

@@ -134,6 +134,7 @@ class Subject:
                 dtype if value.is_floating_point() else value.dtype,
             )
             for name, value in made.items()
+            if name != "labels"  # PaliGemma's, for training
         }
 
     def parameter_bytes(self) -> int:

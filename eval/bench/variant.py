@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -15,6 +16,7 @@ from ...adapters.family import IMAGE
 from ...adapters.handle import Handle
 from ...adapters.patching import patch
 from ...adapters.registry import family_of
+from ...adapters.sequence.masks import STATES, layer_kind
 from ...prune.budget import MethodCall, plan, tokens_per_layer
 from ...prune.contract import Compressing, InEncoder, Place
 from ..measure.flops import ModelCost, after_cuts, cache_entries, visual_share
@@ -136,7 +138,10 @@ class Variant:
         # Those that only attend to less keep everything.
         compressing = [call for call in calls if isinstance(call.method, Compressing)]
         most = cache_entries(compressing, [self.visual_tokens], text)
-        self.entries = [min(n + text, n + text if most is None else most) for n in self.per_layer]
+        self.entries = [
+            min(n + text, _storable(config, layer), n + text if most is None else most)
+            for layer, n in enumerate(self.per_layer)
+        ]
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_entry = 2 * config.num_key_value_heads * head * getattr(torch, subject.dtype).itemsize
         self.cache_bytes = sum(self.entries) * per_entry * subject.batch_size
@@ -217,6 +222,15 @@ class Variant:
             if self.in_encoder
             else [r.patched.select / r.dense.rest for r in pruned],
         } | ({"vision_over_slicing": vision} if self.in_encoder else {})
+
+
+def _storable(config: Any, layer: int) -> int:
+    """The most entries that a decoder layer stores behind a prompt: of a window, all that the next
+    token sees but itself; where it keeps a state instead, none."""
+    kind = layer_kind(config, layer)
+    if kind in STATES:
+        return 0
+    return sys.maxsize if kind == "full_attention" else int(config.sliding_window) - 1
 
 
 def _decoding(runs: list[Run]) -> list[float]:

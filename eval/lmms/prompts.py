@@ -95,6 +95,8 @@ class PlainEncoder:
         self.processor = processor
         self.num_frames = video.num_frames
         self.takes_videos = _takes_videos(model)
+        family = known_family(model.config.model_type)
+        self.flat = family is not None and family.flat_pictures
 
     def __call__(self, chats: Sequence[ChatMessages]) -> Encoded:
         texts = [_prompt(self.processor, chat.model_dump()["messages"]) for chat in chats]
@@ -105,11 +107,13 @@ class PlainEncoder:
                 f"e.g. {_with_videos()}, or tasks with pictures."
             )
         clips = [[_frames(video, self.num_frames) for video in videos] for _, videos, _ in found]
-        images = [image for images, _, _ in found for image in images]
+        images = [images for images, _, _ in found]
+        if self.flat:
+            images = [image for of_prompt in images for image in of_prompt]
         videos = [clip for row in clips for clip in row]
         inputs = self.processor(
             text=texts,
-            images=images or None,
+            images=images if any(images) else None,
             **({"videos": videos} if videos else {}),
             padding=True,
             padding_side="left",

@@ -287,7 +287,7 @@ class Evaluator:
         return dict(
             seen.processor(
                 text=[self.task.prompt(seen.processor, q) for q in asked],
-                images=[seen.picture(q.image) for q in asked],
+                images=[[seen.picture(q.image)] for q in asked],  # those of each prompt
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",

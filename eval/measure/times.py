@@ -175,11 +175,12 @@ def measure(
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes that the keys and values of a cache hold, layer by layer as long as they are."""
+    """Bytes that the keys and values of a cache hold, layer by layer as long as they are; states
+    of fixed size, which some layers have instead, do not count."""
     return sum(
         tensor.numel() * tensor.element_size()
         for layer in cache.layers
-        for tensor in (layer.keys, layer.values)
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
         if isinstance(tensor, Tensor)
     )
 

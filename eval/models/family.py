@@ -66,6 +66,8 @@ class EvalFamily(ABC):
     """Tiny models that methods are checked on and tests run."""
     wrapper: ClassVar[str]
     """What lmms-eval calls its own wrapper of such checkpoints of the Hugging Face Hub."""
+    flat_pictures: ClassVar[bool] = False
+    """Whether that wrapper hands the processor pictures without saying of which prompt each is."""
     scaling: ClassVar[Scaling | None] = None
     """None: the processor takes pictures as they are and knows no limits of their size."""
 

@@ -116,9 +116,11 @@ def load(
         return model.eval(), AutoProcessor.from_pretrained(path, **source, **(processor_args or {}))
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        instead = "Give a folder, a name on the Hugging Face Hub, or leave --model out for the "
+        if isinstance(error, ImportError):  # which says what to install
+            instead = "Install that, or leave --model out for the "
         raise ModelLoadError(
-            f"Model {name!r} cannot be loaded: {first} Give a folder, a name on the Hugging Face "
-            f"Hub, or leave --model out for the embedded model."
+            f"Model {name!r} cannot be loaded: {first} {instead}embedded model."
         ) from error
 
 

@@ -58,6 +58,17 @@ def framed(marks: dict[str, str], kind: str) -> str:
     return " ".join(marks[name] for name in names if name in marks)
 
 
+def chat_template(marks: dict[str, str]) -> str:
+    """Of a family's marks: who says what, pictures and videos between words."""
+    words = {kind: framed(marks, kind) for kind in ("image", "video")}
+    return (
+        "{% for message in messages %}{{ message['role'] }} "
+        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} "
+        f"{{% elif part['type'] == 'video' %}}{words['video']} {{% else %}}{words['image']} "
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
+
+
 def tokenizer(special: dict[str, str]) -> transformers.PreTrainedTokenizerFast:
     """Word i of the tiny models' vocabulary is "w<i>", unless it is special."""
     texts = {IDS[name]: text for name, text in special.items()} | {PAD: "<pad>"}

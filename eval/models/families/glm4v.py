@@ -84,7 +84,7 @@ def tiny_glm(config_class: Any) -> Any:
 
 class Glm4V(Qwen2VL):
     line = "GLM"
-    wrapper = "vlmprune"  # lmms-eval has none
+    wrapper = "glm4v"
     scaling = None
     smaller = EvalFamily.smaller  # its processor's limits count the frames of a picture
     marks = ("image_start_token_id", "image_end_token_id")

@@ -88,7 +88,7 @@ SHUFFLED = tiny_shape(has_cls=False, merge_unit=4)
 
 class Idefics3(EvalFamily):
     line = "Idefics"
-    wrapper: ClassVar[str] = "idefics2"
+    wrapper: ClassVar[str] = "vlmprune"  # lmms-eval has none
     shapes: ClassVar[tuple[Shape, ...]] = (Shape("idefics3-8b", _idefics3, (1456, 1456)),)
     tiny: ClassVar[tuple[Case, ...]] = (
         Case("idefics3", tiny_idefics3, SHUFFLED, NamedTiles((110, 109, 107))),

@@ -107,7 +107,7 @@ _DECODER = replace(_SHAPE.decoder, attention_layers=ATTENTION, intermediate_size
 
 class Lfm2Vl(EvalFamily):
     line = "LFM2"
-    wrapper = "vllm"
+    wrapper = "lfm2_5_vl"  # of the same classes
     shapes: ClassVar[tuple[Shape, ...]] = (Shape("lfm2-vl-1.6b", _lfm2_vl, (512, 512)),)
     tiny = (Case("lfm2_vl", _tiny, replace(_SHAPE, decoder=_DECODER), Sized()),)
 

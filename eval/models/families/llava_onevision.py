@@ -109,6 +109,7 @@ def _tiny_onevision() -> LlavaOnevisionConfig:
 
 
 class LlavaOnevision(LlavaNext):
+    flat_pictures = True
     shapes = (
         Shape(
             "llava-onevision-7b",

@@ -80,7 +80,7 @@ def _tiny() -> Mistral3Config:
 
 class Mistral3(EvalFamily):
     line = "Mistral"
-    wrapper = "vllm"
+    wrapper = "mistral3_vl"
     shapes: ClassVar[tuple[Shape, ...]] = (Shape("mistral-small-3.1", _mistral3, (1008, 1008)),)
     small_shapes: ClassVar[tuple[Shape, ...]] = (
         Shape(

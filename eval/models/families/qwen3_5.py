@@ -42,6 +42,7 @@ def tiny(config_class: Any = Qwen3_5Config, **text: Any) -> Any:
 
 
 class Qwen35(Qwen3VL):
+    wrapper: ClassVar[str] = "qwen3_5"
     shapes: ClassVar[tuple[Shape, ...]] = (Shape("qwen3.5-9b", sized, (1024, 1024)),)
     small_shapes: ClassVar[tuple[Shape, ...]] = ()
     tiny: ClassVar[tuple[Case, ...]] = (

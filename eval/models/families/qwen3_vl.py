@@ -87,7 +87,7 @@ def tiny(config_class: Any = Qwen3VLConfig, **text: Any) -> Any:
 
 
 class Qwen3VL(Qwen2VL):
-    wrapper = "qwen3_vl"
+    wrapper: ClassVar[str] = "qwen3_vl"
     scaling = Scaling(limits_fps=True, system_prompt=True, patch_size=16)
     shapes: ClassVar[tuple[Shape, ...]] = (Shape("qwen3-vl-8b", sized, (1024, 1024)),)
     small_shapes: ClassVar[tuple[Shape, ...]] = (Shape("qwen3-vl-small", _small, (768, 768)),)

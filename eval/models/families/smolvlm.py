@@ -57,7 +57,6 @@ def _tiny() -> Any:
 
 class SmolVLM(Idefics3):
     line = "SmolVLM"
-    wrapper = "vlmprune"  # lmms-eval has none
     shapes = (Shape("smolvlm2-2.2b", _of_2b, (1536, 1536)),)
     small_shapes = (Shape("smolvlm2-500m", _of_500m, (512, 512)),)
     tiny = (Case("smolvlm", _tiny, SHUFFLED, NamedTiles((110,))),)
