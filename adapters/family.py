@@ -63,6 +63,8 @@ class Family(ABC):
     """Whether only the prompt tells which pictures are of one image: `parts`."""
     mrope: ClassVar[bool] = False
     """Multi-axis rotary positions: kept tokens must keep their original positions."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """What the model reads of the encoder's output beside the features: of no image."""
     layer_names: ClassVar[LayerNames] = LLAMA
     """What the modules of a decoder layer are called."""
 

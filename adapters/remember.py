@@ -54,6 +54,8 @@ class _Known:
     """(K, D)"""
     deeper: tuple[Tensor, ...]
     """(K, D) each: what is added behind the first layers (deepstack)."""
+    beside: Mapping[str, Tensor]
+    """What else the model reads of the encoder's output."""
     output: type
     """The class of the encoder's output."""
     pooled: type
@@ -240,6 +242,7 @@ def _known(family: Family, call: Call, output: Any, encoded: Encoded) -> list[_K
             image,
             features[i][image.slots],  # a copy: a view would hold the whole batch in memory
             tuple(layer[i][image.sources.to(layer[i].device)] for layer in deepstack),
+            {name: output[name] for name in family.beside},
             type(output),
             type(output.pooler_output),
         )
@@ -249,10 +252,10 @@ def _known(family: Family, call: Call, output: Any, encoded: Encoded) -> list[_K
 
 def _output(family: Family, call: Call, known: Sequence[_Known]) -> Any:
     """What the model reads of an encoder's output."""
-    features = family.pooled(call, [one.features for one in known], known[0].pooled)
-    if not known[0].deeper:
-        return known[0].output(pooler_output=features)
+    first = known[0]
+    features = family.pooled(call, [one.features for one in known], first.pooled)
+    if not first.deeper:
+        return first.output(pooler_output=features, **first.beside)
     layers = zip(*(one.deepstack for one in known), strict=True)
-    return known[0].output(
-        pooler_output=features, deepstack_features=[list(layer) for layer in layers]
-    )
+    deepstack = [list(layer) for layer in layers]
+    return first.output(pooler_output=features, deepstack_features=deepstack, **first.beside)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -21,13 +21,15 @@ from .sequence.prompt import Prompt
 
 
 class Tiled(Merged):
-    """An image is a run of tiles, the whole picture last where it is more than one.
+    """An image is a run of tiles, where it is more than one the whole picture among them.
 
     The tokens of a tile lie side by side, each made of `step` x `step` patches; where crops lie in
     the picture is not known. Encoded without a prompt, each tile counts as an image.
     """
 
     of_prompt = True
+    whole_picture: ClassVar[Literal["first", "last"]] = "last"
+    """Which tile of several shows all of the picture."""
     dropped: ClassVar[str] = ""
     """What an error adds about tiles that the model does not see."""
 
@@ -104,9 +106,9 @@ class Tiled(Merged):
 
     def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
         rows, columns = self.grid(call)
-        tile = Block((rows,), (columns,))
+        tile, last = Block((rows,), (columns,)), self.whole_picture == "last"
         return [
-            Tiling((tile,) * count, thumbnail=count - 1 if count > 1 else None)
+            Tiling((tile,) * count, thumbnail=last * (count - 1) if count > 1 else None)
             for count in self.counts(call)
         ]
 

@@ -265,6 +265,7 @@ def _vision_cost(family: Family) -> VisionCost:
     between = list(_outside(family.core, elsewhere))
     # Where features are taken between the blocks, each merger has a block of its own.
     behind = [len(stack) - 1, *getattr(tower, "deepstack_visual_indexes", ())]
+    behind += behind[:1] * (len(family.projectors) - len(behind))
     attention = list(map(_matmuls, family.vision_attention))
     # One that reads rows of the blocks merges those of a token.
     convolutions = [m for m in between if isinstance(m, nn.Conv2d | nn.Conv3d)]

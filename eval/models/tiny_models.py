@@ -148,7 +148,7 @@ def _weight(name: str, begun: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
         return noise
     if len(shape) == 1:
         return 0.3 * noise
-    if "embed_tokens" in name:
+    if "embed_tokens" in name or "embeddings_table" in name:
         return noise
     if "position_embedding" in name:
         return 0.7 * noise

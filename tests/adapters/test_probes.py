@@ -176,7 +176,7 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
 
             def place(values, mean=True, kind=kind, given=given, i=i):
                 values = values[:, skip:]
-                if model.config.model_type == "gemma3":
+                if model.config.model_type in ("gemma3", "ovis2"):
                     return _averaged(values, mean)
                 if case.shape.tower.merge_unit > 1:
                     return _shuffled(model.model, values, mean)
@@ -224,7 +224,8 @@ def _tower_reads(core, tower, kind: str, given: dict):
         if hasattr(attention, name)
     ]
     hidden = []
-    hooks.append(tower.register_forward_hook(lambda module, args, output: hidden.append(output)))
+    last = getattr(tower, "transformer", tower)  # of Ovis 2, behind which patches are shuffled
+    hooks.append(last.register_forward_hook(lambda module, args, output: hidden.append(output)))
     try:
         getattr(core, f"get_{kind}_features")(**given, return_dict=True)
     finally:
@@ -244,8 +245,10 @@ def _tower_reads(core, tower, kind: str, given: dict):
 
 
 def _averaged(values: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Values of a square of patches (1, P * 4, width) as those of 2 x 2: side by side, or their
-    mean as the model's own pooling takes it, (P, width)."""
+    """Values of squares of patches (tiles, P * 4, width) as those of 2 x 2: side by side, or their
+    mean as the model's own pooling takes it, (tiles * P, width)."""
+    if len(values) > 1:
+        return torch.cat([_averaged(square, mean) for square in values.split(1)])
     side = math.isqrt(values.shape[1])
     square = values[0].unflatten(0, (side, side)).permute(2, 0, 1)
     if mean:
@@ -317,6 +320,12 @@ def _encode_qwen(case: zoo.Case, core, kind: str, given: dict, rows) -> list[Enc
         )
         found.append(image)
     return found
+
+
+def _projected(core, rows: torch.Tensor) -> torch.Tensor:
+    """Where the projector reads the rows as they are."""
+    projector = getattr(core, "multi_modal_projector", None)
+    return (projector or core.connector.modality_projection)(rows)
 
 
 @dataclass(frozen=True)
@@ -472,6 +481,7 @@ def test_what_the_projector_reads(case, attention, rows):
         wants += (ClsFeatures(),)
     (seen,) = record(case, attention, rows, Recorder(wants=wants))
     core = case.reference(attention).model
+    project = getattr(zoo.OF_TESTS[core.config.model_type], "projected", _projected)
     for tokens, image in zip(seen, encode(case, rows), strict=True):
         for want in (EncoderFeatures(), ClsFeatures()):
             if want in wants:
@@ -484,26 +494,8 @@ def test_what_the_projector_reads(case, attention, rows):
                 units = tokens.signals[EncoderFeatures()]
                 merged = 1 if hasattr(core.visual, "downsample") else 4
                 projected = core.visual.merger(units.view(-1, units.shape[-1] // merged))
-            elif case.name == "gemma3":  # which averages before a norm
-                patches = tokens.signals[EncoderFeatures()].unflatten(1, (4, -1))
-                projector = core.multi_modal_projector
-                projected = projector.mm_soft_emb_norm(patches.mean(1))
-                projected = projected @ projector.mm_input_projection_weight
-            elif case.name == "cohere2_vision":  # which shuffles patches in its projector
-                projector = core.multi_modal_projector
-                own, gate = projector.linear_1(tokens.signals[EncoderFeatures()]).chunk(2, -1)
-                projected = projector.linear_2(projector.act(gate) * own)
-            elif case.name == "mistral3":  # a picture of one token for each
-                units = tokens.signals[EncoderFeatures()]
-                sizes = torch.full((len(units), 2), 8)
-                projected = core.multi_modal_projector(units.view(-1, units.shape[-1] // 4), sizes)
-            elif case.name == "lfm2_vl":  # a picture of one token for each
-                units = tokens.signals[EncoderFeatures()].unflatten(1, (2, 2, -1))
-                projected = core.multi_modal_projector(units).flatten(1)
             else:
-                projector = getattr(core, "multi_modal_projector", None)
-                projector = projector or core.connector.modality_projection
-                projected = projector(tokens.signals[EncoderFeatures()])
+                projected = project(core, tokens.signals[EncoderFeatures()])
         torch.testing.assert_close(projected, tokens.signals[Features()], atol=1e-4, rtol=1e-4)
 
 

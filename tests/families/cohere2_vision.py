@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from kit.words import tokenizer
 from vlmprune.eval.models.families.cohere2_vision import LAYOUT, SHUFFLING, tiny_cohere2
@@ -26,3 +27,10 @@ def processor() -> transformers.ProcessorMixin:
     size = {"height": PIXELS, "width": PIXELS}
     images = transformers.Cohere2VisionImageProcessor(size=size, max_patches=6, patch_size=3)
     return transformers.Cohere2VisionProcessor(images, tokenizer(MARKS))
+
+
+def projected(core, rows: torch.Tensor) -> torch.Tensor:
+    """It shuffles patches in its projector."""
+    projector = core.multi_modal_projector
+    own, gate = projector.linear_1(rows).chunk(2, -1)
+    return projector.linear_2(projector.act(gate) * own)

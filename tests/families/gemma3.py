@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from kit.words import tokenizer
 from vlmprune.eval.models.families.gemma3 import AVERAGING, Averaged, tiny_gemma3
@@ -22,3 +23,10 @@ def processor() -> transformers.ProcessorMixin:
     words = tokenizer({"image_token": "<image_soft_token>", **marks})
     images = transformers.Gemma3ImageProcessor(size={"height": PIXELS, "width": PIXELS})
     return transformers.Gemma3Processor(images, words, image_seq_length=(SIDE // 2) ** 2)
+
+
+def projected(core, rows: torch.Tensor) -> torch.Tensor:
+    """It averages before a norm."""
+    projector = core.multi_modal_projector
+    tokens = projector.mm_soft_emb_norm(rows.unflatten(1, (4, -1)).mean(1))
+    return tokens @ projector.mm_input_projection_weight

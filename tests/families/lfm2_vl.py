@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from kit.words import tokenizer
 
@@ -21,3 +22,8 @@ def processor() -> transformers.ProcessorMixin:
         max_tiles=6,
     )
     return transformers.Lfm2VlProcessor(images, tokenizer({**MARKS, **words}))
+
+
+def projected(core, rows: torch.Tensor) -> torch.Tensor:
+    """A picture of one token for each."""
+    return core.multi_modal_projector(rows.unflatten(1, (2, 2, -1))).flatten(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from kit.words import tokenizer
 
@@ -21,3 +22,9 @@ def processor() -> transformers.ProcessorMixin:
     return transformers.PixtralProcessor(
         images, tokenizer(MARKS), patch_size=4, spatial_merge_size=2
     )
+
+
+def projected(core, rows: torch.Tensor) -> torch.Tensor:
+    """A picture of one token for each."""
+    sizes = torch.full((len(rows), 2), 8)
+    return core.multi_modal_projector(rows.view(-1, rows.shape[-1] // 4), sizes)

@@ -60,6 +60,16 @@ def causal(length: int, window: int | None) -> Tensor:
     return seen if window is None else seen.triu(1 - window)
 
 
+def text_embeds(model, ids: Tensor) -> Tensor:
+    """Embeddings of a prompt (L, D), in some models with those of the marks around images, which
+    are the last rows of their table of visual words."""
+    embeds = model.get_input_embeddings()(ids).clone()
+    marks = getattr(model.model, "visual_indicator_token_ids", ())
+    for number, mark in enumerate(marks, start=-len(marks)):
+        embeds[ids == mark] = model.model.visual_embeddings_table.weight[number]
+    return embeds
+
+
 def rotary(decoder, hidden: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines that a layer has of positions (axes, n): (1, n, D_head) each."""
     axes = ids[:, None]

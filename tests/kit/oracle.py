@@ -33,12 +33,13 @@ from kit.decoder_kinds import (
     last_norm,
     observe,
     rotary,
+    text_embeds,
     window_of,
 )
 from torch import Tensor
 from vlmprune.eval.models.tiny_layouts import VISION_END
 
-TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "lfm2_vl")
+TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "lfm2_vl", "ovis2")
 """Models whose encoder is not told which tiles are one image: a mark ends each in these tests."""
 
 _TILE = 9
@@ -197,7 +198,7 @@ class Truth:
         for b in range(len(ids)):
             columns = mask[b].bool().nonzero()[:, 0]
             row_ids = ids[b, columns]
-            embeds = self.model.get_input_embeddings()(row_ids).clone()
+            embeds = text_embeds(self.model, row_ids)
             deep = [torch.zeros_like(embeds) for _ in self.deep_layers]
             found = []
             row_kinds = kinds[b, columns]

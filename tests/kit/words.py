@@ -42,6 +42,8 @@ IDS = {
     "end_of_utterance_token": VISION_END,
     "global_image_token": 110,
     "img_line_break_token": 110,
+    "column_token": VIDEO_START,
+    "row_token": VIDEO_END,
     "image_start_token": VISION_START,
     "image_end_token": VISION_END,
     "boi_token": VISION_START,

@@ -107,15 +107,20 @@ class InternVL(EvalFamily):
         return height, width
 
     def pixels(self, config: Any, picture: tuple[int, int], batch_size: int, device: str) -> Pixels:
-        """A picture of whole tiles, and where it is several a thumbnail behind them."""
-        height, width = config.vision_config.image_size
-        if picture[0] % height or picture[1] % width:
-            raise MethodFieldError(
-                f"A picture of {picture[0]}x{picture[1]}: sides must be multiples of "
-                f"{height}x{width}."
-            )
-        crops = (picture[0] // height) * (picture[1] // width)
-        tiles = crops + (crops > 1)
-        side = round(height // config.vision_config.patch_size[0] * config.downsample_ratio)
-        inputs = {"pixel_values": noise(device, batch_size * tiles, 3, height, width)}
-        return Pixels(tiles * side**2, inputs)
+        tile = self.usual_picture(config)
+        side = round(tile[0] // config.vision_config.patch_size[0] * config.downsample_ratio)
+        return whole_tiles(picture, tile, side**2, batch_size, device)
+
+
+def whole_tiles(
+    picture: tuple[int, int], tile: tuple[int, int], tokens: int, batch_size: int, device: str
+) -> Pixels:
+    """A picture of whole tiles of so many tokens, and a thumbnail where it is several."""
+    if picture[0] % tile[0] or picture[1] % tile[1]:
+        raise MethodFieldError(
+            f"A picture of {picture[0]}x{picture[1]}: sides must be multiples of "
+            f"{tile[0]}x{tile[1]}."
+        )
+    crops = (picture[0] // tile[0]) * (picture[1] // tile[1])
+    tiles = crops + (crops > 1)
+    return Pixels(tiles * tokens, {"pixel_values": noise(device, batch_size * tiles, 3, *tile)})
