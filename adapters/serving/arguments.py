@@ -11,6 +11,8 @@ from .sizes import served_of
 
 ARCHITECTURES: Mapping[str, str] = {
     "llava": "VlmPruneLlavaForConditionalGeneration",
+    "llava_next": "VlmPruneLlavaNextForConditionalGeneration",
+    "llava_onevision": "VlmPruneLlavaOnevisionForConditionalGeneration",
     "qwen2_vl": "VlmPruneQwen2VLForConditionalGeneration",
     "qwen2_5_vl": "VlmPruneQwen2_5_VLForConditionalGeneration",
 }

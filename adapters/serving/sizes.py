@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from ...prune.contract import Decoder, ModelShape, Tower
 from ...prune.errors import UnsupportedModelError
 from ...prune.tiling import Tiling
+from ..family import IMAGE
+from .on_paper import on_paper
 from .served import Options, Served
 
 Sizes = tuple[ModelShape, Tiling]
@@ -63,6 +67,18 @@ def _packed(config: Any) -> Sizes:
     return shape, Tiling.single(36, 36)
 
 
+def _tiled(config: Any) -> Sizes:
+    """Tiles of a picture, as the family knows them; one tile's size is as usual as any other."""
+    if not isinstance(config.vision_feature_layer, int):
+        raise UnsupportedModelError(
+            f"A {config.model_type} with vision_feature_layer={config.vision_feature_layer!r} is "
+            f"not served: use one layer (an int)."
+        )
+    family, side = on_paper(config), config.vision_config.image_size
+    call = family.call(IMAGE, {"image_sizes": torch.tensor([[side, side]])})
+    return family.shape, family.tilings(call, ())[0]
+
+
 def _decoder(text: Any) -> Decoder:
     return Decoder(
         num_layers=text.num_hidden_layers,
@@ -73,6 +89,8 @@ def _decoder(text: Any) -> Decoder:
 
 SIZES: Mapping[str, Callable[[Any], Sizes]] = {
     "llava": _llava,
+    "llava_next": _tiled,
+    "llava_onevision": _tiled,
     "qwen2_vl": _packed,
     "qwen2_5_vl": _packed,
 }

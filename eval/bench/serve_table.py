@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..environment import describe
@@ -76,16 +76,22 @@ def _ratio(value: Spread) -> str:
 
 
 def _notes(reports: Sequence[Mapping[str, Any]], counted: bool) -> str:
-    slower = [
-        f"{row['name']} at {row['clients']} clients ({row['throughput_over_dense']['median']:.2f})"
-        for report in reports
-        for row in report["rows"]
-        if row["throughput_over_dense"]["median"] < 1
-    ]
-    pays = f"Pruning does not pay: {', '.join(slower)}." if slower else "Pruning pays everywhere."
+    rows = [row for report in reports for row in report["rows"]]
+    slower = _where(rows, "throughput_over_dense", lambda ratio: ratio < 1)
+    later = _where(rows, "first_token_over_dense", lambda ratio: ratio > 1)
+    pays = f"Pruning does not pay: {slower}." if slower else "Pruning pays everywhere."
+    waits = f" The first token comes later: {later}." if later else ""
     prompt = "Prompt: tokens as the server counts them. " if counted else ""
     return (
         f"{_HOW[reports[0]['engine']]} {prompt}x dense: medians over rounds, beside the dense "
         f"rounds just before, with quartiles; percentiles are of all requests; ms/token of tokens "
-        f"behind the first. {pays}"
+        f"behind the first. {pays}{waits}"
+    )
+
+
+def _where(rows: Sequence[Mapping[str, Any]], ratio: str, worse: Callable[[float], bool]) -> str:
+    return ", ".join(
+        f"{row['name']} at {row['clients']} clients ({row[ratio]['median']:.2f})"
+        for row in rows
+        if worse(row[ratio]["median"])
     )

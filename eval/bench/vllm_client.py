@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from http.client import HTTPConnection, HTTPException
+from json import JSONDecodeError
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -85,7 +86,7 @@ def ask(url: str, asked: Mapping[str, object]) -> Asked:
             said = answer.read().decode(errors="replace")
             raise VlmpruneError(f"The server refuses a request ({answer.status}): {said[:500]}")
         return _timed(answer, started)
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, JSONDecodeError) as error:
         raise VlmpruneError(f"The server at {url} breaks off: {error!r}") from error
     finally:
         connection.close()

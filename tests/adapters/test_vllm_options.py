@@ -7,9 +7,12 @@ import json
 import pytest
 import torch
 import vlmprune
-from kit import tiny_llava
+from kit import tiny_llava, tiny_tiled
+from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.serving.engine import check_engine
+from vlmprune.adapters.serving.on_paper import on_paper
 from vlmprune.adapters.serving.served import Served, requested
+from vlmprune.adapters.serving.sizes import served_of
 from vlmprune.adapters.serving.travelling import Span, digits, offsets, shortened
 from vlmprune.adapters.serving.versions import check_version
 from vlmprune.eval import cli
@@ -113,6 +116,25 @@ def test_positions_travel_as_digits_and_text_keeps_its_own():
     assert further == 12 - 10
     far = torch.tensor([[0, 300, 65535], [255, 256, 257], [1, 2, 3]])
     assert offsets(digits(far, torch.bfloat16)).equal(far)
+
+
+@pytest.mark.parametrize("name", ["next", "onevision"])
+def test_tiles_are_counted_from_sizes_as_the_processor_counts_them(name):
+    config = getattr(tiny_tiled, f"{name}_config")()
+    processor = getattr(tiny_tiled, f"{name}_processor")()
+    family = on_paper(config)
+    assert family is on_paper(getattr(tiny_tiled, f"{name}_config")())
+    for width, height in ((100, 100), (190, 90), (100, 150), (30, 200)):
+        given = processor(
+            text="<image>", images=tiny_llava.picture(0, width, height), return_tensors="pt"
+        )
+        (tiling,) = family.tilings(family.call(IMAGE, {"image_sizes": given["image_sizes"]}), ())
+        assert tiling.num_tokens == int((given["input_ids"] == config.image_token_id).sum())
+    options = {"method": "divprune", "keep_tokens": 10}
+    assert served_of(config, options).shape == family.shape
+    config.vision_feature_layer = [-2, -1]
+    with pytest.raises(vlmprune.UnsupportedModelError, match="use one layer"):
+        served_of(config, options)
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])

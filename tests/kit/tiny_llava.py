@@ -15,7 +15,9 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *(f"w{i}" for i in range(59))]
@@ -51,7 +53,11 @@ def config() -> LlavaConfig:
 def save(folder: Path) -> None:
     """A whole checkpoint of `config`."""
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config()).eval()
+    write(LlavaForConditionalGeneration(config()).eval(), processor(), folder)
+
+
+def write(model: PreTrainedModel, its_processor: ProcessorMixin, folder: Path) -> None:
+    """A checkpoint of a model with a CLIP or SigLIP tower, with weights drawn anew."""
     for weight in model.parameters():  # far from ties
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.15)
@@ -62,25 +68,30 @@ def save(folder: Path) -> None:
     if not any("vision_tower.vision_model." in name for name in plain):
         plain = {n.replace(prefix, f"{prefix}vision_model."): t for n, t in plain.items()}
     save_file(plain, weights, metadata={"format": "pt"})
-    processor().save_pretrained(folder)
+    its_processor.save_pretrained(folder)
 
 
-def processor() -> LlavaProcessor:
-    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+def tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    """Words that are numbers; `more`: further special ones, behind `<image>`."""
+    words = [*WORDS[:5], *more, *WORDS[5 + len(more) :]]
+    tokens = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokens,
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=["<image>", *more],
     )
+
+
+def processor() -> LlavaProcessor:
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
     return LlavaProcessor(
         images,
-        tokenizer,
+        tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -58,7 +58,8 @@ def patched(
     found = []
     with vlmprune.patch(model, method, **options) as handle:
         for text, media in prompts:
-            inputs = processor(text=text, images=media.get("image"), return_tensors="pt")
+            given = {f"{kind}s": items for kind, items in media.items()}
+            inputs = processor(text=text, **given, return_tensors="pt")
             out = model.generate(
                 **inputs,
                 max_new_tokens=NEW,

@@ -19,25 +19,18 @@ from torch.nn.functional import pad
 from ....prune.contract import EncoderFeatures, Features, Signal
 from ....prune.tiling import Block, Tiling
 from ..engine import check_engine
-from ..served import OF_ATTENTION, WORD, requested
+from ..served import OF_ATTENTION, WORD
 from ..sizes import served_of
 from ..travelling import CHANNELS, Span, digits, offsets, shortened
-from ..versions import check_version
+from .processor import KEEP, MODALITIES, Processor
 
-check_version()
-
-from vllm.multimodal.inputs import (  # noqa: E402
+from vllm.multimodal.inputs import (  # isort: skip  (behind the version's check)
     MultiModalFeatureSpec,
     MultiModalFieldConfig,
     MultiModalFieldElem,
     MultiModalKwargsItem,
     PlaceholderRange,
 )
-from vllm.multimodal.processing import PromptReplacement  # noqa: E402
-
-MODALITIES = ("image", "video")
-KEEP = f"{WORD}_keep"
-"""Before the modality's name: the field that brings each item's count to the model."""
 
 
 def tiling(grid: Sequence[int], merge: int) -> Tiling:
@@ -46,63 +39,14 @@ def tiling(grid: Sequence[int], merge: int) -> Tiling:
     return Tiling((Block((rows // merge,), (columns // merge,)),) * frames)
 
 
-class Processor:
-    """Placeholders as many as tokens are kept. The options are among the processor's arguments, so
-    that all caches tell one budget from another."""
+class GridProcessor(Processor):
+    """Items that come with their grid."""
 
-    info: Any
-
-    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        given = inputs.hf_processor_mm_kwargs
-        options = requested(getattr(self.info.get_hf_config(), WORD), given.get(WORD))
-        arguments = {**given, WORD: dict(options)}
-        return super().apply(  # type: ignore[misc]
-            replace(inputs, hf_processor_mm_kwargs=arguments), timing_ctx
-        )
-
-    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
-        """The fields of vLLM, and the count of each item that comes as pixels."""
-        found = super()._apply_hf_processor_main(mm_items, _theirs(hf_kwargs))  # type: ignore[misc]
-        config = self.info.get_hf_config()
-        served = served_of(config, hf_kwargs[WORD])
-        merge = config.vision_config.spatial_merge_size
-        for modality in MODALITIES:
-            if f"{modality}_grid_thw" in found and f"{modality}_embeds" not in found:
-                grids = found[f"{modality}_grid_thw"].tolist()
-                keeps = [served.keep(tiling(grid, merge)) for grid in grids]
-                found[f"{KEEP}_{modality}"] = torch.tensor(keeps)
-        return found
-
-    def _get_mm_fields_config(
-        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        theirs = _theirs(hf_processor_mm_kwargs)
-        fields = super()._get_mm_fields_config(hf_inputs, theirs)  # type: ignore[misc]
-        counts = {
-            f"{KEEP}_{modality}": MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
-            for modality in MODALITIES
-        }
-        return {**fields, **counts}
-
-    def _get_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
-    ) -> Sequence[Any]:
-        theirs = _theirs(hf_processor_mm_kwargs)
-        updates = super()._get_prompt_updates(mm_items, theirs, out_mm_kwargs)  # type: ignore[misc]
-        return [
-            PromptReplacement(
-                modality=update.modality,
-                target=update.target,
-                replacement=partial(self._placeholders, update, out_mm_kwargs),
-            )
-            for update in updates
-        ]
-
-    def _placeholders(self, update: Any, fields: Any, index: int) -> Any:
-        """What stands in the prompt for one item."""
-        whole = update.replacement(index)
-        keep = fields[update.modality][index].get(f"{KEEP}_{update.modality}")
-        return whole if keep is None else whole[: int(keep.data)]
+    def _tilings(self, modality: str, found: Mapping[str, Any]) -> Sequence[Tiling] | None:
+        if f"{modality}_grid_thw" not in found or f"{modality}_embeds" in found:
+            return None
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        return [tiling(grid, merge) for grid in found[f"{modality}_grid_thw"].tolist()]
 
 
 class PrunedModel:
@@ -283,10 +227,6 @@ class PrunedModel:
     def _in_order(self, units: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
         """Units as the blocks see them in the order of the tokens."""
         return units
-
-
-def _theirs(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {word: value for word, value in arguments.items() if word != WORD}
 
 
 def _hear_attention(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .mrope import Processor, PrunedModel
+from .mrope import GridProcessor, PrunedModel
 
 from vllm.model_executor.models.qwen2_5_vl import (  # isort: skip  (behind the version's check)
     Qwen2_5_VLDummyInputsBuilder,
@@ -18,7 +18,7 @@ from vllm.model_executor.models.qwen2_5_vl import (  # isort: skip  (behind the 
 from vllm.multimodal import MULTIMODAL_REGISTRY  # isort: skip
 
 
-class Qwen25VLProcessor(Processor, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
+class Qwen25VLProcessor(GridProcessor, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
     pass
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .mrope import Processor, PrunedModel
+from .mrope import GridProcessor, PrunedModel
 
 from vllm.model_executor.models.qwen2_vl import (  # isort: skip  (behind the version's check)
     Qwen2VLDummyInputsBuilder,
@@ -13,7 +13,7 @@ from vllm.model_executor.models.qwen2_vl import (  # isort: skip  (behind the ve
 from vllm.multimodal import MULTIMODAL_REGISTRY  # isort: skip
 
 
-class Qwen2VLProcessor(Processor, Qwen2VLMultiModalProcessor):  # type: ignore[misc]
+class Qwen2VLProcessor(GridProcessor, Qwen2VLMultiModalProcessor):  # type: ignore[misc]
     pass
 
 
