@@ -1,4 +1,4 @@
-"""The command line: `vlmprune sweep | report | ask | compare | bench | methods | models | ...`.
+"""The command line: `vlmprune sweep | tune | report | ask | compare | bench | methods | ...`.
 
 A verb has its arguments in `arguments/`, read with nothing heavy imported, so that `--help` is
 instant; what it does is in `commands/`, imported when it runs. Exit codes: 0 done, 1 a cell
@@ -32,6 +32,7 @@ from .arguments import (
     presets,
     report,
     sweep,
+    tune,
     vllm_args,
     where,
 )
@@ -39,6 +40,7 @@ from .arguments.shared import OneLineParser, verbosity_argument
 
 VERBS: Mapping[str, ModuleType] = {
     "sweep": sweep,
+    "tune": tune,
     "report": report,
     "ask": ask,
     "compare": compare,

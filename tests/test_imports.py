@@ -42,7 +42,7 @@ ROOMS = {
         *("importing", "image_file", "vocabulary_note", "content_hash", "sources"),
         *("words", "method_facts", "transcriptions"),
         *("tasks", "embedded", "models", "presets", "results", "measure"),
-        *("sweep", "classify", "compare", "bench", "report", "lmms", "checking"),
+        *("sweep", "classify", "compare", "bench", "report", "tune", "lmms", "checking"),
         *("in_process", "arguments", "commands", "cli"),
     ),
 }

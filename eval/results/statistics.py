@@ -121,6 +121,21 @@ def difference(score: Score, baseline: Score) -> tuple[float, float | None, floa
     return value, None, None
 
 
+def confidence_above(score: Score, baseline: Score, least: float) -> float:
+    """How sure it is that a score is at least `least` above another one, question by question, by
+    the normal distribution around their paired difference; 0.5 where it is just that.
+
+    Where neither questions nor resamples are known it is 1 or 0, by the values alone. Where lower
+    is better, above means below.
+    """
+    sign = 1 if score["higher_is_better"] else -1
+    value, low, high = difference(score, baseline)
+    if low is None or high is None or low == high:
+        return float(sign * value >= least)
+    half = (high - low) / 2
+    return 0.5 * (1 + math.erf((sign * value - least) * _Z / half / math.sqrt(2)))
+
+
 def _binary(outcomes: Sequence[float]) -> bool:
     return all(outcome in (0, 1) for outcome in outcomes)
 

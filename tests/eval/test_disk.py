@@ -100,7 +100,7 @@ def answered(monkeypatch):
 
     monkeypatch.setattr(sweep_command, "sweep_grid", instead)
     monkeypatch.setattr(sweep_command, "load", lambda *_, **__: (None, None))
-    monkeypatch.setattr(sweep_command, "_benchmarks", lambda *_, **__: [])
+    monkeypatch.setattr(sweep_command, "benchmarks_of", lambda *_, **__: [])
 
 
 def argv(folder) -> list[str]:

@@ -1,0 +1,1 @@
+"""`vlmprune tune`: which method and budget for a model, its questions and a target."""
