@@ -67,6 +67,9 @@ class Family(ABC):
     """What the model reads of the encoder's output beside the features: of no image."""
     layer_names: ClassVar[LayerNames] = LLAMA
     """What the modules of a decoder layer are called."""
+    by_token: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the text model with a row for each token, (B, L, ...), beside its embeddings:
+    of placeholders all alike."""
 
     makes_masks: ClassVar[bool] = False
     """Whether the core makes the decoder's masks, and not the text model."""
@@ -299,15 +302,17 @@ class Family(ABC):
 def _mlp_width(config: Any) -> int:
     """Neurons that a token passes in an MLP: of experts, those of the active ones."""
     active = getattr(config, "num_experts_per_tok", None)
-    if active is None:
-        return int(config.intermediate_size)
+    if active is None:  # Gemma 4's experts act beside an MLP
+        beside = getattr(config, "top_k_experts", None)
+        more = beside * config.moe_intermediate_size if beside else 0
+        return int(config.intermediate_size + more)
     shared = getattr(config, "shared_expert_intermediate_size", None) or 0
     return int(active * config.moe_intermediate_size + shared)
 
 
 def _experts(layer: Any, names: LayerNames) -> bool:
-    """Whether tokens are sent to experts of their own."""
-    return hasattr(getattr(layer, names.mlp, None), "experts")
+    """Whether tokens are sent to experts of their own, in the MLP or beside it."""
+    return any(hasattr(part, "experts") for part in (layer, getattr(layer, names.mlp, None)))
 
 
 def _attention_layers(config: Any) -> tuple[int, ...] | None:

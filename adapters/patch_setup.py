@@ -62,6 +62,8 @@ class Setup:
     """What the modules of its layers are called."""
     rotates: Callable[[int], bool] = lambda layer: True
     """Whether a layer's attention turns them at all."""
+    by_token: tuple[str, ...] = ()
+    """Arguments of the text model with a row for each token, beside its embeddings."""
     record: bool = False
     """Whether the scores of all choices are kept for `handle.last`."""
     debug: bool = False

@@ -83,6 +83,7 @@ def make_setup(
         turn=family.turned,
         rotates=family.rotates,
         names=family.layer_names,
+        by_token=family.by_token,
         clip=clip,
         projectors=len(family.projectors),
     )

@@ -31,7 +31,7 @@ ROOMS = {
         *("__init__", "cache_names", "devices", "wrappers", "stopwatch", "hooks"),
         *("tap", "clip_text", "layer_names", "both_ways", "modality", "sequence"),
         *("encoder", "image_model", "encoders", "image_models"),
-        *("family", "merged", "tiled", "families", "registry"),
+        *("family", "merged", "any_size", "tiled", "families", "registry"),
         *("signals", "patch_setup", "budgets", "encoded", "remember"),
         *("cache", "report", "reporting", "pictures", "checks", "places", "generation"),
         *("prepare", "installed", "engine", "standalone", "handle", "patching", "serving"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache_names import cache_given
 from ..patch_setup import Setup
-from ..sequence.masks import STATES, layer_kind, layer_mask, tells_length
+from ..sequence.masks import STATES, layer_kind, layer_mask, stored_at, tells_length
 from .pruned import PrunedState, Segment
 
 
@@ -73,10 +73,7 @@ class Continued:
             kind = layer_kind(self.setup.config, layer)
             key: tuple[Any, ...] = ("mask", segment.start, kind, hidden.device)
             if key not in self._memo:
-                length = _mask_length(self.setup, self.cache, hidden.shape[1], layer)
-                padding = segment.padding_to(length)
-                mask = layer_mask(self.setup.config, layer, hidden, padding, self.cache)
-                self._memo[key] = mask
+                self._memo[key] = self._mask(layer, hidden, segment, key)
             new["attention_mask"] = self._memo[key]
         if self.ids is not None:
             key = ("rotary", self.setup.rotary_kind(layer), hidden.device)
@@ -84,6 +81,14 @@ class Continued:
                 self._memo[key] = self._tables(layer, hidden, self.ids)
             new["position_embeddings"] = self._memo[key][segment.start]
         return {**kwargs, **new}
+
+    def _mask(self, layer: int, hidden: Tensor, segment: Segment, key: tuple[Any, ...]) -> Any:
+        config = self.setup.config
+        if stored_at(config, layer) != layer:  # on another device than the layers that store
+            made = next(made for other, made in self._memo.items() if other[:3] == key[:3])
+            return None if made is None else made.to(hidden.device)
+        length = _mask_length(self.setup, self.cache, hidden.shape[1], layer)
+        return layer_mask(config, layer, hidden, segment.padding_to(length), self.cache)
 
     def _tables(self, layer: int, hidden: Tensor, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """The rotary tables of all segments by their first layers, for layers of this kind, made

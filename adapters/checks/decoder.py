@@ -18,11 +18,13 @@ from ...prune.contract import (
 )
 from ...prune.errors import UnsupportedModelError
 from ..family import Family
-from ..sequence.masks import layer_kind
+from ..sequence.masks import deepest_cut, layer_kind
 
 
 def check_decoder(call: MethodCall, family: Family) -> None:
     """Refuse a decoder whose modules a method inside it or on its cache cannot read."""
+    config: Any = family.text_model.config
+    _check_cuts(call, family, config)
     missing = _missing(call.method, family)
     if missing is not None:
         layer, path = missing
@@ -33,7 +35,6 @@ def check_decoder(call: MethodCall, family: Family) -> None:
         )
     if call.method.place is not Place.CACHE:
         return
-    config: Any = family.text_model.config
     kinds = {layer_kind(config, layer) for layer in range(config.num_hidden_layers)}
     if kinds != {"full_attention"}:
         raise UnsupportedModelError(
@@ -46,6 +47,28 @@ def check_decoder(call: MethodCall, family: Family) -> None:
             f"{call.name} exchanges the keys of a decoding step, which the block masks of flex "
             f'attention do not allow: call model.set_attn_implementation("sdpa") first.'
         )
+
+
+def _check_cuts(call: MethodCall, family: Family, config: Any) -> None:
+    """Refuse cuts so deep that later layers read keys stored before them, and what is read of an
+    MLP beside which others act."""
+    deepest = deepest_cut(config)
+    for cut in call.method.cuts(family.shape):
+        if deepest is not None and cut.place is Place.DECODER and cut.layer > deepest:
+            raise UnsupportedModelError(
+                f"{call.name} cuts in front of decoder layer {cut.layer}, and the last "
+                f"{config.num_kv_shared_layers} layers of this model read keys that layer "
+                f"{deepest} and later ones store, of dropped tokens too: cut in front of layer "
+                f"{deepest} at the latest, or use a method that acts before the LLM."
+            )
+    for need in call.method.needs(family.shape):
+        if not isinstance(need, ModuleStep) or need.module != "mlp":
+            continue
+        if hasattr(family.text_model.layers[need.layer], "experts"):
+            raise UnsupportedModelError(
+                f"{call.name} reads what the MLP of decoder layer {need.layer} does, and experts "
+                f"act beside it there: use a method that acts before the LLM, or fastv."
+            )
 
 
 def _missing(method: Method, family: Family) -> tuple[int, str] | None:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from ...prune.contract import ModelShape
 from ...prune.errors import UnsupportedFeatureError
-from ...prune.tiling import Block, Tiling
+from ..any_size import AnySize
 from ..family import Call, Modality
 from ..layer_names import LayerNames
-from ..merged import Merged
 from ..sequence.prompt import Prompt
 
-_Of = TypeVar("_Of")
 
-
-class Lfm2Vl(Merged):
+class Lfm2Vl(AnySize):
     """An image is one picture, or tiles and the whole picture last. Encoded without a prompt, each
     of these counts as an image."""
 
@@ -69,46 +65,38 @@ class Lfm2Vl(Merged):
         return tuple(found)
 
     def counts(self, call: Call) -> Sequence[int]:
-        """Pictures of each image."""
         pictures = len(call.inputs["spatial_shapes"])
         return (1,) * pictures if call.parts is None else call.parts
 
-    def _of_images(self, call: Call, pictures: Sequence[_Of]) -> list[Sequence[_Of]]:
-        """What there is of each picture, per image."""
-        waiting = iter(pictures)
-        return [[next(waiting) for _ in range(count)] for count in self.counts(call)]
+    def whole(self, grids: Sequence[tuple[int, int]]) -> int | None:
+        """The last picture of an image where it is the whole one, which some processors do not add:
+        it has the image's proportions and tiles are alike, so that it is like them only where the
+        image is a square, of as many tiles each way."""
+        last = len(grids) - 1
+        whole = last > 0 and (grids[last] != grids[0] or math.isqrt(last) ** 2 == last > 1)
+        return last if whole else None
 
     def images(self, call: Call, pooled: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [torch.cat(list(own)) for own in self._of_images(call, pooled)]
+        return self.joined(call, pooled)
 
     def pooled(self, call: Call, images: Sequence[Tensor], kind: type) -> Any:
         return list(torch.cat(list(images)).split(self._tokens(call)))
 
     # --- what is where -------------------------------------------------------------------------
 
-    def _patches(self, call: Call) -> list[tuple[int, int]]:
+    def _sizes(self, call: Call) -> list[tuple[int, int]]:
         """Rows and columns of patches of each picture."""
         return [(rows, columns) for rows, columns in call.inputs["spatial_shapes"].tolist()]
 
-    def _grids(self, call: Call) -> list[tuple[int, int]]:
-        """Rows and columns of tokens of each picture."""
-        return [(rows // self.step, columns // self.step) for rows, columns in self._patches(call)]
+    def grids(self, call: Call) -> Sequence[tuple[int, int]]:
+        return [(rows // self.step, columns // self.step) for rows, columns in self._sizes(call)]
 
     def _tokens(self, call: Call) -> list[int]:
-        return [rows * columns for rows, columns in self._grids(call)]
+        return [rows * columns for rows, columns in self.grids(call)]
 
-    def pictures(self, call: Call) -> Sequence[Sequence[tuple[int, int]]]:
-        return self._of_images(call, self._grids(call))
-
-    def tilings(self, call: Call, features: Sequence[Tensor]) -> Sequence[Tiling]:
-        return [
-            Tiling(tuple(Block((rows,), (columns,)) for rows, columns in own), thumbnail=_last(own))
-            for own in self.pictures(call)
-        ]
-
-    def pixels(self, call: Call) -> Sequence[Tensor]:
-        seen = zip(call.inputs["pixel_values"], self._patches(call), strict=True)
-        return self.images(call, [patches[: rows * columns] for patches, (rows, columns) in seen])
+    def patches(self, call: Call, values: Tensor) -> Sequence[Tensor]:
+        seen = zip(values, self._sizes(call), strict=True)
+        return [own[: rows * columns] for own, (rows, columns) in seen]
 
     def project(self, rows: Tensor) -> Tensor:
         projector = self.core.multi_modal_projector
@@ -116,41 +104,11 @@ class Lfm2Vl(Merged):
         projected: Tensor = projector.linear_2(projector.act(projector.linear_1(rows)))
         return projected
 
-    def units(self, call: Call, values: Tensor) -> Sequence[Tensor]:
-        cells, step = "(r i c j) ... -> (r c) (i j) ...", self.step
-        units = [
-            rearrange(picture[: rows * columns], cells, i=step, c=columns // step, j=step)
-            for picture, (rows, columns) in zip(values, self._patches(call), strict=True)
-        ]
-        return self.images(call, units)
-
-    # --- images that are remembered ------------------------------------------------------------
-
     def sizes(self, modality: Modality) -> str:
         return "spatial_shapes"
 
-    def per_image_arguments(self, modality: Modality) -> frozenset[str]:
-        return super().per_image_arguments(modality) | {"pixel_attention_mask"}
-
-    def apart(self, call: Call) -> Sequence[str]:
-        return list(map(str, self.pictures(call)))
-
-    def only(self, call: Call, images: Sequence[int]) -> tuple[Sequence[int], Call]:
-        own = self._of_images(call, range(len(call.inputs["spatial_shapes"])))
-        pictures = [picture for image in images for picture in own[image]]
-        names = self.per_image_arguments(call.modality) & set(call.inputs)
-        some = {name: call.inputs[name][pictures] for name in names}
-        parts = tuple(len(own[image]) for image in images)
-        return images, replace(call, inputs={**call.inputs, **some}, parts=parts)
-
-
-def _last(grids: Sequence[tuple[int, int]]) -> int | None:
-    """The last picture of an image where it is the whole one, which some processors do not add: it
-    has the image's proportions and tiles are alike, so that it is like them only where the image is
-    a square, of as many tiles each way."""
-    last = len(grids) - 1
-    whole = last > 0 and (grids[last] != grids[0] or math.isqrt(last) ** 2 == last > 1)
-    return last if whole else None
+    def per_picture(self, modality: Modality) -> frozenset[str]:
+        return super().per_picture(modality) | {"pixel_attention_mask"}
 
 
 def _unlike(placeholders: str, tokens: int) -> UnsupportedFeatureError:

@@ -112,6 +112,12 @@ def begin(
     )
     kwargs["position_ids"] = prefill.positions.entering(first, earlier)
     kwargs["inputs_embeds"] = first.shorten(embeds)
+    for name in setup.by_token:
+        if kwargs.get(name) is not None:
+            kwargs[name] = first.shorten(kwargs[name])
+    if isinstance(wanted := kwargs.get("logits_to_keep"), int) and wanted > 1:
+        # The last layers would go on with so many columns, of which some are dropped tokens'.
+        kwargs["logits_to_keep"] = 0
     kwargs["attention_mask"] = prefill.padding
     if prefill.padding is None and cache is None:
         # Without mask and cache, gaps in the positions would read as packed sequences.

@@ -202,6 +202,7 @@ class DecoderDriver:
         hidden = hidden if device is None else hidden.to(device)
         if prefill is not None:
             hidden, kwargs = prefill.enter_layer(layer, module, hidden, kwargs)
+            rest = [prefill.rows(layer, given) for given in rest]
             return (hidden, *rest), {**kwargs, "position_ids": None}
         assert continued is not None  # noqa: S101  (for the types)
         return (hidden, *rest), continued.layer(layer, hidden, kwargs)

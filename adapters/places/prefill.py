@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...prune.contract import Cut, LayerSignal, Place, Selection
 from ..both_ways import BothWays
@@ -21,7 +22,7 @@ from ..patch_setup import Setup
 from ..report import Last, StageReport
 from ..sequence.batch import Batch, Here
 from ..sequence.layout import Layout, gather_columns
-from ..sequence.masks import layer_kind, layer_mask, tells_length
+from ..sequence.masks import layer_kind, layer_mask, stored_at, tells_length
 from ..sequence.placed import PlacedImage
 from ..sequence.positions import PositionIds
 from ..signals.decoder import Heads, HeadsAhead, Rotary
@@ -60,6 +61,9 @@ class Prefill:
     _layouts: dict[int, Layout] = field(default_factory=dict)
     """The batch as it enters each segment."""
     _memo: dict[Any, Any] = field(default_factory=dict)
+    _came: Tensor | None = None
+    """(B, L): the caller's column in which a row entered the text model that is now in each column;
+    None: its own."""
     _replayed: bool = field(init=False)
     """Whether all choices were made in an earlier step of the same generate()."""
 
@@ -151,6 +155,8 @@ class Prefill:
                 "attention_mask": self.mask(start, layer, hidden),
                 "position_ids": None,
             }
+            if hidden.shape[1] < self.layout.length:
+                kwargs = _of_last(kwargs, hidden.shape[1])
         if not cut:  # else `_cut` has shown it
             self.show("input", layer, hidden)
         cos, sin = kwargs["position_embeddings"]
@@ -159,11 +165,28 @@ class Prefill:
         self.show("rotary", layer, (cos, sin))
         return hidden, dict(kwargs)
 
+    def rows(self, layer: int, given: Any) -> Any:
+        """What a layer is given beside its input, where it has a row for each one that entered the
+        text model, (B, length, ...)."""
+        start, first = self.setup.start_of(layer), self._layouts[0]
+        # A model that goes on with the last column alone has taken its row out.
+        if not start or not isinstance(given, Tensor) or given.shape[1] != first.length:
+            return given
+        if ("rows", start) not in self._memo:
+            columns = self._layouts[start].columns
+            came = columns if self._came is None else self._came.gather(1, columns)
+            self._memo["rows", start] = first.place.gather(1, came)
+        return gather_columns(given, self._memo["rows", start])
+
     def mask(self, start: int, layer: int, hidden: Tensor) -> Any:
         """A layer's mask for the current segment, where `hidden` is its input."""
         config = self.setup.config
         key = ("mask", start, layer_kind(config, layer), hidden.device)
         if key not in self._memo:
+            if stored_at(config, layer) != layer:  # on another device than the layers that store
+                made = next(made for other, made in self._memo.items() if other[:3] == key[:3])
+                self._memo[key] = None if made is None else made.to(hidden.device)
+                return self._memo[key]
             both = self._both_ways(layer)
             self._memo[key] = layer_mask(config, layer, hidden, self.padding, self.cache, both)
         return self._memo[key]
@@ -215,7 +238,8 @@ class Prefill:
         last.tokens_kept = [len(image.slots) for image in images]
         last.members = [image.members for image in images]
         last.plans = [image.plan for image in images]
-        return self.layout.restore(hidden)
+        missing = self.layout.length - hidden.shape[1]  # where the model drops columns itself
+        return self.layout.restore(pad(hidden, (0, 0, missing, 0)) if missing else hidden)
 
     def _enter_segment(self, start: int) -> None:
         """The layers from `start` on store `self.layout`: record it in the cache's state."""
@@ -333,4 +357,15 @@ class Prefill:
             moved[batch_rows, entering] = states
             source[rows, entered] = left
         self.positions.move(source)
+        self._came = source if self._came is None else self._came.gather(1, source)
         return moved
+
+
+def _of_last(kwargs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A layer's arguments for the last `count` columns: all that layers are given which read what
+    earlier ones stored."""
+    mask = kwargs["attention_mask"]
+    if isinstance(mask, Tensor):
+        mask = mask[..., -count:, :]
+    tables = tuple(table[:, -count:] for table in kwargs["position_embeddings"])
+    return {**kwargs, "attention_mask": mask, "position_embeddings": tables}

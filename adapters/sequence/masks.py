@@ -35,6 +35,23 @@ def layer_kind(config: PreTrainedConfig, layer: int) -> str:
     return "full_attention" if window is None else "sliding_attention"
 
 
+def stored_at(config: PreTrainedConfig, layer: int) -> int:
+    """The layer whose keys a layer reads: its own, or, of the last layers that share them, those of
+    the last layer of its kind that stores any."""
+    first = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    if layer < first:
+        return layer
+    kind = layer_kind(config, layer)
+    return next(n for n in reversed(range(first)) if layer_kind(config, n) == kind)
+
+
+def deepest_cut(config: PreTrainedConfig) -> int | None:
+    """The last layer in front of which tokens can leave, where the last layers read keys that
+    earlier ones stored: behind it these would hold dropped tokens. None: any layer."""
+    read = [stored_at(config, layer) for layer in range(config.num_hidden_layers)]
+    return min((at for layer, at in enumerate(read) if at != layer), default=None)
+
+
 def tells_length(config: PreTrainedConfig, cache: Cache | None) -> bool:
     """Whether a 2-D mask alone tells how much of a static cache is filled, padding or not: flash
     attention takes its keys by it."""

@@ -142,9 +142,9 @@ class Variant:
             min(n + text, _storable(config, layer), n + text if most is None else most)
             for layer, n in enumerate(self.per_layer)
         ]
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_entry = 2 * config.num_key_value_heads * head * getattr(torch, subject.dtype).itemsize
-        self.cache_bytes = sum(self.entries) * per_entry * subject.batch_size
+        widths = map(_stored_width, family.text_model.layers)
+        numbers = sum(n * width for n, width in zip(self.entries, widths, strict=True))
+        self.cache_bytes = numbers * getattr(torch, subject.dtype).itemsize * subject.batch_size
 
     def as_json(self, cost: ModelCost) -> dict[str, Any]:
         flops = cost.sample(
@@ -231,6 +231,13 @@ def _storable(config: Any, layer: int) -> int:
     if kind in STATES:
         return 0
     return sys.maxsize if kind == "full_attention" else int(config.sliding_window) - 1
+
+
+def _stored_width(layer: Any) -> int:
+    """Numbers that a decoder layer stores of a token: none where it keeps a state instead, or reads
+    what an earlier layer stored."""
+    keys = getattr(getattr(layer, "self_attn", None), "k_proj", None)
+    return 0 if keys is None else 2 * int(keys.out_features)
 
 
 def _decoding(runs: list[Run]) -> list[float]:

@@ -3,8 +3,8 @@
 Counted: matrix products of linear and convolution layers and of attention (`q k^T` and `p v`, the
 full rectangle of queries and keys, as fused kernels are usually reported), a multiply-add being 2
 operations. Not counted: norms, activations, softmax, rotary embeddings, embedding look-ups,
-positions that are brought to the size of a picture, and the choice of tokens (its time is
-measured instead).
+positions that are brought to the size of a picture, means of patches, padding, and the choice of
+tokens (its time is measured instead).
 
 `visual_flops` is the other convention, the literature's: multiply-adds, decoder only, visual tokens
 only. It is what published TFLOPs and our frontiers are in.
@@ -12,6 +12,7 @@ only. It is what published TFLOPs and our frontiers are in.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -132,12 +133,22 @@ class ModelCost:
     layers: tuple[Block, ...]
     lm_head: int
     decoder: Decoder
+    entering: int = 0
+    """Per token, in front of the decoder's layers."""
+    reading: int = 0
+    """Last layers that store nothing, which only tokens pass whose logits are wanted."""
 
-    def prefill(self, tokens_per_layer: Sequence[int]) -> int:
-        """The decoder's layers, from the tokens (visual and text) that enter each of them."""
-        return sum(
-            layer.flops(n, n) for layer, n in zip(self.layers, tokens_per_layer, strict=True)
-        )
+    def prefill(self, tokens_per_layer: Sequence[int], logits: int | None = None) -> int:
+        """The decoder's layers, from the tokens (visual and text) that enter each of them.
+
+        Args:
+            logits: of how many of them logits are wanted; None: of all.
+        """
+        total, storing = self.entering * tokens_per_layer[0], len(self.layers) - self.reading
+        for number, (layer, n) in enumerate(zip(self.layers, tokens_per_layer, strict=True)):
+            passing = n if logits is None or number < storing else min(n, logits)
+            total += layer.flops(passing, n)
+        return total
 
     def decode(self, tokens_per_layer: Sequence[int], new_tokens: int) -> int:
         """The steps after the first new token: layers over a growing cache, and the head.
@@ -147,9 +158,13 @@ class ModelCost:
         """
         total = 0
         for step in range(1, new_tokens):
-            total += self.lm_head + sum(
-                layer.flops(1, n + step)
-                for layer, n in zip(self.layers, tokens_per_layer, strict=True)
+            total += (
+                self.entering
+                + self.lm_head
+                + sum(
+                    layer.flops(1, n + step)
+                    for layer, n in zip(self.layers, tokens_per_layer, strict=True)
+                )
             )
         return total
 
@@ -185,7 +200,7 @@ class ModelCost:
         return Flops(
             vision=sum(self.vision.encoder(grid, unread_layers, own) for grid, own in seen),
             projector=sum(self.vision.projector(grid, unread_layers, own) for grid, own in seen),
-            prefill=self.prefill(entering),
+            prefill=self.prefill(entering, logits),
             lm_head=self.lm_head * logits,
             decode=self.decode(attended, new_tokens),
         )
@@ -233,10 +248,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     """Read a loaded model's sizes off its modules; any family that vlmprune knows."""
     family = family_of(model)
     text_model: Any = family.text_model
-    config = text_model.config
-    head_size = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    heads = text_model.config.num_attention_heads
     shape = family.shape
     attending = set(shape.decoder.attending)
     return ModelCost(
@@ -245,12 +257,16 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
             Block(
                 attention=_mixing(layer),
                 mlp=_matmuls(layer) - _matmuls(_mixer(layer)),
-                per_pair=4 * config.num_attention_heads * head_size * (number in attending),
+                per_pair=4 * heads * _mixer(layer).head_dim if number in attending else 0,
             )
             for number, layer in enumerate(text_model.layers)
         ),
         lm_head=_matmuls(model.get_output_embeddings()),
         decoder=shape.decoder,
+        entering=sum(map(_own, _outside(text_model, [text_model.layers]))),
+        # Releases of transformers before 5.23 let all tokens pass all layers.
+        reading=(getattr(text_model.config, "num_kv_shared_layers", None) or 0)
+        * hasattr(text_model, "_maybe_slice_kv_shared_inputs"),
     )
 
 
@@ -294,18 +310,24 @@ def _vision_cost(family: Family) -> VisionCost:
     )
 
 
-def _embedding(tower: nn.Module) -> int:
+def _embedding(tower: Any) -> int:
     """FLOPs per patch of an encoder that is given patches, not pictures, and embeds them without a
     convolution."""
-    embeddings: Any = getattr(tower, "embeddings", None)
-    linear = getattr(embeddings, "patch_embedding", None)
-    return _weights(linear) if isinstance(linear, nn.Linear) else 0
+    for names in (("embeddings", "patch_embedding"), ("patch_embedder", "input_proj")):
+        linear: Any = functools.reduce(lambda at, name: getattr(at, name, None), names, tower)
+        if isinstance(linear, nn.Linear):
+            return _weights(linear)
+    return 0
 
 
 def _bare(module: nn.Module) -> int:
     """FLOPs per token of matrices that a module holds outside of linear layers."""
     held = module.parameters(recurse=False)
     return sum(2 * w.numel() for w in held if w.dim() == 2) * (not isinstance(module, nn.Linear))
+
+
+def _own(module: nn.Module) -> int:
+    return _weights(module) if isinstance(module, nn.Linear) else 0
 
 
 def _windows(grid: tuple[int, int], side: int) -> list[int]:
@@ -363,7 +385,10 @@ def _matmuls(module: nn.Module) -> int:
     for block in module.modules():
         experts: Any = getattr(block, "experts", None)
         if experts is not None:
-            router: Any = block.gate
-            weights = sum(w.numel() for w in experts.parameters() if w.dim() == 3)
-            found += 2 * weights // router.num_experts * router.top_k + 2 * router.weight.numel()
+            weights = 2 * sum(w.numel() for w in experts.parameters() if w.dim() == 3)
+            if (router := getattr(block, "gate", None)) is not None:
+                found += weights // router.num_experts * router.top_k + 2 * router.weight.numel()
+            else:  # Gemma 4's chooses by a linear layer
+                config: Any = block.router.config  # type: ignore[union-attr]
+                found += weights // config.num_experts * config.top_k_experts
     return found

@@ -208,9 +208,12 @@ def encoder_inputs(inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     of = {
         "image": (
             *("pixel_values", "pixel_attention_mask", "image_sizes"),
-            *("batch_num_images", "image_grid_thw", "spatial_shapes"),
+            *("batch_num_images", "image_grid_thw", "spatial_shapes", "image_position_ids"),
         ),
-        "video": ("pixel_values_videos", "video_grid_thw"),
+        "video": (
+            *("pixel_values_videos", "video_grid_thw"),
+            *("video_position_ids", "num_frames_per_video"),
+        ),
     }
     found = {name: {k: inputs[k] for k in keys if k in inputs} for name, keys in of.items()}
     return {name: given for name, given in found.items() if given}

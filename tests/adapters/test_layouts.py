@@ -272,7 +272,7 @@ def test_the_pictures_that_the_encoder_saw(case):
         if case.packed:
             _, height, width = zoo.PATCH_GRIDS[name]
             assert seen == [(height // 2, width // 2)] * tiles
-        elif case.name in ("mistral3", "lfm2_vl"):  # of any size
+        elif case.name in ("mistral3", "lfm2_vl", "gemma4"):  # of any size
             assert seen == [(block.rows, block.columns) for block in tiling.blocks]
         else:
             assert seen == [(side, side)] * tiles

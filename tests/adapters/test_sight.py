@@ -11,19 +11,17 @@ from kit.decoder_by_hand import check, expected
 from kit.recorders import ROWS, Recorder, declared, run
 from kit.reported import TOLERANCE, truth_of
 
-VARIANTS = pytest.mark.parametrize(
-    "case",
-    [
-        getattr(family, name)
-        for family in zoo.OF_TESTS.values()
-        for name in ("CAPPED", "WINDOWED")
-        if hasattr(family, name)
-    ],
-    ids=lambda case: case.name,
-)
+
+def variants(*names: str) -> pytest.MarkDecorator:
+    of_tests = zoo.OF_TESTS.values()
+    found = [getattr(one, name) for one in of_tests for name in names if hasattr(one, name)]
+    return pytest.mark.parametrize("case", found, ids=lambda case: case.name)
 
 
-@VARIANTS
+VARIANTS = variants("CAPPED", "WINDOWED", "CAUSAL")
+
+
+@variants("CAPPED", "WINDOWED", "CAUSAL", "SHARING")
 def test_signals_are_those_of_eager_layers(case):
     recorder = Recorder(wants=declared())
     run(case, "eager", ROWS, recorder)
@@ -78,7 +76,7 @@ def test_a_full_budget_changes_no_bit(case):
 
 
 @pytest.mark.parametrize("given", [{"cache_implementation": "static"}, {"use_cache": False}])
-@pytest.mark.parametrize("name", ["paligemma", "gemma3"])
+@pytest.mark.parametrize("name", ["paligemma", "gemma3", "gemma4"])
 def test_steps_behind_a_prompt_are_causal_whatever_the_cache(name, given):
     """A static cache's masks are made above the model, from the kinds of all of a prompt's tokens;
     without a cache every step makes those of the prompt again."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 import vlmprune
-from kit.zoo import BOTH_FAMILIES, CASES, Case, each
+from kit.zoo import BOTH_FAMILIES, CASES, OF_TESTS, Case, each
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from vlmprune.adapters.family import IMAGE
@@ -54,16 +55,22 @@ def of_states(model, tokens: int, monkeypatch) -> int:
     return steps * tokens - behind
 
 
+def uncounted(function):
+    def run(*args, **kwargs):
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return run
+
+
 def without_resizing(model, monkeypatch) -> None:
-    """Some releases of transformers bring positions to a picture's size by products."""
-    embeddings = type(getattr(family_of(model).vision_tower, "embeddings", None))
-    if (resize := getattr(embeddings, "resize_positional_embeddings", None)) is not None:
-
-        def uncounted(*args, **kwargs):
-            with _disable_current_modes():
-                return resize(*args, **kwargs)
-
-        monkeypatch.setattr(embeddings, "resize_positional_embeddings", staticmethod(uncounted))
+    """Some models bring positions to a picture's size by products, or take means of patches."""
+    parts = {type(part) for part in family_of(model).vision_tower.modules()}
+    for name in ("resize_positional_embeddings", "_avg_pool_by_positions"):
+        for part in (part for part in parts if hasattr(part, name)):
+            static = isinstance(inspect.getattr_static(part, name), staticmethod)
+            own = uncounted(getattr(part, name))
+            monkeypatch.setattr(part, name, staticmethod(own) if static else own)
 
 
 def analytic(case: Case, model, visual_per_layer, **options):
@@ -78,6 +85,16 @@ def analytic(case: Case, model, visual_per_layer, **options):
 
 @each("attention", ["sdpa", "eager"])
 def test_dense_prefill_equals_torch(case: Case, attention: str, monkeypatch):
+    check_dense(case, attention, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["SHARING", "EXPERTS"])
+def test_dense_prefill_of_variants_equals_torch(name: str, monkeypatch):
+    """Layers that only the last token passes, and inputs of each layer; experts beside the MLP."""
+    check_dense(getattr(OF_TESTS["gemma4"], name), "sdpa", monkeypatch)
+
+
+def check_dense(case: Case, attention: str, monkeypatch) -> None:
     model = case.model(attention)
     model.set_experts_implementation("eager")  # torch's counter does not know grouped products
     unseen = of_states(model, len(case.row_ids(ROW)), monkeypatch)

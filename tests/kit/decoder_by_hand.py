@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from kit import zoo
@@ -80,10 +80,12 @@ class Expected:
             if number == 0:  # what is gone before the LLM never comes
                 before = truth.cut(row, 0, state)
             tables, mask = self._sees(row, number, before)
-            ahead = self._attend(layer, before.hidden, tables, mask)[-1]
+            beside = truth.beside(number, replace(before, shared=dict(before.shared)))
+            ahead = self._attend(layer, before.hidden, tables, mask, beside)[-1]
             state = truth.cut(row, number, state)
             tables, mask = self._sees(row, number, state)
-            here = self._layer(layer, state.hidden, tables, mask)
+            beside = truth.beside(number, state)
+            here = self._layer(layer, state.hidden, tables, mask, beside)
             yield Ran(
                 before=before,
                 ahead=ahead,
@@ -100,7 +102,7 @@ class Expected:
             hidden = here.output
             if number < len(state.deep):
                 hidden = hidden + state.deep[number]
-            state = State(hidden, state.positions, state.places, state.deep, state.following)
+            state = replace(state, hidden=hidden)
         logits = head(truth.model, last_norm(truth.decoder)(state.hidden))
         torch.testing.assert_close(logits, truth.forward(row)[0], atol=1e-3, rtol=1e-3)
 
@@ -109,11 +111,11 @@ class Expected:
         tables = [table[0] for table in self.truth.rotary(state, layer)]
         return tables, self.truth.mask(row, state.places, layer)
 
-    def _layer(self, layer, hidden: Tensor, tables, mask: Tensor) -> Observed:
+    def _layer(self, layer, hidden: Tensor, tables, mask: Tensor, beside: dict) -> Observed:
         """A layer that is Llama's by hand, another as its modules run."""
         if not like_llama(layer):
-            return observe(layer, hidden, tables, mask)
-        x, queries, keys, maps = self._attend(layer, hidden, tables, mask)
+            return observe(layer, hidden, tables, mask, **beside)
+        x, queries, keys, maps = self._attend(layer, hidden, tables, mask, beside)
         values = projected_values(layer.self_attn, x)
         mixed = maps @ values.repeat_interleave(len(maps) // len(values), 0)
         added = layer.self_attn.o_proj(mixed.transpose(0, 1).flatten(1))
@@ -124,9 +126,9 @@ class Expected:
         output = hidden + change
         return Observed(queries, keys, values, maps, (x, added), (y, change), neurons, output)
 
-    def _attend(self, layer, hidden: Tensor, tables, mask: Tensor):
+    def _attend(self, layer, hidden: Tensor, tables, mask: Tensor, beside: dict):
         if not like_llama(layer):
-            here = observe(layer, hidden, tables, mask)
+            here = observe(layer, hidden, tables, mask, **beside)
             return here.attention[0], here.queries, here.keys, here.maps
         attention, x = layer.self_attn, layer.input_layernorm(hidden)
         queries, keys = (turned(attention, projected(attention, name, x), *tables) for name in "qk")

@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from kit.decoder_kinds import (
@@ -114,6 +114,9 @@ class State:
     places: Tensor  # (n,) in the row, ascending; new tokens have L, L + 1, ...
     deep: list[Tensor]  # (n, D) each
     following: int  # position of the token behind the prompt
+    words: Tensor  # (n,) ids, of visual tokens those of padding
+    own: Tensor | None = None  # (n, layers, E): what each layer is given beside (Gemma 4)
+    shared: dict = field(default_factory=dict)  # keys and values that last layers read
 
 
 def projected(attention, name: str, x: Tensor) -> Tensor:
@@ -126,6 +129,8 @@ def turned(attention, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (heads, n, D_head) at their rotary positions as the attention's own file
     turns them: halves or neighbours, whole or in part; cos, sin (n, the part's width)."""
     turn = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    if next(iter(inspect.signature(turn).parameters)) == "x":  # Gemma 4's, one at a time
+        return turn(heads[None], cos[None], sin[None])[0]
     return turn(heads[None], heads[None, :0], cos[None], sin[None])[0][0]
 
 
@@ -302,6 +307,9 @@ class Truth:
         truth = self.rows[row]
         new = torch.as_tensor(list(new_ids), dtype=torch.long)
         count = torch.arange(len(new))
+        words = torch.cat([truth.ids, new])
+        for image in truth.images:
+            words[image] = self.model.config.get_text_config().pad_token_id or 0
         behind = (truth.next_position + count).expand(len(truth.positions), -1)
         return State(
             hidden=torch.cat([truth.embeds, self.model.get_input_embeddings()(new)]),
@@ -309,6 +317,7 @@ class Truth:
             places=torch.arange(len(truth.ids) + len(new)),
             deep=[torch.nn.functional.pad(rows, (0, 0, 0, len(new))) for rows in truth.deep],
             following=truth.next_position,
+            words=words,
         )
 
     def cut(self, row: int, layer: int, state: State) -> State:
@@ -316,12 +325,30 @@ class Truth:
         for (at, kept), repacked in zip(self.cuts, self.repacked, strict=True):
             if at == layer:
                 state = self._cut(row, kept, repacked, state)
+        if layer == 0 and (looked_up := self._looked_up(state)) is not None:
+            own = self.decoder.project_per_layer_inputs(state.hidden[None], looked_up)[0]
+            state = replace(state, own=own)
         return state
+
+    def _looked_up(self, state: State) -> Tensor | None:
+        """The part of what each layer is given beside that comes of ids, (1, n, layers, E)."""
+        if not getattr(self.decoder.config, "hidden_size_per_layer_input", 0):
+            return None
+        return self.decoder.get_per_layer_inputs(state.words[None], None)
+
+    def beside(self, layer: int, state: State) -> dict:
+        """Arguments of a layer that those of other models do not have."""
+        forward = inspect.signature(self.decoder.layers[layer].forward)
+        if "shared_kv_states" not in forward.parameters:
+            return {}
+        own = None if state.own is None else state.own[None, :, layer]
+        return {"per_layer_input": own, "shared_kv_states": state.shared}
 
     def _cut(self, row: int, kept: Sequence[Tensor | Rows], repacked: bool, state: State) -> State:
         truth = self.rows[row]
         hidden, positions = state.hidden.clone(), state.positions.clone()
         deep = [rows.clone() for rows in state.deep]
+        own = None if state.own is None else state.own.clone()
         stays = torch.ones(len(state.places), dtype=torch.bool)
         for places, number in zip(truth.images, truth.numbers, strict=True):
             rows, here = kept[number], torch.isin(state.places, places).nonzero()[:, 0]
@@ -337,8 +364,9 @@ class Truth:
             source = torch.where(rows.order >= 0, here[rows.order.clamp_min(0)], slots)
             hidden[slots] = rows.hidden(state.hidden[here])
             positions[:, slots] = state.positions[:, source]
-            for target, before in zip(deep, state.deep, strict=True):
-                target[slots] = before[source]
+            for target, before in zip([*deep, own], [*state.deep, state.own], strict=True):
+                if target is not None:
+                    target[slots] = before[source]
         positions, places = positions[:, stays], state.places[stays]
         following = state.following
         if repacked:
@@ -346,7 +374,9 @@ class Truth:
             positions = first + torch.arange(len(places)).expand(len(positions), -1)
             following = first + int((places < len(truth.ids)).sum())
         deep = [rows[stays] for rows in deep]
-        return State(hidden[stays], positions, places, deep, following)
+        own = None if own is None else own[stays]
+        words = state.words[stays]
+        return State(hidden[stays], positions, places, deep, following, words, own, state.shared)
 
     def cut_inputs(self, row: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """After the cuts at layer 0: the row's embeddings (1, L', D), positions (axes, 1, L') and
@@ -370,13 +400,15 @@ class Truth:
         visual = torch.zeros_like(state.places, dtype=torch.bool)
         for image in self.rows[row].images:
             visual |= torch.isin(state.places, image)
-        deeper = {
-            "visual_pos_masks": visual[None],
-            "deepstack_visual_embeds": [rows[visual] for rows in state.deep],
-        }
+        deeper = {}
+        if state.deep:
+            added = [rows[visual] for rows in state.deep]
+            deeper = {"visual_pos_masks": visual[None], "deepstack_visual_embeds": added}
         axes = state.positions[:, None]
+        if (looked_up := self._looked_up(state)) is not None:
+            deeper = {"per_layer_inputs": looked_up}
         output = self.decoder(
-            **(deeper if state.deep else {}),
+            **deeper,
             inputs_embeds=state.hidden[None],
             position_ids=axes if len(axes) > 1 else axes[0],
             attention_mask=torch.ones(1, len(visual), dtype=torch.long),
@@ -413,24 +445,25 @@ class Truth:
 
     def _layers(self, row: int, state: State) -> tuple[Tensor, Tensor]:
         """The decoder's layers by hand, and its norm."""
-        for _, layer, here, tables, mask in self.layer_inputs(row, state):
-            here.hidden, state = self._layer(layer, here, tables, mask), here
+        for number, _, here, tables, mask in self.layer_inputs(row, state):
+            here.hidden, state = self._layer(number, here, tables, mask), here
         return last_norm(self.decoder)(state.hidden), state.places
 
-    @staticmethod
-    def _layer(layer, state: State, tables, mask: Tensor | None) -> Tensor:
-        hidden = state.hidden[None]
+    def _layer(self, number: int, state: State, tables, mask: Tensor | None) -> Tensor:
+        layer, hidden = self.decoder.layers[number], state.hidden[None]
         mask = mask[None, None] if hasattr(layer, "self_attn") else None  # one that keeps a state
-        return layer(hidden, attention_mask=mask, position_embeddings=tables)[0]
+        given = {"attention_mask": mask, "position_embeddings": tables}
+        return layer(hidden, **given, **self.beside(number, state))[0]
 
     @torch.no_grad()
     def last_row(self, row: int, layer: int) -> list[Tensor]:
         """Attention of the prompt's last token in `layer` to the tokens of each image of the row
         that enter it: softmax over all keys, mean over heads. Computed from q and k by hand."""
-        for number, block, state, tables, mask in self.layer_inputs(row, self.start(row)):
+        block = self.decoder.layers[layer]
+        for number, _, state, tables, mask in self.layer_inputs(row, self.start(row)):
             if number == layer:
                 break
-            state.hidden = self._layer(block, state, tables, mask)
+            state.hidden = self._layer(number, state, tables, mask)
         if self.decoder.config.model_type in ("cohere2", "lfm2"):  # neighbours; names of its own
             tables = tuple(table[0] for table in tables)
             mean = observe(block, state.hidden, tables, mask).maps.mean(0)[-1]

@@ -48,6 +48,9 @@ IDS = {
     "image_end_token": VISION_END,
     "boi_token": VISION_START,
     "eoi_token": VISION_END,
+    "boa_token": VIDEO_START,
+    "eoa_token": VIDEO_END,
+    "audio_token": 116,
     "video_bos_token": VIDEO_START,
     "video_eos_token": VIDEO_END,
 }
