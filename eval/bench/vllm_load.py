@@ -26,7 +26,7 @@ from .load import Load, Round, under_load
 from .subject import Subject
 from .vllm_client import ask, body, picture_url
 from .vllm_model import write_model
-from .vllm_server import VllmServer, refuse_without_vllm
+from .vllm_server import VllmServer, ending_in_order, refuse_without_vllm
 
 _ROOM = 1.25
 """Of what the requests that run at once need of the cache on a CPU: blocks are filled in part."""
@@ -58,7 +58,11 @@ def of_vllm(
     picture = subject.picture or (
         shape(subject.shape).picture if subject.shape else usual_picture(config)
     )
-    with TemporaryDirectory(prefix="vlmprune-") as scratch, ExitStack() as stack:
+    with (
+        ending_in_order(),
+        TemporaryDirectory(prefix="vlmprune-") as scratch,
+        ExitStack() as stack,
+    ):
         folder = Path(scratch)
         model = folder / "model"
         if subject.model_name is None:

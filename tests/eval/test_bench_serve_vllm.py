@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ from vlmprune.eval import cli
 from vlmprune.eval.bench import vllm_load, vllm_model
 from vlmprune.eval.bench.subject import Subject
 from vlmprune.eval.bench.vllm_client import ask, body, picture_url
-from vlmprune.eval.bench.vllm_server import VllmServer
+from vlmprune.eval.bench.vllm_server import VllmServer, ending_in_order
 from vlmprune.eval.models.loading import ModelLoadError
 from vlmprune.prune.errors import VlmpruneError
 
@@ -88,6 +90,16 @@ def test_a_server_that_stops_says_why(tmp_path):
     server._command = [sys.executable, "-c", "raise ValueError('no such model')"]
     with pytest.raises(ModelLoadError, match="ValueError: no such model"), server:
         server.wait()
+
+
+def test_a_bench_that_is_told_to_end_takes_its_servers_along(tmp_path):
+    server = VllmServer("nowhere", overrides=None, flags=[], log=tmp_path / "log")
+    server._command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(SystemExit), ending_in_order(), server:
+        process = server._process
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # not to its end
+    assert process.poll() is not None
 
 
 def test_a_model_of_random_weights_is_written_for_vllm(tmp_path):

@@ -15,6 +15,7 @@ from vlmprune.eval.bench.bench_table import before_after_table, bench_table, sha
 from vlmprune.eval.bench.parts_table import parts_table
 from vlmprune.eval.bench.scale_table import scale_table
 from vlmprune.eval.bench.select_table import summary_table
+from vlmprune.eval.bench.serve_table import serve_table
 from vlmprune.eval.commands.methods import methods_table
 from vlmprune.eval.commands.models import models_table
 from vlmprune.eval.results.store import read_records
@@ -118,6 +119,7 @@ GENERATED: dict[str, Callable[[], str]] = {
         [*_stored("bench_encoders.json"), *_stored("bench_sizes.json")]
     ).markdown(),
     "shapes": lambda: shapes_table(_stored("bench_shapes.json"), "divprune").markdown(),
+    "served": lambda: serve_table([_stored("bench_serve_vllm.json")]).markdown(),
     "select": lambda: summary_table(_stored("bench_select.json")).markdown(),
     "methods": lambda: methods_table().markdown(),
     "models": lambda: models_table().markdown(),
