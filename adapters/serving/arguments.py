@@ -15,6 +15,8 @@ ARCHITECTURES: Mapping[str, str] = {
     "llava_onevision": "VlmPruneLlavaOnevisionForConditionalGeneration",
     "qwen2_vl": "VlmPruneQwen2VLForConditionalGeneration",
     "qwen2_5_vl": "VlmPruneQwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "VlmPruneQwen3VLForConditionalGeneration",
+    "qwen3_5": "VlmPruneQwen3_5ForConditionalGeneration",
 }
 """Served families by `model_type`, which is also the file's name, and the class in it."""
 

@@ -93,4 +93,6 @@ SIZES: Mapping[str, Callable[[Any], Sizes]] = {
     "llava_onevision": _tiled,
     "qwen2_vl": _packed,
     "qwen2_5_vl": _packed,
+    "qwen3_vl": _packed,
+    "qwen3_5": _packed,
 }

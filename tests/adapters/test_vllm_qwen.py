@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import vlmprune
 from kit import skips, tiny_llava, tiny_qwen
-from kit.vllm import engine, patched, same, served
+from kit.vllm import engine, near, patched, same, served
 
 pytestmark = [skips.needs("vllm"), pytest.mark.slow]
 
@@ -17,19 +18,37 @@ SQUARE, WIDE, TALL = (
     tiny_llava.picture(2, 64, 24),
     tiny_llava.picture(3, 24, 64),
 )
+# As many frames as text behind them has the same positions in vLLM and in transformers.
+FRAMES = np.stack([np.asarray(tiny_llava.picture(seed, 40, 24)) for seed in range(4, 8)])
+ABOUT = {
+    "fps": 2.0,
+    "duration": 2.0,
+    "total_num_frames": len(FRAMES),
+    "frames_indices": list(range(len(FRAMES))),
+    "video_backend": "opencv",
+}
+FILM = "<|vision_start|> <|video_pad|> <|vision_end|>"
 PROMPTS = [
     (ONE, {"image": [SQUARE]}),
     (ONE, {"image": [WIDE]}),
     (TWO, {"image": [TALL, SQUARE]}),
     ("w10 w20 w30 w40 w50", {}),
     (TWO, {"image": [WIDE, WIDE]}),
+    (f"w10 {FILM} w20 {MARK} w30", {"video": [(FRAMES, ABOUT)], "image": [TALL]}),
 ]
+LIMITS = {"limit_mm_per_prompt": {"image": 2, "video": 1}}
 CELLS = {  # family, method, its fields, settings of the engine
     "features": ("qwen2_5_vl", "divprune", {}, {}),
     "received": ("qwen2_5_vl", "cls_topk", {"scores": "received"}, {}),
     "merging": ("qwen2_5_vl", "visionzip", {"scores": "received"}, {}),
     "nothing, chunked": ("qwen2_5_vl", "grid", {}, {"max_num_batched_tokens": 7}),
     "qwen2": ("qwen2_vl", "visionzip", {"scores": "received"}, {}),
+    "deepstack, chunked": (
+        "qwen3_vl",
+        "visionzip",
+        {"scores": "received"},
+        {"max_num_batched_tokens": 7},
+    ),
 }
 
 
@@ -53,10 +72,19 @@ def test_greedy_tokens_first_logprobs_and_lengths_are_those_of_the_patched_model
     family, method, fields, settings = CELLS[cell]
     folder = folders[family]
     args = vlmprune.vllm_args(str(folder), method, keep_ratio=0.25, **fields)
-    llm = engine(folder, **args, **settings)
+    llm = engine(folder, **args, **settings, **LIMITS)
     expected = wanted(folder, family, PROMPTS, method, keep_ratio=0.25, **fields)
     same(served(llm, PROMPTS), expected)
     same(served(llm, PROMPTS), expected)  # from the caches
+
+
+def test_a_decoder_that_keeps_states_gives_the_first_token_of_the_patched_model(folders):
+    """vLLM's kernel on CPUs has bfloat16 alone; transformers exchanges the tokenizer of this kind
+    of model for that of the published one."""
+    folder, tokens = folders["qwen3_5"], folders["qwen3_vl"]
+    args = vlmprune.vllm_args(str(folder), "grid", keep_ratio=0.25)
+    llm = engine(folder, **args, **LIMITS, tokenizer=str(tokens), dtype="bfloat16")
+    near(served(llm, PROMPTS), wanted(folder, "qwen3_5", PROMPTS, "grid", keep_ratio=0.25))
 
 
 def test_a_request_has_its_own_budget_and_answers_depend_on_positions(folders, monkeypatch):

@@ -19,8 +19,24 @@ TEXT = {
     "rope_parameters": ROPE,
 }
 VISION = {"num_heads": 2, "depth": 4}
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2_vl": ("Qwen2VL", {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}),
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 36,
+}
+TURNS = ROPE | {"mrope_interleaved": True}
+STATES = {
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "rope_parameters": TURNS | {"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]},
+    "head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": ("Qwen2VL", {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}, {}),
     "qwen2_5_vl": (
         "Qwen2_5_VL",
         {
@@ -30,13 +46,23 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "window_size": 16,
             "fullatt_block_indexes": [1, 3],
         },
+        {},
     ),
+    "qwen3_vl": (
+        "Qwen3VL",
+        WIDE | {"deepstack_visual_indexes": [1, 2]},
+        {"head_dim": 32, "rope_parameters": TURNS},
+    ),
+    "qwen3_5": ("Qwen3_5", WIDE, STATES),
 }
-"""Stems of the classes' names, and what differs in the encoder."""
+"""Stems of the classes' names, and what differs in the encoder and in the decoder."""
 
 
 def processor(family: str) -> Any:
-    return importlib.import_module(f"families.{family}").processor()
+    built = importlib.import_module(f"families.{family}").processor()
+    for name in ("image_mean", "image_std"):  # vLLM takes those of images for videos
+        setattr(built.video_processor, name, getattr(built.image_processor, name))
+    return built
 
 
 def model(folder: Path) -> Any:
@@ -46,9 +72,9 @@ def model(folder: Path) -> Any:
 
 def save(folder: Path, family: str) -> None:
     """A whole checkpoint."""
-    stem, vision = CONFIGS[family]
+    stem, vision, text = CONFIGS[family]
     torch.manual_seed(0)
-    config = tiny_config(getattr(transformers, f"{stem}Config"), TEXT, **VISION, **vision)
+    config = tiny_config(getattr(transformers, f"{stem}Config"), TEXT | text, **VISION, **vision)
     built = getattr(transformers, f"{stem}ForConditionalGeneration")(config).eval()
     for weight in built.parameters():  # far from ties
         if weight.ndim > 1:
