@@ -20,8 +20,25 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...adapters.cache_names import CACHE
 from ...adapters.registry import family_of
+from ...adapters.sequence.masks import deepest_cut
+from ...prune.errors import UnsupportedModelError
 
 _NOT_PIXELS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def check_oracle(model: PreTrainedModel) -> None:
+    """Refuse a decoder whose layers cannot be run in groups, each on the tokens that are left.
+
+    Raises:
+        UnsupportedModelError: layers need more than what the layers before them give.
+    """
+    config: Any = family_of(model).text_model.config
+    if getattr(config, "hidden_size_per_layer_input", None) or deepest_cut(config) is not None:
+        raise UnsupportedModelError(
+            "The bench runs groups of layers on their own beside a method, and layers of this "
+            "decoder have inputs of their own or read keys of earlier ones: give --meta, which "
+            "reckons from sizes, or time whole answers with vlmprune sweep."
+        )
 
 
 def oracle_prefill(

@@ -19,6 +19,7 @@ import torch
 
 from ..arguments.bench_model import BenchModelRequest
 from ..bench.bench_table import bench_table
+from ..bench.oracle import check_oracle
 from ..bench.parts_table import parts_table
 from ..bench.report_file import write_report
 from ..bench.rounds import compare, peak_memory
@@ -65,6 +66,8 @@ def _report(
     meta = request.meta or not _fits(subject, device)
     if meta and request.dtype == "auto":  # as it would run where it fits
         subject = replace(subject, dtype="bfloat16")
+    if not meta:
+        check_oracle(subject.model("meta"))
     cost = model_cost(subject.model("meta"))
 
     def save() -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import vlmprune
 from kit import zoo
 from kit.words import chat_template
 from PIL import Image
+from vlmprune.eval.bench.oracle import check_oracle
 from vlmprune.eval.bench.rounds import compare
 from vlmprune.eval.bench.subject import Subject
 from vlmprune.eval.bench.variant import Variant
@@ -67,6 +69,7 @@ def test_questions_of_a_sweep_are_asked_in_a_batch(name):
 
 WINDOW = 12
 DECODERS = {
+    "gemma4": zoo.OF_TESTS["gemma4"].WINDOWED,  # keys of full layers are wider
     "qwen3_5": zoo.CASES["qwen3_5"],  # half of the layers keep a state
     "lfm2_vl": zoo.CASES["lfm2_vl"],
     "gemma3": zoo.Case("gemma3-windows", lambda: tiny_gemma3(WINDOW), AVERAGING, Averaged()),
@@ -86,7 +89,7 @@ class Tiny(Subject):
 @pytest.mark.parametrize("case", DECODERS.values(), ids=DECODERS)
 def test_the_bench_beside_its_oracle_on_decoders_of_several_kinds_of_layers(case):
     """Padded, so that layers need the masks of their kind; from sizes alone it is the same."""
-    side = 32 if case.name == "qwen3_5" else 24
+    side = 24 if case.name in ("lfm2_vl", "gemma3-windows") else 32
     how = {"picture": (side, side), "batch_size": 2, "ragged": True}
     subject = Tiny(case=case, attn_implementation="eager", **how)
     variants = [Variant(()), Variant(parse("fastv:layer=2@0.5"))]
@@ -103,3 +106,10 @@ def test_the_bench_beside_its_oracle_on_decoders_of_several_kinds_of_layers(case
     kinds = case.config().get_text_config().layer_types
     stored = {"full_attention": max(dense.entries), "sliding_attention": WINDOW - 1}
     assert dense.entries == [stored.get(kind, 0) for kind in kinds]
+
+
+def test_decoders_whose_layers_cannot_run_in_groups_are_refused():
+    of_tests = zoo.OF_TESTS["gemma4"]
+    check_oracle(of_tests.EXPERTS.reference())
+    with pytest.raises(vlmprune.UnsupportedModelError, match="give --meta"):
+        check_oracle(of_tests.SHARING.reference())

@@ -30,23 +30,75 @@ from ..tiny_layouts import (
 from ..tiny_layouts import noise as drawn
 from ..tiny_models import Case, tiny_shape
 
+_TEXT = {"final_logit_softcapping": 30.0}
+_LARGE = {
+    **_TEXT,
+    "sliding_window": 1024,
+    "attention_k_eq_v": True,
+    "use_bidirectional_attention": "vision",
+    "hidden_size_per_layer_input": 0,
+}
 
-def _gemma4_e2b() -> Gemma4Config:
-    """Gemma 4 E2B, without what hears: the tower has the sizes that are Gemma4VisionConfig's own,
-    and clips what enters and leaves its linear layers."""
-    text = {
-        "hidden_size": 1536,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 35,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 1,
-        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
-        "num_kv_shared_layers": 20,
-        "use_double_wide_mlp": True,
-        "final_logit_softcapping": 30.0,
-    }
-    return Gemma4Config(
-        text_config=text, vision_config={"use_clipped_linears": True}, audio_config=None
+
+def _published(text: dict[str, Any], **vision: Any) -> Gemma4Config:
+    """Without what hears; what is not said is the configurations' own."""
+    return Gemma4Config(text_config=text, vision_config=vision, audio_config=None)
+
+
+def _e2b() -> Gemma4Config:
+    return _published(
+        {
+            **_TEXT,
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 35,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+            "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True,
+        },
+        use_clipped_linears=True,
+    )
+
+
+def _large(**text: Any) -> Gemma4Config:
+    """A tower of the sizes of SigLIP-So400m."""
+    return _published(
+        _LARGE | text,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=72,
+        standardize=True,
+    )
+
+
+def _26b() -> Gemma4Config:
+    return _large(
+        hidden_size=2816,
+        intermediate_size=2112,
+        num_hidden_layers=30,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        num_global_key_value_heads=2,
+        enable_moe_block=True,
+        num_experts=128,
+        top_k_experts=8,
+        moe_intermediate_size=704,
+    )
+
+
+def _31b() -> Gemma4Config:
+    return _large(
+        hidden_size=5376,
+        intermediate_size=21504,
+        num_hidden_layers=60,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        num_global_key_value_heads=4,
     )
 
 
@@ -128,7 +180,11 @@ POOLING = tiny_shape(has_cls=False, merge_unit=4, rotary=True)
 class Gemma4(EvalFamily):
     line = "Gemma"
     wrapper = "vlmprune"  # lmms-eval has none
-    shapes = (Shape("gemma-4-e2b", _gemma4_e2b, (768, 768)),)
+    shapes = (
+        Shape("gemma-4-e2b", _e2b, (768, 768)),
+        Shape("gemma-4-26b-a4b", _26b, (768, 768)),
+        Shape("gemma-4-31b", _31b, (768, 768)),
+    )
     tiny = (Case("gemma4", tiny_gemma4, POOLING, PooledByPlace()),)
 
     def usual_picture(self, config: Any) -> tuple[int, int]:
