@@ -14,7 +14,7 @@ from ..prune.errors import (
     MethodFieldError,
 )
 from ..prune.registry import method as make_call
-from .checks.decoder import check_decoder
+from .checks.decoder import check_decoder, check_together
 from .checks.patches import check_clip, check_encoder, check_memory, check_signals
 from .clip_text import ClipText
 from .family import Family
@@ -65,6 +65,7 @@ def make_setup(
     for call in calls:
         check_signals(call, shape, clip)
         check_decoder(call, family)
+    check_together(calls, shape)
     check_encoder(calls, family)
     modes = _positions_of(family, calls, positions)
     if (tokens := family.fixed_tokens) is not None:

@@ -45,6 +45,8 @@ class StageReport:
     those of `kept`."""
     members: list[Tensor | None] = field(default_factory=list, repr=False)
     """Per image, (2, G) pairs of such a row and a token of the prompt merged into it so far."""
+    below: bool = False
+    """Whether the layers before this one store no more than `kept`, either."""
 
     @property
     def where(self) -> str:

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Listener = Callable[..., None]
-"""Called as `listener(query, key, attention_mask, scaling, **kwargs)`, (B, H, L, D_head) each."""
+"""Called as `listener(query, key, attention_mask, scaling, **kwargs)`, (B, H, L, D_head) each;
+`value` is among the keywords where transformers computes the attention."""
 
 Exchange = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor, Any]]
 
@@ -94,7 +95,7 @@ def _tapped_attention(
     none = (module.config, (), None)
     config, listeners, instead = getattr(module.config, "_vlmprune_tap", none)
     for listener in listeners:
-        listener(query, key, attention_mask, **kwargs)
+        listener(query, key, attention_mask, value=value, **kwargs)
     width = value.shape[-1]
     if instead is not None:
         query, key, value, attention_mask = instead(query, key, value, attention_mask)

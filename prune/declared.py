@@ -128,6 +128,8 @@ def _check_cuts(method: Method, cuts: object, shape: ModelShape) -> None:
             refuse(f"has {cut}", f"images is one of {', '.join(map(repr, get_args(Images)))}")
         if cut.place is not Place.DECODER and cut.images != "each":
             refuse(f"has {cut}", "before the LLM every image is chosen from on its own")
+        if cut.place is not Place.DECODER and cut.below:
+            refuse(f"has {cut}", "no layer that stores tokens is below a cut before the LLM")
     depths = [cut.depth for cut in cuts]
     if depths != sorted(set(depths)):
         layers = ", ".join(str(cut.layer) for cut in cuts)
@@ -254,6 +256,8 @@ def _check_words(need: Signal, refuse: Refuse) -> None:
         wrong = "heads is 'mean' or 'max'"
     elif isinstance(need, MeanHidden) and need.of not in ("query", "context"):
         wrong = "of is 'query' or 'context'"
+    elif getattr(need, "part", "all") not in ("behind", "all"):
+        wrong = "part is 'behind' or 'all'"
     elif isinstance(need, ModuleStep) and need.module not in ("attention", "mlp"):
         wrong = "module is 'attention' or 'mlp'"
     elif not callable(getattr(need, "read", len)):

@@ -165,6 +165,13 @@ def received_of(
     return total.div_(query.shape[0])
 
 
+def rotary_means(cos: Tensor, sin: Tensor) -> Tensor:
+    """`RotaryMeans` of tables (axes, n, D_head), one for each axis of positions: (n, 2)."""
+    means = torch.stack([table.float().mean(-1) for table in (cos, sin)], -1)
+    # In order of size, so that tokens whose axes have the same positions in another order tie.
+    return means.sort(0).values.mean(0)
+
+
 def _chunk(query: Tensor, key: Tensor, pictures: int = 1) -> int:
     """How many queries (..., H, Q, D_head) meet the keys (..., S, D_head) at once."""
     if query.is_cpu:

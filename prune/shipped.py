@@ -32,6 +32,7 @@ VERSIONS: dict[str, int] = {
     "hiprune": 1,
     "hired": 1,
     "holov": 1,
+    "ivc_prune": 1,
     "mctf": 1,
     "mustdrop": 1,
     "pool": 1,

@@ -58,6 +58,13 @@ class Segment:
             self.shift = closed if self.shift is None else closed + self.shift
         return padding
 
+    def leave(self, stored: int, before: Layout, after: Layout, *, told: bool) -> None:
+        """Of what a prefill stored as `before` behind `stored` columns, `after` is left; `told` as
+        for `enter`."""
+        if told or after.padding is not None or self.padding is not None:
+            self.padding = self.extended(stored, after.valid)
+        self.dropped += before.length - after.length
+
     def padding_to(self, length: int) -> Tensor | None:
         """`padding` for exactly `length` stored columns."""
         if self.padding is None:

@@ -89,10 +89,31 @@ def refuse_cache(setup: Setup, cache: Any, *, shortened: bool) -> None:
             f"{call.name} works on the cache of one prompt, and this one held an earlier image: "
             f"start a new cache for a new image, or ask on in text alone."
         )
+    _refuse_fixed(call.name, cache)
+
+
+def refuse_forgetting(name: str, cache: Any, *, generating: bool) -> None:
+    """Refuse what a cut cannot work with at which the layers before it forget tokens, too.
+
+    Args:
+        name: of the method.
+        generating: whether further tokens follow, in the same generate().
+    """
+    if cache is not None:
+        _refuse_fixed(name, cache)
+    elif generating:
+        raise UnsupportedFeatureError(
+            f"{name} takes tokens out of the KV cache of the layers before its cut, and "
+            f"use_cache=False keeps none: leave that out, or use another method in the decoder."
+        )
+
+
+def _refuse_fixed(name: str, cache: Any) -> None:
+    """Refuse a cache whose layers do not let entries go."""
     kinds = {type(layer).__name__ for layer in cache.layers}
     if kinds - {"DynamicLayer"}:
         raise UnsupportedFeatureError(
-            f"{call.name} takes entries out of the KV cache, which {', '.join(sorted(kinds))} "
+            f"{name} takes entries out of the KV cache, which {', '.join(sorted(kinds))} "
             f"does not allow: leave cache_implementation out, so that a DynamicCache is used."
         )
 

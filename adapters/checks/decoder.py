@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,12 +12,13 @@ from ...prune.contract import (
     Attending,
     LayerSignal,
     Method,
+    ModelShape,
     ModuleStep,
     Neurons,
     Place,
     TextAttention,
 )
-from ...prune.errors import UnsupportedModelError
+from ...prune.errors import MethodFieldError, UnsupportedModelError
 from ..family import Family
 from ..sequence.masks import deepest_cut, layer_kind
 
@@ -33,14 +35,12 @@ def check_decoder(call: MethodCall, family: Family) -> None:
             f"{type(family.text_model).__name__} does not have: use a method that acts before the "
             f"LLM."
         )
-    if call.method.place is not Place.CACHE:
-        return
-    kinds = {layer_kind(config, layer) for layer in range(config.num_hidden_layers)}
-    if kinds != {"full_attention"}:
+    kinds = {layer_kind(config, layer) for layer in range(_layers_cleared(call.method, family))}
+    if kinds - {"full_attention"}:
         raise UnsupportedModelError(
             f"{call.name} works on the KV cache of layers that see the whole prompt, and this "
-            f"decoder has {', '.join(sorted(kinds))}: use a method that acts before the LLM or in "
-            f"the decoder."
+            f"decoder has {', '.join(sorted(kinds))}: use a method that acts before the LLM or "
+            f"one in the decoder that leaves what was stored."
         )
     if isinstance(call.method, Attending) and "flex" in (config._attn_implementation or ""):
         raise UnsupportedModelError(
@@ -69,6 +69,24 @@ def _check_cuts(call: MethodCall, family: Family, config: Any) -> None:
                 f"{call.name} reads what the MLP of decoder layer {need.layer} does, and experts "
                 f"act beside it there: use a method that acts before the LLM, or fastv."
             )
+
+
+def check_together(calls: Sequence[MethodCall], shape: ModelShape) -> None:
+    """Refuse methods that take entries out of the same caches."""
+    on_cache = [call.name for call in calls if call.method.place is Place.CACHE]
+    for call in calls if on_cache else ():
+        if any(cut.below for cut in call.method.cuts(shape)):
+            raise MethodFieldError(
+                f"{call.name} takes tokens out of the KV cache of the layers before its cut, which "
+                f"{on_cache[0]} has shortened by then: leave one of them out."
+            )
+
+
+def _layers_cleared(method: Method, family: Family) -> int:
+    """The first layers, so many, out of whose KV cache a method takes entries."""
+    if method.place is Place.CACHE:
+        return int(family.shape.decoder.num_layers)
+    return max((cut.layer for cut in method.cuts(family.shape) if cut.below), default=0)
 
 
 def _missing(method: Method, family: Family) -> tuple[int, str] | None:

@@ -16,7 +16,7 @@ from ...prune.errors import UnsupportedFeatureError
 from ..both_ways import Given
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
 from ..cache_names import CACHE, cache_given
-from ..checks.calls import refuse_cache
+from ..checks.calls import refuse_cache, refuse_forgetting
 from ..encoded import Encoded
 from ..family import Modality
 from ..patch_setup import Setup
@@ -78,6 +78,9 @@ def begin(
         refuse_cache(setup, cache, shortened=state is not None)
     elif state is not None and state.setup.on_cache not in (None, setup.on_cache):
         refuse_cache(state.setup, cache, shortened=True)
+    forgets = next((s for image in images for s in image.plan if s.cut.below), None)
+    if forgets is not None:
+        refuse_forgetting(forgets.call.name, cache, generating=chosen is not None)
     if cache is not None:
         state = _prune_cache(setup, cache, mask, real.shape[1], real.device)
         stored = int(cache.physical_length())

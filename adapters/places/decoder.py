@@ -213,8 +213,8 @@ class DecoderDriver:
     ) -> None:
         if self._flight.prefill is not None:
             with torch.no_grad():
-                softcap = kwargs.get("softcap")
-                self._flight.prefill.show_heads(layer, Heads(query, key, scaling, softcap))
+                heads = Heads(query, key, kwargs["value"], scaling, kwargs.get("softcap"))
+                self._flight.prefill.show_heads(layer, heads)
 
     @torch.compiler.disable
     def _after_attention(

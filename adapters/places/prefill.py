@@ -25,10 +25,11 @@ from ..sequence.layout import Layout, gather_columns
 from ..sequence.masks import layer_kind, layer_mask, stored_at, tells_length
 from ..sequence.placed import PlacedImage
 from ..sequence.positions import PositionIds
-from ..signals.decoder import Heads, HeadsAhead, Rotary
+from ..signals.decoder import Heads, HeadsAhead, Places, Rotary
 from ..signals.table import hear, shown
 from .cache_evict import Compression
 from .choosing import Chosen, choices
+from .forgetting import forget
 
 Move = tuple[PlacedImage, Selection, tuple[Tensor, Tensor]]
 """An image whose rows merged or moved, what was chosen of it, and the columns that they leave and
@@ -163,6 +164,7 @@ class Prefill:
         if not setup.rotates(layer):  # no position differs from another there
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         self.show("rotary", layer, (cos, sin))
+        self.show("places", layer, self._places(layer, hidden))
         return hidden, dict(kwargs)
 
     def rows(self, layer: int, given: Any) -> Any:
@@ -177,6 +179,21 @@ class Prefill:
             came = columns if self._came is None else self._came.gather(1, columns)
             self._memo["rows", start] = first.place.gather(1, came)
         return gather_columns(given, self._memo["rows", start])
+
+    def _places(self, layer: int, hidden: Tensor) -> Places:
+        """Positions in a layer that `hidden` enters, and what it turns heads by at some of them."""
+        start, like = self.setup.start_of(layer), hidden[:1, :1].float()
+
+        def ids() -> Tensor:
+            shift = None if self.state is None else self.state.segment(start).shift
+            return self.positions.at(self.layout, shift)
+
+        def tables(ids: Tensor) -> Rotary:
+            cos, sin = self.setup.rotary(like, ids, layer)
+            turns = self.setup.rotates(layer)  # else no position differs from another
+            return (cos, sin) if turns else (torch.ones_like(cos), torch.zeros_like(sin))
+
+        return Places(ids, tables)
 
     def mask(self, start: int, layer: int, hidden: Tensor) -> Any:
         """A layer's mask for the current segment, where `hidden` is its input."""
@@ -277,6 +294,10 @@ class Prefill:
                 moves.append((image, chosen, moved))
         hidden = self._move(hidden, moves)
         columns = self._shorten()
+        below = any(stage.cut.below for image in self.images for stage in image.stages(layer))
+        if below and self.state is not None:
+            stored = self._layouts, self._past
+            forget(self.setup, self.cache, self.state, layer, *stored, self.layout)
         if projected is not None and not moves:
             self._projected[layer] = gather_columns(projected, columns)
         mode = self.setup.positions[Place.DECODER]
@@ -294,6 +315,7 @@ class Prefill:
                 scores=scores if self.setup.record else None,
                 rows=[image.order for image in self.images],
                 members=[image.members for image in self.images],
+                below=below,
             )
         )
         return gather_columns(hidden, columns)

@@ -18,15 +18,18 @@ from ...prune.answers import check_read
 from ...prune.contract import (
     Hidden,
     LayerKeys,
+    LayerValues,
     MeanHidden,
     ModuleStep,
     Neurons,
     ReceivedInLayer,
     RotaryAffinity,
+    RotaryMeans,
     Rows,
     TextAttention,
     TextHidden,
     TextKeys,
+    TextValues,
 )
 from ..layer_names import LayerNames
 from ..sequence.batch import Batch, Here
@@ -42,12 +45,14 @@ Turn = Callable[[Any, Tensor, Rotary], Tensor]
 
 @dataclass
 class Heads:
-    """Queries and keys of a layer as its attention uses them."""
+    """Queries, keys and values of a layer as its attention uses them."""
 
     query: Tensor
     """(B, H, length, D_head)"""
     key: Tensor
     """(B, H_kv, S, D_head): stored ones first; a static cache is longer."""
+    value: Tensor
+    """As `key`."""
     scale: float
     softcap: float | None = None
     """The most that a logit approaches."""
@@ -183,8 +188,28 @@ def text_keys(need: TextKeys, batch: Batch, here: Here, heads: Heads) -> None:
         image.hear(need, batch.keys(need.layer, image.row, keys).transpose(0, 1))
 
 
+def layer_values(need: LayerValues, batch: Batch, here: Here, heads: Heads) -> None:
+    """Of the images' rows."""
+    here, value = _held(here, heads.value)
+    for image in batch.images:
+        columns = here.past + here.rows_of(image, value.device)
+        image.hear(need, value[image.row][:, columns].detach().float().transpose(0, 1))
+
+
+def text_values(need: TextValues, batch: Batch, here: Here, heads: Heads) -> None:
+    """Of text behind each image, or of all."""
+    here, value = _held(here, heads.value)
+    for number, image in enumerate(batch.images):
+        columns = batch.asked(number, "text")
+        if need.part == "all":
+            columns = batch.text[image.row].nonzero()[:, 0]
+        asked = here.past + here.place(image, columns, value.device)
+        image.hear(need, value[image.row][:, asked].detach().float().transpose(0, 1))
+
+
 def _held(here: Here, key: Tensor) -> tuple[Here, Tensor]:
-    """The batch with the stored columns that are left, and their keys and the new ones."""
+    """The batch with the stored columns that are left, and their keys (or values) and the new
+    ones."""
     here = here.holding(key.shape[2] - here.layout.length)
     return here, key[:, :, : here.past + here.layout.length]
 
@@ -224,6 +249,29 @@ def rotary_affinity(need: RotaryAffinity, batch: Batch, here: Here, rotary: Rota
         cos, sin = (table[at].detach().float() for table in rotary)
         product = cos[columns] @ cos[asked].T + sin[columns] @ sin[asked].T
         image.hear(need, product / cos.shape[-1] ** 0.5)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the columns of the shortened batch are, for layers that turn heads by it."""
+
+    ids: Callable[[], Tensor]
+    """(B | 1, length) or (axes, B | 1, length)"""
+    tables: Callable[[Tensor], Rotary]
+    """Cosines and sines of some of them."""
+
+
+def rotary_means(need: RotaryMeans, batch: Batch, here: Here, places: Places) -> None:
+    """From positions, as tables no longer say what each axis is."""
+    ids = places.ids()
+    axes = ids[-3:] if ids.dim() == 3 else ids[None]
+    for image in batch.images:
+        at = image.row if axes.shape[1] > 1 else 0
+        own = axes[:, at, here.rows_of(image, ids.device)]
+        if batch.counted is not None:
+            own = own - batch.counted[image.row].to(own.device)
+        cos, sin = places.tables(own if len(own) == 1 else own.expand(len(own), *own.shape))
+        image.hear(need, scores.rotary_means(cos, sin))
 
 
 def module_step(need: ModuleStep, batch: Batch, here: Here, before: Tensor, after: Tensor) -> None:

@@ -66,6 +66,11 @@ def affinity(need: Any, count: int, sizes: Sizes, generator: torch.Generator) ->
     return 1 + torch.rand(count, sizes.rows, generator=generator)
 
 
+def waves(need: Any, count: int, sizes: Sizes, generator: torch.Generator) -> Tensor:
+    """(N, 2) in [-1, 1)."""
+    return 2 * torch.rand(count, 2, generator=generator) - 1
+
+
 def ranks(need: Any, count: int, sizes: Sizes, generator: torch.Generator) -> Tensor:
     """(N, H) positive, of mean 1."""
     found = torch.rand(count, sizes.heads, generator=generator) + 0.1

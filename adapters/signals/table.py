@@ -28,6 +28,7 @@ from ...prune.contract import (
     Keys,
     LayerKeys,
     LayerSignal,
+    LayerValues,
     MeanHidden,
     ModuleStep,
     Neurons,
@@ -35,11 +36,13 @@ from ...prune.contract import (
     ReceivedAttention,
     ReceivedInLayer,
     RotaryAffinity,
+    RotaryMeans,
     Signal,
     TextAttention,
     TextEmbeddings,
     TextHidden,
     TextKeys,
+    TextValues,
 )
 from ..sequence.batch import Batch, Here
 from . import decoder, draw, encoder
@@ -56,6 +59,7 @@ HOOKS = {
     ENCODER_ATTENTION: "encoder",
     "input": "enter",
     "rotary": "enter",
+    "places": "enter",
     "heads": "tap",
     "heads ahead": "keys",
     "attention": "attention",
@@ -118,6 +122,11 @@ SOURCES: Mapping[type[Signal], Source] = {
     TextHidden: Source("input", decoder.text_hidden, draw.normal("-", "text", "width")),
     LayerKeys: Source("heads", decoder.layer_keys, draw.normal("heads", "head_width")),
     TextKeys: Source("heads", decoder.text_keys, draw.normal("-", "text", "heads", "head_width")),
+    LayerValues: Source("heads", decoder.layer_values, draw.normal("heads", "head_width")),
+    TextValues: Source(
+        "heads", decoder.text_values, draw.normal("-", "text", "heads", "head_width")
+    ),
+    RotaryMeans: Source("places", decoder.rotary_means, draw.waves),
     MeanHidden: Source("input", decoder.mean_hidden, draw.normal("-", "width")),
     ModuleStep: Source(lambda need: need.module, decoder.module_step, draw.positive),
     Neurons: Source("activations", decoder.neurons, draw.counts),

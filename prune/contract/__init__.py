@@ -32,6 +32,7 @@ from .signals import (
     Keys,
     LayerKeys,
     LayerSignal,
+    LayerValues,
     MeanHidden,
     ModuleStep,
     Neurons,
@@ -40,6 +41,7 @@ from .signals import (
     ReceivedAttention,
     ReceivedInLayer,
     RotaryAffinity,
+    RotaryMeans,
     RowRule,
     Rows,
     Signal,
@@ -47,6 +49,7 @@ from .signals import (
     TextEmbeddings,
     TextHidden,
     TextKeys,
+    TextValues,
 )
 from .tokens import CacheEntries, Compressed, Selection, VisualTokens
 
@@ -80,6 +83,7 @@ __all__ = [
     "Keys",
     "LayerKeys",
     "LayerSignal",
+    "LayerValues",
     "MeanHidden",
     "Method",
     "ModelShape",
@@ -95,6 +99,7 @@ __all__ = [
     "ReceivedInLayer",
     "Reduction",
     "RotaryAffinity",
+    "RotaryMeans",
     "RowRule",
     "Rows",
     "Scope",
@@ -104,6 +109,7 @@ __all__ = [
     "TextEmbeddings",
     "TextHidden",
     "TextKeys",
+    "TextValues",
     "Tower",
     "VisualTokens",
 ]

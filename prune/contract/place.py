@@ -42,7 +42,8 @@ class Cut:
 
     `share` is the count after this cut relative to the count after the method's last cut, so that
     a schedule keeps its proportions under any budget. `adaptive`: the tensors decide how many stay,
-    also under a budget, which then holds for the other cuts; none at all may stay.
+    also under a budget, which then holds for the other cuts; none at all may stay. `below`: layers
+    before the cut, which saw the tokens in prefill, no longer store them either.
 
     Raises:
         MethodFieldError: no place is given.
@@ -53,6 +54,7 @@ class Cut:
     share: float = 1.0
     images: Images = "each"
     adaptive: bool = False
+    below: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.place, Place):

@@ -280,6 +280,35 @@ class TextKeys(LayerSignal):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerValues(LayerSignal):
+    """Values of the layer: (N, H_kv, D_head)."""
+
+    @property
+    def of_attention(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class TextValues(LayerSignal):
+    """`LayerValues` of text: (T, H_kv, D_head). `part`: the text behind the image (as for `Rows`),
+    or all of the prompt's."""
+
+    per: ClassVar[Per] = "image"
+    part: Literal["behind", "all"] = "behind"
+
+    @property
+    def of_attention(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryMeans(LayerSignal):
+    """Cosine and sine of the angles by which the layer turns heads at each token's position, as if
+    nothing was padded: their means over the head's width and, where positions have several axes,
+    over these (each of which turns the whole head): (N, 2)."""
+
+
+@dataclass(frozen=True, slots=True)
 class MeanHidden(LayerSignal):
     """Mean of the hidden states that enter the layer, over a part of the prompt: (D,).
 

@@ -112,7 +112,7 @@ def check_against(truth: Truth, model, inputs, handle=None, first=None) -> None:
         stores = [hasattr(layer, "self_attn") for layer in truth.decoder.layers]
         return zip(zip(*lengths, strict=True), stores, strict=True)
 
-    lengths = [truth.layer_lengths(b) for b in range(len(truth.rows))]
+    lengths = [truth.stored_lengths(b) for b in range(len(truth.rows))]
     physical = stored_lengths(first[CACHE])
     assert physical == [max(column) * has for column, has in layers(lengths)]
     cache = out[CACHE]
@@ -121,6 +121,7 @@ def check_against(truth: Truth, model, inputs, handle=None, first=None) -> None:
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
     if handle is not None:
         text = [int((~zoo.is_visual(row.ids)).sum()) for row in truth.rows]
-        visual = [[n - t for n in row] for row, t in zip(lengths, text, strict=True)]
+        entered = [truth.layer_lengths(b) for b in range(len(truth.rows))]
+        visual = [[n - t for n in row] for row, t in zip(entered, text, strict=True)]
         assert [list(row) for row in handle.last.tokens_per_layer] == visual
         assert list(handle.last.text_tokens) == text

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from kit import zoo
-from kit.decoder_kinds import Observed, head, last_norm, observe
+from kit.decoder_kinds import Observed, head, last_norm, observe, rotary
 from kit.oracle import State, Truth, projected, turned
 from kit.recorders import CLOSE, FIRST, TWICE, Recorder, pick, ran
 from torch import Tensor
@@ -17,16 +17,19 @@ from vlmprune.prune.contract import (
     Cut,
     Hidden,
     LayerKeys,
+    LayerValues,
     MeanHidden,
     ModuleStep,
     Neurons,
     ReceivedInLayer,
     RotaryAffinity,
+    RotaryMeans,
     Rows,
     Signal,
     TextAttention,
     TextHidden,
     TextKeys,
+    TextValues,
 )
 
 
@@ -40,6 +43,8 @@ class Ran:
     """(H, n, n) its attention maps on the uncut input."""
     places: Tensor
     tables: tuple[Tensor, Tensor]
+    angles: Tensor
+    """(n, 2) `RotaryMeans`."""
     queries: Tensor
     keys: Tensor
     values: Tensor
@@ -91,6 +96,7 @@ class Expected:
                 ahead=ahead,
                 places=state.places,
                 tables=tuple(tables),
+                angles=self._angles(state, number),
                 queries=here.queries,
                 keys=here.keys,
                 values=here.values,
@@ -110,6 +116,15 @@ class Expected:
         """Rotary tables and mask of a layer."""
         tables = [table[0] for table in self.truth.rotary(state, layer)]
         return tables, self.truth.mask(row, state.places, layer)
+
+    def _angles(self, state: State, layer: int) -> Tensor:
+        """Mean cosine and sine of each token where one axis at a time is that of all: (n, 2)."""
+        found = []
+        for axis in state.positions:
+            ids = axis.expand_as(state.positions)
+            tables = rotary(self.truth.decoder, state.hidden, ids, layer)
+            found.append(torch.stack([table[0].mean(-1) for table in tables], -1))
+        return torch.stack(found).mean(0)
 
     def _layer(self, layer, hidden: Tensor, tables, mask: Tensor, beside: dict) -> Observed:
         """A layer that is Llama's by hand, another as its modules run."""
@@ -191,6 +206,16 @@ class Expected:
                 return here.keys[:, here.at(alive)].transpose(0, 1)
             case TextKeys():
                 return here.keys[:, here.at(self.asked(row, image, "text"))].transpose(0, 1)
+            case LayerValues():
+                return here.values[:, here.at(alive)].transpose(0, 1)
+            case TextValues(layer, part):
+                places = self.asked(row, image, "text")
+                if part == "all":
+                    places = (~zoo.is_visual(spec.ids)).nonzero()[:, 0]
+                    places = places[places >= self.prefix[row]]
+                return here.values[:, here.at(places)].transpose(0, 1)
+            case RotaryMeans():
+                return here.angles[here.at(alive)]
             case MeanHidden(layer, of):
                 places = here.before.places
                 first = spec.images[-1][0]

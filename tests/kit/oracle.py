@@ -163,6 +163,10 @@ class Truth:
     those in the decoder leave positions as they are.
     """
 
+    below: Sequence[bool] = ()
+    """Of every cut, whether new tokens do not see what left there in the layers before it either.
+    """
+
     def __init__(
         self,
         model,
@@ -302,6 +306,14 @@ class Truth:
         """Tokens of the row that enter each layer."""
         return [int(self.alive(row, layer).sum()) for layer in range(len(self.decoder.layers))]
 
+    def stored_lengths(self, row: int) -> list[int]:
+        """Tokens of the row that each layer stores behind its prefill."""
+        lengths = self.layer_lengths(row)
+        for (layer, _), below in zip(self.cuts, self.below, strict=False):
+            if below:
+                lengths[:layer] = [lengths[layer]] * layer
+        return lengths
+
     def start(self, row: int, new_ids: Sequence[int] = ()) -> State:
         """The whole row and `new_ids` behind it, before any cut."""
         truth = self.rows[row]
@@ -428,6 +440,12 @@ class Truth:
             prompt = int((places < len(pairs)).sum())
             old = places[:prompt]
             seen[:prompt, :prompt] |= pairs[old][:, old]
+        for (at, _), below in zip(self.cuts, self.below, strict=False):
+            if below and layer < at:
+                alive = self.alive(row, at)
+                old = places < len(alive)
+                gone = old & ~alive[places.clamp_max(len(alive) - 1)]
+                seen &= old[:, None] | ~gone
         return torch.zeros(seen.shape).masked_fill(~seen, HIDDEN)
 
     def layer_inputs(self, row: int, state: State):

@@ -21,18 +21,21 @@ from vlmprune.prune.contract import (
     Hidden,
     InDecoder,
     LayerKeys,
+    LayerValues,
     MeanHidden,
     ModuleStep,
     Neurons,
     Place,
     ReceivedInLayer,
     RotaryAffinity,
+    RotaryMeans,
     Rows,
     Selection,
     Signal,
     TextAttention,
     TextHidden,
     TextKeys,
+    TextValues,
     VisualTokens,
 )
 from vlmprune.prune.declared import readable
@@ -79,7 +82,8 @@ def declared(layers: Sequence[int] = LAYERS) -> tuple[Signal, ...]:
         found += [TextAttention(n, "image"), TextAttention(n, "image", ahead=True, heads="max")]
         found += [Hidden(n, normed) for normed in (False, True)]
         found += [TextHidden(n, normed) for normed in (False, True)]
-        found += [LayerKeys(n), TextKeys(n)]
+        found += [LayerKeys(n), TextKeys(n), LayerValues(n), RotaryMeans(n)]
+        found += [TextValues(n, part) for part in ("behind", "all")]
         found += [ReceivedInLayer(n), MeanHidden(n, "query"), MeanHidden(n, "context")]
         found += [ModuleStep(n, "attention", step), ModuleStep(n, "mlp", step)]
         found.append(Neurons(n, likeness))

@@ -69,7 +69,9 @@ def truth_of(case: zoo.Case, inputs: dict, model, handle) -> Truth:
         # As it was before stages said so: decoder cuts left positions as they were.
         word = last.positions if stage.layer == 0 else "original"
         positions = [*positions, getattr(stage, "positions", word)]
-    return make(reference, inputs, cuts, positions)
+    truth = make(reference, inputs, cuts, positions)
+    truth.below = [stage.below for stage in last.stages]
+    return truth
 
 
 def check_left(rows: Sequence[Rows], stage) -> None:

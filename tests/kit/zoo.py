@@ -109,7 +109,7 @@ def asked(case: Case, names: Iterable[str]) -> list[str]:
     if case not in OTHER_CASES:
         return names
     if not case.whole_cache:  # methods on it are refused
-        names = [name for name in names if method_class(name.partition(":")[0]).place != CACHE]
+        names = [name for name in names if name.partition(":")[0] not in CLEARING]
     places: dict[Any, list[str]] = {}
     for name in names:
         cls = method_class(name.partition(":")[0])
@@ -159,6 +159,12 @@ CACHE = Place.CACHE
 _ALL = vlmprune.methods()
 ON_CACHE = [name for name in _ALL if issubclass(method_class(name), CacheMethod)]
 IN_ENCODER = [name for name in _ALL if issubclass(method_class(name), InEncoder)]
+CLEARING = [
+    name
+    for name in _ALL
+    if name in ON_CACHE or any(cut.below for cut in method_class(name)().cuts(CLIP))
+]
+"""Methods that take entries out of the cache, which every layer must have."""
 UNBUDGETED = [name for name in _ALL if method_class(name).unbudgeted]
 """Methods of which no budget says how many tokens stay."""
 REMOVING = [name for name in _ALL if name not in ON_CACHE + IN_ENCODER + UNBUDGETED]
@@ -178,7 +184,7 @@ def budget(name: str, **words: float) -> dict[str, float]:
 def needs_of(case: Case, method: Any) -> tuple[Any, ...] | None:
     """The signals that a method asks for; None where it has no rule for the model's encoder, or
     works on a cache that not every layer has."""
-    if isinstance(method, CacheMethod) and case.shape.decoder.attention_layers is not None:
+    if method.name in CLEARING and case.shape.decoder.attention_layers is not None:
         return None
     try:
         return tuple(method.needs(case.shape))
