@@ -56,6 +56,17 @@ def test_greedy_tokens_first_logprobs_and_lengths_are_those_of_the_patched_model
     same(served(llm, PROMPTS), wanted)  # from the caches
 
 
+def test_a_siglip_tower_is_read_as_well(tmp_path):
+    config = tiny_llava.siglip_config()
+    tiny_llava.save(tmp_path, config)
+    fields = {"scores": "received", "keep_ratio": 0.25}
+    llm = engine(tmp_path, **vlmprune.vllm_args(str(tmp_path), "cls_topk", **fields))
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    processor = tiny_llava.processor(config)
+    wanted = patched(model, processor, PROMPTS, "cls_topk", positions="repacked", **fields)
+    same(served(llm, PROMPTS), wanted)
+
+
 def test_a_request_has_its_own_budget_and_caches_tell_budgets_apart(folder):
     llm = engine(folder, **vlmprune.vllm_args(str(folder), "divprune", keep_ratio=0.25))
     for words in ({"keep_tokens": 16}, {"keep_ratio": 0.25}, {"keep_ratio": 1.0}):

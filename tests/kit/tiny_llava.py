@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    SiglipVisionConfig,
 )
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", *(f"w{i}" for i in range(59))]
@@ -50,10 +51,33 @@ def config() -> LlavaConfig:
     )
 
 
-def save(folder: Path) -> None:
-    """A whole checkpoint of `config`."""
+def siglip_config() -> LlavaConfig:
+    """The same with a SigLIP tower, whose last layer is read."""
+    usual = config()
+    clip = usual.vision_config
+    vision = SiglipVisionConfig(
+        hidden_size=clip.hidden_size,
+        intermediate_size=clip.intermediate_size,
+        num_hidden_layers=clip.num_hidden_layers,
+        num_attention_heads=clip.num_attention_heads,
+        image_size=SIDE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=usual.text_config,
+        image_token_index=usual.image_token_id,
+        image_seq_length=TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def save(folder: Path, of: LlavaConfig | None = None) -> None:
+    """A whole checkpoint of `config`, or of another one."""
     torch.manual_seed(0)
-    write(LlavaForConditionalGeneration(config()).eval(), processor(), folder)
+    write(LlavaForConditionalGeneration(of or config()).eval(), processor(of or config()), folder)
 
 
 def write(model: PreTrainedModel, its_processor: ProcessorMixin, folder: Path) -> None:
@@ -86,15 +110,17 @@ def tokenizer(*more: str) -> PreTrainedTokenizerFast:
     )
 
 
-def processor() -> LlavaProcessor:
+def processor(of: LlavaConfig | None = None) -> LlavaProcessor:
+    """For `config`, or another one, whose pictures are of the same size."""
+    strategy = (of or config()).vision_feature_select_strategy
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
     return LlavaProcessor(
         images,
         tokenizer(),
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),
         image_token="<image>",
     )
 

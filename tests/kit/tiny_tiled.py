@@ -17,7 +17,6 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
-    SiglipVisionConfig,
 )
 
 PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [3 * SIDE, SIDE]]
@@ -71,18 +70,9 @@ def onevision_processor() -> LlavaOnevisionProcessor:
 
 def onevision_config() -> LlavaOnevisionConfig:
     """With a SigLIP tower."""
-    usual = tiny_llava.config()
-    vision = usual.vision_config
+    usual = tiny_llava.siglip_config()
     return LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            num_hidden_layers=vision.num_hidden_layers,
-            num_attention_heads=vision.num_attention_heads,
-            image_size=SIDE,
-            patch_size=PATCH,
-            vision_use_head=False,
-        ),
+        vision_config=usual.vision_config,
         text_config=usual.text_config,
         image_token_index=4,
         video_token_index=5,
