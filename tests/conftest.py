@@ -1,4 +1,4 @@
-"""Settings for all tests: few threads, repeatable property tests."""
+"""Settings for all tests: few threads, repeatable property tests, little search for garbage."""
 
 import gc
 import os
@@ -8,12 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("kit")  # a helper's failed assertion shows its values too
 
-torch.set_num_threads(1)
 settings.register_profile(
     "vlmprune",
     max_examples=40,
@@ -23,6 +21,20 @@ settings.register_profile(
 )
 settings.load_profile("vlmprune")
 
+gc.disable()  # until all tests are known, nothing that is made is garbage
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch  # not above, as the process that hands out the tests does without it
+
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap_collection():
@@ -30,3 +42,19 @@ def cheap_collection():
     collection of garbage in it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def timed_once(monkeypatch):
+    """Cells of sweeps and comparisons are timed on one input, in tests that say nothing of times:
+    that is most of what a cell of a few questions takes."""
+    from vlmprune.eval.lmms import benchmark
+    from vlmprune.eval.measure import evaluate
+    from vlmprune.eval.measure.times import measure
+
+    def once(model, inputs, *, beside=None, **given):
+        few = beside[:1] if beside else None
+        return measure(model, inputs[:1], beside=few, new_tokens=2, **given)
+
+    monkeypatch.setattr(evaluate, "measure", once)
+    monkeypatch.setattr(benchmark, "measure", once)

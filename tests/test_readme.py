@@ -158,6 +158,7 @@ def tried(kind: str) -> list[object]:
     return [p for p in code(kind) if p.values[1].mark == "tried"]
 
 
+@pytest.mark.usefixtures("timed_once")
 @pytest.mark.parametrize(("page", "fence"), tried("bash"))
 def test_its_commands_work(page: Page, fence: Fence, tmp_path, monkeypatch, forget_methods):
     monkeypatch.chdir(tmp_path)
@@ -171,6 +172,7 @@ def loaded():
     return embedded.load_model()
 
 
+@pytest.mark.usefixtures("timed_once")
 @pytest.mark.parametrize(("page", "fence"), tried("python"))
 def test_its_code_works(page: Page, fence: Fence, tmp_path, monkeypatch, loaded):
     """Beside a model, its processor, a question's inputs and picture."""

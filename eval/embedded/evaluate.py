@@ -42,15 +42,15 @@ Select = Callable[["Seen", int, list[Question]], Tensor]
 
 
 class Seen:
-    """What the vision side gives for every picture of the benchmark."""
+    """What the vision side gives for the benchmark's pictures: all, or the first `count`."""
 
-    def __init__(self, model: Any, processor: Any, batch: int = 32):
+    def __init__(self, model: Any, processor: Any, batch: int = 32, count: int | None = None):
         from PIL import Image
 
         tower = model.model.vision_tower
         tower.set_attn_implementation("eager")  # CLIP's other attentions do not return the weights
         features, looks = [], []
-        count = len(benchmark.records())
+        count = len(benchmark.records()) if count is None else count
         for start in range(0, count, batch):
             pictures = [
                 Image.fromarray(benchmark.rendered(i).pixels)

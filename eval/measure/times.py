@@ -142,7 +142,8 @@ def measure(
         return patch(model, calls, **(options or {})) if calls else nullcontext()
 
     with patched():
-        caches = [cache_of(_generate(model, one, 1, [])) for one in inputs]
+        once = {id(one): one for one in inputs}.values()  # an input may be timed several times
+        caches = [cache_of(_generate(model, one, 1, [])) for one in once]
         cache_bytes = [kv_bytes(cache) for cache in caches]
         del caches
         _generate(model, inputs[0], new_tokens, [])

@@ -53,8 +53,7 @@ class Case:
     @property
     def whole_cache(self) -> bool:
         """Whether every decoder layer stores the whole prompt, as methods on the cache need."""
-        kinds = getattr(self.config().get_text_config(), "layer_types", None) or ()
-        return set(kinds) <= {"full_attention"}
+        return _stores_all(self)
 
     @property
     def packed(self) -> bool:
@@ -115,6 +114,12 @@ class Case:
             input_ids[b, at], mask[b, at] = x, 1
         inputs = {"input_ids": input_ids, "attention_mask": mask}
         return inputs | self.layout.extra(rows, input_ids)
+
+
+@functools.cache
+def _stores_all(case: Case) -> bool:
+    kinds = getattr(case.config().get_text_config(), "layer_types", None) or ()
+    return set(kinds) <= {"full_attention"}
 
 
 @functools.cache

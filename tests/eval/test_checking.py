@@ -30,6 +30,8 @@ from vlmprune.prune.contract import (
 from vlmprune.prune.ops.topk import ascending, top_k
 from vlmprune.prune.registry import default_methods
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 ONE = ["llava_next"]
 
 

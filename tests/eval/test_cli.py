@@ -20,6 +20,8 @@ from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.words.typed import DOWNSAMPLE, parse_fields, split_list
 from vlmprune.prune.registry import method_class
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 COMMANDS = (
     *("sweep", "report", "presets", "ask", "compare", "classify", "bench"),
     *("methods", "models", "where", "vllm-args"),

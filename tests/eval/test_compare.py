@@ -24,6 +24,8 @@ from vlmprune.eval.measure.flops import visual_share
 from vlmprune.eval.results.records import main_score, method_name
 from vlmprune.eval.tasks.protocols import TaskError
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 METHODS = [
     "random",
     vlmprune.method("divprune", keep_tokens=40),

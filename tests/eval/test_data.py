@@ -24,6 +24,8 @@ from vlmprune.eval.tasks.jsonl import CHOICE_INSTRUCTION, DataError, JsonlTask, 
 from vlmprune.eval.tasks.matching import MATCHINGS, chosen, is_right
 from vlmprune.eval.tasks.protocols import TaskError
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 
 @pytest.fixture
 def write(tmp_path):

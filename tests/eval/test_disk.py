@@ -21,6 +21,8 @@ from vlmprune.eval.sweep.request import SweepRequest
 from vlmprune.eval.sweep.running import sweep_grid
 from vlmprune.eval.words.parts import grid, parse, parse_budgets
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 
 def heard_once(monkeypatch):
     """Our log lines go to pytest alone, whatever commands of other tests have set up."""

@@ -28,6 +28,8 @@ from vlmprune.prune.errors import (
     UnsupportedModelError,
 )
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 
 @pytest.fixture(scope="module")
 def model_and_processor():

@@ -4,6 +4,8 @@ import pytest
 from vlmprune.eval.cli import main
 from vlmprune.eval.words.flags import in_flags
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 PYTHON_WORDS = ("clip=", "ClipText", "keep_ratio=", "flops_ratio=", "='", '="', "vlmprune.")
 
 

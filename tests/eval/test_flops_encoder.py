@@ -22,6 +22,8 @@ from vlmprune.eval.measure.shortened import Shortened, measured, reckoned
 from vlmprune.eval.results.store import read_records
 from vlmprune.prune.contract import Reduction
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 TEXT = 10
 
 

@@ -16,6 +16,8 @@ from vlmprune.eval.results.statistics import mean_score
 from vlmprune.eval.results.store import read_records
 from vlmprune.prune.errors import VlmpruneError
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 BOTH = [
     {"name": "divprune", "fields": {"newlines": "compete"}, "budget": None},
     *fastv(0.25),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,52 +19,59 @@ from vlmprune.eval import cli
 from vlmprune.eval.results.store import FILE_NAME, Store, read_records
 from vlmprune.eval.sweep.grid import Cell, sweep
 
-KILLS = 20  # at least
+pytestmark = pytest.mark.usefixtures("timed_once")
+
+KILLS = 20
 fork = skips.needs("fork")
 
 
-@functools.cache
+@cache
 def many_cells() -> list[Cell]:
     return cells("grid", "random", budgets=tuple(str(n) for n in range(1, 101)))
 
 
-def run_in_child(folder: Path, log: Path) -> int:
-    """Fork a process that sweeps with a cell runner that only waits; returns its number."""
+def forked(work: Callable[[], object]) -> int:
+    """Fork a process that does it, having all that is imported here; returns its number."""
     child = os.fork()
-    if child:
-        return child
-    try:
-        with open(log, "a") as started:
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return child
 
-            def run(cell: Cell) -> dict:
-                started.write(f"{cell.config.id}\n")
-                started.flush()
-                time.sleep(0.0005)
-                return measured("10" * 250)  # a long line
 
-            sweep(
-                many_cells(), run, Store(folder), batch_size=1, versions=VERSIONS, hardware=HARDWARE
-            )
-    finally:
-        os._exit(0)
+def waiting_sweep(folder: Path, log: Path, most: int | None) -> None:
+    """With a cell runner that only waits: from cell `most` on for the kill."""
+    with open(log, "a") as started:
+        numbers = count()
+
+        def run(cell: Cell) -> dict:
+            started.write(f"{cell.config.id}\n")
+            started.flush()
+            time.sleep(60 if next(numbers) == most else 0.0005)
+            return measured("10" * 250)  # a long line
+
+        sweep(many_cells(), run, Store(folder), batch_size=1, versions=VERSIONS, hardware=HARDWARE)
 
 
 @fork
 def test_kills_lose_at_most_the_running_cell(tmp_path):
     draw = random.Random(0)
-    log, finished, kills = tmp_path / "log", [], 0
+    log, finished, runs = tmp_path / "log", [], tmp_path / "runs"
     todo = {cell.config.id for cell in many_cells()}
-    while set(finished) != todo:
+    for kills in (*[True] * KILLS, False):
         log.write_text("")
-        child = run_in_child(tmp_path / "runs", log)
-        deadline = time.monotonic() + 60
-        while not log.read_text() and time.monotonic() < deadline:  # it has to get somewhere
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.008))
-        os.kill(child, signal.SIGKILL)
+        child = forked(partial(waiting_sweep, runs, log, 8 if kills else None))
+        if kills:
+            deadline = time.monotonic() + 60
+            while not log.read_text() and time.monotonic() < deadline:  # it has to get somewhere
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.004))
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
-        records = Store(tmp_path / "runs").read()
+        assert os.WIFSIGNALED(status) is kills
+        records = Store(runs).read()
         ids = [record["id"] for record in records]
         assert ids[: len(finished)] == finished  # nothing that was there is lost
         started = log.read_text().split()
@@ -72,8 +79,8 @@ def test_kills_lose_at_most_the_running_cell(tmp_path):
         assert set(started[:-1]) <= set(ids)  # only the last one may be missing
         assert all(len(r["scores"]["accuracy"]["outcomes"]) == 500 for r in records)
         finished = ids
-    assert kills >= KILLS, kills
-    lines = (tmp_path / "runs" / FILE_NAME).read_bytes().splitlines()
+    assert set(finished) == todo
+    lines = (runs / FILE_NAME).read_bytes().splitlines()
     whole = [json.loads(line) for line in lines if line.endswith(b"}")]
     assert len({record["id"] for record in whole}) == len(todo)
 
@@ -88,19 +95,19 @@ def outcomes(folder: Path) -> dict[str, list[float]]:
     return {r["id"]: r["scores"]["accuracy"]["outcomes"] for r in read_records(folder)}
 
 
+@fork
 @pytest.mark.slow
 def test_a_real_sweep_goes_on_after_a_kill(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torn, whole = tmp_path / "torn", tmp_path / "whole"
     file = torn / FILE_NAME
-    command = [sys.executable, "-m", "vlmprune", *COMMAND, torn]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = forked(lambda: cli.main([*COMMAND, str(torn)]))
     deadline = time.monotonic() + 300
     while not file.exists() or file.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert 2 <= (before := len(outcomes(torn))) < 4
     for folder in (torn, whole):
         assert cli.main([*COMMAND, str(folder)]) == 0

@@ -19,6 +19,8 @@ from vlmprune.eval.words.parts import grid, parse, parse_budgets
 from vlmprune.eval.words.typed import parse_fields, split_list
 from vlmprune.prune import registry
 
+pytestmark = pytest.mark.usefixtures("timed_once")
+
 
 def read_back(command: str, config: dict) -> list[Config]:
     """The configurations of a command's grid; what only a run can tell is taken from `config`."""
