@@ -85,16 +85,32 @@ def check_groups(
         assert row < 0 or not len(members) or row in members.tolist()
 
 
-def check_against(truth: Truth, model, inputs, handle=None, first=None) -> None:
-    """First-step logits, greedy tokens, logits of every step, and the length of the cache; `first`
-    is the output of a forward on the inputs, where one was run already."""
-    out = model.generate(
+def check_against(truth: Truth, model, inputs, handle=None) -> None:
+    """Greedy tokens, logits of every step, and the length of the cache."""
+    check_generated(truth, generated(model, inputs), inputs, handle)
+
+
+def generated(model, inputs):
+    """What the model goes on with, in `STEPS` greedy steps."""
+    return model.generate(
         **inputs,
         max_new_tokens=STEPS,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,
     )
+
+
+def check_stored(truth: Truth, cache, new: int = 0) -> None:
+    """Every layer with a KV cache stores what enters it of the longest row, and `new` tokens."""
+    lengths = [truth.stored_lengths(b) for b in range(len(truth.rows))]
+    stores = [hasattr(layer, "self_attn") for layer in truth.decoder.layers]
+    of_layers = zip(zip(*lengths, strict=True), stores, strict=True)
+    assert stored_lengths(cache) == [(max(column) + new) * has for column, has in of_layers]
+
+
+def check_generated(truth: Truth, out, inputs, handle=None) -> None:
+    """`check_against` of what was generated on the inputs already."""
     tokens = out.sequences[:, -STEPS:]
     assert torch.equal(out.sequences[:, :-STEPS], inputs["input_ids"])
     # Along the tokens that were found: if all logits agree, so does every choice.
@@ -102,26 +118,11 @@ def check_against(truth: Truth, model, inputs, handle=None, first=None) -> None:
     logits = torch.stack(steps, 1)
     torch.testing.assert_close(torch.stack(out.logits), logits, **TOLERANCE)
     assert torch.equal(logits.argmax(-1).T, tokens)
-    with torch.no_grad():
-        first = first or model(**inputs)
-    assert first.logits.shape[:2] == inputs["input_ids"].shape
-    torch.testing.assert_close(first.logits[:, -1], logits[0], **TOLERANCE)
-
-    def layers(lengths):
-        """Of each layer its lengths, and whether it has a KV cache."""
-        stores = [hasattr(layer, "self_attn") for layer in truth.decoder.layers]
-        return zip(zip(*lengths, strict=True), stores, strict=True)
-
-    lengths = [truth.stored_lengths(b) for b in range(len(truth.rows))]
-    physical = stored_lengths(first[CACHE])
-    assert physical == [max(column) * has for column, has in layers(lengths)]
-    cache = out[CACHE]
-    physical = stored_lengths(cache)
-    assert physical == [(max(column) + STEPS - 1) * has for column, has in layers(lengths)]
-    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
+    check_stored(truth, out[CACHE], STEPS - 1)
+    assert out[CACHE].get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
     if handle is not None:
         text = [int((~zoo.is_visual(row.ids)).sum()) for row in truth.rows]
-        entered = [truth.layer_lengths(b) for b in range(len(truth.rows))]
-        visual = [[n - t for n in row] for row, t in zip(entered, text, strict=True)]
+        lengths = [truth.layer_lengths(b) for b in range(len(truth.rows))]
+        visual = [[n - t for n in row] for row, t in zip(lengths, text, strict=True)]
         assert [list(row) for row in handle.last.tokens_per_layer] == visual
         assert list(handle.last.text_tokens) == text

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from kit import zoo
 from kit.decoder_kinds import Observed, head, last_norm, observe, rotary
-from kit.oracle import State, Truth, projected, turned
+from kit.oracle import State, Truth, projected, shared, turned
 from kit.recorders import CLOSE, FIRST, TWICE, Recorder, pick, ran
 from torch import Tensor
 from vlmprune.prune.contract import (
@@ -68,7 +68,7 @@ class Expected:
 
     def __init__(self, case, rows, cuts=(), positions="original", prefix=None) -> None:
         self.shape = case.shape
-        self.truth = Truth(case.reference("eager"), case.inputs(rows), cuts, positions)
+        self.truth = Truth(shared(case.reference("eager")), case.inputs(rows), cuts, positions)
         self.prefix = prefix or [0] * len(rows)
         with torch.no_grad():
             self.rows = [list(self._walk(row)) for row in range(len(rows))]

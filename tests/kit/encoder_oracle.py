@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from einops import rearrange
 from kit import zoo
-from kit.oracle import Rows, Truth
+from kit.oracle import Rows, Truth, shared
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 from vlmprune.adapters.places.passage import Passage
@@ -414,7 +414,7 @@ class Left:
 @torch.no_grad()
 def left_by_encoder(case, inputs: dict, model) -> Left:
     """What a patched model's encoder leaves, by the reductions that it makes of these inputs."""
-    reference = case.reference("eager")
+    reference = shared(case.reference("eager"))
     found: dict[str, list] = {}
     for kind, given in zoo.encoder_inputs(inputs).items():
         with recorded() as passes:

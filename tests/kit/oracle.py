@@ -17,10 +17,13 @@ Token choice after the last layer is by hand as well (greedy, sampling, beams).
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from kit.decoder_kinds import (
@@ -38,6 +41,8 @@ from kit.decoder_kinds import (
 )
 from torch import Tensor
 from vlmprune.eval.models.tiny_layouts import VISION_END
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "lfm2_vl", "ovis2")
 """Models whose encoder is not told which tiles are one image: a mark ends each in these tests."""
@@ -154,6 +159,26 @@ def _between_marks(ids: Tensor, found: list[Tensor]) -> list[Tensor]:
     return list(places.split(counts.tolist()))
 
 
+_SHARED: WeakKeyDictionary[torch.nn.Module, dict[bytes, list[RowTruth]]] = WeakKeyDictionary()
+"""Rows by model and inputs, of models of which it was said that nobody changes them (`shared`)."""
+
+
+def shared(model: Model) -> Model:
+    """The same, having noted that nobody changes it: features of what it was given once are not
+    computed again."""
+    _SHARED.setdefault(model, {})
+    return model
+
+
+def _bytes(inputs: dict) -> bytes:
+    """Tells inputs from others."""
+    said = hashlib.sha1()
+    for name, value in sorted(inputs.items()):
+        said.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        said.update(value.contiguous().view(torch.uint8).numpy())
+    return said.digest()
+
+
 class Truth:
     """The pruned computation of a batch on an unpatched model.
 
@@ -186,11 +211,18 @@ class Truth:
         assert set(positions) <= {"original", "repacked"} and len(positions) == len(self.cuts)
         self.repacked = [word == "repacked" for word in positions]
         self.by_layer = any(layer > 0 for layer, _ in self.cuts) if by_layer is None else by_layer
-        self.rows = list(self._rows(inputs))
+        self.rows = self._known(inputs) if model in _SHARED else list(self._rows(inputs))
         if any(row.beyond for row in self.rows):
             self.by_layer = True  # the text model alone makes causal masks
 
     # --- the rows --------------------------------------------------------------------------
+
+    def _known(self, inputs: dict) -> list[RowTruth]:
+        """Copies, of which a test may write over what is its own."""
+        known, key = _SHARED[self.model], _bytes(inputs)
+        if key not in known:
+            known[key] = list(self._rows(inputs))
+        return [replace(row, deep=[level.clone() for level in row.deep]) for row in known[key]]
 
     @torch.no_grad()
     def _rows(self, inputs: dict):

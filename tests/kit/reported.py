@@ -11,7 +11,7 @@ import vlmprune
 from kit import zoo
 from kit.cache_oracle import CacheTruth, Entries, is_soft_vote, merged_into_nearest
 from kit.encoder_oracle import left_by_encoder
-from kit.oracle import Rows, Truth
+from kit.oracle import Rows, Truth, shared
 from vlmprune.prune.contract import Compressing, Place
 from vlmprune.prune.methods.cache.token_select import TokenSelect
 
@@ -31,7 +31,7 @@ def rows_that_enter(case: zoo.Case, inputs: dict, model, handle) -> list[Rows]:
     Rows that were not merged must be their tokens' features on the unpatched model.
     """
     last, found = handle.last, []
-    dense = features_of(case.reference(model.config._attn_implementation), inputs)
+    dense = features_of(shared(case.reference(model.config._attn_implementation)), inputs)
     for i, given in enumerate(features_of(model, inputs)):
         order, merged = _entered(last, i)
         embeds = given[Rows(order).slots(len(given))]
@@ -43,7 +43,7 @@ def rows_that_enter(case: zoo.Case, inputs: dict, model, handle) -> list[Rows]:
 
 def truth_of(case: zoo.Case, inputs: dict, model, handle) -> Truth:
     """What a patched model must compute of the inputs that it saw last."""
-    last, reference = handle.last, case.reference("eager")
+    last, reference = handle.last, shared(case.reference("eager"))
     make = Truth
     if last.stages and last.stages[0].place is Place.ENCODER:
         left = left_by_encoder(case, inputs, model)
@@ -267,7 +267,7 @@ def cached_truth(case: zoo.Case, inputs: dict, model, handle, attended=None) -> 
     elif attended is not None:
         options = {"attend": attended}
     cached = CacheTruth(
-        case.reference("eager"),
+        shared(case.reference("eager")),
         inputs,
         truth.cuts if truth else (),
         handle._engine.setup.positions[Place.CACHE],

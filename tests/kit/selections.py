@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -122,15 +123,20 @@ def inputs_of(case: Case, rows: Any) -> dict[str, Any]:
     return found | {"pixel_values": found["pixel_values"].mul(16).round().div(16)}
 
 
+@cache
+def model_of(name: str) -> Any:
+    """On which all methods come and go."""
+    return CASES[name].model()
+
+
 def of_method(method: str) -> dict[str, Any]:
     """What a method selects in every cell of every model: "MODEL, PROMPTS, BUDGET" -> it."""
     found = {}
     for name in MODELS:
-        model = CASES[name].model()
         for cell, (rows, budget) in CELLS.items():
             if (method, name, cell) not in LEFT_OUT:
                 inputs = inputs_of(CASES[name], rows)
-                found[f"{name}, {cell}"] = selected(model, inputs, method, budget)
+                found[f"{name}, {cell}"] = selected(model_of(name), inputs, method, budget)
     return json.loads(json.dumps(found))
 
 

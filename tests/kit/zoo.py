@@ -54,13 +54,19 @@ OF_TESTS = {name: importlib.import_module(f"families.{name}") for name in known_
 assert list(CASES) == [name for family in OF_TESTS.values() for name in family.CASES]
 PROCESSORS = {family.CASES[0]: family for family in OF_TESTS.values()}
 """The family that has the real processor of a tiny model: of the first one of each family."""
-FIRST = ("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Families whose tiny models are asked with every method and every way, as between them they have
-every kind of encoder, layout and positions. What another family has of its own is in its adapter,
-which one method of each place shows (`asked`), and tests of what it computes (`ALL`)."""
-WHOLE_NAMES = tuple(
-    name for family in FIRST for name in OF_TESTS[family].CASES if not name.startswith("zz")
-)
+FIRST = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
+"""Families of which features and ways to call a model are asked, one model each."""
+TWO_NAMES = ("llava-clip-llama", "qwen2_5_vl")
+"""A family of each kind of positions: enough for what is one code path on all of them."""
+THREE_NAMES = (*TWO_NAMES, "llava_next")
+"""And one of tiles and newlines: these are asked with every method."""
+SHARING_NAMES = ("llava-siglip-qwen2", "llava_onevision", "qwen3_vl")
+"""An encoder without CLS token, pooled features, features that are added behind layers: these share
+the methods between them."""
+WHOLE_NAMES = tuple(name for name in CASES if name in THREE_NAMES + SHARING_NAMES)
+"""Tiny models that are asked in every way, as between them they have every kind of encoder, layout
+and positions. What another model has of its own is in its family's adapter, which one method of
+each place shows (`asked`), and tests of what it computes (`ALL`)."""
 WHOLE_CASES = tuple(CASES[name] for name in WHOLE_NAMES)
 OTHER_CASES = tuple(case for case in CASES.values() if case not in WHOLE_CASES)
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -69,7 +75,7 @@ STORING_CASES = tuple(c for c in CASES.values() if c.shape.decoder.attention_lay
 STORING = pytest.mark.parametrize("case", STORING_CASES, ids=lambda case: case.name)
 """Those all of whose layers have attention and a KV cache."""
 WHOLE = pytest.mark.parametrize("case", WHOLE_CASES, ids=WHOLE_NAMES)
-"""The tiny models of the first families: for what no adapter has to do with."""
+"""Those: for what no adapter has to do with."""
 FAMILY_NAMES = tuple(OF_TESTS[family].ONE for family in FIRST if OF_TESTS[family].ONE)
 """One tiny model of each of the first families."""
 CLIP = CASES[FAMILY_NAMES[0]].shape
@@ -78,8 +84,6 @@ SLIDING = OF_TESTS["llava"].SLIDING
 FAMILIES = pytest.mark.parametrize(
     "case", [CASES[name] for name in FAMILY_NAMES], ids=lambda case: case.name
 )
-TWO_NAMES = ("llava-clip-llama", "qwen2_5_vl")
-"""A family of each kind of positions: enough for what is one code path on all of them."""
 BOTH_FAMILIES = pytest.mark.parametrize(
     "case", [CASES[name] for name in TWO_NAMES], ids=lambda case: case.name
 )
@@ -103,9 +107,12 @@ def turn_of(case: Case) -> int:
 
 
 def asked(case: Case, names: Iterable[str]) -> list[str]:
-    """The methods that a tiny model is asked with: all on those of the first families; on others
-    one of each place, by turns, of those that run on it where any does."""
+    """The methods that a tiny model is asked with: all on `THREE_NAMES`, a third on each of
+    `SHARING_NAMES`; on others one of each place, by turns, of those that run on it where any does.
+    """
     names = list(names)
+    if case.name in SHARING_NAMES:
+        return names[SHARING_NAMES.index(case.name) :: len(SHARING_NAMES)]
     if case not in OTHER_CASES:
         return names
     if not case.whole_cache:  # methods on it are refused
@@ -137,8 +144,8 @@ def each(
     values: Iterable[Any],
     cases: Iterable[Case] = tuple(CASES.values()),
 ) -> Any:
-    """Parametrizes `case` and `names`: every value on the models of the first families, and one by
-    turns on every other."""
+    """Parametrizes `case` and `names`: every value on the models of `WHOLE_NAMES`, and one by turns
+    on every other."""
     values, own = list(values), (names,) if isinstance(names, str) else names
     cells = []
     for case in cases:
