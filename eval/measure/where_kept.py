@@ -33,12 +33,16 @@ class Seen:
     """Per answered question, the share of its evidence that was kept; None: it is not known."""
 
     def note(self, last: Last, sample: int, evidence: Sequence[int] | None = None) -> None:
-        """A question that was answered.
+        """A question that was answered. What a method on the cache left differs from layer to
+        layer, and is not looked at.
 
         Args:
             sample: its number in the batch.
             evidence: points of the raster that its one image's answer needs, in reading order.
         """
+        if last.cache_kept is not None:
+            self.evidence.append(None)
+            return
         rasters = [
             raster(tiling, kept)
             for tiling, kept, of in zip(last.tilings, last.kept, last.image_sample, strict=True)

@@ -167,7 +167,8 @@ def _need(entry: MethodRecord, seed: int) -> str | None:
 def _reads_clip(entry: MethodRecord) -> bool:
     try:
         cls = class_of(entry["name"])
-        return any(isinstance(need, ClipText) for need in needs_of(cls()))
+        known = {key: entry["fields"][key] for key in cls().fields() if key in entry["fields"]}
+        return any(isinstance(need, ClipText) for need in needs_of(cls(**known)))
     except (VlmpruneError, TypeError):
         return False
 

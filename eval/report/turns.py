@@ -12,7 +12,7 @@ NOTE = (
     "The same questions, asked first and asked behind another one about the picture, on the tokens "
     "that it left; paired. Kept alike: the share of tokens that both questions of a couple keep; "
     "100 % of a choice that does not look at the question. Evidence: of the second question's "
-    "patches those that the first one left."
+    "patches those that the first one left. Neither is known of methods on the cache."
 )
 
 
@@ -27,8 +27,8 @@ def turns_table(section: Section) -> Grid | None:
 
 
 def _row(cell: Cell) -> Row:
-    scores = cell.record["scores"]
-    evidence = cell.record.get("evidence")
+    scores, alike = cell.record["scores"], cell.record.get("kept_alike")
+    evidence = cell.record.get("evidence") if alike is not None else None
     return Row(
         [
             Entry(cell.variant, cell.variant),
@@ -36,7 +36,7 @@ def _row(cell: Cell) -> Row:
             score_entry(cell, FIRST),
             score_entry(cell, SECOND),
             signed_entry(difference(scores[SECOND], scores[FIRST]), scale(scores[SECOND])),
-            _percent(cell.record.get("kept_alike")),
+            _percent(alike),
             _percent(evidence["mean"] if evidence else None),
         ],
         cell,

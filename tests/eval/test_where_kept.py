@@ -16,7 +16,8 @@ from vlmprune.prune.tiling import Block, Tiling
 class Prefill:
     """What is read of `handle.last`."""
 
-    def __init__(self, tilings, kept, samples):
+    def __init__(self, tilings, kept, samples, cache_kept=None):
+        self.cache_kept = cache_kept
         self.tilings = tilings
         self.kept = [torch.tensor(numbers, dtype=torch.int64) for numbers in kept]
         self.image_sample = samples
@@ -57,7 +58,9 @@ def test_counts_and_evidence_are_of_the_samples_own_images():
     assert cell["where"]["percent"][:8] == [50, 25, 0, 0, 0, 25, 0, 25]
     assert cell["evidence"] == {"mean": 0.75, "right": 1.0, "wrong": 0.0 + 0.5, "questions": 2}
     nothing: dict = {}
-    add_where(nothing, [Seen()], (), ())
+    on_cache = Seen()
+    on_cache.note(Prefill([grid], [[7]], [0], cache_kept=[[4]]), 0, (7,))
+    add_where(nothing, [Seen(), on_cache], on_cache.evidence, [1.0])
     assert not nothing
 
 

@@ -18,6 +18,15 @@ from vlmprune.eval.bench.select_table import summary_table
 from vlmprune.eval.bench.serve_table import serve_table
 from vlmprune.eval.commands.methods import methods_table
 from vlmprune.eval.commands.models import models_table
+from vlmprune.eval.report import markdown
+from vlmprune.eval.report.agreement import agreement_table
+from vlmprune.eval.report.baselines import beside_baselines, hard_table
+from vlmprune.eval.report.cells import Section, read_cells, sections
+from vlmprune.eval.report.depths import depths_table
+from vlmprune.eval.report.grids import Grid
+from vlmprune.eval.report.positions import positions_table
+from vlmprune.eval.report.turns import turns_table
+from vlmprune.eval.report.where import where_table
 from vlmprune.eval.results.store import read_records
 from vlmprune.eval.results.sweep_table import accuracy_table, sweep_table
 
@@ -32,6 +41,14 @@ def _stored(name: str) -> Any:
 def _accuracies(name: str) -> str:
     """A stored sweep of many methods, one line a method."""
     return accuracy_table(read_records(STORED / name)).markdown()
+
+
+def _of_section(name: str, table: Callable[[Section], Grid | None]) -> str:
+    """A table of the report of a stored sweep with one setting."""
+    (section,) = sections(read_cells([STORED / name]))
+    grid = table(section)
+    assert grid is not None
+    return markdown.table(grid)
 
 
 def _promises() -> str:
@@ -108,6 +125,15 @@ GENERATED: dict[str, Callable[[], str]] = {
     "accuracy": lambda: _accuracies("sweep_before_llm.jsonl"),
     "decoder": lambda: _accuracies("sweep_decoder.jsonl"),
     "cache": lambda: _accuracies("sweep_cache.jsonl"),
+    "beside": lambda: _of_section("sweep_recent.jsonl", beside_baselines),
+    "hard": lambda: _of_section("sweep_recent.jsonl", hard_table),
+    "agreement": lambda: _of_section("sweep_recent.jsonl", agreement_table),
+    "where": lambda: _of_section("sweep_recent.jsonl", where_table),
+    "depths": lambda: _of_section("sweep_depths.jsonl", depths_table),
+    "few": lambda: _accuracies("sweep_few.jsonl"),
+    "positions": lambda: _of_section("sweep_few.jsonl", positions_table),
+    "turns": lambda: _of_section("sweep_turns.jsonl", turns_table),
+    "recent_cache": lambda: _of_section("sweep_recent_cache.jsonl", beside_baselines),
     "speed": lambda: bench_table(_stored("bench_576.json")).markdown(),
     "promises": _promises,
     "accelerators": _accelerators,
