@@ -62,17 +62,17 @@ def make_setup(
 ) -> Setup:
     """What calls with these methods run with, if the model allows them."""
     shape = family.shape
+    check_encoder(calls, family)
     for call in calls:
-        check_signals(call, shape, clip)
+        check_signals(call, family, clip)
         check_decoder(call, family)
     check_together(calls, shape)
-    check_encoder(calls, family)
     modes = _positions_of(family, calls, positions)
     if (tokens := family.fixed_tokens) is not None:
         plan(tokens, calls, shape)  # a budget out of reach is an error now, not at the first image
     if clip is not None:
         check_clip(clip, family, model)
-    check_memory(remember_images, calls, shape)
+    check_memory(remember_images, calls, family)
     for said in idle(calls):
         warnings.warn(said, UserWarning, stacklevel=3)
     return Setup(

@@ -12,7 +12,6 @@ from ...prune.contract import (
     CacheMethod,
     InEncoder,
     LayerSignal,
-    Method,
     ModelShape,
 )
 from ...prune.declared import check_declared
@@ -22,13 +21,15 @@ from ...prune.errors import (
     UnsupportedFeatureError,
     UnsupportedModelError,
 )
-from ...prune.registry import default_methods, method_class
+from ...prune.registry import method_class
 from ..clip_text import ClipText
 from ..family import Family
+from .working import closed_encoder, working
 
 
-def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) -> None:
+def check_signals(call: MethodCall, family: Family, clip: ClipText | None) -> None:
     """Refuse a method whose signal the model does not compute, naming those that work."""
+    shape = family.shape
     check_declared(call.method, shape)
     needs = call.method.needs(shape)
     missing = [need for need in needs if shape.lacks(need)]
@@ -42,32 +43,32 @@ def check_signals(call: MethodCall, shape: ModelShape, clip: ClipText | None) ->
         )
         raise MissingSignalError(
             f"{call.name} reads the CLS token, which this vision tower does not have. "
-            f"{instead}{', '.join(_working(shape))}."
+            f"{instead}{', '.join(working(family))}."
         )
     if isinstance(call.method, CacheMethod) and shape.decoder.attention_layers is not None:
         raise MissingSignalError(
             f"{call.name} works on the KV cache of every layer, and only the layers "
             f"{', '.join(map(str, shape.decoder.attending))} of this decoder have one. Methods "
-            f"that work on it: {', '.join(_working(shape))}."
+            f"that work on it: {', '.join(working(family))}."
         )
     if inside := [need for need in missing if isinstance(need, LayerSignal)]:
         raise MissingSignalError(
             f"{call.name} reads {_not_there(inside[0], shape)} Methods that work on it: "
-            f"{', '.join(_working(shape))}."
+            f"{', '.join(working(family))}."
         )
     if missing:
         raise MissingSignalError(
             f"{call.name} compares image and question in the space of a CLIP text encoder, which "
             f"this vision tower was not trained with, or of which the projector does not read one "
-            f"layer alone. {_without_clip(call)}Methods that work on it: "
-            f"{', '.join(_working(shape))}."
+            f"layer alone. {_without_clip(call, 'Set')}Methods that work on it: "
+            f"{', '.join(working(family))}."
         )
     if clip is None and any(need.of_text_twin for need in needs):
         raise MissingSignalError(
             f"{call.name} compares image and question in CLIP's space, and needs the text encoder "
             f"of the checkpoint that the vision tower comes from: pass clip=vlmprune.ClipText."
             f'from_pretrained("openai/clip-vit-large-patch14-336", processor). '
-            f"{_without_clip(call)}".rstrip()
+            f"{_without_clip(call, 'Or set')}".rstrip()
         )
 
 
@@ -87,39 +88,27 @@ def _not_there(need: LayerSignal, shape: ModelShape) -> str:
     )
 
 
-def _without_clip(call: MethodCall) -> str:
+def _without_clip(call: MethodCall, begins: str) -> str:
     """Fields with which the method needs no text encoder, as a sentence; nothing where it has
     none."""
     fields = ", ".join(f"{k}={v!r}" for k, v in call.method.without_clip.items())
-    return f"Or set {fields}, which reads the prompt's embeddings instead. " if fields else ""
+    return f"{begins} {fields}, which reads the prompt's embeddings instead. " if fields else ""
 
 
-def _working(shape: ModelShape) -> list[str]:
-    """Methods that find all their signals on a model, as they are by default."""
-    return [name for name, made in default_methods()[0].items() if _finds_all(made, shape)]
-
-
-def _finds_all(made: Method, shape: ModelShape) -> bool:
-    try:
-        stored = shape.decoder.attention_layers is None or not isinstance(made, CacheMethod)
-        return stored and not any(shape.lacks(need) for need in made.needs(shape))
-    except Exception:  # it has no rule for this shape, or is somebody's own and broken
-        return False
-
-
-def check_memory(images: object, calls: tuple[MethodCall, ...], shape: ModelShape) -> None:
+def check_memory(images: object, calls: tuple[MethodCall, ...], family: Family) -> None:
     """Refuse to remember images with a method that chooses anew for every question."""
     if isinstance(images, bool) or not isinstance(images, int) or images < 0:
         raise MethodFieldError(
             f"remember_images={images!r}: give the number of images to remember, e.g. "
             f"remember_images=16, or 0 to remember none."
         )
+    shape = family.shape
     for call in calls if images else ():
         read = [need for need in call.method.needs(shape) if need.of_prompt]
         if read:
             free = [
                 name
-                for name in _working(shape)
+                for name in working(family)
                 if not any(need.of_prompt for need in method_class(name)().needs(shape))
             ]
             raise UnsupportedFeatureError(
@@ -144,22 +133,13 @@ def check_encoder(calls: tuple[MethodCall, ...], family: Family) -> None:
     if call is None or not isinstance(call.method, InEncoder):
         return
     method, tower = call.method, family.tower
-    if family.encoder is None:
+    reason = closed_encoder(method, family)
+    if reason is not None:
+        others = working(family, InEncoder)
+        instead = "another" if others else "a method that acts before the LLM"
+        others = others or working(family, BeforeLLM)
         raise UnsupportedModelError(
-            f"{call.name} removes rows between the blocks of the vision encoder, and nothing is "
-            f"known of those of {family.name}: use a method that acts before the LLM."
-        )
-    layers = getattr(family.model.config, "vision_feature_layer", None)
-    if isinstance(layers, list | tuple) and len(layers) > 1:
-        raise UnsupportedModelError(
-            f"{call.name} removes rows inside the vision encoder, and this model's projector reads "
-            f"several of its layers ({', '.join(map(str, layers))}) side by side: use a method "
-            f"that acts before the LLM."
-        )
-    if family.encoder.packed and method.restores:
-        raise UnsupportedModelError(
-            f"{call.name} needs an encoder that sees each picture on its own, and that of "
-            f"{family.name} takes the patches of all as one sequence: use {_in_encoder(family)}."
+            f"{reason}: use {instead}. Methods that work on it: {', '.join(others)}."
         )
     attention = str(family.vision_attention[0].config._attn_implementation)
     if "flex" in attention and method.proportional:
@@ -174,8 +154,8 @@ def check_encoder(calls: tuple[MethodCall, ...], family: Family) -> None:
     if following.method.needs_grid:
         free = [
             name
-            for name in _working(family.shape)
-            if issubclass(cls := method_class(name), BeforeLLM) and not cls.needs_grid
+            for name in working(family, BeforeLLM)
+            if not getattr(method_class(name), "needs_grid", False)
         ]
         raise MethodFieldError(
             f"{following.name} reads where tokens lie, and {call.name} leaves only some of them: "
@@ -186,15 +166,6 @@ def check_encoder(calls: tuple[MethodCall, ...], family: Family) -> None:
             f"{call.name} leaves a row that stands for no token, which {following.name} cannot "
             f"rank: give {call.name} fuse=False, or another method behind it."
         )
-
-
-def _in_encoder(family: Family) -> str:
-    """Methods that act in an encoder that takes all pictures as one sequence."""
-    return ", ".join(
-        name
-        for name in _working(family.shape)
-        if issubclass(cls := method_class(name), InEncoder) and not cls.restores
-    )
 
 
 def refuse_compiled(model: nn.Module, *parts: Any) -> None:

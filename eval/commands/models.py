@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
 from ...adapters.family import Family
 from ...adapters.registry import family_class, family_notes, model_names
+from ...adapters.sequence.masks import STATES, layer_kind
 from ...prune.errors import PluginError
 from ..arguments.models import ModelsRequest
 from ..console import stdout
 from ..method_facts import first_line
+from ..models.registry import known_family
 from ..table import Table
 
 
@@ -44,6 +48,7 @@ _HEADERS = (
     "Since transformers",
     "Prunes",
     "In the encoder",
+    "On the cache",
     "Positions",
     "Refused",
 )
@@ -51,11 +56,39 @@ _HEADERS = (
 
 def _facts(family: type[Family]) -> tuple[str, ...]:
     """All columns behind the first two."""
-    variants = first_line(family.check.__doc__) if family.check is not Family.check else ""
+    known = known_family(family.name)
+    config: Any = known.tiny[0].config() if known is not None else None
     return (
         family.since,
         ", ".join(f"{modality.name}s" for modality in family.modalities),
-        "no" if family.encoder is Family.encoder else "yes",
+        "yes" if _opens_encoder(family, config) else "no",
+        "yes" if not _kinds(config) - {"full_attention"} else "no",
         "original" if family.mrope else "original, repacked",
-        variants,
+        " ".join(_refused(family, config)),
     )
+
+
+def _opens_encoder(family: type[Family], config: Any) -> bool:
+    """Whether rows can leave between the blocks of the vision encoder, of which the projector then
+    reads one alone."""
+    layers = getattr(config, "vision_feature_layer", None)
+    several = isinstance(layers, list | tuple) and len(layers) > 1
+    return family.encoder is not Family.encoder and not several
+
+
+def _kinds(config: Any) -> set[str]:
+    """Kinds of the decoder's layers, where something is known of them."""
+    if config is None:
+        return set()
+    text = config.get_text_config()
+    return {layer_kind(text, layer) for layer in range(text.num_hidden_layers)}
+
+
+def _refused(family: type[Family], config: Any) -> Iterator[str]:
+    """Variants of the family, and what its decoder does not show."""
+    if family.check is not Family.check:
+        yield first_line(family.check.__doc__)
+    if _kinds(config) & set(STATES):
+        yield "Methods that read attention of layers that have none."
+    if config is not None and getattr(config.get_text_config(), "num_experts_per_tok", None):
+        yield "Methods that read neurons of experts."

@@ -16,9 +16,11 @@ import torch
 import vlmprune
 from kit import zoo
 from kit.support import EXPECTED, EXPECTED_FILE
+from vlmprune.adapters.checks.working import working
 from vlmprune.adapters.family import VIDEO
-from vlmprune.adapters.registry import family_class
+from vlmprune.adapters.registry import family_class, family_of
 from vlmprune.eval.checking.tiny_clip import clip
+from vlmprune.eval.commands.models import models_table
 from vlmprune.prune.contract import Place
 from vlmprune.prune.registry import method_class
 
@@ -44,6 +46,7 @@ WAYS: dict[str, dict[str, object]] = {
     "`relevance='prompt'`": {"relevance": "prompt"},
 }
 METHODS = vlmprune.methods()
+_table = functools.cache(models_table)
 REFUSALS = (
     vlmprune.MissingSignalError,
     vlmprune.MethodFieldError,
@@ -114,6 +117,25 @@ def test_what_acts_inside_the_llm_runs_on_every_model(column):
             lacks = needs is None or any(map(case.shape.lacks, needs))
             lacks |= name in zoo.CLEARING and not case.whole_cache
             assert way(name, column) == ("no" if lacks else "works"), name
+
+
+@pytest.mark.parametrize("column", [name for name in COLUMNS if not name.endswith(", video")])
+def test_refusals_name_the_methods_that_work_and_no_others(column):
+    family = family_of(zoo.CASES[COLUMNS[column][0]].reference())
+    assert working(family) == [name for name in METHODS if EXPECTED[name][column] == "works"]
+
+
+@pytest.mark.parametrize("name", zoo.OF_TESTS)
+def test_the_table_of_models_says_at_which_places_methods_work(name):
+    first = next(iter(getattr(zoo.OF_TESTS[name], "COLUMNS", {name: None})))
+    works = {
+        method_class(method).place for method, columns in EXPECTED.items() if columns[first] != "no"
+    }
+    table = _table()
+    (row,) = [row for row in table.rows if row[0] == name]
+    cells = dict(zip(table.headers, row, strict=True))
+    assert (cells["In the encoder"] == "yes") == (Place.ENCODER in works)
+    assert (cells["On the cache"] == "yes") == (Place.CACHE in works)
 
 
 def test_every_family_has_a_column():
