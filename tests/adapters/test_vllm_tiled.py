@@ -21,7 +21,7 @@ SQUARE, WIDE, TALL = (
 PROMPTS = [(ONE, {"image": [one]}) for one in (SQUARE, WIDE, TALL)]
 NEXT = [*PROMPTS, ("w5 <image> w6 <image> w7", {"image": [WIDE, SQUARE]}), ("w1 w2 w3", {})]
 VIDEO = np.stack([np.asarray(tiny_llava.picture(seed, 120, 100)) for seed in range(4, 9)])
-ONEVISION = [*PROMPTS, ("w1 <video> w2 w3", {"video": [VIDEO]}), ("w1 w2 w3", {})]
+ONEVISION = [*NEXT, ("w1 <video> w2 w3", {"video": [VIDEO]})]
 ROOM = {"max_model_len": 512, "max_num_batched_tokens": 512}
 
 
@@ -63,7 +63,7 @@ def llava_next(tmp_path_factory):
 def onevision(tmp_path_factory):
     folder = tmp_path_factory.mktemp("onevision")
     return Parity(
-        tiny_tiled.save_onevision, tiny_tiled.onevision_processor, folder, image=1, video=1
+        tiny_tiled.save_onevision, tiny_tiled.onevision_processor, folder, image=2, video=1
     )
 
 
