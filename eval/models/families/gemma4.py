@@ -107,8 +107,8 @@ def tiny_gemma4(window: int = 512, both_ways: str | None = "vision", **more: Any
     text = {
         **DECODER,
         "num_key_value_heads": 2,
-        "head_dim": 16,
-        "global_head_dim": 32,
+        "head_dim": 8,
+        "global_head_dim": 16,
         "num_global_key_value_heads": 1,
         "attention_k_eq_v": True,
         "sliding_window": window,
