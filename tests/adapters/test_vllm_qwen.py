@@ -91,11 +91,21 @@ def test_a_request_has_its_own_budget_and_answers_depend_on_positions(folders, m
     from vlmprune.adapters.serving.families import mrope
 
     folder, prompts = folders["qwen2_5_vl"], PROMPTS[:3]
-    llm = engine(folder, **vlmprune.vllm_args(str(folder), "divprune", keep_ratio=0.25))
+    args = vlmprune.vllm_args(str(folder), "divprune", keep_ratio=0.25)
+    llm = engine(folder, **args, enable_mm_embeds=True)
     for words in ({"keep_tokens": 16}, {"keep_ratio": 1.0}):
         found = served(llm, prompts, mm_processor_kwargs={"vlmprune": words})
         expected = wanted(folder, "qwen2_5_vl", prompts, "divprune", **words)
         same(found, expected)
+    same(served(llm, [(TWO, {"image": embedded(folder, [TALL, SQUARE])})]), expected[2:])
     monkeypatch.setattr(mrope, "offsets", lambda rows: torch.zeros(3, len(rows), dtype=torch.int64))
     lost = served(llm, prompts, mm_processor_kwargs={"vlmprune": words})
     assert [one[0] for one in lost] != [one[0] for one in expected]
+
+
+def embedded(folder, images):
+    """What the encoder of transformers makes of images, as vLLM takes it in place of them."""
+    inputs = tiny_qwen.processor("qwen2_5_vl").image_processor(images, return_tensors="pt")
+    with torch.no_grad():
+        rows = tiny_qwen.model(folder).get_image_features(**inputs).pooler_output
+    return {"image_embeds": torch.cat(list(rows)), "image_grid_thw": inputs["image_grid_thw"]}
