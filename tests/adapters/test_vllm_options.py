@@ -17,6 +17,7 @@ from vlmprune.adapters.serving.travelling import Span, digits, offsets, shortene
 from vlmprune.adapters.serving.versions import check_version
 from vlmprune.eval import cli
 from vlmprune.eval.models.families.llava import CLIP, SIGLIP
+from vlmprune.prune.contract import EncoderFeatures, Features
 from vlmprune.prune.tiling import Tiling
 
 GRID = Tiling.single(6, 6)
@@ -85,6 +86,7 @@ class Settings:
         ({"tensor": 2}, "--tensor-parallel-size"),
         ({"pipeline": 2}, "--pipeline-parallel-size"),
         ({"video": True}, "--video-pruning-rate"),
+        ({"tower": True}, "--enable-tower-connector-lora"),
     ],
 )
 def test_settings_that_cannot_be_combined_are_refused(words, says):
@@ -93,15 +95,33 @@ def test_settings_that_cannot_be_combined_are_refused(words, says):
         check_engine(settings(**words), served("vtc_cls", keep_ratio=0.5), travels=True)
 
 
+def test_a_method_may_read_rows_of_the_encoder_where_each_process_has_all():
+    call = Settings(name="reading")
+    reading = Settings(call=call, needs=(Features(), EncoderFeatures()))
+    check_engine(settings(tensor=2), reading)
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="--mm-encoder-tp-mode data"):
+        check_engine(settings(tensor=2, mode="data"), reading)
+
+
 def settings(
-    speculative=None, graphs=False, compiled=False, tensor=1, pipeline=1, video=False
+    speculative=None,
+    graphs=False,
+    compiled=False,
+    tensor=1,
+    pipeline=1,
+    video=False,
+    tower=False,
+    mode="weights",
 ) -> Settings:
     return Settings(
+        lora_config=Settings(enable_tower_connector_lora=True) if tower else None,
         speculative_config=speculative,
         compilation_config=Settings(cudagraph_mm_encoder=graphs, compile_mm_encoder=compiled),
         parallel_config=Settings(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline),
         model_config=Settings(
-            multimodal_config=Settings(is_multimodal_pruning_enabled=lambda: video)
+            multimodal_config=Settings(
+                is_multimodal_pruning_enabled=lambda: video, mm_encoder_tp_mode=mode
+            )
         ),
     )
 
