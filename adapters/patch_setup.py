@@ -227,7 +227,8 @@ class Setup:
             spots |= {("project", number) for number in range(self.projectors)}
         spots |= {("enter", layer) for layer in layers[min([*self.starts[1:], len(layers)]) :]}
         if self.on_cache is not None and isinstance(self.on_cache.method, Attending):
-            spots |= {(what, layer) for layer in layers for what in ("tables", "tap")}
+            attending = self.shape.decoder.attending
+            spots |= {(what, layer) for layer in attending for what in ("tables", "tap")}
         return frozenset(spots)
 
     @cached_property
@@ -238,7 +239,8 @@ class Setup:
         for need in self.heard:
             spots.add((HOOKS[shown(need)], need.layer))
         if self.on_cache is not None and isinstance(self.on_cache.method, Compressing):
-            spots |= {(what, layer) for layer in layers for what in ("attention", "tap")}
+            attending = self.shape.decoder.attending
+            spots |= {(what, layer) for layer in attending for what in ("attention", "tap")}
         if self.text is None:
             return frozenset()
         # Flash attention reads gapped position ids as packed sequences: hook every layer there.

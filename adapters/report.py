@@ -162,7 +162,7 @@ class Last:
     @property
     def cache_kept(self) -> list[list[float]] | None:
         """[sample][layer]: visual entries that a method on the cache left after the prompt, a mean
-        over key heads; None where none removed anything."""
+        over key heads, 0 in a layer that keeps a state; None where none removed anything."""
         return None if self.cache is None else self.cache.kept
 
     @property

@@ -22,7 +22,7 @@ class CacheReport:
     """Computed when it is asked for, so that a call waits for nothing."""
 
     entries: Entries = field(repr=False)
-    """The entries that stay, (K,) or (H_kv, K); None: all."""
+    """The entries that stay, (K,) or (H_kv, K), none in a layer that keeps a state; None: all."""
     scores: Entries | None = field(repr=False)
     """The method's scores of entries, means over heads: (S,); None: not recorded."""
     places: Places = field(repr=False)
@@ -69,7 +69,8 @@ class CacheReport:
         entries = self.entries[layer][self.image_sample[image]]
         if entries is None:
             return torch.ones_like(places, dtype=torch.float64)
-        heads = entries.to(places.device).reshape(-1, entries.shape[-1])
+        heads = entries.to(places.device)
+        heads = heads if heads.dim() == 2 else heads[None]
         return torch.stack([torch.isin(places, head) for head in heads]).double().mean(0)
 
     def _by_token(self, image: int, layer: int, values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...prune.contract import Place
@@ -89,7 +89,8 @@ def refuse_cache(setup: Setup, cache: Any, *, shortened: bool) -> None:
             f"{call.name} works on the cache of one prompt, and this one held an earlier image: "
             f"start a new cache for a new image, or ask on in text alone."
         )
-    _refuse_fixed(call.name, cache)
+    attending = setup.shape.decoder.attending  # others keep states, which are left alone
+    _refuse_fixed(call.name, [cache.layers[layer] for layer in attending])
 
 
 def refuse_forgetting(name: str, cache: Any, *, generating: bool) -> None:
@@ -100,7 +101,7 @@ def refuse_forgetting(name: str, cache: Any, *, generating: bool) -> None:
         generating: whether further tokens follow, in the same generate().
     """
     if cache is not None:
-        _refuse_fixed(name, cache)
+        _refuse_fixed(name, cache.layers)
     elif generating:
         raise UnsupportedFeatureError(
             f"{name} takes tokens out of the KV cache of the layers before its cut, and "
@@ -108,9 +109,9 @@ def refuse_forgetting(name: str, cache: Any, *, generating: bool) -> None:
         )
 
 
-def _refuse_fixed(name: str, cache: Any) -> None:
+def _refuse_fixed(name: str, layers: Sequence[Any]) -> None:
     """Refuse a cache whose layers do not let entries go."""
-    kinds = {type(layer).__name__ for layer in cache.layers}
+    kinds = {type(layer).__name__ for layer in layers}
     if kinds - {"DynamicLayer"}:
         raise UnsupportedFeatureError(
             f"{name} takes entries out of the KV cache, which {', '.join(sorted(kinds))} "

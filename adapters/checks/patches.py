@@ -9,7 +9,6 @@ from torch import nn
 from ...prune.budget import MethodCall
 from ...prune.contract import (
     BeforeLLM,
-    CacheMethod,
     InEncoder,
     LayerSignal,
     ModelShape,
@@ -44,12 +43,6 @@ def check_signals(call: MethodCall, family: Family, clip: ClipText | None) -> No
         raise MissingSignalError(
             f"{call.name} reads the CLS token, which this vision tower does not have. "
             f"{instead}{', '.join(working(family))}."
-        )
-    if isinstance(call.method, CacheMethod) and shape.decoder.attention_layers is not None:
-        raise MissingSignalError(
-            f"{call.name} works on the KV cache of every layer, and only the layers "
-            f"{', '.join(map(str, shape.decoder.attending))} of this decoder have one. Methods "
-            f"that work on it: {', '.join(working(family))}."
         )
     if inside := [need for need in missing if isinstance(need, LayerSignal)]:
         raise MissingSignalError(

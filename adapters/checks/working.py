@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ...prune.contract import (
-    CacheMethod,
     InEncoder,
     LayerSignal,
     Method,
@@ -19,7 +18,7 @@ from ...prune.contract import (
 )
 from ...prune.registry import default_methods
 from ..family import Family
-from ..sequence.masks import deepest_cut, layer_kind
+from ..sequence.masks import STATES, deepest_cut, layer_kind
 
 
 def working(family: Family, of: type[object] = Method) -> list[str]:
@@ -39,8 +38,6 @@ def _runs(made: Method, family: Family, shape: ModelShape) -> bool:
             return False
         if isinstance(made, InEncoder):
             return closed_encoder(made, family) is None
-        if isinstance(made, CacheMethod) and shape.decoder.attention_layers is not None:
-            return False
         return refused_decoder(made, family) is None
     except Exception:  # it has no rule for this shape, or is somebody's own and broken
         return False
@@ -94,6 +91,8 @@ def refused_decoder(method: Method, family: Family) -> str | None:
             f"{type(family.text_model).__name__} does not have:"
         )
     kinds = {layer_kind(config, layer) for layer in range(_layers_cleared(method, family))}
+    if method.place is Place.CACHE:
+        kinds -= {*STATES}  # which it leaves alone
     if kinds - {"full_attention"}:
         return (
             f"{method.name} works on the KV cache of layers that see the whole prompt, and this "

@@ -84,10 +84,11 @@ class Compression:
     repeats: int
     """Rows of the batch per sample."""
     _heads: Heads | None = None
-    _kept: list[list[Tensor | None]] = field(default_factory=list)
+    _kept: dict[int, list[Tensor | None]] = field(default_factory=dict)
+    """By layer. Those that keep a state have no entries."""
     places: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     """Per segment and image, see `CacheReport`."""
-    _scores: list[list[Tensor | None]] = field(default_factory=list)
+    _scores: dict[int, list[Tensor | None]] = field(default_factory=dict)
     _layouts: dict[int, tuple[Layout, list[int]]] = field(default_factory=dict)
     """Per segment: the layout of the new entries that stay, and each row's entries before."""
 
@@ -152,9 +153,8 @@ class Compression:
                 scores.append(chosen.scores)
             keys.append(_kept(chosen.kept, own_keys, chosen.keys))
             values.append(_kept(chosen.kept, own_values, chosen.values))
-        self._kept.append(kept)
-        if self.setup.record:
-            self._scores.append([None if s is None else _noted(s) for s in scores])
+        self._kept[layer] = kept
+        self._scores[layer] = [None if s is None else _noted(s) for s in scores]
         start = self.setup.start_of(layer)
         if start not in self._layouts:
             counts = torch.tensor([part.shape[1] for part in keys], device=visual.device)
@@ -208,10 +208,13 @@ class Compression:
             layout_of: per segment, the layout of this prefill.
             span: the caller's positions of the first token and of the next one, (B, 1) each.
         """
-        last.entries = self._kept
+        depth, samples = self.setup.shape.decoder.num_layers, len(self.keeps)
+        none: list[Tensor | None] = [torch.zeros(0, dtype=torch.long)] * samples
+        last.entries = [self._kept.get(layer, none) for layer in range(depth)]
+        scores = [self._scores.get(layer, [None] * samples) for layer in range(depth)]
         last.cache = CacheReport(
-            entries=self._kept,
-            scores=self._scores if self.setup.record else None,
+            entries=last.entries,
+            scores=scores if self.setup.record else None,
             places=self.places,
             image_sample=last.image_sample,
             tokens_in=last.tokens_in,
@@ -220,6 +223,8 @@ class Compression:
         acted = torch.tensor([keep is not None for keep in self.keeps for _ in range(self.repeats)])
         acted = acted[:, None]
         for segment in state.segments:
+            if segment.start not in self._layouts:  # its layers keep states
+                continue
             layout, before = self._layouts[segment.start]
             width = layout_of[segment.start].length
             past = int(self.cache.physical_length(segment.start)) - layout.length
@@ -241,7 +246,8 @@ class Compression:
                 stored = counted[:, past:].sum(1, keepdim=True) + first
                 unshifted = torch.zeros_like(stored) if segment.shift is None else segment.shift
                 segment.shift = torch.where(acted.to(first.device), following - stored, unshifted)
-        removed = layout_of[0].length - self._layouts[0][0].length
+        anchor = self.setup.start_of(self.setup.shape.decoder.attends_at(0))
+        removed = layout_of[anchor].length - self._layouts[anchor][0].length
         state.uncroppable = max(0, state.uncroppable - removed)
 
 
@@ -266,7 +272,8 @@ def _evict(setup: Setup, method: Compressing, cache: Any, state: PrunedState, ne
         if not any(gone):
             continue
         evicted = True
-        layers = cache.layers[segment.start : stop]
+        attending = setup.shape.decoder.attending
+        layers = [cache.layers[n] for n in attending if segment.start <= n < stop]
         device, padding = layers[0].keys.device, segment.padding_to(width)
         if padding is None and all(columns == gone[0] for columns in gone):
             segment.dropped += len(gone[0])

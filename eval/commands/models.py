@@ -62,7 +62,7 @@ def _facts(family: type[Family]) -> tuple[str, ...]:
         family.since,
         ", ".join(f"{modality.name}s" for modality in family.modalities),
         "yes" if _opens_encoder(family, config) else "no",
-        "yes" if not _kinds(config) - {"full_attention"} else "no",
+        "yes" if not _kinds(config) - {"full_attention", *STATES} else "no",
         "original" if family.mrope else "original, repacked",
         " ".join(_refused(family, config)),
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
+from ...adapters.sequence.masks import STATES
 from ...prune.contract import Decoder, ModelShape, Tower
 from ...prune.tiling import Tiling
 from .pressed import Pressed
@@ -52,7 +53,8 @@ class Case:
 
     @property
     def whole_cache(self) -> bool:
-        """Whether every decoder layer stores the whole prompt, as methods on the cache need."""
+        """Whether every decoder layer with attention stores the whole prompt, as methods on the
+        cache need."""
         return _stores_all(self)
 
     @property
@@ -119,7 +121,7 @@ class Case:
 @functools.cache
 def _stores_all(case: Case) -> bool:
     kinds = getattr(case.config().get_text_config(), "layer_types", None) or ()
-    return set(kinds) <= {"full_attention"}
+    return set(kinds) <= {"full_attention", *STATES}
 
 
 @functools.cache

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import vlmprune
-from kit import zoo
+from kit import decoding, zoo
 from kit.beside_oracle import check_generated, generated
-from kit.reported import truth_of
+from kit.decoder_kinds import stored_lengths
+from kit.decoding import STEPS, call_of, logits_of
+from kit.reported import TOLERANCE, cached_truth, truth_of
 from vlmprune.adapters.cache_names import CACHE
 from vlmprune.prune.contract import Decoder, ModelShape, Tower
 from vlmprune.prune.registry import method_class
@@ -84,13 +86,40 @@ def test_layers_with_attention_may_be_anywhere(name, layers):
     check_generated(truth_of(case, inputs, model, handle), out, inputs, handle)
 
 
-@pytest.mark.parametrize("name", ["elastic_cache", "token_select", "visual_press"])
-def test_methods_on_the_cache_are_refused_with_what_works(name):
-    with pytest.raises(vlmprune.MissingSignalError, match=r"only the layers 1, 3.*fastv"):
-        vlmprune.patch(CASE.model(), name, keep_ratio=0.5)
+LFM2 = zoo.CASES["lfm2_vl"]
 
 
-@pytest.mark.parametrize("name", ["fastv", "divprune"])
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        (LFM2, ["elastic_cache"]),  # which numbers anew what is stored
+        (LFM2, ["token_select"]),
+        (CASE, ["fastv", "elastic_cache"]),
+        (with_attention_in(2), ["elastic_cache"]),
+        (with_attention_in(0), ["divprune", "visual_press"]),
+        (with_attention_in(1), ["fastv", "elastic_cache"]),  # states alone behind the cut
+    ],
+    ids=lambda given: given.name if isinstance(given, zoo.Case) else "-".join(given),
+)
+def test_methods_on_the_cache_shorten_layers_with_attention_alone(case, names):
+    model, inputs = case.model(), case.inputs(zoo.BATCH)
+    budgets = (0.4, 0.2)[: len(names)]
+    calls = [call_of(name, keep_ratio=ratio) for name, ratio in zip(names, budgets, strict=True)]
+    handle = vlmprune.patch(model, calls)
+    out = decoding.generated(model, inputs)
+    truth, stored = cached_truth(case, inputs, model, handle), []
+    for row, tokens in enumerate(out.sequences[:, -STEPS:].tolist()):
+        expected, layers = truth.cached.run(row, tokens[:-1])
+        torch.testing.assert_close(logits_of(out)[:, row], expected, **TOLERANCE)
+        stored.append([layer.stored for layer in layers])
+    assert stored_lengths(out[CACHE]) == [max(layer) for layer in zip(*stored, strict=True)]
+    attending = case.shape.decoder.attending
+    for of_row in handle.last.cache_kept or ():
+        assert all(not count for n, count in enumerate(of_row) if n not in attending)
+    assert out[CACHE].get_seq_length() == inputs["input_ids"].shape[1] + STEPS - 1
+
+
+@pytest.mark.parametrize("name", ["fastv", "divprune", "visual_press"])
 def test_several_tokens_at_once_go_on_from_what_each_state_has_seen(name):
     model, rows = CASE.model(), (zoo.TWO, zoo.ONE)
     inputs = CASE.inputs(rows)
@@ -99,7 +128,9 @@ def test_several_tokens_at_once_go_on_from_what_each_state_has_seen(name):
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
     with torch.no_grad():
         cache = {CACHE: model(**inputs, use_cache=True)[CACHE]}
-        truth = truth_of(CASE, inputs, model, handle)
+        of_kind = cached_truth if name == "visual_press" else truth_of
+        truth = of_kind(CASE, inputs, model, handle)
+        truth.pieces = (more.shape[1],)
         found = model(input_ids=more, attention_mask=mask, **cache).logits
     for row, ids in enumerate(more.tolist()):
         wanted = truth.next_logits(row, ids)[1:]

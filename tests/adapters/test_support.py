@@ -87,8 +87,9 @@ def way(name: str, column: str) -> str:
         kept = 0 if name in zoo.UNBUDGETED else round(0.4 * count)
         all_stay = name in zoo.ON_CACHE or getattr(method_class(name), "restores", False)
         assert handle.last.tokens_kept == [count if all_stay else kept], (name, column)
-        for (entries,) in handle.last.entries:
-            assert entries.shape[-1] == handle.last.text_tokens[0] + kept
+        for layer, (entries,) in enumerate(handle.last.entries):
+            stores = layer in case.shape.decoder.attending
+            assert entries.shape[-1] == stores * (handle.last.text_tokens[0] + kept)
         return words
     return "no"
 

@@ -8,11 +8,14 @@ Then new tokens are fed one by one, through attention written by hand.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
+from kit.decoder_kinds import head, last_norm, observe
 from kit.oracle import Cuts, Truth, decoder_of, plus, projected, turned
 from torch import Tensor
 
@@ -30,7 +33,7 @@ class Entries:
     attention: Any  # the module
     hidden: Tensor  # (S, D) its input
     rotary: tuple[Tensor, Tensor]  # (S, D_head) each
-    unturned: Tensor  # (H_kv, S, D_head) keys before their rotation
+    unturned: Tensor | None  # (H_kv, S, D_head) keys before their rotation; None: not looked at
     mask: Tensor  # (S, S)
     signals: Mapping[Any, Tensor] = field(default_factory=dict)
 
@@ -64,6 +67,7 @@ class Layer:
     following: int  # position of the token behind the prompt
     acts: bool  # whether the method did anything here
     seen: int = 0  # new tokens so far
+    inputs: Tensor | None = None  # (n, D), all that a layer was given which keeps a state
 
     @property
     def stored(self) -> int:
@@ -118,6 +122,7 @@ class CacheTruth:
         self.compress = compress
         self.evict = evict
         self.attend = attend
+        self.states = any(not hasattr(layer, "self_attn") for layer in self.decoder.layers)
         self._prefilled: dict[int, tuple[Tensor, list[Entries], list[int]]] = {}
         self._compressed: dict[int, list[Layer]] = {}
 
@@ -134,6 +139,12 @@ class CacheTruth:
             truth, found, following = self.truth, [], []
             visual = torch.cat([*truth.rows[row].images, torch.zeros(0, dtype=torch.long)])
             for number, layer, state, tables, mask in truth.layer_inputs(row, truth.start(row)):
+                if self.states:
+                    entries, output = _observed(number, layer, state, tables, mask, visual)
+                    found.append(entries)
+                    following.append(state.following)
+                    state.hidden = output
+                    continue
                 attention, x = layer.self_attn, layer.input_layernorm(state.hidden)
                 cos, sin = (table[0] for table in tables)
                 query, key, value = (projected(attention, name, x) for name in "qkv")
@@ -154,7 +165,7 @@ class CacheTruth:
                 state.hidden = _finish(
                     layer, state.hidden, entries.queries, entries.keys, value, mask
                 )
-            logits = self.model.lm_head(self.decoder.norm(state.hidden[-1]))
+            logits = head(self.model, last_norm(self.decoder)(state.hidden[-1]))
             self._prefilled[row] = logits, found, following
         return self._prefilled[row]
 
@@ -177,6 +188,8 @@ class CacheTruth:
             following=following,
             acts=True,
         )
+        if entries.attention is None:  # it keeps a state, which nobody touches
+            return replace(layer, acts=False, inputs=entries.hidden)
         if self.compress is None:
             return layer
         given = self.compress
@@ -218,8 +231,9 @@ class CacheTruth:
                 break
             hidden = self.model.get_input_embeddings()(torch.tensor(piece))
             for number, block in enumerate(self.decoder.layers):
-                hidden = self._step(row, number, block, layers[number], hidden)
-            logits.append(self.model.lm_head(self.decoder.norm(hidden)))
+                step = self._own_step if self.states else self._step
+                hidden = step(row, number, block, layers[number], hidden)
+            logits.append(head(self.model, last_norm(self.decoder)(hidden)))
             for layer in layers:
                 for _ in piece:
                     self._evict(layer)
@@ -275,6 +289,46 @@ class CacheTruth:
             query = turned(attention, query, cos[-new:], sin[-new:])
         return _finish(block, hidden, query, keys, values, mask[:, -len(chosen) :])
 
+    def _own_step(self, row: int, number: int, block, layer: Layer, hidden: Tensor) -> Tensor:
+        """The same through the layer's own modules, where some keep a state: these are given all
+        tokens again. Attention is eager, on what is stored."""
+        if layer.inputs is not None:
+            layer.inputs = torch.cat([layer.inputs, hidden])
+            output = block(layer.inputs[None], position_embeddings=None, attention_mask=None)
+            return output[0][-len(hidden) :]
+        module, new = sys.modules[type(block.self_attn).__module__], len(hidden)
+        eager = module.eager_attention_forward
+        at = layer.stored if self.repacked and layer.acts else layer.following + layer.seen
+        tables = self._tables(hidden, range(at, at + new))
+        layer.seen += new
+
+        def attend(attention, query, key, value, mask, **kwargs):
+            query, back = query[0], (tables[0], -tables[1])
+            layer.keys = torch.cat([layer.keys, key[0]], 1)
+            layer.values = torch.cat([layer.values, value[0]], 1)
+            if layer.unturned is not None:
+                layer.unturned = torch.cat([layer.unturned, turned(attention, key[0], *back)], 1)
+            keys, chosen = layer.keys, torch.arange(layer.stored)
+            if self.attend is not None:
+                assert new == 1, "pieces are not looked at"
+                if self.repacked:
+                    query, keys = turned(attention, query, *back), layer.unturned
+                found = self.attend(row, number, query[:, 0], keys)
+                chosen = chosen if found is None else found
+            keys = keys[:, chosen]
+            if self.attend is not None and self.repacked:
+                cos, sin = self._tables(hidden, range(len(chosen)))
+                keys = turned(attention, keys, cos, sin)
+                query = turned(attention, query, cos[-1:], sin[-1:])
+            values = layer.values[None, :, chosen]
+            later = torch.full((new, len(chosen)), -torch.inf).triu(len(chosen) - new + 1)
+            return eager(attention, query[None], keys[None], values, later[None, None], **kwargs)
+
+        given = tuple(table[None] for table in tables)
+        with mock.patch.object(module, "eager_attention_forward", attend):
+            output = block(hidden[None], position_embeddings=given, attention_mask=None)
+        return output[0]
+
     def _tables(self, hidden: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Cosines and sines of text at these positions, (n, D_head) each."""
         axes = len(self.truth.rows[0].positions)
@@ -296,6 +350,28 @@ class CacheTruth:
             left = torch.tensor([i for i in range(layer.stored) if i != slot])
             layer.keys, layer.values = layer.keys[:, left], layer.values[:, left]
             layer.unturned = None
+
+
+def _observed(number: int, layer, state, tables, mask: Tensor, visual: Tensor):
+    """What a layer stores as its own modules compute it, nothing where it keeps a state; and its
+    output (n, D)."""
+    cos, sin = (table[0] for table in tables)
+    seen = observe(layer, state.hidden, (cos, sin), mask)
+    attention = getattr(layer, "self_attn", None)
+    nothing = state.hidden[None, :0]
+    entries = Entries(
+        layer=number,
+        keys=nothing if attention is None else seen.keys,
+        values=nothing if attention is None else seen.values,
+        queries=nothing if attention is None else seen.queries,
+        visual=torch.isin(state.places, visual),
+        attention=attention,
+        hidden=state.hidden if attention is None else seen.attention[0],
+        rotary=(cos, sin),
+        unturned=None if attention is None else turned(attention, seen.keys, cos, -sin),
+        mask=mask,
+    )
+    return entries, seen.output
 
 
 def taken(heads: Tensor, kept: Tensor) -> Tensor:

@@ -124,8 +124,6 @@ def asked(case: Case, names: Iterable[str]) -> list[str]:
     found = []
     for of_place in places.values():
         run = [name for name in of_place if options_for(case, name.partition(":")[0]) is not None]
-        if not run and issubclass(method_class(of_place[0].partition(":")[0]), CacheMethod):
-            continue  # decoders that keep states refuse all of them: test_states.py
         found.append((run or of_place)[turn_of(case) % len(run or of_place)])
     return found
 
@@ -171,7 +169,7 @@ CLEARING = [
     for name in _ALL
     if name in ON_CACHE or any(cut.below for cut in method_class(name)().cuts(CLIP))
 ]
-"""Methods that take entries out of the cache, which every layer must have."""
+"""Methods that take entries out of the cache; those before a cut of every layer there."""
 UNBUDGETED = [name for name in _ALL if method_class(name).unbudgeted]
 """Methods of which no budget says how many tokens stay."""
 REMOVING = [name for name in _ALL if name not in ON_CACHE + IN_ENCODER + UNBUDGETED]
@@ -190,8 +188,9 @@ def budget(name: str, **words: float) -> dict[str, float]:
 
 def needs_of(case: Case, method: Any) -> tuple[Any, ...] | None:
     """The signals that a method asks for; None where it has no rule for the model's encoder, or
-    works on a cache that not every layer has."""
-    if method.name in CLEARING and case.shape.decoder.attention_layers is not None:
+    cuts the caches of layers some of which have none."""
+    forgets = method.name in CLEARING and method.name not in ON_CACHE
+    if forgets and case.shape.decoder.attention_layers is not None:
         return None
     try:
         return tuple(method.needs(case.shape))

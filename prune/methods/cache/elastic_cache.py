@@ -54,7 +54,7 @@ class ElasticCache(Compressing):
         check_int("distance", self.distance, hint=hint)
 
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
-        return tuple(ReceivedInLayer(layer) for layer in range(shape.decoder.num_layers))
+        return tuple(ReceivedInLayer(layer) for layer in shape.decoder.attending)
 
     def compress(self, entries: CacheEntries, keep: int) -> Compressed:
         scores = entries.signals[ReceivedInLayer(entries.layer)]

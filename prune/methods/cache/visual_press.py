@@ -80,7 +80,7 @@ class VisualPress(Compressing):
     def needs(self, shape: ModelShape) -> tuple[Signal, ...]:
         if self.press != "received":
             return ()
-        return tuple(ReceivedInLayer(layer) for layer in range(shape.decoder.num_layers))
+        return tuple(ReceivedInLayer(layer) for layer in shape.decoder.attending)
 
     def compress(self, entries: CacheEntries, keep: int) -> Compressed:
         visual = int(entries.visual.sum())  # forces a wait: counts depend on which are visual
