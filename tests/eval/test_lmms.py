@@ -21,6 +21,7 @@ from lmms_eval import models
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from vlmprune.eval.embedded import TASK
+from vlmprune.eval.lmms.arguments import calls_of
 from vlmprune.eval.lmms.model import VlmPrune
 from vlmprune.eval.lmms.stock import wrapper_of
 from vlmprune.eval.models.registry import known_families, known_family
@@ -156,6 +157,19 @@ def test_batches_answer_as_single_questions_do(name, folder):
         logged = batch[3]["throughput"]
         kept, all_tokens = (logged[f"avg_visual_tokens{end}"] for end in ("_kept", ""))
         assert kept == pytest.approx(0.3 * all_tokens, rel=0.1)
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.PROCESSORS if n not in lmms_kit.PROCESSORS])
+def test_models_of_further_families_answer(name, folder):
+    """A prompt with two pictures and one with another in a batch, and what was kept of them."""
+    case = zoo.CASES[name]
+    lm = VlmPrune.of(case.model(), lmms_kit.processor_of(name), batch_size=2)
+    lm.use(calls_of("divprune@0.5", None, {}, ()))
+    answers, seen, _, results = evaluate(lm, "tiny_pictures", folder, limit=4)
+    assert len(answers) == 4 and sorted(len(call["input_ids"]) for call in seen) == [2, 2]
+    logged = results["throughput"]
+    kept, all_tokens = (logged[f"avg_visual_tokens{end}"] for end in ("_kept", ""))
+    assert kept == pytest.approx(0.5 * all_tokens, abs=0.5)
 
 
 def test_requests_with_other_settings_are_other_batches(folder):

@@ -12,7 +12,7 @@ import numpy as np
 import transformers
 from kit import zoo
 from kit.words import FRAMED as QWEN
-from kit.words import IDS
+from kit.words import IDS, chat_template
 from kit.words import PLAIN as LLAVA
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from vlmprune.eval.models.families.llava_onevision import ASPECT_RATIO
@@ -122,6 +122,16 @@ PROCESSORS = {
 }
 
 
+def processor_of(name: str) -> transformers.ProcessorMixin:
+    """With letters for words; for further families one that takes all words of a task alike."""
+    if name in PROCESSORS:
+        return PROCESSORS[name]()
+    family = zoo.PROCESSORS[name]
+    made = family.processor()
+    made.chat_template = chat_template(family.MARKS)
+    return made
+
+
 def checkpoint(name: str, folder: Path) -> Path:
     """A tiny model of the zoo on disk, with its processor."""
     path = folder / name
@@ -129,7 +139,7 @@ def checkpoint(name: str, folder: Path) -> Path:
         model = zoo.CASES[name].model()
         model.generation_config.eos_token_id = 2
         model.save_pretrained(path)
-        PROCESSORS[name]().save_pretrained(path)
+        processor_of(name).save_pretrained(path)
     return path
 
 
