@@ -136,6 +136,10 @@ def _build(case: Case, attn_implementation: str) -> tuple[PreTrainedModel, Press
         noise = torch.randn(weight.shape, generator=draw)
         owner = model.get_submodule(name.rpartition(".")[0])
         scale = getattr(owner, "scalar_embed_scale", 1.0)  # Gemma's, of embeddings
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            attention: Any = model.get_submodule(name.rsplit(".", 2)[0])
+            if attention.scaling == 1:  # Gemma 4's norms have learnt to scale
+                scale = attention.head_dim**0.25
         weight.data = _weight(name, weight, noise) / scale
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
