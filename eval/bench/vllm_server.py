@@ -17,6 +17,7 @@ from typing import Self
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from ...adapters.serving.versions import INSTALL
 from ...prune.errors import VlmpruneError
 from ..models.loading import ModelLoadError
 
@@ -136,8 +137,8 @@ def refuse_without_vllm() -> None:
     """
     if find_spec("vllm") is None:
         raise VlmpruneError(
-            "vLLM is not installed here: --engine vllm runs in vLLM's own environment, which "
-            "adapters/serving/README.md says how to make (pip install 'vllm>=0.32,<0.33')."
+            f"vLLM is not installed here: --engine vllm runs in vLLM's own environment, which "
+            f"adapters/serving/README.md says how to make ({INSTALL})."
         )
 
 

@@ -157,10 +157,13 @@ def test_tiles_are_counted_from_sizes_as_the_processor_counts_them(name):
         served_of(config, options)
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0.0"])
 def test_other_versions_of_vllm_are_refused(version):
-    with pytest.raises(vlmprune.VlmpruneError, match=r"pip install 'vllm>=0\.32,<0\.33'"):
+    with pytest.raises(vlmprune.VlmpruneError, match=r"pip install 'vllm>=0\.31,<0\.33'"):
         check_version(version)
+    check_version("0.31.0")
+    with pytest.raises(vlmprune.VlmpruneError, match=r"pip install 'vllm>=0\.32,<0\.33'"):
+        check_version("0.31.0", since=(0, 32))
     check_version("0.32.1+cpu")
 
 

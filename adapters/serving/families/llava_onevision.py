@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..versions import check_version
 from .tiled import TiledModel, TiledProcessor
 
 from vllm.model_executor.models.llava_onevision import (  # isort: skip  (behind the version's check)
@@ -11,6 +12,8 @@ from vllm.model_executor.models.llava_onevision import (  # isort: skip  (behind
     LlavaOnevisionProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY  # isort: skip
+
+check_version(since=(0, 32))  # the transformers beside 0.31 has other videos to compare with
 
 
 class OnevisionProcessor(TiledProcessor, LlavaOnevisionMultiModalProcessor):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..versions import check_version
 from .qwen3_vl import Timestamped, TimestampedProcessor
 
 from vllm.model_executor.models.qwen3_5 import (  # isort: skip  (behind the version's check)
@@ -10,6 +11,8 @@ from vllm.model_executor.models.qwen3_5 import (  # isort: skip  (behind the ver
 )
 from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder  # isort: skip
 from vllm.multimodal import MULTIMODAL_REGISTRY  # isort: skip
+
+check_version(since=(0, 32))  # the transformers beside 0.31 cannot make one to compare with
 
 
 @MULTIMODAL_REGISTRY.register_processor(
