@@ -208,3 +208,16 @@ def test_tokens_that_are_one_visual_word_are_refused(how):
     model.base_model.vision_tower.config.tokenize_function = how
     with pytest.raises(vlmprune.UnsupportedModelError, match='tokenize_function = "softmax"'):
         vlmprune.patch(model, "divprune", keep_ratio=0.5)
+
+
+@TILED
+def test_images_of_several_tiles_are_remembered(case):
+    """Whatever the encoder's entries are: tiles, or all that a prompt shows."""
+    model, inputs = case.model(), case.inputs(ROWS)
+    with vlmprune.patch(model, "divprune", keep_ratio=0.4):
+        expected = model(**inputs).logits
+    with vlmprune.patch(model, "divprune", keep_ratio=0.4, remember_images=4) as handle:
+        found = [model(**inputs).logits for _ in range(2)]
+        assert (handle.remembered.misses, handle.remembered.hits) == (3, 3)
+    for logits in found:
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
