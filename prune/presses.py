@@ -55,9 +55,9 @@ def _last_rows(entries: CacheEntries, window: int) -> Tensor:
     scaling = getattr(entries.attention, "scaling", width**-0.5)
     logits = (rows @ entries.keys.float().mT).mul_(scaling)
     logits = rearrange(logits, "h (g w) s -> h g w s", w=queries.shape[1])
-    column = torch.arange(length, device=logits.device)
-    ahead = column > column[-window:, None]
-    return logits.masked_fill_(ahead, -torch.inf).softmax(-1)
+    asked = torch.arange(length, device=logits.device)[-window:]
+    hidden = ~entries.sight.seen(asked, length)
+    return logits.masked_fill_(hidden, -torch.inf).softmax(-1)
 
 
 def small_keys(entries: CacheEntries) -> Tensor:

@@ -22,10 +22,20 @@ MAY_IMPORT = {"prune": {"prune"}, "adapters": {"prune", "adapters"}, "eval": set
 PRUNE_MAY_IMPORT = sys.stdlib_module_names | {"torch", "triton", "einops"}
 ROOMS = {
     "prune": (
-        *("__init__", "errors", "numbers", "amount", "tiling", "plugins", "shipped", "ops"),
+        *(
+            "__init__",
+            "errors",
+            "numbers",
+            "amount",
+            "tiling",
+            "sight",
+            "plugins",
+            "shipped",
+            "ops",
+        ),
         *("contract", "declared", "budget", "registry", "answers", "reductions"),
         *("joining", "tiles", "select", "fields", "layers", "schedule", "blocks", "salience"),
-        *("presses", "batches", "methods", "choose", "sight", "scores"),
+        *("presses", "batches", "methods", "choose", "scores"),
     ),
     "adapters": (
         *("__init__", "cache_names", "devices", "wrappers", "stopwatch", "hooks"),

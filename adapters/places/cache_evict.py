@@ -193,6 +193,7 @@ class Compression:
             attention=module,
             hidden=kwargs["hidden_states"][row, -count:],
             rotary=(cos[at, -count:], sin[at, -count:]),
+            sight=here.sight(row, 0, count),
         )
 
     def finish(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..sight import Sight
 from ..tiling import Tiling
 from .place import Place
 from .shape import ModelShape
@@ -115,6 +116,8 @@ class CacheEntries:
     """(S, D): the input of the attention module."""
     rotary: tuple[Tensor, Tensor]
     """Cosines and sines of the entries' positions, (S, D_head) each."""
+    sight: Sight = field(default_factory=Sight)
+    """Which entries their rows see of each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

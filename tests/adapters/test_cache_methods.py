@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from vlmprune.adapters.cache_names import CACHE
 from vlmprune.prune.budget import MethodCall
 from vlmprune.prune.contract import Compressing, ReceivedInLayer
+from vlmprune.prune.methods.cache.visual_press import VisualPress
 from vlmprune.prune.registry import method_class
 
 NAMES = [*zoo.ON_CACHE, "visual_press:knorm", "visual_press:received"]
@@ -328,6 +329,20 @@ LISTS = pytest.mark.parametrize("which", EVERYWHERE)
 
 def positions_of(case: zoo.Case) -> list[str]:
     return ["original"] if case.fixed_positions else ["original", "repacked", None]
+
+
+def test_rows_that_see_each_other_both_ways_are_asked_as_they_see():
+    case = zoo.CASES["paligemma"]
+    model, inputs = case.model(), case.inputs(zoo.BATCH)
+    for keep in (0.3, 0.4, 0.5):
+        handle = vlmprune.patch(model, "visual_press", keep_ratio=keep)
+        truth = check(case, inputs, model, handle)
+        handle.remove()
+    first, *_ = truth.cached.prefill(0)[1]
+    assert bool((first.mask.triu(1) == 0).all()), "every row sees the whole prompt"
+    causal = replace(first, mask=first.mask + torch.full_like(first.mask, -torch.inf).triu(1))
+    found = [VisualPress().compress(one, 30).scores for one in (first, causal)]
+    assert not torch.allclose(*found, atol=1e-5)
 
 
 @zoo.BOTH_FAMILIES

@@ -37,6 +37,14 @@ class Entries:
     mask: Tensor  # (S, S)
     signals: Mapping[Any, Tensor] = field(default_factory=dict)
 
+    @property
+    def sight(self) -> Entries:
+        return self
+
+    def seen(self, rows: Tensor, count: int) -> Tensor:
+        """(R, count) bool, as `Sight` says it."""
+        return self.mask[rows, :count] >= 0
+
     def received(self) -> Tensor:
         """Attention that each entry receives from all rows: head mean, summed over rows: (S,)."""
         keys = shared(self.keys, len(self.queries))
