@@ -315,9 +315,9 @@ def test_patching_twice_replaces(case):
     ["merging", "decoder", "both", "steps", "cache", "attending", "everywhere"],
     [zoo.CASES[name] for name in zoo.FAMILY_NAMES],
 )
-@pytest.mark.parametrize("layer", [0, 3])
-def test_an_exception_in_a_layer_leaves_the_next_call_right(case, which, layer):
-    model = case.model()
+def test_an_exception_in_a_layer_leaves_the_next_call_right(case, which):
+    """In the first layer and, on Qwen, in one behind the cuts."""
+    model, layer = case.model(), 3 if case.packed else 0
     vlmprune.patch(model, METHODS[which])
     expected = outputs(model, case)
 
@@ -374,9 +374,8 @@ def test_threads_give_the_same_as_one_after_the_other(which, name):
     prompts = [zoo.SINGLE, zoo.BATCH, (zoo.NONE,), (zoo.TWO,), ((4, "B", 3, "C", 3),), zoo.SINGLE]
     serial = [outputs(model, case, rows) for rows in prompts]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(2):
-            threaded = list(pool.map(lambda rows: outputs(model, case, rows), prompts))
-            assert all(map(same, threaded, serial))
+        threaded = list(pool.map(lambda rows: outputs(model, case, rows), prompts))
+        assert all(map(same, threaded, serial))
 
 
 @zoo.BOTH_FAMILIES

@@ -29,8 +29,6 @@ from vlmprune.eval.results.statistics import RESAMPLES, difference
 from vlmprune.eval.results.store import read_records
 from vlmprune.eval.tasks.protocols import TaskError
 
-pytestmark = pytest.mark.usefixtures("timed_once")
-
 DIVPRUNE = (vlmprune.method("divprune", keep_ratio=0.1),)
 LIMIT = 24
 
