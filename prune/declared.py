@@ -273,7 +273,7 @@ def _too_late(need: Signal, cuts: Sequence[Cut]) -> str:
             "which is read in the decoder, and it cuts before the LLM: derive from InDecoder, or "
             "declare signals of the encoder (Features, ClsAttention, ...)"
         )
-    if isinstance(need, TextAttention) and need.ahead:
+    if getattr(need, "ahead", False):
         listed = ", ".join(map(str, layers))
         return f"and only a layer that is cut can be read ahead: {listed}"
     last = max(layers)

@@ -165,6 +165,13 @@ def received_of(
     return total.div_(query.shape[0])
 
 
+def gist_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention that the mean of queries (H, n, D_head) gives to keys (H_kv, n, D_head), mean over
+    heads: (n,)."""
+    mean = query.float().mean(1, keepdim=True)
+    return attention_of(mean, key.float(), None, scaling).mean((0, 1))
+
+
 def rotary_means(cos: Tensor, sin: Tensor) -> Tensor:
     """`RotaryMeans` of tables (axes, n, D_head), one for each axis of positions: (n, 2)."""
     means = torch.stack([table.float().mean(-1) for table in (cos, sin)], -1)

@@ -35,6 +35,7 @@ VERSIONS: dict[str, int] = {
     "ivc_prune": 1,
     "mctf": 1,
     "mustdrop": 1,
+    "pact": 1,
     "pool": 1,
     "prumerge": 1,
     "prumerge_plus": 1,

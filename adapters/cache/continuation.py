@@ -88,7 +88,8 @@ class Continued:
             made = next(made for other, made in self._memo.items() if other[:3] == key[:3])
             return None if made is None else made.to(hidden.device)
         length = _mask_length(self.setup, self.cache, hidden.shape[1], layer)
-        return layer_mask(config, layer, hidden, segment.padding_to(length), self.cache)
+        stored = segment.padding_to(length), self.cache
+        return layer_mask(config, layer, hidden, *stored, weights=segment.weights)
 
     def _tables(self, layer: int, hidden: Tensor, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """The rotary tables of all segments by their first layers, for layers of this kind, made
@@ -103,7 +104,8 @@ class Continued:
         return dict(zip(starts, tables, strict=True))
 
     def _masked(self, segment: Segment, kwargs: Mapping[str, Any]) -> bool:
-        return kwargs.get("attention_mask") is not None or segment.padding is not None
+        given = kwargs.get("attention_mask")
+        return any(x is not None for x in (given, segment.padding, segment.weights))
 
 
 def shortened_mask(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...prune.errors import UnsupportedFeatureError
 from ..sequence.layout import Layout
@@ -36,6 +37,9 @@ class Segment:
     dropped: int = 0
     padding: Tensor | None = None
     shift: Tensor | None = None
+    weights: Tensor | None = None
+    """(B, P) float32: what is added to the logits of the first P stored columns (of later ones
+    nothing), log(size) of merged rows; None: nothing."""
     ledger: Tensor | None = None
     """(B, 4) on the CPU, for methods that go on removing entries while decoding: entries of the
     prompt before and after the method, entries now, tokens fed; zeros: not this row."""
@@ -57,6 +61,21 @@ class Segment:
         if closed is not None:
             self.shift = closed if self.shift is None else closed + self.shift
         return padding
+
+    def weigh(self, stored: int, new: Tensor | None) -> Tensor | None:
+        """A prefill stores columns with weights `new` (B, K), None for none, behind `stored` ones;
+        returns those of all."""
+        if new is not None:
+            before = self.weights_to(stored)
+            before = new.new_zeros(len(new), stored) if before is None else before.to(new.device)
+            self.weights = torch.cat([before, new], 1)
+        return self.weights
+
+    def weights_to(self, length: int) -> Tensor | None:
+        """`weights` for exactly `length` stored columns."""
+        if self.weights is None:
+            return None
+        return pad(self.weights, (0, length - self.weights.shape[1]))
 
     def leave(self, stored: int, before: Layout, after: Layout, *, told: bool) -> None:
         """Of what a prefill stored as `before` behind `stored` columns, `after` is left; `told` as
@@ -111,7 +130,7 @@ class PrunedState:
 
     def map_rows(self, function: Any) -> None:
         for segment in self.segments:
-            for name in ("padding", "shift", "ledger"):
+            for name in ("padding", "shift", "weights", "ledger"):
                 rows = getattr(segment, name)
                 if rows is not None:
                     setattr(segment, name, function(rows))
@@ -176,6 +195,8 @@ class PrunedCacheMixin:
         for segment in self._pruned.segments:
             if segment.padding is not None:
                 segment.padding = segment.padding[:, : int(self.physical_length(segment.start))]
+            if segment.weights is not None:
+                segment.weights = segment.weights[:, : int(self.physical_length(segment.start))]
             if segment.ledger is not None:
                 segment.ledger[:, 2:] -= abs(tokens_to_remove) * (segment.ledger[:, :1] > 0)
 

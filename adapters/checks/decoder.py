@@ -9,7 +9,7 @@ from ...prune.budget import MethodCall
 from ...prune.contract import Attending, BeforeLLM, InDecoder, ModelShape, Place
 from ...prune.errors import MethodFieldError, UnsupportedModelError
 from ..family import Family
-from .working import refused_decoder, working
+from .working import refused_decoder, weighs, working
 
 
 def check_decoder(call: MethodCall, family: Family) -> None:
@@ -24,6 +24,12 @@ def check_decoder(call: MethodCall, family: Family) -> None:
             f"Methods that work on it: {', '.join(others)}."
         )
     config: Any = family.text_model.config
+    implementation = config._attn_implementation or ""
+    if weighs(call.method) and ("flash" in implementation or "flex" in implementation):
+        raise UnsupportedModelError(
+            f"{call.name} adds numbers to attention's logits, which {implementation} does not "
+            f'take: call model.set_attn_implementation("sdpa") first.'
+        )
     if isinstance(call.method, Attending) and "flex" in (config._attn_implementation or ""):
         raise UnsupportedModelError(
             f"{call.name} exchanges the keys of a decoding step, which the block masks of flex "
@@ -32,9 +38,14 @@ def check_decoder(call: MethodCall, family: Family) -> None:
 
 
 def check_together(calls: Sequence[MethodCall], shape: ModelShape) -> None:
-    """Refuse methods that take entries out of the same caches."""
+    """Refuse methods of which one takes out of the caches what another counts on."""
     on_cache = [call.name for call in calls if call.method.place is Place.CACHE]
     for call in calls if on_cache else ():
+        if weighs(call.method):
+            raise MethodFieldError(
+                f"{call.name} adds numbers to the logits of keys, and {on_cache[0]} takes some of "
+                f"these out of the cache: leave one of them out."
+            )
         if any(cut.below for cut in call.method.cuts(shape)):
             raise MethodFieldError(
                 f"{call.name} takes tokens out of the KV cache of the layers before its cut, which "

@@ -7,7 +7,10 @@ from typing import Any
 from torch import nn
 
 from ...prune.contract import (
+    GistAttention,
+    InDecoder,
     InEncoder,
+    LayerKeys,
     LayerSignal,
     Method,
     ModelShape,
@@ -98,7 +101,19 @@ def refused_decoder(method: Method, family: Family) -> str | None:
             f"{method.name} works on the KV cache of layers that see the whole prompt, and this "
             f"decoder has {', '.join(sorted(kinds))}:"
         )
+    first = method.cuts(family.shape)[0].layer if weighs(method) else config.num_hidden_layers
+    kinds = {layer_kind(config, layer) for layer in range(first, config.num_hidden_layers)}
+    if kinds - {"full_attention"}:
+        return (
+            f"{method.name} adds numbers to the logits of keys in all layers from {first} on, and "
+            f"this decoder has {', '.join(sorted(kinds))} there:"
+        )
     return None
+
+
+def weighs(method: Method) -> bool:
+    """Whether a method adds numbers to the logits of keys in the decoder."""
+    return isinstance(method, InDecoder) and method.proportional
 
 
 def _layers_cleared(method: Method, family: Family) -> int:
@@ -139,7 +154,7 @@ def _paths(need: LayerSignal, family: Family) -> tuple[str, ...]:
     """The modules of its layer that a signal is read from."""
     names = family.layer_names
     match need:
-        case TextAttention(ahead=True):
+        case TextAttention(ahead=True) | LayerKeys(ahead=True) | GistAttention():
             return ("self_attn.q_proj", "self_attn.k_proj", names.norm)
         case ModuleStep(module="mlp"):
             return (names.mlp,)

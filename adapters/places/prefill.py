@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...prune.contract import Cut, LayerSignal, Place, Selection
+from ...prune.contract import Cut, LayerSignal, Place, Pruning, Selection
 from ..both_ways import BothWays
 from ..cache.pruned import PrunedState
 from ..patch_setup import Setup
@@ -55,6 +55,10 @@ class Prefill:
 
     padding: Tensor | None = field(init=False)
     """Which stored and new columns of the current segment are tokens; None: all of them."""
+    weights: Tensor | None = field(init=False, default=None)
+    """What is added to the logits of stored and new columns of the current segment."""
+    _logs: Tensor | None = field(init=False, default=None)
+    """(B, L) log(size) of merged rows by the caller's column; None: nothing is added."""
     _past: dict[int, int] = field(default_factory=dict)
     """Columns stored before this prefill, per segment."""
     _projected: dict[int, Tensor] = field(default_factory=dict)
@@ -205,7 +209,8 @@ class Prefill:
                 self._memo[key] = None if made is None else made.to(hidden.device)
                 return self._memo[key]
             both = self._both_ways(layer)
-            self._memo[key] = layer_mask(config, layer, hidden, self.padding, self.cache, both)
+            given = self.padding, self.cache, both, self.weights
+            self._memo[key] = layer_mask(config, layer, hidden, *given)
         return self._memo[key]
 
     def _rotary(self, start: int, layer: int, hidden: Tensor, given: Rotary) -> Rotary:
@@ -264,12 +269,15 @@ class Prefill:
         self._layouts[start] = self.layout
         if self.compression is not None:
             self.compression.places[start] = [i.entries(self.layout.keep) for i in self.images]
+        logs = None if self._logs is None else self.layout.shorten(self._logs)
+        self.weights = logs
         if self.state is None:
             return
         past = self._past[start] = int(self.cache.physical_length(start))
         told = tells_length(self.setup.config, self.cache)
         segment = self.state.segment(start)
         self.padding = segment.enter(past, self.layout, self.positions.closed, told=told)
+        self.weights = segment.weigh(past, logs)
 
     # --- a cut -------------------------------------------------------------------------------
 
@@ -287,6 +295,8 @@ class Prefill:
             scores[number] = image.scored(chosen.scores)
             moved = image.apply(chosen)
             image.done(layer)
+            if isinstance(method := stage.call.method, Pruning) and method.proportional:
+                self._weigh(image, chosen)
             plain = chosen.order is None and image.order is None
             orders[number] = None if plain else chosen.arranged
             groups[number] = chosen.groups
@@ -319,6 +329,16 @@ class Prefill:
             )
         )
         return gather_columns(hidden, columns)
+
+    def _weigh(self, image: PlacedImage, chosen: Selection) -> None:
+        """Note the sizes of an image's rows, as they were merged now."""
+        if chosen.groups is None:
+            return
+        if self._logs is None:
+            self._logs = torch.zeros(self.batch.real.shape, device=self.batch.real.device)
+        sizes = chosen.groups[0].bincount(minlength=chosen.count).clamp_min(1)
+        logs = sizes.to(self._logs).log()
+        self._logs[image.rows[:, None], image.columns[image.slots]] = logs
 
     def _shorten(self) -> Tensor:
         """Go on with the images' slots; returns the columns that survive: (B, length)."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.masking_utils import (
     blockwise_overlay,
     create_causal_mask,
@@ -66,6 +67,7 @@ def layer_mask(
     padding: Tensor | None,
     cache: Cache | None,
     both_ways: BothWays | None = None,
+    weights: Tensor | None = None,
 ) -> Any:
     """The mask that decoder layer `layer` needs, in the form its attention implementation wants.
 
@@ -73,6 +75,7 @@ def layer_mask(
         hidden_states: (B, L, D), the layer's input.
         padding: (B, P + L) bool over stored and new columns, or `None` where nothing is padded.
         both_ways: of the L new columns.
+        weights: (B, S) what is added to the logits of the first columns; None: nothing.
     """
     kind = layer_kind(config, layer)
     if kind in STATES:
@@ -92,7 +95,9 @@ def layer_mask(
             more["and_mask_function"] = sliding_window_overlay(config.sliding_window)
         else:
             more["block_sequence_ids"] = blocks
-    return create(
+    if weights is not None and "and_mask_function" not in more:
+        more["and_mask_function"] = _anything  # without one there may be no mask to add to
+    made = create(
         config=config,
         inputs_embeds=hidden_states,
         attention_mask=padding,
@@ -101,6 +106,21 @@ def layer_mask(
         **{CACHE: cache},
         **more,
     )
+    return made if weights is None else _weighed(made, weights, hidden_states.dtype)
+
+
+def _anything(batch: Any, head: Any, query: Any, key: Any) -> Tensor:
+    """A mask function that hides nothing."""
+    return query >= -1
+
+
+def _weighed(mask: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (B, 1, L, S), bool or to be added, with `weights` (B, K) of the first K columns."""
+    if mask.dtype == torch.bool:
+        hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        mask = hidden.masked_fill(~mask, torch.finfo(dtype).min)
+    more = pad(weights.to(mask.device), (0, mask.shape[-1] - weights.shape[1]))
+    return mask + more[:, None, None].to(dtype)
 
 
 def _by_column(blocks: Tensor, cache: Cache | None, layer: int, width: int) -> Tensor:

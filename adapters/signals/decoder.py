@@ -16,6 +16,7 @@ from torch import Tensor
 from ...prune import scores
 from ...prune.answers import check_read
 from ...prune.contract import (
+    GistAttention,
     Hidden,
     LayerKeys,
     LayerValues,
@@ -115,6 +116,14 @@ class HeadsAhead:
         heads = self.names.heads(self.attention, "q", given)
         return self.turn(self.attention, heads, (cos, sin))[0]
 
+    def unturned(self, row: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (H, n, D_head) and keys (H_kv, n, D_head) of some columns, as projected."""
+        query = self.attention.q_proj(self.normed[row : row + 1, columns])
+        key = self.projected[row : row + 1, columns]
+        found = (self.names.heads(self.attention, n, x)[0] for n, x in (("q", query), ("k", key)))
+        query, key = found
+        return query.detach(), key.detach()
+
 
 def text_attention(
     need: TextAttention, batch: Batch, here: Here, heads: Heads | HeadsAhead
@@ -170,13 +179,25 @@ def received_in(here: Here, row: int, heads: Heads, key: Tensor) -> Tensor:
     return scores.received_of(query, key, past, heads.scale, sight, heads.softcap)[past:]
 
 
-def layer_keys(need: LayerKeys, batch: Batch, here: Here, heads: Heads) -> None:
+def layer_keys(need: LayerKeys, batch: Batch, here: Here, heads: Heads | HeadsAhead) -> None:
     """Of the images' rows."""
     here, key = _held(here, heads.key)
     for image in batch.images:
         columns = here.past + here.rows_of(image, key.device)
         keys = batch.keys(need.layer, image.row, key[image.row][:, columns].detach())
         image.hear(need, keys.transpose(0, 1))
+
+
+def gist_attention(need: GistAttention, batch: Batch, here: Here, heads: HeadsAhead) -> None:
+    """From heads that are not turned, of everything alive up to each image's last token."""
+    for image in batch.images:
+        device = heads.normed.device
+        part = batch.real[image.row] & here.layout.keep[image.row]
+        part = part[: int(image.columns[-1]) + 1].nonzero()[:, 0]
+        query, key = heads.unturned(image.row, here.place(image, part, device))
+        found = scores.gist_attention(query, key, heads.scale)
+        own = torch.searchsorted(part, image.columns[image.slots])
+        image.hear(need, found[own.to(device)])
 
 
 def text_keys(need: TextKeys, batch: Batch, here: Here, heads: Heads) -> None:

@@ -23,6 +23,7 @@ from ...prune.contract import (
     ClsLogits,
     EncoderFeatures,
     Features,
+    GistAttention,
     HeadRank,
     Hidden,
     Keys,
@@ -69,7 +70,7 @@ HOOKS = {
 """The hook that shows something of a layer; `Hooks` counts who needs it."""
 
 
-def _heads(need: TextAttention) -> str:
+def _heads(need: TextAttention | LayerKeys) -> str:
     return "heads ahead" if need.ahead else "heads"
 
 
@@ -120,7 +121,8 @@ SOURCES: Mapping[type[Signal], Source] = {
     RotaryAffinity: Source("rotary", decoder.rotary_affinity, draw.affinity),
     Hidden: Source("input", decoder.hidden, draw.normal("width")),
     TextHidden: Source("input", decoder.text_hidden, draw.normal("-", "text", "width")),
-    LayerKeys: Source("heads", decoder.layer_keys, draw.normal("heads", "head_width")),
+    GistAttention: Source("heads ahead", decoder.gist_attention, draw.positive),
+    LayerKeys: Source(_heads, decoder.layer_keys, draw.normal("heads", "head_width")),
     TextKeys: Source("heads", decoder.text_keys, draw.normal("-", "text", "heads", "head_width")),
     LayerValues: Source("heads", decoder.layer_values, draw.normal("heads", "head_width")),
     TextValues: Source(

@@ -100,6 +100,9 @@ class Pruning(Method):
 
     finds_count: ClassVar[bool] = False
     """Whether the method decides every count itself where no budget is given."""
+    proportional: ClassVar[bool] = False
+    """Whether later blocks of the encoder, or layers of the decoder and all tokens after the
+    prompt, attend to a merged row as to all that is in it: log(size) more."""
     least: ClassVar[int] = 1
     """The fewest tokens of an image that a cut may leave; 0: all may go."""
 
@@ -150,8 +153,6 @@ class InEncoder(Pruning):
 
     place: ClassVar[Place] = Place.ENCODER
     unranked: ClassVar[str | None] = "removes rows block by block, and ranks them anew in each"
-    proportional: ClassVar[bool] = False
-    """Whether later blocks attend to a row as to the patches in it: log(size) more."""
     fused_values: ClassVar[bool] = False
     """Whether the block's attention reads the values of merged rows already."""
     restores: ClassVar[bool] = False

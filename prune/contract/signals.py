@@ -261,7 +261,22 @@ class TextHidden(LayerSignal):
 @dataclass(frozen=True, slots=True)
 class LayerKeys(LayerSignal):
     """Keys of the layer, turned to their positions as if nothing was padded: (N, H_kv, D_head), the
-    model's dtype."""
+    model's dtype. `ahead`: as for `TextAttention`."""
+
+    ahead: bool = False
+
+    @property
+    def of_attention(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class GistAttention(LayerSignal):
+    """Attention to each token of the mean query of all that the prompt holds up to the image's last
+    token, text included: (N,). The softmax is over the keys of the same; neither queries nor keys
+    are turned to positions. Always read ahead, as for `TextAttention`."""
+
+    ahead: ClassVar[bool] = True
 
     @property
     def of_attention(self) -> bool:

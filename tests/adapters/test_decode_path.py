@@ -180,7 +180,7 @@ def test_decoding_waits_no_more_than_without_a_patch(case, name, rows):
         assert more.total() <= ((name, rows) in EXCEPTIONS), more
 
 
-@zoo.METHODS
+@pytest.mark.parametrize("name", [n for n in zoo.REMOVING if n not in zoo.WEIGHING])
 @zoo.FAMILIES
 @torch.no_grad()
 def test_without_padding_there_is_no_mask(case, name):

@@ -16,7 +16,6 @@ from vlmprune.prune.contract import (
     LayerSignal,
     Neurons,
     Place,
-    TextAttention,
 )
 from vlmprune.prune.registry import method_class
 
@@ -440,7 +439,7 @@ def foreign(path: str):
 def _reads(name: str, path: str) -> bool:
     """Whether a method reads what a module of the decoder's layers holds or gives."""
     needs = method_class(name)().needs(zoo.CLIP)
-    ahead = any(isinstance(need, TextAttention) and need.ahead for need in needs)
+    ahead = any(getattr(need, "ahead", False) for need in needs)
     neurons = any(isinstance(need, Neurons) for need in needs)
     return {
         "self_attn.k_proj": ahead or name in zoo.ON_CACHE,

@@ -116,7 +116,7 @@ def test_what_acts_inside_the_llm_runs_on_every_model(column):
         if (cls := method_class(name)).place > Place.BEFORE_LLM:
             needs = zoo.needs_of(case, cls())
             lacks = needs is None or any(map(case.shape.lacks, needs))
-            lacks |= name in zoo.CLEARING and not case.whole_cache
+            lacks |= name in zoo.CLEARING + zoo.WEIGHING and not case.whole_cache
             assert way(name, column) == ("no" if lacks else "works"), name
 
 

@@ -15,6 +15,7 @@ from kit.recorders import CLOSE, FIRST, TWICE, Recorder, pick, ran
 from torch import Tensor
 from vlmprune.prune.contract import (
     Cut,
+    GistAttention,
     Hidden,
     LayerKeys,
     LayerValues,
@@ -41,6 +42,10 @@ class Ran:
     """What comes from the layer before, not yet cut."""
     ahead: Tensor
     """(H, n, n) its attention maps on the uncut input."""
+    keys_ahead: Tensor
+    """(H_kv, n, D_head) its keys there."""
+    plain: tuple[Tensor, Tensor]
+    """Queries and keys there that are not turned."""
     places: Tensor
     tables: tuple[Tensor, Tensor]
     angles: Tensor
@@ -86,7 +91,10 @@ class Expected:
                 before = truth.cut(row, 0, state)
             tables, mask = self._sees(row, number, before)
             beside = truth.beside(number, replace(before, shared=dict(before.shared)))
-            ahead = self._attend(layer, before.hidden, tables, mask, beside)[-1]
+            _, *turned_ahead, ahead = self._attend(layer, before.hidden, tables, mask, beside)
+            still = [torch.ones_like(tables[0]), torch.zeros_like(tables[1])]
+            beside = truth.beside(number, replace(before, shared=dict(before.shared)))
+            _, *plain, _ = self._attend(layer, before.hidden, still, mask, beside)
             state = truth.cut(row, number, state)
             tables, mask = self._sees(row, number, state)
             beside = truth.beside(number, state)
@@ -94,6 +102,8 @@ class Expected:
             yield Ran(
                 before=before,
                 ahead=ahead,
+                keys_ahead=turned_ahead[1],
+                plain=(plain[0], plain[1]),
                 places=state.places,
                 tables=tuple(tables),
                 angles=self._angles(state, number),
@@ -202,6 +212,19 @@ class Expected:
                 asked, places = self.asked(row, image, "text"), here.before.places
                 found = here.before.hidden[torch.searchsorted(places, asked, right=True) - 1]
                 return last_norm(self.truth.decoder)(found) if normed else found
+            case LayerKeys(layer, ahead=True):
+                places = here.before.places
+                at = torch.searchsorted(places, alive, right=True) - 1
+                return here.keys_ahead[:, at].transpose(0, 1)
+            case GistAttention():
+                places = here.before.places
+                part = (places <= image[-1]) & (places >= self.prefix[row])
+                query, key = (heads[:, part] for heads in here.plain)
+                key = key.repeat_interleave(len(query) // len(key), 0)
+                logits = (query.mean(1, keepdim=True) @ key.mT)[:, 0]
+                scale = self.truth.decoder.layers[want.layer].self_attn.scaling
+                found = (logits * scale).softmax(-1).mean(0)
+                return found[torch.isin(places[part], alive)]
             case LayerKeys():
                 return here.keys[:, here.at(alive)].transpose(0, 1)
             case TextKeys():

@@ -192,6 +192,9 @@ class Truth:
     """Of every cut, whether new tokens do not see what left there in the layers before it either.
     """
 
+    weighs: Sequence[bool] = ()
+    """Of every cut, whether log(size) is added to the logits of rows that are merged there."""
+
     def __init__(
         self,
         model,
@@ -478,7 +481,21 @@ class Truth:
                 old = places < len(alive)
                 gone = old & ~alive[places.clamp_max(len(alive) - 1)]
                 seen &= old[:, None] | ~gone
-        return torch.zeros(seen.shape).masked_fill(~seen, HIDDEN)
+        logs = self._logs(row, layer)
+        added = torch.cat([logs, logs.new_zeros(1)])[places.clamp_max(len(logs))]
+        return added.expand(seen.shape).masked_fill(~seen, HIDDEN)
+
+    def _logs(self, row: int, layer: int) -> Tensor:
+        """What is added to the logits of the row's L places in a layer."""
+        truth = self.rows[row]
+        logs = torch.zeros(len(truth.ids))
+        for (at, kept), weighs in zip(self.cuts, self.weighs, strict=False):
+            for places, number in zip(truth.images, truth.numbers, strict=True):
+                if weighs and at <= layer and isinstance(rows := kept[number], Rows):
+                    before = places[self.alive(row, at - 1)[places]]
+                    sizes = [max(1, len(of)) for of in rows.members or rows.order]
+                    logs[before[rows.slots(len(before))]] = torch.tensor(sizes).float().log()
+        return logs
 
     def layer_inputs(self, row: int, state: State):
         """Number, module, state, rotary tables (n, D_head) and mask of each layer of the decoder;

@@ -18,6 +18,7 @@ from vlmprune.prune.contract import (
     Compressed,
     Compressing,
     Cut,
+    GistAttention,
     Hidden,
     InDecoder,
     LayerKeys,
@@ -83,6 +84,7 @@ def declared(layers: Sequence[int] = LAYERS) -> tuple[Signal, ...]:
         found += [Hidden(n, normed) for normed in (False, True)]
         found += [TextHidden(n, normed) for normed in (False, True)]
         found += [LayerKeys(n), TextKeys(n), LayerValues(n), RotaryMeans(n)]
+        found += [LayerKeys(n, ahead=True), GistAttention(n)]
         found += [TextValues(n, part) for part in ("behind", "all")]
         found += [ReceivedInLayer(n), MeanHidden(n, "query"), MeanHidden(n, "context")]
         found += [ModuleStep(n, "attention", step), ModuleStep(n, "mlp", step)]
@@ -92,8 +94,7 @@ def declared(layers: Sequence[int] = LAYERS) -> tuple[Signal, ...]:
 
 def before_a_cut(signal: Signal) -> bool:
     """Whether the cut of a layer sees this signal of the layer itself."""
-    ahead = isinstance(signal, TextAttention) and signal.ahead
-    return ahead or isinstance(signal, Hidden | TextHidden | MeanHidden)
+    return getattr(signal, "ahead", False) or isinstance(signal, Hidden | TextHidden | MeanHidden)
 
 
 def ran(wants: Sequence[Signal], cuts: Sequence[int], layer: int) -> set[Signal]:

@@ -70,6 +70,9 @@ def truth_of(case: zoo.Case, inputs: dict, model, handle) -> Truth:
         word = last.positions if stage.layer == 0 else "original"
         positions = [*positions, getattr(stage, "positions", word)]
     truth = make(reference, inputs, cuts, positions)
+    inside = [call for call in handle.methods if call.method.place is Place.DECODER]
+    weighing = {call.name for call in inside if call.method.proportional}
+    truth.weighs = [stage.method in weighing for stage in last.stages]
     truth.below = [stage.below for stage in last.stages]
     return truth
 

@@ -116,7 +116,7 @@ def asked(case: Case, names: Iterable[str]) -> list[str]:
     if case not in OTHER_CASES:
         return names
     if not case.whole_cache:  # methods on it are refused
-        names = [name for name in names if name.partition(":")[0] not in CLEARING]
+        names = [name for name in names if name.partition(":")[0] not in CLEARING + WEIGHING]
     places: dict[Any, list[str]] = {}
     for name in names:
         cls = method_class(name.partition(":")[0])
@@ -170,6 +170,10 @@ CLEARING = [
     if name in ON_CACHE or any(cut.below for cut in method_class(name)().cuts(CLIP))
 ]
 """Methods that take entries out of the cache; those before a cut of every layer there."""
+WEIGHING = [name for name in _ALL if getattr(method_class(name), "proportional", False)]
+WEIGHING = [name for name in WEIGHING if method_class(name).place is Place.DECODER]
+"""Methods in the decoder that add numbers to the logits of keys, which all later layers must
+take."""
 UNBUDGETED = [name for name in _ALL if method_class(name).unbudgeted]
 """Methods of which no budget says how many tokens stay."""
 REMOVING = [name for name in _ALL if name not in ON_CACHE + IN_ENCODER + UNBUDGETED]
@@ -191,6 +195,8 @@ def needs_of(case: Case, method: Any) -> tuple[Any, ...] | None:
     cuts the caches of layers some of which have none."""
     forgets = method.name in CLEARING and method.name not in ON_CACHE
     if forgets and case.shape.decoder.attention_layers is not None:
+        return None
+    if method.name in WEIGHING and case.shape.decoder.attention_layers is not None:
         return None
     try:
         return tuple(method.needs(case.shape))
