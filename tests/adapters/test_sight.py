@@ -88,3 +88,19 @@ def test_steps_behind_a_prompt_are_causal_whatever_the_cache(name, given):
         found = model.generate(**inputs, **details, **given, output_logits=True)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **TOLERANCE)
+
+
+def test_without_kinds_of_tokens_gemma_3_is_causal_as_the_model_is():
+    case = zoo.CASES["gemma3"]
+    model, told = case.model(), case.inputs((zoo.ONE,))
+    inputs = {k: v for k, v in told.items() if k != "token_type_ids"}
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        assert not torch.equal(dense, model(**told).logits)
+        with vlmprune.patch(model, "fastv", keep_ratio=1.0):
+            assert torch.equal(model(**inputs).logits, dense)
+        with vlmprune.patch(model, "fastv", keep_ratio=0.4) as handle:
+            found = model(**inputs).logits
+            truth = truth_of(case, inputs, model, handle)
+    columns = truth.rows[0].columns
+    torch.testing.assert_close(found[0, columns], truth.full_logits(0), **TOLERANCE)
