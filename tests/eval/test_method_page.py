@@ -73,6 +73,8 @@ def test_every_field_has_a_meaning(name):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_models_are_those_that_the_tests_know(name):
     runs = {kind: reason is None for kind, (_, reason) in support(name).items()}
+    if name == "vtw":  # whose cut is too deep on the published sizes, and not on the tiny model
+        assert not runs.pop("gemma4") and EXPECTED[name]["gemma4"] == "works"
     assert runs == {kind: EXPECTED[name][COLUMN.get(kind, kind)] == "works" for kind in runs}
 
 
