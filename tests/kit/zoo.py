@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -58,6 +59,8 @@ FIRST = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 """Families of which features and ways to call a model are asked, one model each."""
 TWO_NAMES = ("llava-clip-llama", "qwen2_5_vl")
 """A family of each kind of positions: enough for what is one code path on all of them."""
+EVERY_CELL = bool(os.environ.get("VLMPRUNE_EVERY_CELL"))
+"""Whether every model is asked with every method that runs on it, which is for a release."""
 THREE_NAMES = (*TWO_NAMES, "llava_next")
 """And one of tiles and newlines: these are asked with every method."""
 SHARING_NAMES = ("llava-siglip-qwen2", "llava_onevision", "qwen3_vl")
@@ -109,14 +112,17 @@ def turn_of(case: Case) -> int:
 def asked(case: Case, names: Iterable[str]) -> list[str]:
     """The methods that a tiny model is asked with: all on `THREE_NAMES`, a third on each of
     `SHARING_NAMES`; on others one of each place, by turns, of those that run on it where any does.
+    With `EVERY_CELL` all that run.
     """
     names = list(names)
+    if not case.whole_cache:  # methods on it are refused
+        names = [name for name in names if name.partition(":")[0] not in CLEARING + WEIGHING]
+    if EVERY_CELL:
+        return [name for name in names if options_for(case, name.partition(":")[0]) is not None]
     if case.name in SHARING_NAMES:
         return names[SHARING_NAMES.index(case.name) :: len(SHARING_NAMES)]
     if case not in OTHER_CASES:
         return names
-    if not case.whole_cache:  # methods on it are refused
-        names = [name for name in names if name.partition(":")[0] not in CLEARING + WEIGHING]
     places: dict[Any, list[str]] = {}
     for name in names:
         cls = method_class(name.partition(":")[0])
