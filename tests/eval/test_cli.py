@@ -215,6 +215,7 @@ def test_where_prints_folders_of_the_package(capsys):
 def tiny(monkeypatch):
     """The embedded model and benchmark replaced by the zoo's, and one question timed."""
     from vlmprune.eval.arguments import early
+    from vlmprune.eval.commands import benchmarks
     from vlmprune.eval.commands import sweep as sweep_command
 
     monkeypatch.setattr(early, "KINDS", {"short", "long"})
@@ -225,7 +226,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(
             sweep_command, "load", lambda *_, **__: (case.model(), FakeProcessor(case))
         )
-        monkeypatch.setattr(sweep_command, "EmbeddedTask", FakeTask)
+        monkeypatch.setattr(benchmarks, "EmbeddedTask", FakeTask)
 
     use(CLIP)
     return use

@@ -8,8 +8,6 @@ from vlmprune.eval import cli
 from vlmprune.eval.processes import Processes
 from vlmprune.eval.results.store import read_records
 
-pytestmark = pytest.mark.usefixtures("timed_once")
-
 
 @pytest.mark.slow
 def test_two_processes_answer_as_one_does(tmp_path, monkeypatch):

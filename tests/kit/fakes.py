@@ -55,7 +55,7 @@ class FakeProcessor:
     def __call__(self, text, images, **options):
         assert options["padding_side"] == "left"
         words = {"long": 9, "short": 4}
-        letters = ["ABC"[image.getpixel((0, 0))[0]] for image in images]
+        letters = ["ABC"[image.getpixel((0, 0))[0]] for (image,) in images]  # one of each prompt
         rows = [(words[q.kind], letter, 2) for q, letter in zip(text, letters, strict=True)]
         return self.case.inputs(rows)
 
