@@ -139,6 +139,10 @@ class Family(ABC):
             return call
         return replace(call, parts=self.parts(call, prompt))
 
+    def gives(self, inputs: Inputs, modality: Modality) -> bool:
+        """Whether there are pixels of a modality among the model's arguments."""
+        return inputs.get(modality.pixels) is not None
+
     def prompt(self, ids: Tensor, mask: Tensor | None) -> Prompt:
         return Prompt(ids, mask, {one: self.placeholder(one) for one in self.modalities})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -78,8 +79,8 @@ def refused_decoder(method: Method, family: Family) -> str | None:
             return (
                 f"{method.name} cuts in front of decoder layer {cut.layer}, and the last "
                 f"{config.num_kv_shared_layers} layers of this model read keys that layer "
-                f"{deepest} and later ones store, of dropped tokens too: cut in front of layer "
-                f"{deepest} at the latest, or"
+                f"{deepest} and later ones store, of dropped tokens too: "
+                f"{_shallower(method, family.shape, deepest)}, or"
             )
     if (beside := _beside_experts(method, family)) is not None:
         return (
@@ -109,6 +110,16 @@ def refused_decoder(method: Method, family: Family) -> str | None:
             f"this decoder has {', '.join(sorted(kinds))} there:"
         )
     return None
+
+
+def _shallower(method: Method, shape: ModelShape, deepest: int) -> str:
+    """What to type so that no cut is behind layer `deepest`: the method's own field where it is
+    one number."""
+    if any(field.name == "layer" for field in fields(method)):
+        moved = replace(method, layer=deepest)  # type: ignore[call-arg]
+        if max(cut.layer for cut in moved.cuts(shape)) <= deepest:
+            return f"give layer={deepest} or less"
+    return f"cut in front of layer {deepest} at the latest"
 
 
 def weighs(method: Method) -> bool:

@@ -47,6 +47,10 @@ class VideoLlava(Llava):
         """The same for both, which have one configuration."""
         return replace(super().tower, text_twin=False)  # one text encoder is no twin of two towers
 
+    def gives(self, inputs: Inputs, modality: Modality) -> bool:
+        old = modality is IMAGE and inputs.get(_OLD) is not None
+        return old or super().gives(inputs, modality)
+
     def call(self, modality: Modality, inputs: Inputs, prompt: Prompt | None = None) -> Call:
         if inputs.get(_OLD) is not None and inputs.get(IMAGE.pixels) is None:
             inputs = {**inputs, IMAGE.pixels: inputs[_OLD]}

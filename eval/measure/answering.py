@@ -237,7 +237,7 @@ def _pictures(
 ) -> list[list[tuple[Grid, Shortened | None]]]:
     """What the encoder saw of each row's images and videos, and how it shortened them."""
     family = family_of(model)
-    given = [modality for modality in MODALITIES if modality.pixels in inputs]
+    given = [modality for modality in MODALITIES if family.gives(inputs, modality)]
     seen = [family.pictures(family.call(modality, inputs)) for modality in given]
     flat = [[grid for of_image in of_all for grid in of_image] for of_all in seen]
     shortened = measured(handle, last, flat, family.shape)

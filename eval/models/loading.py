@@ -34,9 +34,10 @@ class ModelLoadError(VlmpruneError, OSError):
     """A model or device that cannot be had.
 
     Symptom: a command stops at `--model`, `--device` or `--clip`.
-    Cause: no such folder or name on the Hub, no network, or a device that this PyTorch does not
-        see.
-    Type: a folder, a name on the Hub, or no `--model` for the embedded one; `--device cpu`.
+    Cause: no such folder or name on the Hub, no network, a package that the processor wants, or a
+        device that this PyTorch does not see.
+    Type: a folder, a name on the Hub, or no `--model` for the embedded one; `pip install
+        num2words` for SmolVLM; `--device cpu`.
     Page: ERRORS.md#modelloaderror
     """
 

@@ -40,3 +40,10 @@ def test_a_width_is_that_of_the_active_experts():
     decoder = family_of(CASE.model()).shape.decoder
     assert decoder.intermediate_size == 2 * 24
     assert decoder == CASE.shape.decoder
+
+
+def test_a_width_that_the_configuration_does_not_give_is_not_read():
+    """Published Qwen3.5-MoE has experts in all layers, and no MLP beside them."""
+    model = zoo.CASES["qwen3_5_moe"].model()
+    assert not hasattr(model.config.get_text_config(), "intermediate_size")
+    assert family_of(model).shape.decoder.intermediate_size == 2 * 24 + 16  # one for all tokens

@@ -42,6 +42,16 @@ def test_what_variants_cannot_is_refused(case, name, words):
     assert zoo.hooks(model) == before
 
 
+@pytest.mark.parametrize("name", ["vtw", "fastv"])
+def test_a_cut_that_is_too_deep_is_told_the_deepest(name):
+    model, budget = SHARING.model(), {} if name == "vtw" else {"keep_ratio": 0.5}
+    with pytest.raises(vlmprune.UnsupportedModelError, match="give layer=4 or less, or use"):
+        vlmprune.patch(model, name, layer=6, **budget)
+    with vlmprune.patch(model, name, layer=4, **budget) as handle, torch.no_grad():
+        model(**SHARING.inputs(zoo.BATCH))
+        assert handle.last.tokens_kept == ([0] * 3 if name == "vtw" else [12, 8, 8])
+
+
 def generated(model, inputs):
     options = {"max_new_tokens": 3, "do_sample": False}
     return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)

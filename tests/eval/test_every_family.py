@@ -64,6 +64,7 @@ def test_questions_of_a_sweep_are_asked_in_a_batch(name):
     assert tokens["generated"] == 2 and len(samples) == 2
     assert tokens["kept_per_image"] == pytest.approx(0.5 * tokens["in_per_image"], abs=0.5)
     assert 0 < measured["flops"]["prefill_share"] < 1 and measured["kv_bytes"] > 0
+    assert measured["flops"]["vision"] > 0  # whatever the processor calls the pixels
     assert drawn
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import vlmprune
 from kit.fakes import FakeProcessor, FakeTask
+from kit.words import tokenizer
 from kit.zoo import BOTH_FAMILIES, CASES, Case, hooks
+from transformers import AutoProcessor
+from transformers.models.smolvlm import processing_smolvlm
 from vlmprune.eval.measure import answering
 from vlmprune.eval.measure.evaluate import Evaluator
 from vlmprune.eval.measure.times import kv_bytes, measure
@@ -181,3 +186,12 @@ def test_what_cannot_be_loaded_is_a_clean_error(tmp_path):
         load(str(tmp_path))
     with pytest.raises(ModelLoadError, match="cpu, cuda"):
         resolve_device("gpu")
+
+
+def test_a_package_that_a_processor_wants_is_named(monkeypatch):
+    """SmolVLM's spells numbers."""
+    monkeypatch.setattr(processing_smolvlm, "num2words", None)
+    made = partial(processing_smolvlm.SmolVLMProcessor, None, tokenizer({}), None)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: made())
+    with pytest.raises(ModelLoadError, match=r"`pip install num2words`. Install that, or leave"):
+        load("embedded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from transformers import Qwen3_5MoeConfig
 
@@ -20,12 +21,19 @@ _LAYERS = tuple(range(DECODER["num_hidden_layers"]))
 _DECODER = replace(DECODER_SHAPE, intermediate_size=2 * 24 + 16, expert_layers=_LAYERS)
 
 
+def _tiny() -> Any:
+    """As published: nothing says how wide an MLP without experts would be."""
+    config = tiny(Qwen3_5MoeConfig, **_EXPERTS)
+    del config.text_config.intermediate_size
+    return config
+
+
 class Qwen35Moe(Qwen35):
     shapes = (Shape("qwen3.5-35b-a3b", partial(sized, Qwen3_5MoeConfig, width=2048), (1024, 1024)),)
     tiny = (
         Case(
             "qwen3_5_moe",
-            partial(tiny, Qwen3_5MoeConfig, **_EXPERTS),
+            _tiny,
             replace(MERGING, decoder=_DECODER),
             Timestamped(),
             fixed_positions=True,
