@@ -5,7 +5,7 @@ Nothing here knows a model: tensors and sizes in, numbers of tokens out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -62,16 +62,17 @@ class ChosenImage:
             encoded=None if self.encoded is None else _moved(self.encoded, device),
         )
 
-    def emit(self, features: Tensor, projected: Tensor | None) -> Tensor:
+    def emit(self, features: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
         """The image's features (N, D) with the rows that enter the LLM in their slots.
 
         Args:
-            projected: (R, D), the selection's own features as the LLM sees them.
+            project: the selection's own features (R, C), of the encoder, as the LLM sees them.
         """
         if self.as_is:
             return features
-        rows = features[self.sources]
-        if projected is not None:
+        rows, own = features[self.sources], self.selection.features
+        if own is not None:
+            projected = own if self.selection.projected else project(own.to(features.dtype))
             everywhere = torch.arange(len(rows), device=rows.device)
             at = everywhere if self.selection.rows is None else self.selection.rows
             rows = rows.index_copy(0, at, projected.to(rows))

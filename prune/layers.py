@@ -57,6 +57,18 @@ def user_layer(layer: int, *, depth: int, field: str) -> int:
     return resolved
 
 
+def cut_layer(layer: int, shape: ModelShape, hint: str) -> int:
+    """The first decoder layer that sees fewer tokens, as a user gives it in a field `layer`.
+
+    Raises:
+        MethodFieldError: it is the first layer, or there is no such one; `hint` says what to give.
+    """
+    cut = user_layer(layer, depth=shape.decoder.num_layers, field="layer")
+    if cut == 0:
+        raise MethodFieldError(f"layer={layer} is the first layer: {hint}.")
+    return cut
+
+
 def nearest_layer(layer: int, allowed: Iterable[int] | None) -> int:
     """The allowed layer nearest to `layer`, the lower one of two; `None` allows every layer."""
     if allowed is None:
@@ -99,9 +111,7 @@ def cut_behind_attention(layer: int, shape: ModelShape, name: str, hint: str) ->
         MethodFieldError: it is the first layer, or there is no such one; `hint` says what to give.
         UnsupportedModelError: only the decoder's last layer has attention.
     """
-    cut = user_layer(layer, depth=shape.decoder.num_layers, field="layer")
-    if cut == 0:
-        raise MethodFieldError(f"layer={layer} is the first layer: {hint}.")
+    cut = cut_layer(layer, shape, hint)
     cut = max(cut, shape.decoder.attends_before(cut) + 1)
     if cut >= shape.decoder.num_layers:
         raise UnsupportedModelError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cache_names import cache_given
 from ..patch_setup import Setup
-from ..sequence.masks import STATES, layer_kind, layer_mask, stored_at, tells_length
+from ..sequence.masks import STATES, layer_kind, layer_mask, moved_mask, stored_at, tells_length
 from .pruned import PrunedState, Segment
 
 
@@ -85,8 +85,7 @@ class Continued:
     def _mask(self, layer: int, hidden: Tensor, segment: Segment, key: tuple[Any, ...]) -> Any:
         config = self.setup.config
         if stored_at(config, layer) != layer:  # on another device than the layers that store
-            made = next(made for other, made in self._memo.items() if other[:3] == key[:3])
-            return None if made is None else made.to(hidden.device)
+            return moved_mask(self._memo, key)
         length = _mask_length(self.setup, self.cache, hidden.shape[1], layer)
         stored = segment.padding_to(length), self.cache
         return layer_mask(config, layer, hidden, *stored, weights=segment.weights)

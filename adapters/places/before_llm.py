@@ -183,14 +183,8 @@ class BeforeLLMDriver:
 
     def _emit(self, features: Sequence[Tensor], encoded: Encoded) -> list[Tensor]:
         """The encoder's features with merged and moved rows in their slots."""
-        emitted = []
-        for feature, image in zip(features, encoded.images, strict=True):
-            chosen = image.selection
-            projected = chosen.features
-            if projected is not None and not chosen.projected:
-                projected = self._family.project(projected.to(feature.dtype))
-            emitted.append(image.emit(feature, projected))
-        return emitted
+        pairs = zip(features, encoded.images, strict=True)
+        return [image.emit(feature, self._family.project) for feature, image in pairs]
 
     def from_embeds(self, setup: Setup, embeds: Tensor, visual: Tensor) -> tuple[Tensor, Encoded]:
         """Images that the caller merged into `embeds` (B, L, D) itself, at the columns `visual`:

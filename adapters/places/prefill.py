@@ -22,7 +22,7 @@ from ..patch_setup import Setup
 from ..report import Last, StageReport
 from ..sequence.batch import Batch, Here
 from ..sequence.layout import Layout, gather_columns
-from ..sequence.masks import layer_kind, layer_mask, stored_at, tells_length
+from ..sequence.masks import layer_kind, layer_mask, moved_mask, stored_at, tells_length
 from ..sequence.placed import PlacedImage
 from ..sequence.positions import PositionIds
 from ..signals.decoder import Heads, HeadsAhead, Places, Rotary
@@ -205,8 +205,7 @@ class Prefill:
         key = ("mask", start, layer_kind(config, layer), hidden.device)
         if key not in self._memo:
             if stored_at(config, layer) != layer:  # on another device than the layers that store
-                made = next(made for other, made in self._memo.items() if other[:3] == key[:3])
-                self._memo[key] = None if made is None else made.to(hidden.device)
+                self._memo[key] = moved_mask(self._memo, key)
                 return self._memo[key]
             both = self._both_ways(layer)
             given = self.padding, self.cache, both, self.weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,13 @@ def stored_at(config: PreTrainedConfig, layer: int) -> int:
         return layer
     kind = layer_kind(config, layer)
     return next(n for n in reversed(range(first)) if layer_kind(config, n) == kind)
+
+
+def moved_mask(memo: Mapping[Any, Any], key: tuple[Any, ...]) -> Any:
+    """The mask that was made for the layers which store what others read, on another device: the
+    last part of the key."""
+    made = next(made for other, made in memo.items() if other[:-1] == key[:-1])
+    return None if made is None else made.to(key[-1])
 
 
 def deepest_cut(config: PreTrainedConfig) -> int | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
@@ -24,14 +22,14 @@ from ..models.registry import eval_family
 from ..models.smaller import Smaller
 from ..processes import Processes
 from ..results.records import Example, Measured, MeasuredClasses
-from ..results.statistics import Score, mean_score
 from ..tasks.protocols import Question, Task
 from ..tasks.version import version_of
 from ..words.downsample import downsampling, wanted_count
-from .answering import Answer, answer, flops_of, tokens_of, wholes
+from .answering import Answer, answer, wholes
+from .cell import Share, cell_of, on_device, score_of
 from .flops import model_cost
 from .times import Measurement, PatchOptions, measure
-from .where_kept import Seen, add_where
+from .where_kept import add_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +92,12 @@ class Benchmark(Protocol):
             save_picture: for pictures of what was kept of the first few questions' images.
         """
         ...
+
+
+@dataclass
+class _Share(Share):
+    answers: list[Answer] = field(default_factory=list)
+    pictures: dict[int, Image.Image] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -175,17 +179,10 @@ class Evaluator:
             self._sample(question, found)
             for question, found in zip(self.questions, answers, strict=True)
         ]
-        cell = Measured(
-            scores={"accuracy": self._score(samples)},
-            tokens=tokens_of(answers),
-            flops=flops_of(answers, self.cost),
-            times=measured.timings.summary(),
-            kv_bytes=measured.kv_bytes,
-            peak_memory_bytes=measured.peak_memory_bytes,
-            positions=" ".join(sorted(set().union(*(share.modes for share in done)))) or None,
-            notes=sorted(set().union(*(share.notes for share in done))),
-            examples=self._examples(samples, done, save_picture),
-        )
+        outcomes = [sample.score or 0.0 for sample in samples]
+        score = score_of(outcomes, [sample.kind for sample in samples])
+        examples = self._examples(samples, done, save_picture)
+        cell = cell_of(done, {"accuracy": score}, answers, self.cost, measured, examples)
         if calls:
             evidence = self.processes.dealt([share.seen.evidence for share in done])
             kept = [share.seen for share in done]
@@ -216,7 +213,7 @@ class Evaluator:
         inspect: Callable[[Handle], None],
     ) -> _Share:
         """Answer what this process is dealt, and draw what was kept for the first questions."""
-        share = _Share([], set(), set(), {}, Seen())
+        share = _Share()
         share.notes |= {seen.note} if seen is not None and seen.note else set()
         questions = self.processes.share(self.questions)
         numbers = self.processes.share(range(len(self.questions)))
@@ -239,10 +236,8 @@ class Evaluator:
                     answers = [a.beside(w) for a, w in zip(answers, before, strict=True)]
                 share.answers += answers
                 if handle is not None:
-                    share.notes |= {handle.last.note} if handle.last.note else set()
-                    share.modes |= {handle.last.positions}
-                    for index, question in enumerate(asked):
-                        share.seen.note(handle.last, index, getattr(question, "evidence", None))
+                    evidence = [getattr(question, "evidence", None) for question in asked]
+                    share.note(handle.last, evidence)
                 for index, question in enumerate(asked):
                     if (number := numbers[start + index]) < drawn:
                         share.pictures[number] = (
@@ -272,16 +267,16 @@ class Evaluator:
     def _encode(self, asked: Sequence[Question], seen: Smaller | None = None) -> dict[str, Any]:
         """The model's inputs, left-padded; with `seen`, of smaller pictures, which are not kept."""
         if seen is not None:
-            return self._on_device(self._processed(asked, seen))
+            return on_device(self._processed(asked, seen), self.device, self.model.dtype)
         key = tuple(question.id for question in asked)
         if key not in self._encoded:
             inputs = self._processed(asked, Smaller(processor=self.processor))
             size = sum(t.numel() * t.element_size() for t in inputs.values())
             if self._encoded_bytes + size > _CACHED_BYTES:
-                return self._on_device(inputs)
+                return on_device(inputs, self.device, self.model.dtype)
             self._encoded[key] = inputs
             self._encoded_bytes += size
-        return self._on_device(self._encoded[key])
+        return on_device(self._encoded[key], self.device, self.model.dtype)
 
     def _processed(self, asked: Sequence[Question], seen: Smaller) -> dict[str, Any]:
         return dict(
@@ -294,14 +289,6 @@ class Evaluator:
             )
         )
 
-    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: tensor.to(self.device, self.model.dtype)
-            if tensor.is_floating_point()
-            else tensor.to(self.device)
-            for name, tensor in inputs.items()
-        }
-
     def _sample(self, question: Question, found: Answer) -> Sample:
         return Sample(
             id=question.id,
@@ -311,19 +298,6 @@ class Evaluator:
             prediction=found.text.strip(),
             score=float(self.task.is_correct(found.text, question)),
             kept=found.kept,
-        )
-
-    def _score(self, samples: Sequence[Sample]) -> Score:
-        outcomes = [sample.score or 0.0 for sample in samples]
-        kinds: dict[str, list[float]] = defaultdict(list)
-        for sample, outcome in zip(samples, outcomes, strict=True):
-            kinds[sample.kind].append(outcome)
-        return mean_score(
-            outcomes,
-            by_kind={
-                kind: {"value": fmean(values), "n": len(values)}
-                for kind, values in sorted(kinds.items())
-            },
         )
 
     def _examples(
@@ -346,14 +320,3 @@ def example(sample: Sample, picture: str | None) -> Example:
         score=sample.score,
         picture=picture,
     )
-
-
-@dataclass
-class _Share:
-    """What one process did."""
-
-    answers: list[Answer]
-    notes: set[str]
-    modes: set[str]
-    pictures: dict[int, Image.Image]
-    seen: Seen

@@ -30,14 +30,14 @@ from ..embedded.task import EmbeddedTask
 from ..embedded.turns import FIRST, SECOND, TURNS, VERSION, Turns
 from ..processes import Processes
 from ..results.records import Measured
-from ..results.statistics import Score, mean_score
 from ..tasks.protocols import Task, TaskError
 from ..words.downsample import downsampling
-from .answering import Answer, answers_of, flops_of, tokens_of
+from .answering import Answer, answers_of
+from .cell import Share, cell_of, on_device, score_of
 from .evaluate import EXAMPLES, TIMED_QUESTIONS, Sample, SavePicture, example
 from .flops import model_cost
 from .times import Measurement, PatchOptions, measure
-from .where_kept import Seen, add_where
+from .where_kept import add_where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,13 +54,8 @@ class _Asked:
 
 
 @dataclass
-class _Share:
-    """What one process did; `seen` by the order in which it was asked."""
-
-    asked: list[_Asked]
-    seen: Seen = field(default_factory=Seen)
-    notes: set[str] = field(default_factory=set)
-    modes: set[str] = field(default_factory=set)
+class _Share(Share):
+    asked: list[_Asked] = field(default_factory=list)
 
 
 class SecondTurn:
@@ -128,16 +123,15 @@ class SecondTurn:
         firsts = [each.first for each in asked]
         samples = list(map(self._sample, self.turns, asked))
         scores = [sample.score or 0.0 for sample in samples]
-        cell = Measured(
-            scores={SECOND: self._score(scores), FIRST: self._score(self._asked_first(firsts))},
-            tokens=tokens_of(firsts),
-            flops=flops_of(firsts, self.cost),
-            times=times.timings.summary(),
-            kv_bytes=times.kv_bytes,
-            peak_memory_bytes=times.peak_memory_bytes,
-            positions=" ".join(sorted(set().union(*(share.modes for share in done)))) or None,
-            notes=sorted(set().union(*(share.notes for share in done))),
-            examples=[example(sample, None) for sample in samples[:EXAMPLES]],
+        kinds = [each.kind for each in self.turns]
+        first = self._asked_first(firsts)
+        cell = cell_of(
+            done,
+            {SECOND: score_of(scores, kinds), FIRST: score_of(first, kinds)},
+            firsts,
+            self.cost,
+            times,
+            [example(sample, None) for sample in samples[:EXAMPLES]],
         )
         if calls:
             add_where(cell, [share.seen for share in done], evidence, scores)
@@ -153,7 +147,7 @@ class SecondTurn:
     ) -> _Share:
         """Ask what this process is dealt, in batches of prompts of equal length: with padding in
         front, caches could not be cut back alike."""
-        share = _Share([])
+        share = _Share()
         turns = self.processes.share(self.turns)
         alike: dict[object, list[int]] = defaultdict(list)
         for number, each in enumerate(turns):
@@ -188,10 +182,7 @@ class SecondTurn:
         kept: list[frozenset[int] | None] = [None] * len(turns)
         if handle is not None:
             last = handle.last
-            share.notes |= {last.note} if last.note else set()
-            share.modes |= {last.positions}
-            for row, each in enumerate(turns):
-                share.seen.note(last, row, each.second.evidence)
+            share.note(last, [each.second.evidence for each in turns])
             if last.cache_kept is None:
                 kept = [frozenset(numbers.tolist()) for numbers in last.kept]
         cache = cache_of(output)
@@ -231,12 +222,7 @@ class SecondTurn:
             images=[question.image for question in asked],
             return_tensors="pt",
         )
-        return {
-            name: tensor.to(self.device, self.model.dtype)
-            if tensor.is_floating_point()
-            else tensor.to(self.device)
-            for name, tensor in inputs.items()
-        }
+        return on_device(inputs, self.device, self.model.dtype)
 
     def _measure(self, calls: Sequence[MethodCall], options: PatchOptions) -> Measurement:
         few = [self._encode([each], second=False) for each in self.turns[:TIMED_QUESTIONS]]
@@ -260,15 +246,6 @@ class SecondTurn:
             for turns, answer in zip(self.turns, answers, strict=True)
         }
         return [right[turns.second.id] for turns in self.turns]
-
-    def _score(self, outcomes: Sequence[float]) -> Score:
-        kinds: dict[str, list[float]] = defaultdict(list)
-        for turns, outcome in zip(self.turns, outcomes, strict=True):
-            kinds[turns.kind].append(outcome)
-        return mean_score(
-            outcomes,
-            by_kind={k: {"value": fmean(v), "n": len(v)} for k, v in sorted(kinds.items())},
-        )
 
 
 def _alike(kept: Sequence[frozenset[int] | None]) -> float | None:

@@ -72,7 +72,5 @@ class VlmPruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # t
             return features
         signals = {need: found[need][index] for need in self._served.needs}
         chosen = self._served.choose(self._served.usual, signals, features, keep)
-        own = chosen.selection.features
-        if own is not None and not chosen.selection.projected:
-            own = self.multi_modal_projector(own.to(features.dtype)[None])[0]
-        return chosen.emit(features, own)[chosen.slots]
+        emitted = chosen.emit(features, lambda own: self.multi_modal_projector(own[None])[0])
+        return emitted[chosen.slots]

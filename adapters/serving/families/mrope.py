@@ -164,10 +164,7 @@ class PrunedModel:
         chosen = self._served.choose(
             tiling(grid, self.visual.spatial_merge_size), given, features, keep
         )
-        own = chosen.selection.features
-        if own is not None and not chosen.selection.projected:
-            own = self._project(own.to(features.dtype))
-        entering = chosen.emit(features, own)[chosen.slots]
+        entering = chosen.emit(features, self._project)[chosen.slots]
         both = torch.cat([entering, deeper[chosen.sources]], dim=1)
         return both, chosen.slots, chosen.sources
 
@@ -175,9 +172,10 @@ class PrunedModel:
         """An item's rows with the text between them, and the offsets of all."""
         tokens = self._tokens(item)
         at, _ = super().get_mrope_input_positions(tokens, [item])  # type: ignore[misc]
-        ids, at = torch.tensor(tokens, device=rows.device), at.to(rows.device)
+        ids = torch.tensor(tokens)  # on the host, which is not to wait for the device
         is_visual = ids == self._placeholder(item.modality)
-        visual, text = is_visual.nonzero()[:, 0], (~is_visual).nonzero()[:, 0]
+        places = [mask.nonzero()[:, 0] for mask in (is_visual, ~is_visual)]
+        ids, at, visual, text = (one.to(rows.device) for one in (ids, at, *places))
         columns = torch.cat([visual[slots], text])
         at = torch.cat([at[:, visual[sources]], at[:, text]], dim=1)
         if len(text):

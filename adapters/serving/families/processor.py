@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ KEEP = f"{WORD}_keep"
 """Before the modality's name: the field that brings each item's count to the model."""
 
 
-class Processor:
+class Processor(ABC):
     """Placeholders as many as tokens are kept. The options are among the processor's arguments, so
     that all caches tell one budget from another."""
 
@@ -49,9 +50,9 @@ class Processor:
                 found[f"{KEEP}_{modality}"] = torch.tensor(keeps)
         return found
 
+    @abstractmethod
     def _tilings(self, modality: str, found: Mapping[str, Any]) -> Sequence[Tiling] | None:
         """How the tokens of each item lie; None: none comes as pixels."""
-        raise NotImplementedError
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]

@@ -118,10 +118,8 @@ class TiledModel:
             for need in self._served.needs
         }
         chosen = self._served.choose(tiling, signals, features, keep)
-        own = chosen.selection.features
-        if own is not None and not chosen.selection.projected:
-            own = self.multi_modal_projector(own.to(features.dtype)[None])[0]
-        return chosen.emit(features, own)[chosen.slots]
+        emitted = chosen.emit(features, lambda own: self.multi_modal_projector(own[None])[0])
+        return emitted[chosen.slots]
 
     def _features(self, call: Call, projected: Tensor) -> Tensor:
         """Tokens of one item as the LLM would see all of them: (N, D)."""

@@ -14,7 +14,6 @@ from transformers import Gemma4Config
 from ..family import EvalFamily, Pixels, Shape, noise
 from ..tiny_layouts import (
     DECODER,
-    FIRST_WORD,
     FRAMES,
     IMAGE,
     PATCH_GRIDS,
@@ -23,12 +22,12 @@ from ..tiny_layouts import (
     VISION_END,
     VISION_START,
     VOCAB,
-    Packed,
     Row,
     images,
 )
 from ..tiny_layouts import noise as drawn
 from ..tiny_models import Case, tiny_shape
+from .qwen3_vl import Timestamped
 
 _TEXT = {"final_logit_softcapping": 30.0}
 _LARGE = {
@@ -138,19 +137,10 @@ def patch_places(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)
 
 
-class PooledByPlace(Packed):
+class PooledByPlace(Timestamped):
     """Each picture padded to the longest; frames of a video have marks and a time before each."""
 
     packed = False
-
-    def framed(self, image: str, tokens: list[int]) -> list[int]:
-        if image not in FRAMES:
-            return super().framed(image, tokens)
-        frames, framed = PATCH_GRIDS[image][0], []
-        for frame in range(frames):
-            part = tokens[: len(tokens) // frames]
-            framed += [FIRST_WORD + frame, *super().framed(image, part)]
-        return framed
 
     def extra(self, rows: Sequence[Row], ids: Tensor) -> dict[str, Any]:
         inputs = {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}

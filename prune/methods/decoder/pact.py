@@ -40,9 +40,8 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
-from ...errors import MethodFieldError
 from ...fields import check_fraction, check_layer, check_number
-from ...layers import scale_layer, user_layer
+from ...layers import cut_layer, scale_layer
 from ...ops.merge import bags
 from ...ops.topk import ascending, top_k
 from ...registry import register
@@ -88,11 +87,9 @@ class PACT(InDecoder):
         depth = shape.decoder.num_layers
         if self.layer is None:
             layer = scale_layer(_LAYER, depth_published=_DEPTH, depth=depth)
-        elif not (layer := user_layer(self.layer, depth=depth, field="layer")):
-            raise MethodFieldError(
-                f"layer={self.layer} is the first layer: give the first that sees fewer tokens, "
-                f"1..{depth - 1}."
-            )
+        else:
+            hint = f"give the first that sees fewer tokens, 1..{depth - 1}"
+            layer = cut_layer(self.layer, shape, hint)
         return (Cut(Place.DECODER, layer),)
 
     def most(self, num_tokens: int) -> int:
@@ -166,7 +163,6 @@ def _merged(hidden: Tensor, owner: Tensor, stays: Tensor, count: int) -> tuple[T
     edges = torch.searchsorted(cluster, torch.arange(count + 1, device=owner.device))
     sizes = edges.diff().clamp_min(1)
     weights = (1 / sizes.float())[cluster.clamp_max(count - 1)] * (cluster < count)
-    starts = torch.cat([edges[:-1], edges[-1:]])
-    rows = bags(hidden, members, starts, weights)[:count]
+    rows = bags(hidden, members, edges, weights)[:count]
     pairs = torch.stack([cluster, members])
     return rows, pairs[:, cluster < count]

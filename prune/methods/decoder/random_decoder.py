@@ -23,9 +23,8 @@ from ...contract import (
     Signal,
     VisualTokens,
 )
-from ...errors import MethodFieldError
 from ...fields import check_int
-from ...layers import user_layer
+from ...layers import cut_layer
 from ...ops.drawn import drawn
 from ...ops.topk import ascending
 from ...registry import register
@@ -54,12 +53,8 @@ class RandomDecoder(InDecoder):
         return ()
 
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
-        layer = user_layer(self.layer, depth=shape.decoder.num_layers, field="layer")
-        if layer == 0:
-            raise MethodFieldError(
-                f"layer={self.layer} is the first layer: {_HINT}; `random` chooses before the LLM."
-            )
-        return (Cut(Place.DECODER, layer),)
+        hint = f"{_HINT}; `random` chooses before the LLM"
+        return (Cut(Place.DECODER, cut_layer(self.layer, shape, hint)),)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         places = torch.arange(tokens.num_tokens) if tokens.alive is None else tokens.alive

@@ -33,7 +33,7 @@ from ...contract import (
 )
 from ...errors import MethodFieldError
 from ...fields import check_layer
-from ...layers import scale_layer, user_layer
+from ...layers import cut_layer, scale_layer
 from ...registry import register
 
 _LAYER, _FIRST, _DEPTH = 15, 5, 32
@@ -69,11 +69,9 @@ class VTW(InDecoder):
         depth = shape.decoder.num_layers
         if self.layer is None:
             layer = scale_layer(_LAYER, depth_published=_DEPTH, depth=depth)
-        elif not (layer := user_layer(self.layer, depth=depth, field="layer")):
-            raise MethodFieldError(
-                f"layer={self.layer} is the first layer: give the first that sees no visual token, "
-                f"1..{depth - 1}."
-            )
+        else:
+            hint = f"give the first that sees no visual token, 1..{depth - 1}"
+            layer = cut_layer(self.layer, shape, hint)
         return (Cut(Place.DECODER, layer),)
 
     def most(self, num_tokens: int) -> int:
