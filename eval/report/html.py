@@ -10,7 +10,7 @@ import base64
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -19,39 +19,19 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..compare.side_by_side import LEGEND
-from .agreement import agreement_table
 from .averages import averages_table
-from .baselines import BESIDE, HARD, beside_baselines, hard_table
 from .cells import Cell, Section
 from .chart import chart
-from .depths import NOTE as DEPTHS
-from .depths import depths_table
 from .examples import Asked, Given, asked
 from .files import NoFileError
-from .grids import Grid, dense_text, facts, kinds_table, main_table, metrics_table
+from .further import further_tables
+from .grids import dense_text, facts, main_table
 from .methods import described
 from .pictures import data_uri
-from .positions import NOTE as POSITIONS
-from .positions import positions_table
-from .published import beside_published
 from .repeat import command_of, needs
-from .turns import NOTE as TURNS
-from .turns import turns_table
-from .where import NOTE as WHERE
-from .where import maps, where_table
+from .where import MAPS
 
 _RECORDED = ("id", "status", "finished", "seconds", "batch_size", "load_average", "notes")
-
-
-@dataclass(frozen=True)
-class Further:
-    """A table behind the main one. `shown`: at once; `maps`: data URIs by cell, below it."""
-
-    title: str
-    grid: Grid | None
-    shown: bool = True
-    maps: Sequence[tuple[Cell, str]] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +70,7 @@ def render(sections: Sequence[Section], most: int | None = None, *, with_hard: b
         averages=averages_table(sections),
         methods=described(sections),
         legend=LEGEND,
+        maps_note=MAPS,
         sections=views,
         cells=sum(len(section.cells) for section in sections),
         anchors=anchors,
@@ -116,30 +97,11 @@ def _view(
         "main": main_table(section),
         "item": section.kind.item,
         "measures": section.kind.notes,
-        "more": list(_more(section, with_hard)),
+        "more": list(further_tables(section, with_hard=with_hard)),
         "examples": [_example(example) for example in asked(section, most)],
         "missing": section.missing,
         "configurations": [_configuration(cell) for cell in section.cells],
     }
-
-
-def _more(section: Section, with_hard: bool) -> Iterator[Further]:
-    """Further tables that there are."""
-    where = [(cell, Markup(source)) for cell, source in maps(section)]
-    for further in (
-        Further("Published beside measured", beside_published(section)),
-        Further("All metrics", metrics_table(section)),
-        Further("Second turn", turns_table(section), note=TURNS),
-        Further("Beside baselines", beside_baselines(section), note=BESIDE),
-        Further("By depth of the cut", depths_table(section), note=DEPTHS),
-        Further("By positions", positions_table(section), note=POSITIONS),
-        Further("Hard questions", hard_table(section) if with_hard else None, note=HARD),
-        Further("Agreement with the dense model", agreement_table(section)),
-        Further("Where tokens are kept", where_table(section), maps=where, note=WHERE),
-        Further("By kind of question", kinds_table(section), shown=False),
-    ):
-        if further.grid is not None:
-            yield further
 
 
 def _summary(section: Section) -> str:

@@ -6,23 +6,14 @@ import json
 from collections.abc import Sequence
 
 from ..table import Table
-from .agreement import agreement_table
 from .averages import averages_table
-from .baselines import BESIDE, HARD, beside_baselines, hard_table
 from .cells import Cell, Section
-from .depths import NOTE as DEPTHS
-from .depths import depths_table
 from .escape import fenced, markdown, one_line
 from .examples import Asked, asked
-from .grids import Grid, facts, kinds_table, main_table, metrics_table
+from .further import further_tables
+from .grids import Grid, facts, main_table
 from .methods import described
-from .positions import NOTE as POSITIONS
-from .positions import positions_table
-from .published import beside_published
 from .repeat import command_of, needs
-from .turns import NOTE as TURNS
-from .turns import turns_table
-from .where import where_table
 
 BEST = "★"
 NOTES = (
@@ -67,20 +58,9 @@ def _section(section: Section, most: int | None, with_hard: bool) -> list[str]:
         table(main_table(section)),
         NOTES.format(item=section.kind.item) + section.kind.notes,
     ]
-    for title, grid, note in (
-        ("All metrics", metrics_table(section), ""),
-        ("Second turn", turns_table(section), TURNS),
-        ("Beside baselines", beside_baselines(section), BESIDE),
-        ("By depth of the cut", depths_table(section), DEPTHS),
-        ("By positions", positions_table(section), POSITIONS),
-        ("Hard questions", hard_table(section) if with_hard else None, HARD),
-        ("Agreement with the dense model", agreement_table(section), ""),
-        ("Where tokens are kept", where_table(section), ""),
-        ("By kind of question", kinds_table(section), ""),
-        ("Published beside measured", beside_published(section), ""),
-    ):
-        if grid is not None:
-            parts += [f"### {title}", table(grid), *([note] if note else [])]
+    for further in further_tables(section, with_hard=with_hard):
+        parts += [f"### {further.title}", table(further.grid)]
+        parts += [further.note] if further.note else []
     if section.missing:
         parts.append("### Not run")
         parts.append(

@@ -14,10 +14,10 @@ from ..results.records import WhereKept
 from .cells import Cell, Section
 from .grids import Entry, Grid, Row
 
-NOTE = (
+NOTE = "Even: 1.00. Evidence: the patches that a question is about, where the task knows them."
+MAPS = (
     "Maps: how often a token was kept over each point of the pictures, from white (never) to dark "
-    "(twice as often as on average, or more). Even: 1.00. Evidence: the patches that a question is "
-    "about, where the task knows them."
+    "(twice as often as on average, or more)."
 )
 _PIXELS = 8  # of a point
 _RING = 2  # points of the border
