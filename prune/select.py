@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from .answers import Asked, check_batch, check_selection, looks_at_values
+from .answers.answer import looks_at_values
+from .answers.selections import Asked, check_batch, check_selection
 from .contract import BeforeLLM, Choosing, Selection, VisualTokens
 from .declared import Seen
 from .errors import BudgetError

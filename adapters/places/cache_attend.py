@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...prune.answers import check_attended, looks_at_values
+from ...prune.answers.answer import looks_at_values
+from ...prune.answers.entries import check_attended
 from ...prune.contract import Attending, Place
 from ..cache.pruned import PrunedState
 from ..hooks import Undo

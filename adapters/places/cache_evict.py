@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...prune.answers import check_compressed, check_evicted, looks_at_values
+from ...prune.answers.answer import looks_at_values
+from ...prune.answers.entries import check_compressed, check_evicted
 from ...prune.budget import entries_kept
 from ...prune.contract import Attending, CacheEntries, Compressing, Place, ReceivedInLayer, Signal
 from ...prune.declared import Seen

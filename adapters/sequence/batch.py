@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...prune.answers import asked_rows
+from ...prune.answers.functions import asked_rows
 from ...prune.contract import Rows
 from ...prune.sight import Sight
 from .layout import Layout

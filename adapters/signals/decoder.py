@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...prune import scores
-from ...prune.answers import check_read
+from ...prune.answers.functions import check_read
 from ...prune.contract import (
     GistAttention,
     Hidden,

@@ -16,7 +16,7 @@ from ...adapters.family import IMAGE
 from ...adapters.handle import Handle
 from ...adapters.patching import patch
 from ...adapters.registry import family_of
-from ...prune.answers import looks_at_values
+from ...prune.answers.answer import looks_at_values
 from ...prune.budget import Budget, MethodCall, entries_kept, round_tokens
 from ...prune.contract import Attending, Choosing, Compressing, InEncoder, Method
 from ...prune.declared import check_declared

@@ -13,7 +13,7 @@ from vlmprune.eval.bench.bench_table import bench_table
 from vlmprune.eval.bench.parts_table import parts_table
 from vlmprune.eval.bench.slicing import sliced, slicing
 from vlmprune.eval.bench.targets import targets, verdicts
-from vlmprune.prune.answers import looks_at_values
+from vlmprune.prune.answers.answer import looks_at_values
 
 TINY = ["--layers", "4", "--width", "128", "--tokens", "16", "--repeats", "2", "--new_tokens", "2"]
 SMALL_PICTURES = ["--shape", "qwen2.5-vl-7b", "--meta", "--methods", "tome", "--budgets", "0.25"]

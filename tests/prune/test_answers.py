@@ -9,7 +9,8 @@ import pytest
 import torch
 import vlmprune
 from kit import zoo
-from vlmprune.prune.answers import asked_rows, check_attended, check_compressed, check_read
+from vlmprune.prune.answers.entries import check_attended, check_compressed
+from vlmprune.prune.answers.functions import asked_rows, check_read
 from vlmprune.prune.budget import MethodCall
 from vlmprune.prune.contract import (
     Attending,
