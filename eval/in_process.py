@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ..prune.contract import Positions
-from .embedded import MODEL_DIR
+from .embedded import MODELS
 from .embedded.task import EmbeddedTask
 from .measure.evaluate import Evaluator
-from .models.loading import EMBEDDED, short_name
+from .models.loading import short_name
 from .results.frame import Results
 from .results.store import Store
 from .sweep.request import SweepRequest
@@ -95,4 +95,5 @@ def sweep_model(
 def _name(model: PreTrainedModel) -> str:
     """How results call the model: as the command line does where it would load the same."""
     path = str(model.config.name_or_path or type(model).__name__)
-    return EMBEDDED if path == str(MODEL_DIR) else short_name(path)
+    ships = {str(folder): name for name, folder in MODELS.items()}
+    return ships.get(path) or short_name(path)

@@ -15,13 +15,13 @@ from ...prune.amount import PUBLISHED, Budget
 from ...prune.errors import UnknownMethodError, VlmpruneError, did_you_mean
 from ...prune.plugins import ENTRY_POINT_GROUP
 from ...prune.shipped import ELSEWHERE, PACKAGE, shipped
-from ..embedded import TASK
+from ..embedded import EMBEDDED, TASK, WHERE_MODEL, WHERE_TASK
 from ..embedded.turns import TURNS
 from ..embedded.vocabulary import KINDS
 from ..tasks.protocols import TaskError
 from ..words.typed import DENSE, method_names_in
 
-EMBEDDED = (TASK, TURNS)
+SHIPPED_TASKS = (TASK, TURNS, WHERE_TASK)
 """Tasks that ship with the package."""
 
 
@@ -67,24 +67,30 @@ def refuse_unknown_budgets(words: Iterable[str]) -> None:
 
 
 def refuse_unknown_questions(
-    tasks: Sequence[str], kinds: Iterable[str], *, other_tasks: bool
+    tasks: Sequence[str], kinds: Iterable[str], *, model: str, other_tasks: bool
 ) -> None:
     """Look at names of tasks, where lmms-eval is not there to know more, and of kinds.
 
     Args:
+        model: the name of the model that is asked.
         other_tasks: whether there are tasks beside these, which may have kinds of their own.
 
     Raises:
         TaskError: it says what is near, or what to install.
     """
     for name in tasks:
-        near = get_close_matches(name, EMBEDDED)
-        if name in EMBEDDED or (not near and find_spec("lmms_eval") is not None):
+        near = get_close_matches(name, SHIPPED_TASKS)
+        if name in SHIPPED_TASKS or (not near and find_spec("lmms_eval") is not None):
             continue
         raise TaskError(
             f"Unknown task {name!r}.{f' Did you mean: {near[0]}?' if near else ''} Tasks other "
-            f"than {' and '.join(EMBEDDED)} are those of lmms-eval (pip install 'vlmprune[lmms]'; "
-            f"`lmms-eval --tasks list` lists them) and your own (--data FILE)."
+            f"than {', '.join(SHIPPED_TASKS)} are those of lmms-eval (pip install "
+            f"'vlmprune[lmms]'; `lmms-eval --tasks list` lists them) and your own (--data FILE)."
+        )
+    if WHERE_TASK in tasks and model == EMBEDDED:
+        raise TaskError(
+            f"{WHERE_TASK} asks with the word 'where', which the model {model} does not know: type "
+            f"--model {WHERE_MODEL}."
         )
     if other_tasks or (tasks and TASK not in tasks):
         return

@@ -96,8 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TASK",
         help="with commas or spaces: tinyscenes, the embedded benchmark, tinyscenes-turns, where "
-        "another question about the picture comes first, or any task of lmms-eval (default: "
-        "tinyscenes)",
+        "another question about the picture comes first, tinyscenes-where, which --model "
+        "embedded-where answers with a place, or any task of lmms-eval (default: tinyscenes)",
     )
     group.add_argument(
         "--data",
@@ -186,7 +186,7 @@ def request(args: argparse.Namespace) -> SweepRequest:
     tasks, kinds = split_list(args.tasks), split_list(args.kinds or [])
     early.refuse_unknown_methods(methods, others=[DOWNSAMPLE])
     early.refuse_unknown_budgets(budgets)
-    early.refuse_unknown_questions(tasks, kinds, other_tasks=bool(args.data))
+    early.refuse_unknown_questions(tasks, kinds, model=args.model, other_tasks=bool(args.data))
     early.refuse_unwritable(args.output_path)
     return SweepRequest(
         methods=methods,

@@ -119,7 +119,7 @@ def request(args: argparse.Namespace) -> TuneRequest:
     budgets = split_list(args.budgets or _budgets(target.word, target.value))
     early.refuse_unknown_methods(methods, others=[DOWNSAMPLE])
     early.refuse_unknown_budgets(budgets)
-    early.refuse_unknown_questions(tasks, (), other_tasks=bool(args.data))
+    early.refuse_unknown_questions(tasks, (), model=args.model, other_tasks=bool(args.data))
     early.refuse_unwritable(args.output_path)
     if len(tasks) + bool(args.data) > 1:
         raise TargetError("tune searches on one task: give one of --tasks, or --data FILE.")

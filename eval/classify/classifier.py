@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...prune.errors import VlmpruneError
+from ..embedded import EMBEDDED
 from ..embedded.classifying import load_classifying
-from ..models.loading import EMBEDDED
 
 _SAMPLED = 64  # values of each parameter that go into the fingerprint
 

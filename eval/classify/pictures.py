@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..embedded import objects
-from ..models.loading import EMBEDDED
+from ..embedded import EMBEDDED, objects
 from .classifier import Classifier, ClassifierError
 
 IMAGENET = "imagenet"

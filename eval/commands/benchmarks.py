@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ...adapters.registry import family_of
 from ...prune.contract import ClipText as ClipTextSignal
 from ...prune.errors import MethodFieldError
-from ..embedded.task import EmbeddedTask
+from ..embedded import TASK
+from ..embedded.task import shipped_tasks
 from ..embedded.turns import TURNS, turns
 from ..measure.evaluate import Benchmark, Evaluator
 from ..measure.second_turn import SecondTurn
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def tasks_of(request: SweepRequest) -> list[str | Task]:
-    return [*request.own, *request.tasks] or [EmbeddedTask().name]
+    return [*request.own, *request.tasks] or [TASK]
 
 
 def benchmarks_of(
@@ -42,11 +43,11 @@ def benchmarks_of(
     pixels: Mapping[str, int],
 ) -> list[Benchmark]:
     """Each task once: the embedded benchmarks as they are, all others through lmms-eval."""
-    embedded = EmbeddedTask()
+    shipped = shipped_tasks()
     found: list[Benchmark] = []
     for name in dict.fromkeys(tasks_of(request)):
-        if not isinstance(name, str) or name == embedded.name:
-            task = embedded if isinstance(name, str) else name
+        if not isinstance(name, str) or name in shipped:
+            task = shipped[name] if isinstance(name, str) else name
             found.append(
                 Evaluator(
                     model,
@@ -62,8 +63,8 @@ def benchmarks_of(
             continue
         if request.kinds:
             raise MethodFieldError(
-                f"--kinds {' '.join(request.kinds)}: only {embedded.name} and files of --data have "
-                f"kinds of questions, not {name}: leave one of them out."
+                f"--kinds {' '.join(request.kinds)}: only {TASK} and files of --data have kinds "
+                f"of questions, not {name}: leave one of them out."
             )
         if name == TURNS:
             found.append(

@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATA_DIR",
+    "EMBEDDED",
+    "MODELS",
     "MODEL_DIR",
     "TASK",
     "TASK_VERSION",
+    "WHERE_MODEL",
+    "WHERE_TASK",
     "Question",
     "is_correct",
     "load_model",
@@ -37,8 +41,12 @@ __all__ = [
 
 MODEL_DIR = Path(__file__).parent / "model"
 DATA_DIR = Path(__file__).parent / "data"
+EMBEDDED, WHERE_MODEL = "embedded", "embedded-where"
+MODELS = {EMBEDDED: MODEL_DIR, WHERE_MODEL: MODEL_DIR.with_name("model_where")}
+"""What `--model` and `load_model` call the models that ship, and their folders."""
 TASK = "tinyscenes"
 TASK_VERSION = "1"
+WHERE_TASK = f"{TASK}-where"  # asked with a word that only WHERE_MODEL knows
 
 
 @dataclass(frozen=True)
@@ -78,29 +86,31 @@ def questions(limit: int | None = None) -> list[Question]:
     by_kind: dict[str, list[Question]] = {}
     for record in records():
         for entry in record["questions"]:
-            question = Question(
-                id=entry["id"],
-                image_id=record["image"],
-                kind=entry["kind"],
-                question=entry["question"],
-                answer=entry["answer"],
-                patches=tuple(entry["patches"]),
-            )
+            question = Question(**fields_of(record, entry))
             by_kind.setdefault(question.kind, []).append(question)
     turns = zip(*(by_kind[kind] for kind in sorted(by_kind)), strict=True)
     return [question for turn in turns for question in turn][:limit]
+
+
+def fields_of(record: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a question, from its scene's line in a file."""
+    told = {name: entry[name] for name in ("id", "kind", "question", "answer")}
+    return {**told, "image_id": record["image"], "patches": tuple(entry["patches"])}
 
 
 def load_model(
     dtype: Any = "float32",
     attn_implementation: str = "sdpa",
     device: Any = "cpu",
-    folder: Path = MODEL_DIR,
+    folder: Path | None = None,
+    name: str = EMBEDDED,
 ) -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
-    """The model and its processor (float16 on disk; float32 is the fastest on a CPU)."""
+    """A model that ships, or that of a folder, and its processor (float16 on disk; float32 is the
+    fastest on a CPU)."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    folder = folder or MODELS[name]
     model = LlavaForConditionalGeneration.from_pretrained(
         folder,
         dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,

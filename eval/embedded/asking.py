@@ -2,7 +2,8 @@
 
 Seven kinds: `what` (nearest to a corner, an edge or the centre), `color`, `which` (the item or
 digit of a colour), `exist`, `count`, `rel` (two hops: find one object, then its neighbour) and
-`read` (several answer tokens: the digits from left to right).
+`read` (several answer tokens: the digits from left to right). An eighth, `where` (the cell of a
+3 x 3 grid), is of a task and a model of its own.
 """
 
 from collections import Counter
@@ -12,15 +13,26 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .scenes import SIDE, Scene, Thing
-from .vocabulary import CATEGORIES, COLOR_NAMES, COLORS, DIGITS, FIRST_DIGIT, NOUNS
+from .vocabulary import (
+    CATEGORIES,
+    COLOR_NAMES,
+    COLORS,
+    DIGITS,
+    FIRST_DIGIT,
+    NOUNS,
+    PLACES,
+    WHERE,
+)
 
 NEAREST_MARGIN = 10  # pixels by which the second nearest object must be farther away
+WHERE_MARGIN = 6  # pixels between an object's centre and the lines of the 3 x 3 grid
 READ_MARGIN = 6  # pixels between the centres of neighbouring digits
 TARGET_CONE = 35  # degrees off the axis: an object inside lies clearly in that direction
 RIVAL_CONE = 60  # an object inside must not be about as near
 MOST_COUNTED = 4
 PACK = ("what", "rel", "count", "read", "color", "which", "exist", "rel", "what", "count", "rel",
         "exist")  # fmt: skip
+PACK_WITH_PLACES = (*PACK, WHERE, WHERE, WHERE)
 
 _DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 _CORNERS = {
@@ -165,6 +177,24 @@ def _read(things: Sequence[Thing]) -> list[Asked]:
     return [Asked("read", "read the digits from left to right ?", words, tuple(found), steps)]
 
 
+def place(center: tuple[float, float]) -> str | None:
+    """The cell of the 3 x 3 grid in which a point (y, x) in pixels clearly lies."""
+    third = SIDE / 3
+    if min(abs(at - line) for at in center for line in (third, 2 * third)) < WHERE_MARGIN:
+        return None
+    return PLACES[int(center[0] // third) * 3 + int(center[1] // third)]
+
+
+def _where(things: Sequence[Thing], unique: set[int]) -> list[Asked]:
+    asked = []
+    for i in sorted(unique):
+        if cell := place(things[i].center):
+            words = tuple(cell.split())
+            steps = (((i,), (i,)),) * len(words)
+            asked.append(Asked(WHERE, f"where is the {things[i].name} ?", words, (i,), steps))
+    return asked
+
+
 def candidates(rng: np.random.Generator, scene: Scene) -> dict[str, list[Asked]]:
     """Every clear question about a scene, by kind (`exist` asks for two random classes)."""
     things = scene.things
@@ -178,6 +208,7 @@ def candidates(rng: np.random.Generator, scene: Scene) -> dict[str, list[Asked]]
         "count": _count(things),
         "rel": _rel(things, unique),
         "read": _read(things),
+        WHERE: _where(things, unique),
     }
 
 
@@ -205,7 +236,8 @@ def ask(rng: np.random.Generator, scene: Scene, kinds: Sequence[str] = PACK) -> 
 
 
 def answer_choices(kind: str) -> int:
-    """How many answers a kind has, for the chance level (`read`: two or three distinct digits)."""
+    """How many answers a kind has, for the chance level (`read`: two or three distinct digits; the
+    kinds of the task of places are its cells)."""
     return {
         "what": len(NOUNS),
         "color": len(COLORS),
@@ -214,4 +246,4 @@ def answer_choices(kind: str) -> int:
         "count": MOST_COUNTED + 1,
         "rel": len(NOUNS),
         "read": 10 * 9 + 10 * 9 * 8,
-    }[kind]
+    }.get(kind, len(PLACES))

@@ -24,7 +24,8 @@ FILE = assets.DATA_DIR / "questions.jsonl"
 SEED, PER_KIND, PER_SCENE = 2026, 180, 4
 
 
-def _scene_record(number: int, scene: Scene, asked: list[Asked], first: int) -> dict[str, Any]:
+def scene_record(number: int, scene: Scene, asked: list[Asked], first: int) -> dict[str, Any]:
+    """A scene and its questions, numbered from `first` on, as a line of the file."""
     owned = render(scene).owned
     questions = [
         {
@@ -62,7 +63,7 @@ def generate() -> list[dict[str, Any]]:
         if not chosen:
             continue
         asked_of.update(question.kind for question in chosen)
-        records.append(_scene_record(len(records), scene, chosen, total))
+        records.append(scene_record(len(records), scene, chosen, total))
         total += len(chosen)
     return records
 
@@ -74,9 +75,9 @@ def encode(records: list[dict[str, Any]]) -> bytes:
 
 
 @lru_cache
-def records() -> list[dict[str, Any]]:
-    """The stored scenes and questions."""
-    return [json.loads(line) for line in FILE.read_text().splitlines()]
+def records(file: Path = FILE) -> list[dict[str, Any]]:
+    """The scenes and questions of a file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def digest(file: Path = FILE) -> str:
@@ -93,9 +94,9 @@ def scene_of(record: dict[str, Any]) -> Scene:
 
 
 @lru_cache(maxsize=512)
-def rendered(image: int) -> Rendered:
+def rendered(image: int, file: Path = FILE) -> Rendered:
     """The picture of a stored scene."""
-    return render(scene_of(records()[image]))
+    return render(scene_of(records(file)[image]))
 
 
 if __name__ == "__main__":

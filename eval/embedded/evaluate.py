@@ -23,18 +23,23 @@ from torch import Tensor
 
 from ...adapters.cache_names import CACHE, cache_of
 from . import (
-    MODEL_DIR,
-    TASK_VERSION,
+    EMBEDDED,
+    MODELS,
+    TASK,
+    WHERE_MODEL,
+    WHERE_TASK,
     Question,
     benchmark,
     is_correct,
     load_model,
     prompt,
-    questions,
 )
-from .asking import answer_choices, ask
+from .asking import PACK, answer_choices, ask
 from .scenes import GRID, PATCHES, compose
-from .vocabulary import KINDS
+from .task import shipped_tasks
+from .vocabulary import KINDS, WHERE
+from .where import CELLS
+from .where import FILE as WHERE_FILE
 
 RATIOS = (0.5, 0.25, 0.11)
 LONGEST = 4  # answer tokens, the end included
@@ -42,18 +47,25 @@ Select = Callable[["Seen", int, list[Question]], Tensor]
 
 
 class Seen:
-    """What the vision side gives for the benchmark's pictures: all, or the first `count`."""
+    """What the vision side gives for a file's pictures: all, or the first `count`."""
 
-    def __init__(self, model: Any, processor: Any, batch: int = 32, count: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        batch: int = 32,
+        count: int | None = None,
+        file: Path = benchmark.FILE,
+    ):
         from PIL import Image
 
         tower = model.model.vision_tower
         tower.set_attn_implementation("eager")  # CLIP's other attentions do not return the weights
         features, looks = [], []
-        count = len(benchmark.records()) if count is None else count
+        count = len(benchmark.records(file)) if count is None else count
         for start in range(0, count, batch):
             pictures = [
-                Image.fromarray(benchmark.rendered(i).pixels)
+                Image.fromarray(benchmark.rendered(i, file).pixels)
                 for i in range(start, min(start + batch, count))
             ]
             pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
@@ -217,7 +229,13 @@ def accuracy(asked: list[Question], spoken: list[str]) -> dict[str, float]:
         ok = is_correct(said, question.answer)
         right["all"].append(ok)
         right[question.kind].append(ok)
-    return {kind: round(100 * float(np.mean(right[kind])), 1) for kind in ("all", *KINDS)}
+    return {kind: round(100 * float(np.mean(right[kind])), 1) for kind in ("all", *kinds_of(asked))}
+
+
+def kinds_of(asked: list[Question]) -> list[str]:
+    """The kinds that are asked: those of the benchmark as they are named, then cells."""
+    found = {question.kind for question in asked}
+    return [kind for kind in (*KINDS, *CELLS) if kind in found]
 
 
 def blind(asked: list[Question], scenes: int = 2000) -> dict[str, float]:
@@ -225,8 +243,9 @@ def blind(asked: list[Question], scenes: int = 2000) -> dict[str, float]:
     rng = np.random.default_rng(99)
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+    kinds = PACK if any(question.kind in KINDS for question in asked) else (WHERE,) * 3
     for _ in range(scenes):
-        for question in ask(rng, compose(rng)):
+        for question in ask(rng, compose(rng), kinds):
             answer = " ".join(question.answer)
             by_text[question.text][answer] += 1
             by_kind[question.kind][answer] += 1
@@ -235,19 +254,25 @@ def blind(asked: list[Question], scenes: int = 2000) -> dict[str, float]:
 
 
 def evaluate(
-    folder: Path, limit: int | None, random_seeds: int, ratios: list[float], methods: list[str]
+    folder: Path,
+    limit: int | None,
+    random_seeds: int,
+    ratios: list[float],
+    methods: list[str],
+    name: str = TASK,
 ) -> dict[str, Any]:
-    """Every row of the card for one model folder."""
+    """Every row of the card for one model folder and one task."""
+    task, file = shipped_tasks()[name], benchmark.FILE if name == TASK else WHERE_FILE
     model, processor = load_model(folder=folder)
-    asked = questions(limit)
+    asked: list[Any] = list(task.questions(limit))
     began = time.time()
     with torch.no_grad():
-        seen = Seen(model, processor)
+        seen = Seen(model, processor, file=file)
 
     def score(*args: Any, **kwargs: Any) -> dict[str, float]:
         return accuracy(asked, answers(model, processor, seen, asked, *args, **kwargs))
 
-    chance = {kind: round(100 / answer_choices(kind), 1) for kind in KINDS}
+    chance = {kind: round(100 / answer_choices(kind), 1) for kind in kinds_of(asked)}
     rows: dict[str, dict[str, float]] = {
         "dense": score(),
         "blind": blind(asked),
@@ -263,19 +288,20 @@ def evaluate(
                 draws = [score(pick_random(s), count, positions) for s in range(random_seeds)]
                 mean = {k: round(float(np.mean([d[k] for d in draws])), 1) for k in draws[0]}
                 rows[f"random {ratio} {positions}"] = mean
-                for name, select in choices.items():
-                    rows[f"{name} {ratio} {positions}"] = score(select, count, positions)
+                for choice, select in choices.items():
+                    rows[f"{choice} {ratio} {positions}"] = score(select, count, positions)
     if methods:
         model, processor = load_model(folder=folder)  # its fast attention again
         rows |= library(model, processor, asked, methods)
     objects = torch.from_numpy(
-        np.stack([benchmark.rendered(q.image_id).owned.any(0) for q in asked])
+        np.stack([benchmark.rendered(q.image_id, file).owned.any(0) for q in asked])
     )
     looks = seen.cls_attention[[q.image_id for q in asked]]
     on_objects = (looks * objects).sum(1).mean()
     return {
-        "task_version": TASK_VERSION,
-        "benchmark_sha256": benchmark.digest(),
+        "task": name,
+        "task_version": task.version,
+        "benchmark_sha256": benchmark.digest(file),
         "questions": len(asked),
         "kinds": Counter(q.kind for q in asked),
         "date": date.today().isoformat(),
@@ -290,7 +316,7 @@ def evaluate(
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """A markdown table."""
-    head = ("", "all", *KINDS)
+    head = ("", *next(iter(rows.values())))
     lines = [head, tuple("---" for _ in head)]
     lines += [(name, *(f"{row[kind]:.1f}" for kind in head[1:])) for name, row in rows.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -299,7 +325,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     """Print the tables; write them where `--json` says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL_DIR)
+    parser.add_argument("--task", choices=(TASK, WHERE_TASK), default=TASK)
+    parser.add_argument("--model", type=Path, help="a folder (default: the task's own model)")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--random-seeds", type=int, default=3)
     parser.add_argument(
@@ -311,7 +338,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = evaluate(args.model, args.limit, args.random_seeds, args.ratios, args.library)
+    folder = args.model or MODELS[EMBEDDED if args.task == TASK else WHERE_MODEL]
+    draws = args.random_seeds
+    result = evaluate(folder, args.limit, draws, args.ratios, args.library, args.task)
     facts = {key: value for key, value in result.items() if key != "accuracy"}
     sys.stdout.write(f"{facts}\n{table(result['accuracy'])}\n")
     if args.json:

@@ -3,7 +3,7 @@
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from .scenes import PATCH, SIDE
-from .vocabulary import BOS, EOS, IMAGE, PAD, UNK, WORD_ID
+from .vocabulary import BOS, EOS, IMAGE, PAD, UNK, WORD_ID, WORDS
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} : "
@@ -15,11 +15,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
     """Words and punctuation marks are tokens; case is ignored; `<s>` goes in front."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordLevel(dict(WORD_ID), unk_token=UNK))
+    numbers = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=UNK))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -38,7 +39,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(words: tuple[str, ...] = WORDS) -> LlavaProcessor:
     """What `AutoProcessor` loads from the model's folder."""
     image_processor = CLIPImageProcessor(
         do_resize=True,
@@ -50,7 +51,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(words),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -45,6 +45,12 @@ CATEGORIES = {
     "digits": DIGITS,
 }
 KINDS = ("what", "color", "which", "exist", "count", "rel", "read")
+WHERE = "where"  # the kind of the task of places, and the one word that only it needs
+PLACES = (
+    *("top left", "top center", "top right"),
+    *("center left", "center", "center right"),
+    *("bottom left", "bottom center", "bottom right"),
+)  # the cells of a 3 x 3 grid in reading order
 
 PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 _QUESTION_WORDS = (  # noqa: SIM905
@@ -56,8 +62,9 @@ WORDS = tuple(
 )
 KNOWN_WORDS = tuple(word for word in WORDS if word not in (PAD, BOS, EOS, UNK, IMAGE))
 WORD_ID = {word: index for index, word in enumerate(WORDS)}
+WORDS_OF_PLACES = (*WORDS, WHERE)  # of the model that answers where something is
 
 
 def encode(text: str) -> list[int]:
     """Token ids of space-separated words; an unknown word is an error, not `<unk>`."""
-    return [WORD_ID[word] for word in text.split()]
+    return [WORDS_OF_PLACES.index(word) for word in text.split()]

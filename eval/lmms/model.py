@@ -25,10 +25,10 @@ from ...adapters.patching import patch
 from ...prune.budget import BUDGET_WORDS, Budget, MethodCall
 from ...prune.contract import Positions
 from ...prune.errors import MethodFieldError, UnsupportedFeatureError
+from ..embedded import EMBEDDED
 from ..measure.answering import Answer, answer, tokens_of
 from ..measure.times import PatchOptions
 from ..models.loading import (
-    EMBEDDED,
     limit_pixels,
     load,
     load_clip,

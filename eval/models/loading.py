@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...adapters.devices import offload_hooks
 from ...prune.errors import MethodFieldError, VlmpruneError, did_you_mean
-from ..embedded import MODEL_DIR
+from ..embedded import MODELS
 from .registry import known_families, known_family
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from ...adapters.clip_text import ClipText
 
-EMBEDDED = "embedded"
 LOADING_ARGS = ("revision", "trust_remote_code")
 PIXEL_ARGS = ("min_pixels", "max_pixels")
 SHARDED = "auto"
@@ -83,7 +82,7 @@ def load(
     """A model in evaluation mode and its processor.
 
     Args:
-        name: `embedded`, a folder, or a name on the Hugging Face Hub.
+        name: `embedded`, `embedded-where`, a folder, or a name on the Hugging Face Hub.
         dtype: `auto` is float32 on the CPU and elsewhere the checkpoint's own.
         attn_implementation: None leaves the choice to transformers.
         device: where the whole model goes; `auto` is device_map="auto".
@@ -99,7 +98,7 @@ def load(
     if device == SHARDED and device_map is None:
         device_map = SHARDED
     on_cpu = not torch.cuda.is_available() if device_map is not None else device == "cpu"
-    if dtype == "auto" and (on_cpu or name == EMBEDDED):
+    if dtype == "auto" and (on_cpu or name in MODELS):
         dtype = "float32"
     source: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -178,7 +177,7 @@ def limit_pixels(model: PreTrainedModel, processor: Any, limits: Mapping[str, in
 
 def path_of(name: str) -> str:
     """What `from_pretrained` takes for a model's name."""
-    return str(MODEL_DIR) if name == EMBEDDED else name
+    return str(MODELS.get(name, name))
 
 
 def load_clip(name: str | None, processor: Any, *, device: str) -> ClipText | None:

@@ -11,9 +11,9 @@ from typing import Any
 from ...prune.amount import PREFIXES, PUBLISHED
 from ...prune.contract import ClipText
 from ...prune.errors import VlmpruneError
-from ..embedded.task import EmbeddedTask
+from ..embedded import EMBEDDED, MODELS
+from ..embedded.task import shipped_tasks
 from ..method_facts import needs_of
-from ..models.loading import EMBEDDED
 from ..results.records import ANSWERS, CLASSES, MethodRecord, Record, method_record
 from ..results.task_kinds import kind_of
 from ..words.downsample import class_of
@@ -57,7 +57,7 @@ def needs(record: Record) -> list[str]:
     """What the command does not hold: models, questions and code that are somebody's own."""
     config, given = record["config"], record.get("given")
     found = [need for entry in config["methods"] if (need := _need(entry, config["seed"]))]
-    if given is None and config["model"] != EMBEDDED and "/" not in config["model"]:
+    if given is None and config["model"] not in MODELS and "/" not in config["model"]:
         found.append(
             f"model: the folder of {config['model']}, whose weights have the fingerprint "
             f"{config['fingerprint']}"
@@ -82,7 +82,7 @@ class _Command:
 
 
 def _question_needs(config: Mapping[str, Any], given: Mapping[str, Any] | None) -> list[str]:
-    if given is None and config["task"] != EmbeddedTask().name:
+    if given is None and config["task"] not in shipped_tasks():
         return [
             f"task: {config['task']}, version {config['task_version']}; if it is your own, give "
             f"its questions with --data FILE in place of --tasks, or run sweep_model in Python"

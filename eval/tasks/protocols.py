@@ -15,9 +15,10 @@ class TaskError(VlmpruneError, ValueError):
     """Questions that a task does not have.
 
     Symptom: a sweep stops before it loads a model, or a question cannot be put.
-    Cause: a task or kind that is misspelt or belongs to lmms-eval, or a processor without a chat
-        template.
-    Type: `vlmprune sweep --help` for tasks and kinds; `pip install 'vlmprune[lmms]'` for others.
+    Cause: a task or kind that is misspelt or belongs to lmms-eval, a processor without a chat
+        template, or a task with a word that the model does not know.
+    Type: `vlmprune sweep --help` for tasks and kinds; `pip install 'vlmprune[lmms]'` for others;
+        `--model embedded-where` for tinyscenes-where.
     Page: ERRORS.md#taskerror
     """
 

@@ -226,7 +226,8 @@ def tiny(monkeypatch):
         monkeypatch.setattr(
             sweep_command, "load", lambda *_, **__: (case.model(), FakeProcessor(case))
         )
-        monkeypatch.setattr(benchmarks, "EmbeddedTask", FakeTask)
+        shipped = {benchmarks.TASK: FakeTask()}
+        monkeypatch.setattr(benchmarks, "shipped_tasks", lambda: shipped)
 
     use(CLIP)
     return use

@@ -1,4 +1,5 @@
-"""Command line of the training: `vision`, `language`, `export`; `head` for the classifier."""
+"""Command line of the training: `vision`, `language`, `export`; `head` for the classifier;
+`language --places` for the model that says where things are."""
 
 import argparse
 from pathlib import Path
@@ -20,6 +21,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (1 is best on a shared machine)")
     parser.add_argument("--workers", type=int, default=1, help="processes that render scenes")
     parser.add_argument("--control", action="store_true", help="language: teach no looks")
+    parser.add_argument(
+        "--places",
+        action="store_true",
+        help="language, export: go on from the shipped model and teach it `where`",
+    )
     parser.add_argument("--tune-from", type=int, help="language: tune the tower too from here")
     parser.add_argument("--snapshots", type=int, nargs="*", default=(), help="steps to keep")
     parser.add_argument("--name", help="checkpoint's name in --out (language, export)")
@@ -30,18 +36,19 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     run = {"device": args.device, "resume": args.resume, "workers": args.workers}
-    name = args.name or ("control" if args.control else "language")
+    name = args.name or ("control" if args.control else "places" if args.places else "language")
     if args.stage == "vision":
         from . import vision
 
         vision.train(args.out, args.steps or VISION_STEPS, stop=args.stop, **run)
     elif args.stage == "language":
-        from . import language
+        from . import language, places
 
         language.train(
             args.out,
-            args.steps or LANGUAGE_STEPS,
+            args.steps or (places.STEPS if args.places else LANGUAGE_STEPS),
             stop=args.stop,
+            course=places.COURSE if args.places else language.FIRST_COURSE,
             look=not args.control,
             tune_from=args.tune_from,
             snapshots=tuple(args.snapshots),
@@ -53,9 +60,11 @@ def main() -> None:
 
         head.train()
     else:
+        from .. import EMBEDDED, MODELS, WHERE_MODEL
         from . import export
 
-        export.export(args.out / f"{name}.pt", args.model or export.MODEL_DIR)
+        folder = MODELS[WHERE_MODEL if args.places else EMBEDDED]
+        export.export(args.out / f"{name}.pt", args.model or folder)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ FEATURE_LAYER = -2
 LOCAL_LAYERS = 3  # ViT layers in which some heads start by looking at their own place
 
 
-def build() -> LlavaForConditionalGeneration:
-    """The model with the initialisation of transformers."""
+def build(words: int = len(WORDS)) -> LlavaForConditionalGeneration:
+    """The model with the initialisation of transformers, for a vocabulary of so many words."""
     vision = CLIPVisionConfig(
         hidden_size=VISION_WIDTH,
         intermediate_size=3 * VISION_WIDTH,
@@ -29,7 +29,7 @@ def build() -> LlavaForConditionalGeneration:
         hidden_act="gelu",
     )
     text = LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=words,
         hidden_size=TEXT_WIDTH,
         intermediate_size=512,
         num_hidden_layers=TEXT_LAYERS,

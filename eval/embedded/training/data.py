@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..asking import Asked, ask
+from ..asking import PACK, Asked, ask
 from ..scenes import COVERED, GRID, PATCH, PATCHES, SIDE, Rendered, Scene, compose, render
-from ..vocabulary import BOS, EOS, IMAGE, KINDS, NOUNS, WORD_ID, encode
+from ..vocabulary import BOS, EOS, IMAGE, KINDS, NOUNS, WHERE, WORD_ID, encode
 
 BACKGROUND = len(NOUNS)
 IGNORED = -100
+ASKABLE = (*KINDS, WHERE)
 DOMINANT = 0.2  # a patch is labelled with the class of an object that covers this share of it
 LOCATION_WAVES = (0.5, 1.0, 2.0, 4.0)  # periods per image side
 LOCATIONS = 4 * len(LOCATION_WAVES)
@@ -125,7 +126,7 @@ class LanguageBatch:
     place: Tensor  # [B, Q]
     block: Tensor  # [B, Q]
     asked: Tensor  # [B, Q] number of the question in the batch
-    kinds: Tensor  # [questions] index into KINDS
+    kinds: Tensor  # [questions] index into ASKABLE
     looks: dict[str, tuple[Tensor, Tensor]]  # where to look: [n, 2] (row, token), [n, K] bool
 
     def to(self, device: str) -> "LanguageBatch":
@@ -164,10 +165,10 @@ def _first_tokens(owned: np.ndarray, coverage: np.ndarray, keep: np.ndarray) -> 
 
 
 class LanguageBatches(Dataset["LanguageBatch"]):
-    """Pictures, each with a pack of questions."""
+    """Pictures, each with a pack of questions of these kinds."""
 
-    def __init__(self, seed: int, size: int, steps: int):
-        self.seed, self.size, self.steps = seed, size, steps
+    def __init__(self, seed: int, size: int, steps: int, kinds: tuple[str, ...] = PACK):
+        self.seed, self.size, self.steps, self.kinds = seed, size, steps, kinds
 
     def __len__(self) -> int:
         return self.steps
@@ -175,7 +176,7 @@ class LanguageBatches(Dataset["LanguageBatch"]):
     def __getitem__(self, step: int) -> LanguageBatch:
         rng = np.random.default_rng([self.seed, step])
         scenes = [compose(rng) for _ in range(self.size)]
-        questions = [ask(rng, scene) for scene in scenes]
+        questions = [ask(rng, scene, self.kinds) for scene in scenes]
         return pack(rng, [render(scene) for scene in scenes], questions)
 
 
@@ -204,7 +205,7 @@ def pack(
             line["place"] += range(length)
             line["block"] += [block] * length
             line["asked"] += [len(kinds)] * length
-            kinds.append(KINDS.index(asked.kind))
+            kinds.append(ASKABLE.index(asked.kind))
             if asked.kind == "count" or not asked.needs or not seen:
                 continue  # where to look for a number of things is left to the model
             at = begin + len(words) - 1

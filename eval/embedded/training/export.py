@@ -4,19 +4,17 @@ from pathlib import Path
 
 import torch
 
-from .. import MODEL_DIR
 from ..processing import build_processor
-from ..vocabulary import BOS, EOS, PAD, WORD_ID
+from ..vocabulary import BOS, EOS, PAD, WORD_ID, WORDS_OF_PLACES
 from .language import Model
-
-__all__ = ["MODEL_DIR", "export"]
 
 
 def export(checkpoint: Path, folder: Path) -> None:
     """The LLaVA of a language checkpoint, without the training-only head."""
-    model = Model()
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["modules"]["model"])
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["modules"]["model"]
+    words = WORDS_OF_PLACES[: len(state["llava.lm_head.weight"])]
+    model = Model(len(words))
+    model.load_state_dict(state)
     model.llava.model.language_model.config._attn_implementation = "sdpa"
     llava = model.llava.eval().to(torch.float16)
     llava.generation_config.update(
@@ -28,4 +26,4 @@ def export(checkpoint: Path, folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     llava.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    build_processor(words).save_pretrained(folder)

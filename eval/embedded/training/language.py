@@ -4,10 +4,14 @@ All questions of a picture share its prefix: each attends to the prefix and to i
 its positions from the prefix's end. In most batches random visual tokens are dropped before the
 decoder, their positions kept or repacked. Two teaching aids fade away: where the question should
 look (`looks`, switched off for the control) and which visual token is the first of its object.
+
+What is taught, from which model and how fast, is a `Course`: the first one starts from the vision
+stage, `training.places` from the shipped model.
 """
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +20,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from ..asking import PACK
 from ..scenes import PATCHES
-from ..vocabulary import KINDS
+from ..vocabulary import WORDS
 from . import attention, optimizer, vision
 from .architecture import TEXT_WIDTH, build, features, init_language, normalize
-from .data import IGNORED, IMAGE_AT, PREFIX, LanguageBatch, LanguageBatches, loader
+from .data import ASKABLE, IGNORED, IMAGE_AT, PREFIX, LanguageBatch, LanguageBatches, loader
 
 SEED, BATCH, RATE, DECAY = 5, 16, 1.2e-3, 0.35
 LOOK_LAYERS = {"word": 1, "early": 2, "late": 4}
@@ -32,9 +37,9 @@ FIRST_LAYER, FIRST_WEIGHT = 3, 0.3
 class Model(nn.Module):
     """The LLaVA with the training-only head that says which token is an object's first."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: int = len(WORDS)) -> None:
         super().__init__()
-        self.llava: LlavaForConditionalGeneration = build()
+        self.llava: LlavaForConditionalGeneration = build(words)
         AttentionInterface.register(attention.NAME, attention.packed_prefix)
         self.llava.model.language_model.config._attn_implementation = attention.NAME
         self.first = nn.Linear(TEXT_WIDTH, 1)
@@ -106,7 +111,7 @@ def exact(batch: LanguageBatch, predicted: Tensor) -> tuple[Tensor, Tensor]:
     wrong = torch.zeros(len(batch.kinds), device=predicted.device)
     wrong.index_add_(0, batch.asked[spoken], (predicted[spoken] != batch.label[spoken]).float())
     asked = torch.zeros_like(wrong).index_fill_(0, batch.asked[spoken], 1.0)
-    right, total = torch.zeros(2, len(KINDS), device=predicted.device)
+    right, total = torch.zeros(2, len(ASKABLE), device=predicted.device)
     right.index_add_(0, batch.kinds, asked * (wrong == 0))
     total.index_add_(0, batch.kinds, asked)
     return right.cpu(), total.cpu()
@@ -122,6 +127,22 @@ def start(out: Path) -> Model:
     return model
 
 
+@dataclass(frozen=True)
+class Course:
+    """What is taught: the model it starts from, the kinds asked of a picture, and how fast."""
+
+    start: Callable[[Path], Model] = start
+    seed: int = SEED
+    kinds: tuple[str, ...] = PACK
+    rate: float = RATE
+    decay: float = DECAY  # share of the steps in which the rate falls
+    first_weight: float = FIRST_WEIGHT
+    look_until: int = LOOK_UNTIL
+
+
+FIRST_COURSE = Course()
+
+
 def train(
     out: Path,
     steps: int,
@@ -130,7 +151,7 @@ def train(
     workers: int = 1,
     stop: int | None = None,
     batch: int = BATCH,
-    look_until: int = LOOK_UNTIL,
+    course: Course = FIRST_COURSE,
     look: bool = True,
     tune_from: int | None = None,
     snapshots: tuple[int, ...] = (),
@@ -140,7 +161,7 @@ def train(
 ) -> None:
     """Run the stage into `out/{name}.pt`; `look=False` is the control without looks."""
     file = out / f"{name}.pt"
-    model = start(out).to(device)
+    model = course.start(out).to(device)
     llava = model.llava
     modules: dict[str, nn.Module] = {"model": model}
     parts = {
@@ -153,29 +174,31 @@ def train(
     optimizers = optimizer.Optimizers(parts, scale={"tower": 0.2})
     done = optimizer.load(file, modules, optimizers) if resume and file.exists() else 0
     stop = min(steps, stop or steps)
-    batches = loader(LanguageBatches(SEED, batch, stop), done, workers)
+    batches = loader(LanguageBatches(course.seed, batch, stop, course.kinds), done, workers)
     began, since, log = time.time(), done, Log()
     for step in range(done, stop):
         data = next(batches).to(device)
         tune = tune_from is not None and step >= tune_from
-        fade = max(0.0, 1 - step / look_until)
+        fade = max(0.0, 1 - step / course.look_until)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             hidden, inputs, rotary = model(data, tune)
             spoken = data.label != IGNORED
             logits = llava.lm_head(hidden[spoken])
             answer = F.cross_entropy(logits.float(), data.label[spoken])
-            kept = slice(IMAGE_AT, IMAGE_AT + data.keep.shape[1])
-            first = F.binary_cross_entropy_with_logits(
-                model.first(inputs[FIRST_LAYER][:, kept])[..., 0].float(), data.first
-            )
-            loss = answer + FIRST_WEIGHT * first
+            loss = answer
+            if course.first_weight:
+                kept = slice(IMAGE_AT, IMAGE_AT + data.keep.shape[1])
+                first = F.binary_cross_entropy_with_logits(
+                    model.first(inputs[FIRST_LAYER][:, kept])[..., 0].float(), data.first
+                )
+                loss = answer + course.first_weight * first
+                log.add("first", first)
             if look and fade > 0:
                 looking = look_loss(model, data, inputs, rotary)
                 loss = loss + LOOK_WEIGHT * fade * looking
                 log.add("look", looking)
-        optimizers.step(loss, optimizer.learning_rate(step, steps, RATE, DECAY))
+        optimizers.step(loss, optimizer.learning_rate(step, steps, course.rate, course.decay))
         log.add("answer", answer)
-        log.add("first", first)
         predicted = torch.zeros_like(data.label)
         predicted[spoken] = logits.argmax(-1)
         log.count(data.keep.shape[1] == PATCHES, *exact(data, predicted))
@@ -196,8 +219,8 @@ class Log:
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
-        self.right = torch.zeros(2, len(KINDS))
-        self.total = torch.zeros(2, len(KINDS))
+        self.right = torch.zeros(2, len(ASKABLE))
+        self.total = torch.zeros(2, len(ASKABLE))
 
     def add(self, name: str, value: Tensor) -> None:
         """One more value of a loss."""
@@ -213,6 +236,6 @@ class Log:
         losses = " ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in self.sums.items())
         share = self.right / self.total.clamp(min=1)
         all_right = self.right.sum(1) / self.total.sum(1).clamp(min=1)
-        full = zip(KINDS, share[1].tolist(), strict=True)
-        kinds = " ".join(f"{kind} {value:.2f}" for kind, value in full)
+        full = zip(ASKABLE, share[1].tolist(), self.total[1].tolist(), strict=True)
+        kinds = " ".join(f"{kind} {value:.2f}" for kind, value, asked in full if asked)
         return f"{losses} | full {all_right[1]:.3f} dropped {all_right[0]:.3f} | {kinds}"
