@@ -17,7 +17,7 @@ only prefills need is on the layers during prefills only.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,14 +37,16 @@ from .clip_text import ClipText
 from .encoded import MARK, Encoded
 from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .generation import Generation
-from .hooks import Spot, Undo
+from .hooks import Undo
 from .installed import Installed
 from .patch_setup import Setup
 from .places.before_llm import BeforeLLMDriver
 from .places.cache_attend import CacheAttendDriver
+from .places.cache_evict import CacheEvictDriver
 from .places.call import InFlight
 from .places.decoder import DecoderDriver
-from .places.encoder import EncoderDriver, on_all
+from .places.encoder import EncoderDriver
+from .places.taps import DecoderTaps
 from .prepare import make_setup
 from .remember import ImageMemory
 from .report import DISABLED
@@ -67,29 +69,19 @@ class Engine(Installed):
         self._flight = InFlight(self._hooks)
         self._warned = False
         text: Any = family.text_model
-        self._encoders = [self._encoder(view) for view in family.views]
+        encoders = [self._encoder(view) for view in family.views]
         self._before_llm = [
             BeforeLLMDriver(view, encoder, self._hooks, self._flight, self.wanted, self.memory)
-            for view, encoder in zip(family.views, self._encoders, strict=True)
+            for view, encoder in zip(family.views, encoders, strict=True)
         ]
-        attending = CacheAttendDriver(text, self._flight)
-        self._decoder = DecoderDriver(
-            text,
-            family.layer_names,
-            self._names,
-            self._flight,
-            self._before_llm[0],
-            attending.exchange,
-            lambda: self.setup,
+        decoder = DecoderDriver(
+            text, family.layer_names, self._flight, self._before_llm[0], lambda: self.setup
         )
+        evict, attend = CacheEvictDriver(text, self._flight), CacheAttendDriver(text, self._flight)
+        taps = DecoderTaps(text, self._names, [decoder.hear, evict.hear], attend.exchange)
         self._generation = Generation(family, self._hooks, self._flight, self.wanted, self._prompt)
-        self._at: Mapping[str, Callable[[int], Undo]] = {
-            **on_all(self._encoders),
-            **self._decoder.hooks,
-            **attending.hooks,
-        }
-        """What installs each kind of hook."""
-        self._start()
+        # Those on the cache before the decoder's, which ends a call on the text model.
+        self._start([*encoders, *self._before_llm, evict, attend, decoder, taps])
 
     def _encoder(self, view: Family) -> EncoderDriver:
         """What drives one vision encoder."""
@@ -100,30 +92,13 @@ class Engine(Installed):
 
     # --- installing and removing -------------------------------------------------------------
 
-    def _install(self) -> None:
-        self._undo += [encoder.install() for encoder in self._encoders]
-        self._undo += [driver.install() for driver in self._before_llm]
-        self._undo.append(self._generation.install())
-        hooks = [
-            self.core.register_forward_pre_hook(self._before_core, with_kwargs=True),
-            self.core.register_forward_hook(self._after_core, always_call=True),
-        ]
+    def _install_own(self) -> Iterator[Undo]:
+        yield self._generation.install()
+        yield self.core.register_forward_pre_hook(self._before_core, with_kwargs=True).remove
+        yield self.core.register_forward_hook(self._after_core, always_call=True).remove
         if hasattr(self.model, "_hf_hook"):  # spread by accelerate, which rebuilds its arguments
             before = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            hooks.append(before)
-        self._undo += [hook.remove for hook in hooks]
-        self._undo.append(self._decoder.install())
-
-    def _install_at(self, spot: Spot) -> Undo:
-        kind, index = spot
-        return self._at[kind](index)
-
-    def _name_tap(self, kind: str, index: int) -> None:
-        if kind == "encoder":
-            for encoder in self._encoders:
-                encoder.name_tap(index)
-        elif kind == "tap":
-            self._decoder.name_tap(index)
+            yield before.remove
 
     # --- what calls run with -----------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from ..prune.budget import MethodCall
@@ -15,6 +15,7 @@ from .family import Fit, Model
 from .hooks import Hooks, Spot, Uncopied, Undo
 from .patch_setup import Setup
 from .places.call import Calling, Wish
+from .places.driver import Driver, PutOn, hooks_of
 from .remember import ImageMemory
 from .report import Last
 from .tap import Names
@@ -25,7 +26,7 @@ class Installed(Uncopied, ABC):
 
     What is on the model at all times asks `_flight` what belongs to the call of its thread. Hooks
     that depend on the methods are at `Spots`, for as long as the setup or a call needs them.
-    Subclasses call `_start` when they are complete.
+    Subclasses call `_start` with the drivers of their places when they are complete.
     """
 
     _flight: Calling
@@ -40,9 +41,12 @@ class Installed(Uncopied, ABC):
         self._hooks = Hooks(self._install_at)
         self._names = Names(model)
         self._undo: list[Undo] = []
+        self._drivers: Sequence[Driver] = ()
+        self._put_on: Mapping[str, PutOn] = {}
         self._exchange = threading.Lock()
 
-    def _start(self) -> None:
+    def _start(self, drivers: Sequence[Driver]) -> None:
+        self._drivers, self._put_on = drivers, hooks_of(drivers)
         try:
             self._install()
             self._name_taps()
@@ -54,16 +58,8 @@ class Installed(Uncopied, ABC):
     # --- what kinds of models differ in -------------------------------------------------------
 
     @abstractmethod
-    def _install(self) -> None:
-        """Put on what is on the model at all times."""
-
-    @abstractmethod
-    def _install_at(self, spot: Spot) -> Undo:
-        """The hook of a spot: `Setup.standing` and `Setup.passing` say which are needed."""
-
-    @abstractmethod
-    def _name_tap(self, kind: str, index: int) -> None:
-        """The name of the tap at a spot, if it is one: it stays while taps come and go."""
+    def _install_own(self) -> Iterator[Undo]:
+        """Put on, one after the other, what is on the model at all times beside the drivers'."""
 
     @abstractmethod
     def planned(
@@ -94,9 +90,21 @@ class Installed(Uncopied, ABC):
 
     # --- on and off ---------------------------------------------------------------------------
 
+    def _install(self) -> None:
+        """Put on what is on the model at all times."""
+        for driver in self._drivers:
+            self._undo.append(driver.install())
+        for undo in self._install_own():
+            self._undo.append(undo)
+
+    def _install_at(self, spot: Spot) -> Undo:
+        kind, layer = spot
+        return self._put_on[kind](layer)
+
     def _name_taps(self) -> None:
-        for kind, index in self.setup.standing | self.setup.passing:
-            self._name_tap(kind, index)
+        for kind, layer in self.setup.standing | self.setup.passing:
+            for driver in self._drivers:
+                driver.name_tap(kind, layer)
 
     def remove(self) -> None:
         """Put the model back exactly as it was. A second call does nothing."""

@@ -14,7 +14,6 @@ from ..prune.budget import Budget, MethodCall
 from ..prune.contract import (
     Attending,
     BeforeLLM,
-    CacheMethod,
     Choosing,
     Compressing,
     Cut,
@@ -141,7 +140,17 @@ class Setup:
     @cached_property
     def on_cache(self) -> MethodCall | None:
         """The method on the KV cache."""
-        return next((c for c in self.calls if isinstance(c.method, CacheMethod)), None)
+        return next((c for c in self.calls if c.method.place is Place.CACHE), None)
+
+    @cached_property
+    def evicting(self) -> Compressing | None:
+        """The method that takes entries out of the cache."""
+        return next((c.method for c in self.calls if isinstance(c.method, Compressing)), None)
+
+    @cached_property
+    def attending(self) -> Attending | None:
+        """The method that lets decoding steps attend to a few entries."""
+        return next((c.method for c in self.calls if isinstance(c.method, Attending)), None)
 
     @property
     def inside_the_llm(self) -> bool:
@@ -226,7 +235,7 @@ class Setup:
             spots |= {(what, block) for block in blocks for what in ("encoder", "block")}
             spots |= {("project", number) for number in range(self.projectors)}
         spots |= {("enter", layer) for layer in layers[min([*self.starts[1:], len(layers)]) :]}
-        if self.on_cache is not None and isinstance(self.on_cache.method, Attending):
+        if self.attending is not None:
             attending = self.shape.decoder.attending
             spots |= {(what, layer) for layer in attending for what in ("tables", "tap")}
         return frozenset(spots)
@@ -238,9 +247,9 @@ class Setup:
         spots: set[Spot] = set()
         for need in self.heard:
             spots.add((HOOKS[shown(need)], need.layer))
-        if self.on_cache is not None and isinstance(self.on_cache.method, Compressing):
+        if self.evicting is not None:
             attending = self.shape.decoder.attending
-            spots |= {(what, layer) for layer in attending for what in ("attention", "tap")}
+            spots |= {(what, layer) for layer in attending for what in ("compress", "tap")}
         if self.text is None:
             return frozenset()
         # Flash attention reads gapped position ids as packed sequences: hook every layer there.

@@ -21,11 +21,12 @@ from ..patch_setup import Setup
 from ..remember import ImageMemory
 from ..signals.encoder import Images
 from .call import InFlight
+from .driver import Driver
 from .encoder import EncoderDriver
 from .handover import Handover
 
 
-class BeforeLLMDriver:
+class BeforeLLMDriver(Driver):
     """Encodes images, chooses from them, and hands on the rows that enter the LLM.
 
     Args:

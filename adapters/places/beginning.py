@@ -27,8 +27,9 @@ from ..sequence.layout import Layout
 from ..sequence.placed import PlacedImage
 from ..sequence.positions import PositionIds
 from .cache_attend import note_prefix
-from .cache_evict import Compression, attend_budget, entries_to_keep
 from .choosing import Chosen
+from .compression import Compression
+from .entries import attend_budget, entries_to_keep
 from .placing import place
 from .prefill import Prefill
 

@@ -8,7 +8,6 @@ are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +16,24 @@ from torch import Tensor, nn
 
 from ...prune.answers.answer import looks_at_values
 from ...prune.answers.entries import check_attended
-from ...prune.contract import Attending, Place
+from ...prune.contract import Place
 from ..cache.pruned import PrunedState
 from ..hooks import Undo
 from ..patch_setup import Setup
 from ..sequence.layout import stored_columns
 from ..tap import Exchange
 from .call import InFlight
+from .driver import Driver
 
 Tables = tuple[Tensor, Tensor]
 
 
-class CacheAttendDriver:
+class CacheAttendDriver(Driver):
     """Lets the attention of decoding steps compute with what the method picks."""
 
     def __init__(self, text: Any, flight: InFlight) -> None:
         self._text, self._flight = text, flight
-        self.hooks: Mapping[str, Callable[[int], Undo]] = {"tables": self._hook_tables}
+        self.hooks = {"tables": self._hook_tables}
 
     def exchange(self, layer: int) -> Exchange:
         """What a layer's tap computes with instead."""
@@ -83,7 +83,8 @@ def attend(
     where nothing was stored before them, they are attended to as they are.
     """
     call = setup.on_cache
-    if state.attended is None or call is None or not isinstance(call.method, Attending):
+    method = setup.attending
+    if state.attended is None or call is None or method is None:
         return given
     query, key, value = given.query, given.key, given.value
     packed = setup.positions[Place.CACHE] == "repacked"
@@ -103,9 +104,9 @@ def attend(
     if new == 1:
         rows = state.attended
         keep = None if call.budget is None else torch.where(rows < 0, length, rows)
-        look = looks_at_values(call.method, setup.debug)
-        found = call.method.attended(query[:, :, 0], key, valid, keep)
-        picked = check_attended(call.method, key, valid, keep, found, look)
+        look = looks_at_values(method, setup.debug)
+        found = method.attended(query[:, :, 0], key, valid, keep)
+        picked = check_attended(method, key, valid, keep, found, look)
         if picked is not None and keep is None and bool((rows < 0).any()):  # on the CPU
             picked = _or_all(picked, valid, rows < 0, length)
     mask = given.mask
@@ -131,9 +132,8 @@ def note_prefix(setup: Setup, state: PrunedState, cache: Any, ids: Tensor, real:
     Args:
         ids: (B | 1, L), the caller's position ids of the new tokens, of which `real` (B, L) count.
     """
-    call, stored = setup.on_cache, int(cache.physical_length())
-    attends = call is not None and isinstance(call.method, Attending)
-    if not stored or not attends or setup.positions[Place.CACHE] != "repacked":
+    stored = int(cache.physical_length())
+    if not stored or setup.attending is None or setup.positions[Place.CACHE] != "repacked":
         return
     valid = state.segments[0].padding_to(stored)
     valid = real.new_ones(len(real), stored) if valid is None else valid

@@ -22,24 +22,22 @@ from ..layer_names import LayerNames
 from ..patch_setup import Setup
 from ..report import Last
 from ..signals.decoder import Heads
-from ..tap import Exchange, Names, Tap
 from .before_llm import BeforeLLMDriver
 from .beginning import begin
-from .cache_evict import evict
 from .call import InFlight
+from .driver import Driver
 
 Keywords = dict[str, Any] | None
 """Missing where another thread is just putting the hook on or taking it off: see `Hooks`."""
 
 
-class DecoderDriver:
+class DecoderDriver(Driver):
     """Hooks of the text model and its layers.
 
     Args:
         text: the text model, a `transformers` object.
         layer_names: of its layers' modules.
         before: what knows images that the caller merged itself.
-        exchange: what attention computes with instead, by layer (methods on the cache).
         setup: what calls that begin now run with.
     """
 
@@ -47,22 +45,18 @@ class DecoderDriver:
         self,
         text: Any,
         layer_names: LayerNames,
-        names: Names,
         flight: InFlight,
         before: BeforeLLMDriver,
-        exchange: Callable[[int], Exchange],
         setup: Callable[[], Setup],
     ) -> None:
         self._text, self._layer_names = text, layer_names
-        self._names, self._flight = names, flight
-        self._before, self._exchange, self._setup = before, exchange, setup
-        self.hooks: Mapping[str, Callable[[int], Undo]] = {
+        self._flight, self._before, self._setup = flight, before, setup
+        self.hooks = {
             "enter": self._hook_layer,
             "attention": self._hook_attention,
             "mlp": self._hook_mlp,
             "neurons": self._hook_neurons,
             "keys": self._hook_keys,
-            "tap": self._tap,
         }
 
     def install(self) -> Undo:
@@ -74,10 +68,6 @@ class DecoderDriver:
         if hasattr(self._text, "_deepstack_process"):
             undos.append(shadow(self._text, "_deepstack_process", self._add_deepstack))
         return all_of(undos)
-
-    def name_tap(self, layer: int) -> None:
-        """Register the name of a layer's tap, which stays while taps come and go."""
-        self._names.of(self._text.layers[layer].self_attn.config._attn_implementation)
 
     # --- the text model ----------------------------------------------------------------------
 
@@ -128,12 +118,10 @@ class DecoderDriver:
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
         flight = self._flight
         prefill, flight.prefill = flight.prefill, None
-        continued, flight.continued = flight.continued, None
+        flight.continued = None
         flight.release()
         if output is None:
             return None
-        if continued is not None:
-            evict(continued.setup, continued.cache, continued.state, continued.new)
         if prefill is None:
             return None
         if isinstance(output, tuple):
@@ -183,11 +171,6 @@ class DecoderDriver:
         own = functools.partial(self._project_keys, index)
         return shadow(self._text.layers[index].self_attn.k_proj, "forward", own)
 
-    def _tap(self, index: int) -> Undo:
-        own = functools.partial(self._hear, index)
-        attention = self._text.layers[index].self_attn
-        return Tap(attention, self._names, [own], self._exchange(index)).remove
-
     @torch.compiler.disable
     def _before_layer(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: Keywords = None
@@ -207,14 +190,10 @@ class DecoderDriver:
         assert continued is not None  # noqa: S101  (for the types)
         return (hidden, *rest), continued.layer(layer, hidden, kwargs)
 
-    @torch.compiler.disable
-    def _hear(
-        self, layer: int, query: Tensor, key: Tensor, mask: Any, scaling: float, **kwargs: Any
-    ) -> None:
+    def hear(self, layer: int, heads: Heads) -> None:
+        """Queries and keys of a layer, as its attention uses them."""
         if self._flight.prefill is not None:
-            with torch.no_grad():
-                heads = Heads(query, key, kwargs["value"], scaling, kwargs.get("softcap"))
-                self._flight.prefill.show_heads(layer, heads)
+            self._flight.prefill.show("heads", layer, heads)
 
     @torch.compiler.disable
     def _after_attention(
@@ -224,7 +203,6 @@ class DecoderDriver:
         if prefill is not None and output:  # else another thread puts it on or off
             with torch.no_grad():
                 prefill.show("attention", layer, kwargs["hidden_states"], output[0][0])
-                prefill.after_attention(layer, module, kwargs)
 
     @torch.compiler.disable
     def _after_mlp(

@@ -23,6 +23,7 @@ from ..hooks import Uncopied, Undo, all_of, shadow
 from ..signals.recording import Recording
 from ..signals.table import ENCODER_ATTENTION, shown
 from ..tap import Names, Tap
+from .driver import Driver
 from .padded import PaddedPassage
 from .passage import Passage
 
@@ -40,7 +41,7 @@ class _Pass(threading.local):
         self.passage: Passage | None = None
 
 
-class EncoderDriver(Uncopied):
+class EncoderDriver(Uncopied, Driver):
     """Reads attention layers of one encoder, lets rows leave between them, and skips layers that
     nobody reads.
 
@@ -63,7 +64,7 @@ class EncoderDriver(Uncopied):
         self._attention, self._skippable, self._names = attention, skippable, names
         self._encoder, self._projectors = encoder, projectors
         self._pass = _Pass()
-        self.hooks: Mapping[str, Callable[[int], Undo]] = {
+        self.hooks = {
             "encoder": self.tap,
             "block": self._hook_block,
             "project": self._hook_projector,
@@ -87,8 +88,9 @@ class EncoderDriver(Uncopied):
         block, exchange = self._encoder.blocks[layer], functools.partial(self._exchange, layer)
         return self._encoder.tap(block, self._names, listener, exchange, self._bias)
 
-    def name_tap(self, layer: int) -> None:
-        """Register the name of a layer's tap, which stays while taps come and go."""
+    def name_tap(self, kind: str, layer: int) -> None:
+        if kind != "encoder":
+            return
         if self._encoder is None:
             self._names.of(self._attention[layer].config._attn_implementation)
         else:
@@ -258,15 +260,6 @@ class EncoderDriver(Uncopied):
             return None
         spread, passage.extra = passage.spread_tokens(output)
         return spread
-
-
-def on_all(drivers: Sequence[EncoderDriver]) -> Mapping[str, Callable[[int], Undo]]:
-    """What installs each kind of hook on several encoders of as many layers."""
-
-    def install(kind: str, index: int) -> Undo:
-        return all_of([driver.hooks[kind](index) for driver in drivers])
-
-    return {kind: functools.partial(install, kind) for kind in drivers[0].hooks}
 
 
 def _seen(mask: Any, query: Tensor, key: Tensor) -> Tensor | None:

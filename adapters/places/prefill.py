@@ -25,10 +25,10 @@ from ..sequence.layout import Layout, gather_columns
 from ..sequence.masks import layer_kind, layer_mask, moved_mask, stored_at, tells_length
 from ..sequence.placed import PlacedImage
 from ..sequence.positions import PositionIds
-from ..signals.decoder import Heads, HeadsAhead, Places, Rotary
+from ..signals.decoder import HeadsAhead, Places, Rotary
 from ..signals.table import hear, shown
-from .cache_evict import Compression
 from .choosing import Chosen, choices
+from .compression import Compression
 from .forgetting import forget
 
 Move = tuple[PlacedImage, Selection, tuple[Tensor, Tensor]]
@@ -50,6 +50,7 @@ class Prefill:
     last: Last
     chosen: Chosen | None
     compression: Compression | None
+    """What a method on the cache does behind its layers."""
     both_ways: BothWays | None = None
     """Of the caller's columns."""
 
@@ -63,7 +64,7 @@ class Prefill:
     """Columns stored before this prefill, per segment."""
     _projected: dict[int, Tensor] = field(default_factory=dict)
     """Key projections of a layer's input, made while choosing, that the layer need not repeat."""
-    _layouts: dict[int, Layout] = field(default_factory=dict)
+    layouts: dict[int, Layout] = field(default_factory=dict)
     """The batch as it enters each segment."""
     _memo: dict[Any, Any] = field(default_factory=dict)
     _came: Tensor | None = None
@@ -86,13 +87,7 @@ class Prefill:
         """Something of a layer, for those who declared to see it: see `signals.table`."""
         if needs := self._wanted(layer):
             with self._reading():
-                hear(what, needs, self.batch, self._here(layer), *values)
-
-    def show_heads(self, layer: int, heads: Heads) -> None:
-        """Queries and keys of a layer, as its attention uses them."""
-        if self.compression is not None:
-            self.compression.hear(heads)
-        self.show("heads", layer, heads)
+                hear(what, needs, self.batch, self.here(layer), *values)
 
     def keys_of(self, layer: int, given: Tensor) -> Tensor | None:
         """The key projection of `given` (B, length, D), if it was made already."""
@@ -115,7 +110,8 @@ class Prefill:
         with stopwatch, torch.autocast(stopwatch.device.type, enabled=False):
             yield
 
-    def _here(self, layer: int) -> Here:
+    def here(self, layer: int) -> Here:
+        """What rows that entered a layer see of each other and of stored columns."""
         past = self._past[self.setup.start_of(layer)]
         return self._seen(layer, past, self.padding)
 
@@ -174,12 +170,12 @@ class Prefill:
     def rows(self, layer: int, given: Any) -> Any:
         """What a layer is given beside its input, where it has a row for each one that entered the
         text model, (B, length, ...)."""
-        start, first = self.setup.start_of(layer), self._layouts[0]
+        start, first = self.setup.start_of(layer), self.layouts[0]
         # A model that goes on with the last column alone has taken its row out.
         if not start or not isinstance(given, Tensor) or given.shape[1] != first.length:
             return given
         if ("rows", start) not in self._memo:
-            columns = self._layouts[start].columns
+            columns = self.layouts[start].columns
             came = columns if self._came is None else self._came.gather(1, columns)
             self._memo["rows", start] = first.place.gather(1, came)
         return gather_columns(given, self._memo["rows", start])
@@ -241,18 +237,8 @@ class Prefill:
         here = self.layout.shorten(visual) & self.layout.valid.to(visual.device)
         return here, self.layout.shorten(number)[here]
 
-    def after_attention(self, layer: int, module: Any, kwargs: Mapping[str, Any]) -> None:
-        """A layer has stored its keys and values."""
-        if self.compression is not None:
-            visual = self.batch.real & ~self.batch.text
-            here = self._here(layer)
-            with self.images[0].stopwatch:
-                self.compression.after_attention(layer, module, kwargs, here, visual)
-
     def finish(self, hidden: Tensor) -> Tensor:
         """Final hidden states at the caller's length, (B, L, D); the report is complete."""
-        if self.compression is not None and self.state is not None:
-            self.compression.finish(self.state, self.last, self._layouts, self.positions.span())
         last, images = self.last, self.images
         last.kept = [image.tokens for image in images]
         last.order = [image.order for image in images]
@@ -265,7 +251,7 @@ class Prefill:
     def _enter_segment(self, start: int) -> None:
         """The layers from `start` on store `self.layout`: record it in the cache's state."""
         self.padding, self._past[start] = self.layout.padding, 0
-        self._layouts[start] = self.layout
+        self.layouts[start] = self.layout
         if self.compression is not None:
             self.compression.places[start] = [i.entries(self.layout.keep) for i in self.images]
         logs = None if self._logs is None else self.layout.shorten(self._logs)
@@ -305,7 +291,7 @@ class Prefill:
         columns = self._shorten()
         below = any(stage.cut.below for image in self.images for stage in image.stages(layer))
         if below and self.state is not None:
-            stored = self._layouts, self._past
+            stored = self.layouts, self._past
             forget(self.setup, self.cache, self.state, layer, *stored, self.layout)
         if projected is not None and not moves:
             self._projected[layer] = gather_columns(projected, columns)
@@ -355,7 +341,7 @@ class Prefill:
         cos, sin = self._rotary(before, layer, hidden, rotary)
         rotary = cos.to(hidden.device), sin.to(hidden.device)
         with self._reading():
-            hear("input", needs, self.batch, self._here(layer - 1), hidden)
+            hear("input", needs, self.batch, self.here(layer - 1), hidden)
         if not any(shown(need) == "heads ahead" for need in needs):
             return None
         with self.images[0].stopwatch:

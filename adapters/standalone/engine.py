@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ...prune.errors import BudgetError, UnsupportedFeatureError
 from ..budgets import Budgets
 from ..checks.patches import refuse_compiled
 from ..clip_text import ClipText
-from ..hooks import Spot, Undo, shadow
+from ..hooks import Undo, shadow
 from ..image_model import ImageModel
 from ..installed import Installed
 from ..patch_setup import Setup
@@ -63,26 +63,17 @@ class ImageEngine(Installed):
         blocks = model.encoder.blocks
         attention = [block.attention for block in blocks]
         self._encoder = EncoderDriver(attention, [], self._names, model.encoder)
-        self._start()
+        self._start([self._encoder])
 
-    def _install(self) -> None:
+    def _install_own(self) -> Iterator[Undo]:
         images, tower = self._images, self._images.tower
-        self._undo.append(shadow(tower, images.entry, self._run))
+        yield shadow(tower, images.entry, self._run)
         for name in images.full:
-            self._undo.append(shadow(tower, name, functools.partial(self._map, name)))
+            yield shadow(tower, name, functools.partial(self._map, name))
         if (pooling := images.pooling) is not None:
-            self._undo.append(shadow(tower, pooling.__name__, self._pool))
+            yield shadow(tower, pooling.__name__, self._pool)
         if (pool := images.attention_pool) is not None:
-            hook = pool.register_forward_pre_hook(self._before_pool, with_kwargs=True)
-            self._undo.append(hook.remove)
-
-    def _install_at(self, spot: Spot) -> Undo:
-        kind, index = spot
-        return self._encoder.hooks[kind](index)
-
-    def _name_tap(self, kind: str, index: int) -> None:
-        if kind == "encoder":
-            self._encoder.name_tap(index)
+            yield pool.register_forward_pre_hook(self._before_pool, with_kwargs=True).remove
 
     # --- what calls run with ------------------------------------------------------------------
 
