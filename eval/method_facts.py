@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from ..prune.contract import (
     BeforeLLM,
-    CacheMethod,
     Decoder,
     InEncoder,
     LayerSignal,
     Method,
     ModelShape,
+    Place,
     Signal,
     Tower,
 )
@@ -50,7 +50,7 @@ def reads(method: Method) -> str:
         return f"needs() raised {type(error).__name__}: {error}"
     before = _names(need for need in needs if not isinstance(need, LayerSignal))
     inside = _names(need for need in needs if isinstance(need, LayerSignal))
-    parts = ["entries of the cache"] if isinstance(method, CacheMethod) else []
+    parts = ["entries of the cache"] if method.place is Place.CACHE else []
     parts += [before] if before else []
     parts += [f"in the decoder: {inside}"] if inside else []
     return "; ".join(parts) or "sizes only"

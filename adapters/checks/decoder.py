@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...prune.budget import MethodCall
-from ...prune.contract import Attending, BeforeLLM, InDecoder, ModelShape, Place
+from ...prune.contract import Attending, ModelShape, Place
 from ...prune.errors import MethodFieldError, UnsupportedModelError
 from ..family import Family
 from .working import refused_decoder, weighs, working
@@ -16,8 +16,8 @@ def check_decoder(call: MethodCall, family: Family) -> None:
     """Refuse a decoder whose modules a method inside it or on its cache cannot read."""
     reason = refused_decoder(call.method, family)
     if reason is not None:
-        inside = working(family, InDecoder)
-        others = working(family, BeforeLLM) + inside
+        inside = working(family, Place.DECODER)
+        others = working(family, Place.BEFORE_LLM) + inside
         where = "before the LLM or in the decoder" if inside else "before the LLM"
         raise UnsupportedModelError(
             f"{reason} use a method that acts {where}. "

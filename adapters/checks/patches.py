@@ -12,6 +12,7 @@ from ...prune.contract import (
     InEncoder,
     LayerSignal,
     ModelShape,
+    Place,
 )
 from ...prune.declared import check_declared
 from ...prune.errors import (
@@ -128,9 +129,9 @@ def check_encoder(calls: tuple[MethodCall, ...], family: Family) -> None:
     method, tower = call.method, family.tower
     reason = closed_encoder(method, family)
     if reason is not None:
-        others = working(family, InEncoder)
+        others = working(family, Place.ENCODER)
         instead = "another" if others else "a method that acts before the LLM"
-        others = others or working(family, BeforeLLM)
+        others = others or working(family, Place.BEFORE_LLM)
         raise UnsupportedModelError(
             f"{reason}: use {instead}. Methods that work on it: {', '.join(others)}."
         )
@@ -147,7 +148,7 @@ def check_encoder(calls: tuple[MethodCall, ...], family: Family) -> None:
     if following.method.needs_grid:
         free = [
             name
-            for name in working(family, BeforeLLM)
+            for name in working(family, Place.BEFORE_LLM)
             if not getattr(method_class(name), "needs_grid", False)
         ]
         raise MethodFieldError(

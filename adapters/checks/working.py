@@ -25,15 +25,16 @@ from ..family import Family
 from ..sequence.masks import STATES, deepest_cut, layer_kind
 
 
-def working(family: Family, of: type[object] = Method) -> list[str]:
+def working(family: Family, at: Place | None = None) -> list[str]:
     """Names of methods that find all that they read, where they act.
 
     Args:
-        of: only those of one kind.
+        at: only those that act first there.
     """
     shape = family.shape
     made = default_methods()[0].items()
-    return [name for name, one in made if isinstance(one, of) and _runs(one, family, shape)]
+    there = [(name, one) for name, one in made if at is None or one.place is at]
+    return [name for name, one in there if _runs(one, family, shape)]
 
 
 def _runs(made: Method, family: Family, shape: ModelShape) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...prune.amount import Budget
 from ...prune.budget import MethodCall
-from ...prune.contract import InEncoder, ModelShape, Positions
+from ...prune.contract import InEncoder, ModelShape, Place, Positions
 from ...prune.declared import check_declared
 from ...prune.errors import (
     BudgetError,
@@ -30,7 +30,7 @@ _BUDGETS = ("keep_ratio", "keep_tokens")
 def check_calls(calls: tuple[MethodCall, ...], model: ImageModel, shape: ModelShape) -> None:
     """Refuse methods of other places, budgets of the LLM, and signals that the encoder lacks."""
     name = type(model.model).__name__
-    inside = ", ".join(n for n in method_names() if issubclass(method_class(n), InEncoder))
+    inside = ", ".join(n for n in method_names() if method_class(n).place is Place.ENCODER)
     for call in calls:
         if not isinstance(call.method, InEncoder):
             raise UnsupportedModelError(

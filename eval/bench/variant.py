@@ -18,7 +18,7 @@ from ...adapters.patching import patch
 from ...adapters.registry import family_of
 from ...adapters.sequence.masks import STATES, layer_kind
 from ...prune.budget import MethodCall, plan, tokens_per_layer
-from ...prune.contract import Compressing, InEncoder, Place
+from ...prune.contract import Compressing, Place
 from ..measure.flops import ModelCost, after_cuts, cache_entries, visual_share
 from ..measure.shortened import Shortened, reckoned
 from ..results.records import method_record
@@ -96,7 +96,7 @@ class Variant:
     @property
     def in_encoder(self) -> bool:
         """Whether rows leave inside the vision encoder."""
-        return any(isinstance(call.method, InEncoder) for call in self.calls)
+        return any(call.method.place is Place.ENCODER for call in self.calls)
 
     @property
     def place(self) -> Place | None:

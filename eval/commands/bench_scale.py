@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...prune.contract import BeforeLLM, InEncoder
+from ...prune.contract import Place
 from ...prune.errors import MethodFieldError
 from ...prune.registry import default_methods, method_class
 from ..arguments.bench_scale import BenchScaleRequest
@@ -26,7 +26,7 @@ def run(request: BenchScaleRequest) -> int:
                 f"--tokens {count} must be a square and a multiple of {FRAME**2}, e.g. "
                 f"256,1024,4096,16384."
             )
-    inside = [name for name in request.methods if issubclass(method_class(name), InEncoder)]
+    inside = [name for name in request.methods if method_class(name).place is Place.ENCODER]
     if inside:
         raise MethodFieldError(
             f"{', '.join(inside)} chooses block by block inside the vision encoder, whose time "
@@ -34,7 +34,7 @@ def run(request: BenchScaleRequest) -> int:
             f"pictures in one run."
         )
     found = default_methods()[0].items()
-    every = [name for name, made in found if not isinstance(made, InEncoder)]
+    every = [name for name, made in found if made.place is not Place.ENCODER]
     names = list(request.methods) or every
     cases = [(name, layout) for name in names for layout in _layouts(name)]
     report: dict[str, Any] = {
@@ -63,4 +63,4 @@ def run(request: BenchScaleRequest) -> int:
 
 
 def _layouts(name: str) -> tuple[Layout, ...]:
-    return ("grid", "frames") if issubclass(method_class(name), BeforeLLM) else ("decoder",)
+    return ("grid", "frames") if method_class(name).place is Place.BEFORE_LLM else ("decoder",)

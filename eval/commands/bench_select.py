@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...prune.contract import BeforeLLM
+from ...prune.contract import BeforeLLM, Place
 from ...prune.errors import MethodFieldError
 from ...prune.registry import default_methods, method_class
 from ..arguments.bench_select import BenchSelectRequest
@@ -52,7 +52,7 @@ def run(request: BenchSelectRequest) -> int:
 
 def all_before_llm() -> list[str]:
     """Names of the methods that choose before the LLM."""
-    return [name for name, made in default_methods()[0].items() if isinstance(made, BeforeLLM)]
+    return [name for name, made in default_methods()[0].items() if made.place is Place.BEFORE_LLM]
 
 
 def _before_llm(name: str) -> BeforeLLM:

@@ -22,7 +22,7 @@ from torch import nn
 from ...adapters.family import Family
 from ...adapters.registry import family_of
 from ...prune.budget import MethodCall, entries_kept, layer_flops
-from ...prune.contract import CacheMethod, Decoder
+from ...prune.contract import Decoder, Place
 from .shortened import Grid, Shortened
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def cache_entries(calls: Sequence[MethodCall], visual: Sequence[int], text: int)
         text: the prompt's other tokens.
     """
     limits = [
-        entries_kept(call, visual, text) for call in calls if isinstance(call.method, CacheMethod)
+        entries_kept(call, visual, text) for call in calls if call.method.place is Place.CACHE
     ]
     return min((limit for limit in limits if limit is not None), default=None)
 

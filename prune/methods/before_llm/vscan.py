@@ -40,9 +40,8 @@ from ...contract import (
     TextAttention,
     VisualTokens,
 )
-from ...errors import MethodFieldError
 from ...fields import check_flag, check_layer
-from ...layers import encoder_layer, scale_layer, user_layer
+from ...layers import cut_layer, encoder_layer, scale_layer
 from ...ops.merge import merged_nearest
 from ...ops.parts import on_device
 from ...ops.topk import ascending, top_k
@@ -51,6 +50,10 @@ from ...registry import register
 from ...salience import WITHOUT_CLS, Scores, check_scores, salience
 
 _FIRST = 3.0  # tokens behind the first stage for each behind the second
+_LAYER = (
+    "give the first decoder layer that sees fewer tokens in the second stage, at least 1; or "
+    "late=False"
+)
 
 
 @register("vscan")
@@ -92,16 +95,10 @@ class VScan(InOnePass):
     def cuts(self, shape: ModelShape) -> tuple[Cut, ...]:
         if not self.late:
             return (Cut(Place.BEFORE_LLM),)
-        depth = shape.decoder.num_layers
         if self.layer is None:
-            layer = scale_layer(16, depth_published=32, depth=depth)
+            layer = scale_layer(16, depth_published=32, depth=shape.decoder.num_layers)
         else:
-            layer = user_layer(self.layer, depth=depth, field="layer")
-        if layer == 0:
-            raise MethodFieldError(
-                f"layer={self.layer} is the first layer: give the first decoder layer that sees "
-                f"fewer tokens in the second stage, at least 1; or late=False."
-            )
+            layer = cut_layer(self.layer, shape, _LAYER)
         return (Cut(Place.BEFORE_LLM, share=_FIRST), Cut(Place.DECODER, layer))
 
     def select_equal(self, images: Sequence[VisualTokens], keep: int) -> list[Selection]:
