@@ -46,6 +46,7 @@ from .places.cache_evict import CacheEvictDriver
 from .places.call import InFlight
 from .places.decoder import DecoderDriver
 from .places.encoder import EncoderDriver
+from .places.neurons import NeuronsDriver
 from .places.taps import DecoderTaps
 from .prepare import make_setup
 from .remember import ImageMemory
@@ -78,10 +79,11 @@ class Engine(Installed):
             text, family.layer_names, self._flight, self._before_llm[0], lambda: self.setup
         )
         evict, attend = CacheEvictDriver(text, self._flight), CacheAttendDriver(text, self._flight)
+        neurons = NeuronsDriver(text, family.layer_names, self._flight)
         taps = DecoderTaps(text, self._names, [decoder.hear, evict.hear], attend.exchange)
         self._generation = Generation(family, self._hooks, self._flight, self.wanted, self._prompt)
         # Those on the cache before the decoder's, which ends a call on the text model.
-        self._start([*encoders, *self._before_llm, evict, attend, decoder, taps])
+        self._start([*encoders, *self._before_llm, evict, attend, neurons, decoder, taps])
 
     def _encoder(self, view: Family) -> EncoderDriver:
         """What drives one vision encoder."""

@@ -17,14 +17,17 @@ from ..prune.contract import (
     Choosing,
     Compressing,
     Cut,
+    InDecoder,
     InEncoder,
     LayerSignal,
     ModelShape,
     Place,
     Positions,
     Signal,
+    Thinned,
 )
 from ..prune.errors import BudgetError
+from ..prune.thinned import thinned_layers, thinning
 from .clip_text import ClipText
 from .devices import execution_device
 from .hooks import Spot, Spots
@@ -138,6 +141,16 @@ class Setup:
         return found
 
     @cached_property
+    def thinning(self) -> InDecoder | None:
+        """The method that leaves more than tokens out of layers."""
+        return thinning(self.calls, self.shape)
+
+    @cached_property
+    def thinned(self) -> Mapping[int, Thinned]:
+        """What it leaves out, by layer."""
+        return thinned_layers(self.calls, self.shape)
+
+    @cached_property
     def on_cache(self) -> MethodCall | None:
         """The method on the KV cache."""
         return next((c for c in self.calls if c.method.place is Place.CACHE), None)
@@ -222,6 +235,11 @@ class Setup:
         device = execution_device(norm)  # of a sharded model, it may be another
         return norm(rows if device is None else rows.to(device)).to(rows.device)  # type: ignore[no-any-return]
 
+    @cached_property
+    def with_core(self) -> list[int]:
+        """Layers whose MLP decoding passes with some of the neurons."""
+        return [layer for layer, one in self.thinned.items() if one.neurons < 1]
+
     # --- hooks that its calls need ------------------------------------------------------------
 
     @cached_property
@@ -238,6 +256,7 @@ class Setup:
         if self.attending is not None:
             attending = self.shape.decoder.attending
             spots |= {(what, layer) for layer in attending for what in ("tables", "tap")}
+        spots |= {("core", layer) for layer in self.with_core}
         return frozenset(spots)
 
     @cached_property
@@ -247,6 +266,7 @@ class Setup:
         spots: set[Spot] = set()
         for need in self.heard:
             spots.add((HOOKS[shown(need)], need.layer))
+        spots |= {("choose core", layer) for layer in self.with_core}
         if self.evicting is not None:
             attending = self.shape.decoder.attending
             spots |= {(what, layer) for layer in attending for what in ("compress", "tap")}

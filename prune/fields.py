@@ -38,6 +38,15 @@ def check_fraction(field: str, value: Any) -> None:
         raise MethodFieldError(f"{field}={value!r} is not possible: give a number, 0 to 1.")
 
 
+def check_share(field: str, value: Any) -> None:
+    """Refuse everything but a number above 0, up to 1."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and 0 < value <= 1):  # also refuses nan
+        raise MethodFieldError(
+            f"{field}={value!r} is not possible: give a number above 0, up to 1 (all)."
+        )
+
+
 def check_flag(field: str, value: object) -> None:
     """Refuse everything but True and False."""
     if not isinstance(value, bool):

@@ -21,6 +21,7 @@ from ..sequence.layout import Layout
 if TYPE_CHECKING:
     from transformers import Cache
 
+    from ..core_mlp import CoreMLP
     from ..patch_setup import Setup
 
 
@@ -114,6 +115,8 @@ class PrunedState:
     that evict nothing. None: such a method does nothing here."""
     prefix: dict[int, Tensor] = field(default_factory=dict)
     """[layer]: positions (B, P) of text cached earlier, whose keys are to be stored unrotated."""
+    core: dict[int, CoreMLP] = field(default_factory=dict)
+    """[layer]: the part of its MLP that a step of one token passes; others pass all of it."""
     uncroppable: int = 0
     """Physical length of layer 0 below which a dropped token would have to come back."""
 
@@ -180,6 +183,7 @@ class PrunedCacheMixin:
         super().reset()  # type: ignore[misc]
         self._pruned.segments = [Segment(s.start) for s in self._pruned.segments]
         self._pruned.attended = None
+        self._pruned.core = {}
         self._pruned.uncroppable = 0
 
     def crop(self, tokens_to_remove: int) -> None:

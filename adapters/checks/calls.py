@@ -109,6 +109,29 @@ def refuse_forgetting(name: str, cache: Any, *, generating: bool) -> None:
         )
 
 
+def refuse_thinned(setup: Setup, cache: Any, rows: int, *, generating: bool) -> None:
+    """Refuse prompts behind which no decoding with some of the neurons is possible.
+
+    Args:
+        rows: of the batch.
+        generating: whether further tokens follow, in the same generate().
+    """
+    if not setup.with_core or setup.thinning is None:
+        return
+    name = setup.thinning.name
+    if rows > 1:
+        raise UnsupportedFeatureError(
+            f"{name} decodes with neurons that one prompt chose, and this batch has {rows} rows "
+            f"(beams and returned sequences count): a step would read other weights for each. Give "
+            f"one prompt at a time, or leave neurons out."
+        )
+    if cache is None and generating:
+        raise UnsupportedFeatureError(
+            f"{name} decodes with neurons that the prompt chose, and with use_cache=False every "
+            f"step is a prompt again: leave that out, or leave neurons out."
+        )
+
+
 def _refuse_fixed(name: str, layers: Sequence[Any]) -> None:
     """Refuse a cache whose layers do not let entries go."""
     kinds = {type(layer).__name__ for layer in layers}

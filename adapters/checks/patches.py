@@ -22,6 +22,7 @@ from ...prune.errors import (
     UnsupportedModelError,
 )
 from ...prune.registry import method_class
+from ...prune.thinned import check_thinned
 from ..clip_text import ClipText
 from ..family import Family
 from .working import closed_encoder, working
@@ -31,6 +32,7 @@ def check_signals(call: MethodCall, family: Family, clip: ClipText | None) -> No
     """Refuse a method whose signal the model does not compute, naming those that work."""
     shape = family.shape
     check_declared(call.method, shape)
+    check_thinned(call.method, shape)
     needs = call.method.needs(shape)
     missing = [need for need in needs if shape.lacks(need)]
     if any(need.of_cls for need in missing):

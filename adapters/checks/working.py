@@ -21,6 +21,7 @@ from ...prune.contract import (
     TextAttention,
 )
 from ...prune.registry import default_methods
+from ..core_mlp import missing_of
 from ..family import Family
 from ..sequence.masks import STATES, deepest_cut, layer_kind
 
@@ -95,6 +96,8 @@ def refused_decoder(method: Method, family: Family) -> str | None:
             f"{method.name} reads {path} of decoder layer {layer}, which "
             f"{type(family.text_model).__name__} does not have:"
         )
+    if (unthinned := _unthinned(method, family)) is not None:
+        return unthinned
     kinds = {layer_kind(config, layer) for layer in range(_layers_cleared(method, family))}
     if method.place is Place.CACHE:
         kinds -= {*STATES}  # which it leaves alone
@@ -159,6 +162,20 @@ def _missing(method: Method, family: Family) -> tuple[int, str] | None:
     for layer, path in wanted:
         if not _has(family.text_model.layers[layer], path):
             return layer, path
+    return None
+
+
+def _unthinned(method: Method, family: Family) -> str | None:
+    """Why a layer cannot be thinned as the method declares, as `refused_decoder` says it."""
+    if not isinstance(method, InDecoder):
+        return None
+    for one in method.thinned(family.shape):
+        mlp = getattr(family.text_model.layers[one.layer], family.layer_names.mlp)
+        if one.neurons < 1 and (missing := missing_of(mlp)) is not None:
+            return (
+                f"{method.name} decodes with some of the neurons of decoder layer {one.layer}, and "
+                f"its {type(mlp).__name__} {missing}: leave neurons out, or"
+            )
     return None
 
 

@@ -16,7 +16,7 @@ from ...prune.errors import UnsupportedFeatureError
 from ..both_ways import Given
 from ..cache.pruned import PrunedState, make_pruned, pruned_state
 from ..cache_names import CACHE, cache_given
-from ..checks.calls import refuse_cache, refuse_forgetting
+from ..checks.calls import refuse_cache, refuse_forgetting, refuse_thinned
 from ..encoded import Encoded
 from ..family import Modality
 from ..patch_setup import Setup
@@ -66,7 +66,8 @@ def begin(
     text = real & ~somewhere
     last = _report(setup, images, text.sum(1)[::repeats], encoded.values())
     keeps = entries_to_keep(setup, images, last.text_tokens)
-    if state is None and keeps is None and not any(image.plan for image in images):
+    acts = keeps is not None or setup.thinned or any(image.plan for image in images)
+    if state is None and not acts:
         return None, last
 
     keep = real.clone()
@@ -82,12 +83,14 @@ def begin(
     forgets = next((s for image in images for s in image.plan if s.cut.below), None)
     if forgets is not None:
         refuse_forgetting(forgets.call.name, cache, generating=chosen is not None)
+    refuse_thinned(setup, cache, len(embeds), generating=chosen is not None)
     if cache is not None:
         state = _prune_cache(setup, cache, mask, real.shape[1], real.device)
         stored = int(cache.physical_length())
         behind = min(_trailing_text(real, somewhere), first.length)
         state.uncroppable = stored + first.length - behind
         attend_budget(state, keeps, repeats, stored)
+        state.core = {}  # an earlier prompt's
     ids = _given_positions(kwargs, cache)
     if keeps is not None and state is not None:
         note_prefix(setup, state, cache, ids, real)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -18,7 +19,8 @@ from ...adapters.patching import patch
 from ...adapters.registry import family_of
 from ...adapters.sequence.masks import STATES, layer_kind
 from ...prune.budget import MethodCall, plan, tokens_per_layer
-from ...prune.contract import Compressing, Place
+from ...prune.contract import Compressing, Place, Thinned
+from ...prune.thinned import thinned_layers
 from ..measure.flops import ModelCost, after_cuts, cache_entries, visual_share
 from ..measure.shortened import Shortened, reckoned
 from ..results.records import method_record
@@ -79,6 +81,8 @@ class Variant:
     """Layers at the end of the vision encoder that do not run."""
     shortened: list[Shortened | None] | None = None
     """How rows of each picture leave in the encoder."""
+    thinned: Mapping[int, Thinned] = field(default_factory=dict)
+    """By decoder layer, what is left out of it beside tokens."""
     at_most: bool = False
     """Whether the counts are those that an adaptive rule may not exceed."""
     cache_bytes: int = 0
@@ -138,6 +142,7 @@ class Variant:
         # Those that only attend to less keep everything.
         compressing = [call for call in calls if isinstance(call.method, Compressing)]
         most = cache_entries(compressing, [self.visual_tokens], text)
+        self.thinned = thinned_layers(calls, model_shape)
         self.entries = [
             min(n + text, _storable(config, layer), n + text if most is None else most)
             for layer, n in enumerate(self.per_layer)
@@ -153,6 +158,7 @@ class Variant:
             text_tokens=self.text_tokens,
             unread_layers=self.unread_layers,
             shortened=self.shortened,
+            thinned=self.thinned,
         )
         mine = [one.patched for one in self.rounds]
         oracle = [one.oracle for one in self.rounds if one.oracle is not None]
@@ -171,7 +177,7 @@ class Variant:
                 "projector": flops.projector,
                 "prefill": flops.prefill,
                 "lm_head": flops.lm_head,
-                "per_decoded_token": cost.decode(self.entries, 2),
+                "per_decoded_token": cost.decode(self.entries, 2, self.thinned),
             },
             "visual_share": visual_share(self.per_layer, self.visual_tokens, cost.decoder),
             "cache_bytes": self.cache_bytes,

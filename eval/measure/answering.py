@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from ...adapters.family import MODALITIES
 from ...adapters.handle import Handle
 from ...adapters.registry import family_of
 from ...adapters.report import Last
+from ...prune.contract import Thinned
+from ...prune.thinned import thinned_layers
 from ..results.records import FlopsRecord, Tokens
-from .flops import Flops, ModelCost, after_cuts, cache_entries, visual_flops, visual_share
+from .flops import NOTHING, Flops, ModelCost, after_cuts, cache_entries, visual_flops, visual_share
 from .shortened import Grid, Shortened, measured
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class Answer:
     cache_visual: float | None
     """Visual ones among these, a mean over layers: as many as were found, or, of a method that
     evicts nothing, as many as it may be."""
+    thinned: Mapping[int, Thinned] = field(default_factory=dict)
+    """By decoder layer, what was left out of it beside tokens."""
     whole: Whole | None = None
     """None: the pictures were not made smaller."""
 
@@ -113,6 +117,9 @@ def answers_of(
     pictures = _pictures(model, inputs, counts, handle, last)
     answers = []
     left = last.cache_kept if last is not None else None
+    thinned: Mapping[int, Thinned] = {}
+    if handle is not None and last is not None:
+        thinned = thinned_layers(handle.methods, family_of(model).shape)
     for row, text in enumerate(texts):
         text_tokens = real[row] - visual[row]
         reach = _reach(handle, last, row, text_tokens)
@@ -129,6 +136,7 @@ def answers_of(
                 shortened=[shortened for _, shortened in pictures[row]],
                 unread_layers=handle.unread_layers if handle is not None else 0,
                 cache_entries=reach,
+                thinned=thinned,
                 cache_visual=fmean(left[row])
                 if left is not None
                 else None
@@ -177,9 +185,9 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
     pruned: list[Flops] = []
     dense: list[Flops] = []
     for a in answers:
-        for target, of, per_layer, unread, entries, shortened in (
-            (pruned, a, a.per_layer, a.unread_layers, a.cache_entries, a.shortened),
-            (dense, a.whole or a, [a.visual] * len(a.per_layer), 0, None, None),
+        for target, of, per_layer, unread, entries, shortened, thinned in (
+            (pruned, a, a.per_layer, a.unread_layers, a.cache_entries, a.shortened, a.thinned),
+            (dense, a.whole or a, [a.visual] * len(a.per_layer), 0, None, None, NOTHING),
         ):
             target.append(
                 cost.sample(
@@ -190,6 +198,7 @@ def flops_of(answers: Sequence[Answer], cost: ModelCost) -> FlopsRecord:
                     unread_layers=unread,
                     cache_entries=entries,
                     shortened=shortened,
+                    thinned=thinned,
                 )
             )
     return FlopsRecord(

@@ -13,8 +13,9 @@ only. It is what published TFLOPs and our frontiers are in.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -22,11 +23,14 @@ from torch import nn
 from ...adapters.family import Family
 from ...adapters.registry import family_of
 from ...prune.budget import MethodCall, entries_kept, layer_flops
-from ...prune.contract import Decoder, Place
+from ...prune.contract import Decoder, Place, Thinned
 from .shortened import Grid, Shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+NOTHING: Mapping[int, Thinned] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +154,24 @@ class ModelCost:
             total += layer.flops(passing, n)
         return total
 
-    def decode(self, tokens_per_layer: Sequence[int], new_tokens: int) -> int:
+    def decode(
+        self,
+        tokens_per_layer: Sequence[int],
+        new_tokens: int,
+        thinned: Mapping[int, Thinned] = NOTHING,
+    ) -> int:
         """The steps after the first new token: layers over a growing cache, and the head.
 
         Args:
             tokens_per_layer: entries of the cache that each layer attends to at first.
+            thinned: by layer, what a method leaves out of it.
         """
+        layers = [
+            replace(layer, mlp=round(layer.mlp * thinned[number].neurons))
+            if number in thinned
+            else layer
+            for number, layer in enumerate(self.layers)
+        ]
         total = 0
         for step in range(1, new_tokens):
             total += (
@@ -163,7 +179,7 @@ class ModelCost:
                 + self.lm_head
                 + sum(
                     layer.flops(1, n + step)
-                    for layer, n in zip(self.layers, tokens_per_layer, strict=True)
+                    for layer, n in zip(layers, tokens_per_layer, strict=True)
                 )
             )
         return total
@@ -179,6 +195,7 @@ class ModelCost:
         cache_entries: int | None = None,
         unread_layers: int = 0,
         shortened: Sequence[Shortened | None] | None = None,
+        thinned: Mapping[int, Thinned] = NOTHING,
     ) -> Flops:
         """FLOPs of one sample.
 
@@ -193,6 +210,7 @@ class ModelCost:
             unread_layers: last encoder layers that a patched model does not run, because neither
                 the projector nor its methods read them.
             shortened: how rows of each picture leave in the encoder; None: they do not.
+            thinned: by layer, what a method leaves out of it beside tokens.
         """
         seen = list(zip(pictures, shortened or [None] * len(pictures), strict=True))
         entering = [n + text_tokens for n in visual_per_layer]
@@ -202,7 +220,7 @@ class ModelCost:
             projector=sum(self.vision.projector(grid, unread_layers, own) for grid, own in seen),
             prefill=self.prefill(entering, logits),
             lm_head=self.lm_head * logits,
-            decode=self.decode(attended, new_tokens),
+            decode=self.decode(attended, new_tokens, thinned),
         )
 
 

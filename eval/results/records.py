@@ -105,9 +105,11 @@ class Config:
 
 def method_record(part: Part) -> MethodRecord:
     method, budget = part.method, part.budget
+    fields = {**method.fields(), **method.retired}
+    as_before = [name for name, value in method.gained.items() if fields[name] == value]
     record = MethodRecord(
         name=method.name,
-        fields={**method.fields(), **method.retired},
+        fields={name: value for name, value in fields.items() if name not in as_before},
         budget={"word": budget.word, "value": budget.value} if budget else None,
     )
     version = VERSIONS[shipped] if (shipped := settled(type(method).__module__)) else 1

@@ -52,6 +52,7 @@ from .signals import (
     TextKeys,
     TextValues,
 )
+from .thinned import Thinned
 from .tokens import CacheEntries, Compressed, Selection, VisualTokens
 
 __all__ = [
@@ -112,6 +113,7 @@ __all__ = [
     "TextHidden",
     "TextKeys",
     "TextValues",
+    "Thinned",
     "Tower",
     "VisualTokens",
 ]

@@ -16,6 +16,7 @@ from .place import Cut, Place, Positions
 from .reduction import BlockCut, EncoderRows, Reduction
 from .shape import ModelShape, Tower
 from .signals import Signal
+from .thinned import Thinned
 from .tokens import CacheEntries, Compressed, Selection, VisualTokens
 
 Newlines = Literal["drop", "keep", "compete"]
@@ -57,6 +58,9 @@ class Method(ABC):
     retired: ClassVar[Mapping[str, object]] = {}
     """Fields that earlier versions had, with the value that they had in all results: these are
     found again under the same id."""
+    gained: ClassVar[Mapping[str, object]] = {}
+    """Fields that earlier versions did not have, with the value at which the method is as it was:
+    results with it have the id that they had."""
     waits: ClassVar[str | None] = None
     """Why a choice waits for the device, where the algorithm forces it; None: it does not."""
 
@@ -219,6 +223,15 @@ class InDecoder(Choosing):
     """A method that removes tokens between layers of the LLM decoder, in prefill."""
 
     place: ClassVar[Place] = Place.DECODER
+
+    def thinned(self, shape: ModelShape) -> tuple[Thinned, ...]:
+        """Layers that compute with less of something else than tokens, one entry for each."""
+        return ()
+
+    def core_neurons(self, activations: Tensor, keep: int) -> Tensor:
+        """Exactly `keep` neurons (K,), ascending, of a layer that `thinned` names, from what the
+        prompt's tokens that are alive there made of them: (n, M)."""
+        raise NotImplementedError(f"{self.name} does not choose neurons.")
 
 
 @dataclass(frozen=True, kw_only=True)
