@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...prune.errors import UnsupportedFeatureError
 from ...prune.thinned import core_neurons
-from ..core_mlp import CoreMLP
+from ..core_mlp import CoreMLP, missing_of
 from ..hooks import Undo, shadow
 from ..layer_names import LayerNames
 from .call import InFlight
@@ -61,6 +62,12 @@ def note_core(prefill: Prefill, layer: int, mlp: Any, activations: Tensor) -> No
     thinned, method = setup.thinned.get(layer), setup.thinning
     if thinned is None or method is None or thinned.neurons == 1 or state is None:
         return
+    if (missing := missing_of(mlp)) is not None:  # an adapter came after the patch
+        raise UnsupportedFeatureError(
+            f"{method.name} decodes with some of the neurons of decoder layer {layer}, and its "
+            f"{type(mlp).__name__} {missing}: merge adapters into the model first, or leave "
+            f"neurons out."
+        )
     stopwatch = prefill.images[0].stopwatch
     with stopwatch, torch.autocast(stopwatch.device.type, enabled=False):
         tokens = min(prefill.layout.counts[0], activations.shape[1])

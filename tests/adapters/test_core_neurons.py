@@ -127,8 +127,10 @@ def test_what_cannot_be_decoded_so_is_refused():
         with pytest.raises(vlmprune.UnsupportedFeatureError, match="use_cache=False every step"):
             generated(model, LLAVA.inputs(zoo.SINGLE), 2, use_cache=False)
         model(**LLAVA.inputs(zoo.SINGLE), use_cache=False)  # no step follows
-    layer = decoder_of(model).layers[2]
-    layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
+        layer = decoder_of(model).layers[2]
+        layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
+        with pytest.raises(vlmprune.UnsupportedFeatureError, match="merge adapters"):
+            model(**LLAVA.inputs(zoo.SINGLE))
     with pytest.raises(vlmprune.UnsupportedModelError, match=r"layer 2.*leave neurons out"):
         vlmprune.patch(model, "corematching", neurons=SHARE)
     with pytest.raises(vlmprune.MethodFieldError, match=r"neurons=0 .*give a number above 0"):

@@ -63,7 +63,8 @@ def gained(one: dict) -> set[str]:
     return {
         name
         for entry in one["config"]["methods"]
-        for name in class_of(entry["name"])().fields().keys() - entry["fields"].keys()
+        for cls in [class_of(entry["name"])]
+        for name in cls().fields().keys() - entry["fields"].keys() - cls.gained.keys()
     }
 
 
