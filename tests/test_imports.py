@@ -254,6 +254,18 @@ def test_nobody_outside_a_family_s_files_knows_its_name(layer):
             assert found == set(), path
 
 
+def test_the_kit_of_the_tests_asks_a_family_s_file_too():
+    """But for what says which models are asked, and what is made of one model's real parts."""
+    choosing = {"zoo.py", "selections.py"}
+    of_some = {"tiny_llava.py", "tiny_qwen.py", "tiny_tiled.py", "lmms.py"}
+    knowing = {
+        path.name
+        for path in (ROOT / "tests/kit").glob("*.py")
+        if model_names_in(path.name, path.read_text())
+    }
+    assert knowing == choosing | of_some
+
+
 def test_timm_is_found_and_never_imported():
     """Its extra brings it; of a model that is loaded the class and the module tell enough. Only
     what loads classifiers by name needs it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -179,12 +178,8 @@ def encode(case: zoo.Case, rows) -> list[Encoded]:
 
             def place(values, mean=True, kind=kind, given=given, i=i):
                 values = values[:, skip:]
-                if model.config.model_type in ("gemma3", "ovis2"):
-                    return _averaged(values, mean)
-                if case.shape.tower.merge_unit > 1:
-                    return _shuffled(model.model, values, mean)
-                if kind == "video" and model.config.model_type == "video_llava":
-                    return values.flatten(0, 1)
+                if (of_tokens := zoo.fact(model, "of_tokens")) is not None:
+                    return of_tokens(model.model, values, mean)
                 if kind == "video":
                     core = model.model
                     pool = getattr(core, "apply_pooling", None) or core.vision_resampler
@@ -245,33 +240,6 @@ def _tower_reads(core, tower, kind: str, given: dict):
     layers = [layers] if isinstance(layers, int) else layers
     read = torch.cat([hidden[0].hidden_states[layer] for layer in layers], -1)
     return split["q_proj"], split["k_proj"], read
-
-
-def _averaged(values: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Values of squares of patches (tiles, P * 4, width) as those of 2 x 2: side by side, or their
-    mean as the model's own pooling takes it, (tiles * P, width)."""
-    if len(values) > 1:
-        return torch.cat([_averaged(square, mean) for square in values.split(1)])
-    side = math.isqrt(values.shape[1])
-    square = values[0].unflatten(0, (side, side)).permute(2, 0, 1)
-    if mean:
-        return torch.nn.functional.avg_pool2d(square, 2).flatten(1).T
-    cells = square.unfold(1, 2, 2).unfold(2, 2, 2)  # (width, rows, columns, 2, 2)
-    return cells.permute(1, 2, 3, 4, 0).flatten(2).flatten(0, 1)
-
-
-def _shuffled(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Values of patches (tiles, P * 4, width) as the model itself shuffles them: those behind a
-    token side by side, or their mean, (P, width)."""
-    side = math.isqrt(values.shape[1])
-    if core.config.model_type == "cohere2_vision":
-        tokens = core.multi_modal_projector.pixel_shuffle(values).flatten(0, 2)
-    elif hasattr(core, "connector"):
-        tokens = core.connector.pixel_shuffle(values, scale_factor=2).flatten(0, 1)
-    else:
-        squares = core.pixel_shuffle(values.unflatten(1, (side, side)), scale_factor=0.5)
-        tokens = squares.flatten(0, 2)
-    return tokens.unflatten(1, (4, -1)).mean(1) if mean else tokens
 
 
 @torch.no_grad()
@@ -530,7 +498,7 @@ def test_what_the_projector_reads(case, attention, rows):
         wants += (ClsFeatures(),)
     (seen,) = record(case, attention, rows, Recorder(wants=wants))
     core = case.reference(attention).model
-    project = getattr(zoo.OF_TESTS[core.config.model_type], "projected", _projected)
+    project = zoo.fact(core, "projected", _projected)
     for tokens, image in zip(seen, encode(case, rows), strict=True):
         for want in (EncoderFeatures(), ClsFeatures()):
             if want in wants:

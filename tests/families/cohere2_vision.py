@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from kit.cells import shuffled
 from kit.words import tokenizer
 from vlmprune.eval.models.families.cohere2_vision import LAYOUT, SHUFFLING, tiny_cohere2
 from vlmprune.eval.models.tiny_layouts import PIXELS
@@ -11,6 +12,12 @@ from vlmprune.eval.models.tiny_models import Case
 
 CASES = ("cohere2_vision",)
 ONE = "cohere2_vision"
+EACH_TILE = True
+"""Alone, the encoder takes each tile for an image."""
+UNTURNED = "full_attention"
+"""The kind of layers in which no position differs from another."""
+BY_MODULES = True
+"""Neighbours are turned together: attention is read off its modules."""
 MARKS = {
     "image_token": "<|IMG_PATCH|>",
     "video_token": "<video>",
@@ -34,3 +41,8 @@ def projected(core, rows: torch.Tensor) -> torch.Tensor:
     projector = core.multi_modal_projector
     own, gate = projector.linear_1(rows).chunk(2, -1)
     return projector.linear_2(projector.act(gate) * own)
+
+
+def of_tokens(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
+    """As its projector shuffles them."""
+    return shuffled(core.multi_modal_projector.pixel_shuffle(values).flatten(0, 2), mean)

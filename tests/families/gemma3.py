@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from kit.cells import averaged
 from kit.words import tokenizer
 from vlmprune.eval.models.families.gemma3 import AVERAGING, Averaged, tiny_gemma3
 from vlmprune.eval.models.tiny_layouts import PIXELS, SIDE
@@ -11,6 +12,8 @@ from vlmprune.eval.models.tiny_models import Case
 
 CASES = ("gemma3",)
 ONE = "gemma3"
+TYPES = "token_type_ids"
+"""The argument that says which tokens see each other both ways."""
 MARKS = {"image_token": "<start_of_image>", "video_token": "<video>"}
 """What stands for an image in a prompt."""
 WINDOWED = Case("gemma3-windowed", lambda: tiny_gemma3(12), AVERAGING, Averaged())
@@ -30,3 +33,8 @@ def projected(core, rows: torch.Tensor) -> torch.Tensor:
     projector = core.multi_modal_projector
     tokens = projector.mm_soft_emb_norm(rows.unflatten(1, (4, -1)).mean(1))
     return tokens @ projector.mm_input_projection_weight
+
+
+def of_tokens(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
+    """Of 2 x 2 patches each."""
+    return averaged(values, mean)

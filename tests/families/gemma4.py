@@ -12,6 +12,8 @@ from vlmprune.eval.models.tiny_models import Case
 
 CASES = ("gemma4",)
 ONE = "gemma4"
+TYPES = "mm_token_type_ids"
+"""The argument that says which tokens see each other both ways."""
 MARKS = {"image_token": "<|image|>", "video_token": "<|video|>"}
 LISTS = 2
 """Of two prompts: one without images has a list of none."""

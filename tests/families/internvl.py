@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 import transformers
+from kit.cells import shuffled
 from kit.words import tokenizer
 from vlmprune.eval.models.tiny_layouts import PIXELS
 
 CASES = ("internvl",)
 ONE = None
+EACH_TILE = True
+"""Alone, the encoder takes each tile for an image."""
 MARKS = {
     "image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
@@ -26,3 +32,10 @@ def processor() -> transformers.ProcessorMixin:
         transformers.InternVLVideoProcessor(size=size, do_sample_frames=False),
         image_seq_length=9,
     )
+
+
+def of_tokens(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
+    """As the model itself shuffles squares of them."""
+    side = math.isqrt(values.shape[1])
+    squares = core.pixel_shuffle(values.unflatten(1, (side, side)), scale_factor=0.5)
+    return shuffled(squares.flatten(0, 2), mean)

@@ -8,6 +8,10 @@ from kit.words import tokenizer
 
 CASES = ("lfm2_vl",)
 ONE = None
+EACH_TILE = True
+"""Alone, the encoder takes each tile for an image."""
+BY_MODULES = True
+"""Its layers have names of their own: attention is read off their modules."""
 MARKS = {"image_token": "<image>", "video_token": "<video>"}
 
 

@@ -11,9 +11,9 @@ from vlmprune.eval.models.tiny_models import Case
 
 CASES = ("llava-clip-llama", "llava-clip-mistral", "llava-siglip-qwen2")
 ONE = "llava-clip-llama"
+"""Where one of a family is enough."""
 COLUMNS = {"llava (CLIP)": "llava-clip-llama", "llava (SigLIP)": "llava-siglip-qwen2"}
 """Models on which methods run differently, as the table of support calls them."""
-"""Where one of a family is enough."""
 SLIDING = Case("llava-clip-mistral-sliding", lambda: clip_mistral(20), CLIP)
 """Windows shorter than the prompts: tokens drop out of sight, and of the cache."""
 

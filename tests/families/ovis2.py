@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 import transformers
+from kit.cells import averaged
 from kit.words import tokenizer
 from vlmprune.eval.models.tiny_layouts import PIXELS
 
 CASES = ("ovis2",)
 ONE = None
+EACH_TILE = True
+"""Alone, the encoder takes each tile for an image."""
 MARKS = {
     "image_token": "<image>",  # of a prompt; what the processor makes of it:
     "context_image_token": "<IMG_ATOM>",
@@ -33,3 +36,8 @@ def projected(core, rows: torch.Tensor) -> torch.Tensor:
     tower, table = core.vision_tower, core.visual_embeddings_table.weight
     shares = tower.head_norm(tower.head_linear(rows)).softmax(-1)
     return shares @ table[: shares.shape[1]]
+
+
+def of_tokens(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
+    """Of 2 x 2 patches each."""
+    return averaged(values, mean)

@@ -11,6 +11,10 @@ from vlmprune.eval.models.tiny_models import Case
 
 CASES = ("paligemma",)
 ONE = "paligemma"
+TYPES = "token_type_ids"
+"""The argument that says which tokens see each other both ways."""
+FIRST_POSITION = 1
+"""Of a prompt's first token."""
 CAPPED = Case("paligemma2", tiny_paligemma2, SIGLIP, Asked())
 """Logits are capped, which sdpa refuses to do: eager attention only."""
 WINDOWED = Case("paligemma2-windowed", lambda: tiny_paligemma2(20), SIGLIP, Asked())

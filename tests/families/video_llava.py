@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import transformers
 from kit.words import PLAIN as MARKS
 from kit.words import tokenizer
@@ -9,6 +10,8 @@ from vlmprune.eval.models.tiny_layouts import PIXELS
 
 CASES = ("video_llava",)
 ONE = "video_llava"
+EACH_FRAME = True
+"""The encoder gives a row of the batch for each frame of a video."""
 
 
 def processor() -> transformers.ProcessorMixin:
@@ -23,3 +26,8 @@ def processor() -> transformers.ProcessorMixin:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
+
+
+def of_tokens(core, values: torch.Tensor, mean: bool) -> torch.Tensor:
+    """Those of all frames."""
+    return values.flatten(0, 1)

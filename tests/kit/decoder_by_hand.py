@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from kit import zoo
-from kit.decoder_kinds import Observed, head, last_norm, observe, rotary
+from kit.decoder_kinds import Observed, head, last_norm, observe
 from kit.oracle import State, Truth, projected, shared, turned
 from kit.recorders import CLOSE, FIRST, TWICE, Recorder, pick, ran
 from torch import Tensor
@@ -131,8 +131,8 @@ class Expected:
         """Mean cosine and sine of each token where one axis at a time is that of all: (n, 2)."""
         found = []
         for axis in state.positions:
-            ids = axis.expand_as(state.positions)
-            tables = rotary(self.truth.decoder, state.hidden, ids, layer)
+            one = replace(state, positions=axis.expand_as(state.positions))
+            tables = self.truth.rotary(one, layer)
             found.append(torch.stack([table[0].mean(-1) for table in tables], -1))
         return torch.stack(found).mean(0)
 

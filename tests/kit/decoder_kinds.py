@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
+from kit.family_facts import fact
 from torch import Tensor
 
-TYPES = {"paligemma": "token_type_ids", "gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
-"""The argument that says which tokens see each other both ways, of models where some do."""
 HIDDEN = torch.finfo(torch.float32).min
 
 
@@ -30,11 +29,16 @@ def window_of(config, layer: int) -> int | None:
     return config.sliding_window if kind_of(config, layer).startswith("sliding") else None
 
 
+def types_of(model, inputs: dict) -> Tensor | None:
+    """Which tokens see each other both ways, of models where some do: (B, L)."""
+    return inputs.get(fact(model, "TYPES"))
+
+
 def beyond(model, embeds: Tensor, types: Tensor | None) -> dict[str, Tensor]:
     """By kind of layer, (L, L) bool: what rows of a whole prompt see besides the keys of their
     window before them, as the model's own masks for it say."""
     config = model.config.get_text_config()
-    if model.config.model_type not in TYPES or types is None:
+    if types is None:
         return {}
     masks = model.create_masks_for_generate(
         config=model.config,
@@ -42,7 +46,7 @@ def beyond(model, embeds: Tensor, types: Tensor | None) -> dict[str, Tensor]:
         attention_mask=None,
         past_key_values=None,
         position_ids=None,
-        **{TYPES[model.config.model_type]: types[None]},
+        **{fact(model, "TYPES"): types[None]},
     )
     masks = masks if isinstance(masks, dict) else {kind_of(config, 0): masks}
     found = {}
@@ -70,14 +74,17 @@ def text_embeds(model, ids: Tensor) -> Tensor:
     return embeds
 
 
-def rotary(decoder, hidden: Tensor, ids: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that a layer has of positions (axes, n): (1, n, D_head) each."""
+def rotary(
+    decoder, hidden: Tensor, ids: Tensor, layer: int, unturned: str | None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that a layer has of positions (axes, n): (1, n, D_head) each; in those of
+    the kind `unturned` no position differs from another."""
     axes = ids[:, None]
     by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     kind = (kind_of(decoder.config, layer),) if by_kind else ()
     cos, sin = decoder.rotary_emb(hidden[None], axes if len(axes) > 1 else axes[0], *kind)
-    if decoder.config.model_type == "cohere2" and window_of(decoder.config, layer) is None:
-        return torch.ones_like(cos), torch.zeros_like(sin)  # no positions: they are not looked at
+    if kind_of(decoder.config, layer) == unturned:
+        return torch.ones_like(cos), torch.zeros_like(sin)
     return cos, sin
 
 
@@ -88,7 +95,7 @@ def stored_lengths(cache) -> list[int]:
 
 def last_norm(decoder):
     """The norm behind the last layer."""
-    return decoder.embedding_norm if decoder.config.model_type == "lfm2" else decoder.norm
+    return decoder.embedding_norm if hasattr(decoder, "embedding_norm") else decoder.norm
 
 
 def mlp_of(layer) -> tuple:

@@ -49,12 +49,9 @@ MERGED = {
 STATES = {**PLACES, "in the decoder": [vlmprune.method("fastv", keep_ratio=0.4)]}
 """The same places where the layers that others read keep a state."""
 CALLS = {
-    "llava_next": MOVED,
-    "llava_onevision": MERGED,
-    "qwen3_vl": MERGED,
-    "lfm2_vl": STATES,
-    "qwen3_5": STATES,
-    "qwen3_5_moe": STATES,
+    **{case.name: STATES for case in zoo.CASES.values() if case not in zoo.STORING_CASES},
+    zoo.THREE_NAMES[-1]: MOVED,
+    **dict.fromkeys(zoo.SHARING_NAMES[1:], MERGED),
 }
 STEPS = 3
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -8,8 +8,9 @@ import warnings
 
 import torch
 from kit import zoo
+from kit.family_facts import fact
 from kit.feature_bench import CLOSE, DETAILS, STEPS, Bench, Features, check_greedy, register
-from kit.oracle import TILED, Truth, decoder_of
+from kit.oracle import Truth, decoder_of
 
 FORWARD: Features = {}
 feature = functools.partial(register, FORWARD)
@@ -192,7 +193,7 @@ def encoder_outputs(bench):
         if "image_grid_thw" in pixels:
             inputs["image_grid_thw"] = pixels["image_grid_thw"]
         logits = bench.model(**inputs, mm_encoder_outputs={"image": features}).logits
-    if bench.reference.config.model_type in TILED:  # each tile counts as an image
+    if fact(bench.reference, "EACH_TILE"):  # which counts as an image
         assert len(bench.handle.last.kept) == sum(
             len(t.blocks) for t in bench.case.tilings(zoo.BATCH)
         )

@@ -28,7 +28,6 @@ from weakref import WeakKeyDictionary
 import torch
 from kit.decoder_kinds import (
     HIDDEN,
-    TYPES,
     beyond,
     causal,
     head,
@@ -37,15 +36,14 @@ from kit.decoder_kinds import (
     observe,
     rotary,
     text_embeds,
+    types_of,
     window_of,
 )
+from kit.family_facts import fact
 from torch import Tensor
 from vlmprune.eval.models.tiny_layouts import VISION_END
 
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-TILED = ("internvl", "idefics3", "smolvlm", "cohere2_vision", "lfm2_vl", "ovis2")
-"""Models whose encoder is not told which tiles are one image: a mark ends each in these tests."""
 
 _TILE = 9
 """Tokens of a tile, where all are alike."""
@@ -257,12 +255,12 @@ class Truth:
                         target[here] = rows
                     found.append(here)
             found.sort(key=lambda here: int(here[0]))
-            if self.model.config.model_type in TILED:
+            if fact(self.model, "EACH_TILE"):  # a mark ends each image in these tests
                 found = _between_marks(row_ids, found)
             numbers = list(range(number, number + len(found)))
             number += len(found)
             positions, following = self._positions(row_ids, row_kinds, grids)
-            types = inputs.get(TYPES.get(self.model.config.model_type, ""))
+            types = types_of(self.model, inputs)
             more = beyond(self.model, embeds, None if types is None else types[b, columns])
             yield RowTruth(
                 row_ids, embeds, positions, following, columns, deep, more, found, numbers
@@ -286,7 +284,7 @@ class Truth:
         """Those of each image, or each video, in batch order: (N, D), and deeper ones."""
         if inputs.get(pixels) is None:
             return []
-        if self.model.config.model_type in TILED:  # alone, the encoder takes each tile for an image
+        if fact(self.model, "EACH_TILE"):
             names = ("input_ids", "attention_mask", "pixel_values", "pixel_attention_mask")
             names = (*names, "spatial_shapes")
             output = self.model(**{name: inputs[name] for name in names if name in inputs})
@@ -301,7 +299,7 @@ class Truth:
         output = encode(**given, return_dict=True)
         deeper = output.deepstack_features if len(self.deep_layers) else ()
         pooled = output.pooler_output
-        if self.model.config.model_type == "video_llava":  # a row of the batch for each frame
+        if fact(self.model, "EACH_FRAME"):
             pooled = pooled.reshape(len(inputs[pixels]), -1, pooled.shape[-1])
         return list(zip(pooled, *deeper, strict=True))
 
@@ -309,7 +307,7 @@ class Truth:
         """Positions of a whole row (axes, L), and that of the token after it; its grids are taken
         out of `grids`."""
         if not hasattr(self.core, "get_rope_index"):
-            first = int(self.model.config.model_type == "paligemma")  # which counts from one
+            first = fact(self.model, "FIRST_POSITION", 0)
             return torch.arange(len(ids))[None] + first, len(ids) + first
         of_row = {}
         for number, (kind, waiting) in enumerate(grids.items(), start=1):
@@ -465,7 +463,8 @@ class Truth:
 
     def rotary(self, state: State, layer: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines that a layer has of the tokens' positions: (1, n, D_head)."""
-        return rotary(self.decoder, state.hidden, state.positions, layer)
+        unturned = fact(self.model, "UNTURNED")
+        return rotary(self.decoder, state.hidden, state.positions, layer, unturned)
 
     def mask(self, row: int, places: Tensor, layer: int) -> Tensor:
         """What is added to a layer's scores of the tokens at these places: (n, n)."""
@@ -531,7 +530,7 @@ class Truth:
             if number == layer:
                 break
             state.hidden = self._layer(number, state, tables, mask)
-        if self.decoder.config.model_type in ("cohere2", "lfm2"):  # neighbours; names of its own
+        if fact(self.model, "BY_MODULES"):
             tables = tuple(table[0] for table in tables)
             mean = observe(block, state.hidden, tables, mask).maps.mean(0)[-1]
             return [mean[torch.isin(state.places, image)] for image in self.rows[row].images]

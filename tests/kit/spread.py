@@ -54,8 +54,9 @@ def to_disk(model, folder):
 
 
 def works_on(case: zoo.Case, calls) -> bool:
-    resampled = case.name == "llava_onevision" and calls[0].name in zoo.IN_ENCODER
-    return not resampled and not any(zoo.lacks_signal(case, call) for call in calls)
+    resampled = any(name in case.layout.resampled for name in zoo.images(ROWS))
+    refused = resampled and calls[0].name in zoo.IN_ENCODER
+    return not refused and not any(zoo.lacks_signal(case, call) for call in calls)
 
 
 def changed(before: dict, after: dict) -> list[str]:

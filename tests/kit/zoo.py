@@ -5,7 +5,6 @@ parametrized, and with what every method needs to run on them."""
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import zlib
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 import vlmprune
+from kit.family_facts import OF_TESTS, fact
 from vlmprune.eval.checking.cases import CASES
 from vlmprune.eval.checking.tiny_clip import clip
-from vlmprune.eval.models.registry import known_families
 from vlmprune.eval.models.tiny_layouts import (
     BATCH,
     DECODER,
@@ -50,8 +49,6 @@ from vlmprune.prune.budget import MethodCall
 from vlmprune.prune.contract import Attending, CacheMethod, InEncoder, Place
 from vlmprune.prune.registry import method_class
 
-OF_TESTS = {name: importlib.import_module(f"families.{name}") for name in known_families()}
-"""What tests need of each family beyond what the package says of it."""
 assert list(CASES) == [name for family in OF_TESTS.values() for name in family.CASES]
 PROCESSORS = {family.CASES[0]: family for family in OF_TESTS.values()}
 """The family that has the real processor of a tiny model: of the first one of each family."""
