@@ -288,7 +288,7 @@ class Family(ABC):
         """Visual tokens of every image, where the model has one input size."""
         return None
 
-    @property
+    @cached_property  # which every check of every method asks for
     def shape(self) -> ModelShape:
         """Sizes of encoder and decoder."""
         config, layers = self.text_model.config, self.text_model.layers

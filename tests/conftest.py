@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # Threads of this process and of the commands that tests start: one each, and no busy waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# What pytest makes of the tests' files is kept for the next run, whatever an image of a container
+# says for the sake of its size: to make it takes each worker three seconds.
+sys.dont_write_bytecode = False
 
 pytest.register_assert_rewrite("kit")  # a helper's failed assertion shows its values too
 

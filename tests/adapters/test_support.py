@@ -66,9 +66,12 @@ def way(name: str, column: str) -> str:
     """The first of `WAYS` in which a method keeps 40 % of an image's tokens, or of their entries in
     the cache, or none where it takes no budget; "no" if no way does.
 
-    Anything but a typed refusal is a failure of the caller's test.
+    Anything but a typed refusal is a failure of the caller's test. A method that takes an image of
+    a model takes its videos, which are the same rows by then: those that the model is asked with
+    (`zoo.asked`) are run on them, and those inside the encoder, which see more of a video.
     """
     case, row, model, inputs = column_of(column)
+    is_run = row[1] != "V" or name in zoo.IN_ENCODER or name in zoo.asked(case, METHODS)
     for words, options in WAYS.items():
         given = options | zoo.SMALL.get(name, {})
         if given.pop("clip", None):
@@ -77,6 +80,9 @@ def way(name: str, column: str) -> str:
             handle = vlmprune.patch(model, name, **zoo.budget(name, keep_ratio=0.4), **given)
         except REFUSALS:
             continue
+        if not is_run:
+            handle.remove()
+            return words
         try:
             with torch.no_grad(), handle:
                 model(**inputs)
@@ -98,10 +104,10 @@ def found() -> dict[str, dict[str, str]]:
     return {name: {c: way(name, c) for c in COLUMNS} for name in METHODS}
 
 
-@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("column", COLUMNS)
-def test_the_method_runs_or_refuses_as_expected(name, column):
-    assert way(name, column) == EXPECTED[name][column]
+def test_methods_run_or_refuse_as_expected(column):
+    expected = {name: EXPECTED[name][column] for name in METHODS}
+    assert {name: way(name, column) for name in METHODS} == expected
 
 
 def test_every_method_and_no_other_is_expected():

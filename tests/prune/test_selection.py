@@ -27,6 +27,7 @@ from vlmprune.prune.contract import (
     ClsAttention,
     Compressing,
     LayerSignal,
+    ModelShape,
     Place,
     Pruning,
     ReceivedAttention,
@@ -108,13 +109,12 @@ def check(selection: Selection, tokens: VisualTokens, keep: int | None) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_selection_is_exact(choice, tower, grid):
+def test_selection_is_exact(choice):
     method, layer = at(choice)
-    tokens = make_tokens(method, grid, layer=layer, tower=tower)
-    for keep in counts(tokens.num_tokens):
-        check(method.select(tokens, keep), tokens, keep)
+    for tower, grid in itertools.product(TOWERS, GRIDS):
+        tokens = make_tokens(method, grid, layer=layer, tower=tower)
+        for keep in counts(tokens.num_tokens):
+            check(method.select(tokens, keep), tokens, keep)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if issubclass(method_class(n), BeforeLLM)])
@@ -202,15 +202,15 @@ def test_todre_late_is_all_or_nothing(num_tokens, share, stays):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if method_class(n).finds_count])
-@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("tiling", [Tiling.single(7, 9), *TILINGS.values()])
-def test_without_a_budget_no_more_than_the_method_declares(name, tiling, seed):
+def test_without_a_budget_no_more_than_the_method_declares(name, tiling):
     method = method_class(name)()
     layer = method.cuts(SHAPE)[0].layer
-    tokens = make_tokens(method, tiling, layer=layer, seed=seed)
-    selection = select_image(method, tokens, None)
-    check(selection, tokens, None)
-    assert 0 < selection.count <= most(method, tiling)
+    for seed in range(5):
+        tokens = make_tokens(method, tiling, layer=layer, seed=seed)
+        selection = select_image(method, tokens, None)
+        check(selection, tokens, None)
+        assert 0 < selection.count <= most(method, tiling)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -246,12 +246,11 @@ def test_selection_is_pure(choice, constant, tiling):
 
 
 @pytest.mark.parametrize("choice", RANKING)
-@pytest.mark.parametrize("grid", [(4, 5), (1, 30), (24, 24)], ids=str)
-def test_ties_go_to_the_lower_index(choice, grid):
+def test_ties_go_to_the_lower_index(choice):
     method, layer = at(choice)
-    tokens = make_tokens(method, grid, layer=layer, constant=True)
-    for keep in (1, 2, 7, 19):
-        assert method.select(tokens, keep).kept.tolist() == list(range(keep))
+    for grid, keep in itertools.product([(4, 5), (1, 30), (24, 24)], (1, 2, 7, 19)):
+        tokens = make_tokens(method, grid, layer=layer, constant=True)
+        assert method.select(tokens, keep).kept.tolist() == list(range(keep)), grid
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -269,10 +268,13 @@ def test_low_precision_signals_are_scored_in_float32(choice):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_declarations_fit_the_model(name, tower, depth):
-    method, shape = method_class(name)(), shape_of(tower, depth)
+def test_declarations_fit_the_model(name):
+    for tower, depth in itertools.product(TOWERS, DEPTHS):
+        check_declarations(name, shape_of(tower, depth))
+
+
+def check_declarations(name: str, shape: ModelShape) -> None:
+    method = method_class(name)()
     cuts = method.cuts(shape)
     assert [cut.depth for cut in cuts] == sorted({cut.depth for cut in cuts})
     assert tuple(dict.fromkeys(cut.place for cut in cuts)) == method.places
@@ -290,15 +292,15 @@ def test_declarations_fit_the_model(name, tower, depth):
 
 
 @pytest.mark.parametrize("name", ON_CACHE)
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_declarations_of_methods_on_the_cache(name, depth):
-    method, shape = method_class(name)(), shape_of("no cls", depth)
-    assert method.cuts(shape) == ()
-    assert method.place is Place.CACHE and method.places == (Place.CACHE,)
-    needs = method.needs(shape)
-    assert needs == method_class(name)().needs(shape)
-    assert len(set(needs)) == len(needs)
-    assert all(isinstance(need, LayerSignal) and 0 <= need.layer < depth for need in needs)
+def test_declarations_of_methods_on_the_cache(name):
+    for depth in DEPTHS:
+        method, shape = method_class(name)(), shape_of("no cls", depth)
+        assert method.cuts(shape) == ()
+        assert method.place is Place.CACHE and method.places == (Place.CACHE,)
+        needs = method.needs(shape)
+        assert needs == method_class(name)().needs(shape)
+        assert len(set(needs)) == len(needs)
+        assert all(isinstance(need, LayerSignal) and 0 <= need.layer < depth for need in needs)
 
 
 def test_every_method_that_compresses_is_tested_for_exact_counts():
