@@ -13,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,16 @@ def pick_diverse(seen: Seen, count: int, asked: list[Question]) -> Tensor:
     return torch.stack(chosen, dim=1).sort(dim=1).values
 
 
-def drop_asked(seen: Seen, count: int, asked: list[Question]) -> Tensor:
-    """Random tokens, but none of the asked objects' (for questions that have such)."""
+def drop_asked(seen: Seen, count: int, asked: list[Question], ring: int = 0) -> Tensor:
+    """Random tokens, but none of the asked objects' (for questions that have such), nor within so
+    many patches of them."""
     noise = torch.rand(seen.cls_attention.shape, generator=torch.Generator().manual_seed(0))
     noise = noise[[q.image_id for q in asked]]
     for row, question in enumerate(asked):
-        noise[row, list(question.patches)] = -1.0
+        theirs = torch.zeros(1, 1, GRID, GRID)
+        theirs.view(-1)[list(question.patches)] = 1
+        near = F.max_pool2d(theirs, 2 * ring + 1, stride=1, padding=ring)
+        noise[row, near.view(-1) > 0] = -1.0
     return top(noise, count)
 
 
@@ -281,6 +286,7 @@ def evaluate(
     if ratios:
         half = round(PATCHES * 0.5)
         rows["asked object dropped, 50 %"] = score(drop_asked, half)
+        rows["asked object and around it dropped, 50 %"] = score(partial(drop_asked, ring=1), half)
         choices = {"grid": pick_grid, "cls": pick_cls, "diverse": pick_diverse}
         for positions in ("original", "repacked"):
             for ratio in ratios:

@@ -133,6 +133,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "few": lambda: _accuracies("sweep_few.jsonl"),
     "positions": lambda: _of_section("sweep_few.jsonl", positions_table),
     "turns": lambda: _of_section("sweep_turns.jsonl", turns_table),
+    "grounding": lambda: _accuracies("sweep_where.jsonl"),
+    "grounding_positions": lambda: _of_section("sweep_where.jsonl", positions_table),
     "recent_cache": lambda: _of_section("sweep_recent_cache.jsonl", beside_baselines),
     "speed": lambda: bench_table(_stored("bench_576.json")).markdown(),
     "promises": _promises,
