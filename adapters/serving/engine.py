@@ -6,7 +6,7 @@ from typing import Any
 
 from ...prune.contract import Features
 from ...prune.errors import UnsupportedFeatureError
-from .served import OF_ATTENTION, Served
+from .served import OF_ATTENTION, OF_PROMPT, Served
 
 
 def check_engine(config: Any, served: Served, *, travels: bool = False) -> None:
@@ -25,6 +25,12 @@ def check_engine(config: Any, served: Served, *, travels: bool = False) -> None:
             "LoRA of the encoder",
             "--enable-tower-connector-lora",
             "vLLM counts its patches by the tokens that enter the LLM",
+        )
+    if served.asks and config.lora_config is not None:
+        _refuse(
+            f"LoRA with {served.call.name}",
+            "--enable-lora",
+            "vLLM has not chosen an adapter where the question is embedded; divprune reads none",
         )
     if travels and config.parallel_config.pipeline_parallel_size > 1:
         _refuse(
@@ -45,7 +51,7 @@ def check_engine(config: Any, served: Served, *, travels: bool = False) -> None:
 
 def _check_reading(config: Any, served: Served) -> None:
     """What would keep a method that reads more than features from reading it."""
-    reads = [need for need in served.needs if need != Features()]
+    reads = [need for need in served.needs if not isinstance(need, (Features, *OF_PROMPT))]
     if reads and getattr(config.compilation_config, "compile_mm_encoder", False):
         _refuse(
             f"A compiled encoder with {served.call.name}",

@@ -27,6 +27,7 @@ from ...prune.contract import (
     Place,
     ReceivedAttention,
     Signal,
+    TextEmbeddings,
 )
 from ...prune.errors import (
     BudgetError,
@@ -53,6 +54,8 @@ OF_ATTENTION = {
     Keys: scores.keys,
 }
 """Signals of an encoder layer's queries and keys, and what reads them."""
+OF_PROMPT = (TextEmbeddings,)
+"""Signals of the text that belongs to an image, which comes with it."""
 
 
 def requested(options: Options, request: object) -> Options:
@@ -114,6 +117,11 @@ class Served:
     def needs(self) -> tuple[Signal, ...]:
         return self.call.method.needs(self.shape)
 
+    @property
+    def asks(self) -> bool:
+        """Whether the choice differs from question to question about the same image."""
+        return any(need.of_prompt for need in self.needs)
+
     def choose(
         self, tiling: Tiling, signals: Mapping[Signal, Tensor], features: Tensor, keep: int
     ) -> ChosenImage:
@@ -147,12 +155,18 @@ def _check_place(call: MethodCall, shape: ModelShape) -> None:
 
 def _check_signals(call: MethodCall, shape: ModelShape) -> None:
     for need in call.method.needs(shape):
+        if need.of_text_twin:
+            instead = [f"{field}={value!r}" for field, value in call.method.without_clip.items()]
+            raise UnsupportedFeatureError(
+                f"{call.name} reads {need}, but vLLM loads no text encoder of CLIP: "
+                f"give {', '.join(instead) or 'another method, e.g. divprune'}."
+            )
         if shape.lacks(need):
             raise MissingSignalError(
                 f"{call.name} reads {need}, which this encoder does not have"
                 + (": use scores='received'." if call.method.without_cls else ".")
             )
-        if not isinstance(need, (*OF_OUTPUT, *OF_ATTENTION)):
+        if not isinstance(need, (*OF_OUTPUT, *OF_ATTENTION, *OF_PROMPT)):
             raise UnsupportedFeatureError(
                 f"{call.name} reads {need}, which is not shown inside vLLM: use a method that "
                 f"reads features or the encoder's attention, e.g. divprune or vtc_cls."

@@ -42,6 +42,7 @@ def test_counts_come_from_sizes(budget, keep):
         ("visual_press", vlmprune.UnsupportedFeatureError, "paged KV cache"),
         ("tome", vlmprune.UnsupportedFeatureError, "paged KV cache"),
         ("catp", vlmprune.UnsupportedFeatureError, "vLLM"),
+        ("cdpruner", vlmprune.UnsupportedFeatureError, "give relevance='prompt'"),
         ("random", vlmprune.UnsupportedFeatureError, "not shown inside vLLM"),
         ("nobody", vlmprune.UnknownMethodError, "nobody"),
     ],
@@ -97,10 +98,21 @@ def test_settings_that_cannot_be_combined_are_refused(words, says):
 
 def test_a_method_may_read_rows_of_the_encoder_where_each_process_has_all():
     call = Settings(name="reading")
-    reading = Settings(call=call, needs=(Features(), EncoderFeatures()))
+    reading = Settings(call=call, needs=(Features(), EncoderFeatures()), asks=False)
     check_engine(settings(tensor=2), reading)
     with pytest.raises(vlmprune.UnsupportedFeatureError, match="--mm-encoder-tp-mode data"):
         check_engine(settings(tensor=2, mode="data"), reading)
+
+
+def test_a_question_is_embedded_without_adapters_and_may_be_shared_out():
+    asking = served("cdpruner", relevance="prompt", keep_ratio=0.5)
+    assert asking.asks and not served("divprune", keep_ratio=0.5).asks
+    check_engine(settings(compiled=True, tensor=2, mode="data"), asking)
+    adapted = settings()
+    adapted.lora_config = Settings(enable_tower_connector_lora=False)
+    check_engine(adapted, served("divprune", keep_ratio=0.5))
+    with pytest.raises(vlmprune.UnsupportedFeatureError, match="--enable-lora"):
+        check_engine(adapted, asking)
 
 
 def settings(

@@ -14,6 +14,7 @@ from ..engine import check_engine
 from ..served import WORD
 from ..sizes import served_of
 from .processor import KEEP, Processor
+from .questions import TEXT, embedded
 from .towers import reading
 
 from vllm.model_executor.models.llava import (  # isort: skip  (behind the version's check)
@@ -50,7 +51,7 @@ class VlmPruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # t
         self._served = served
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        keeps = kwargs.pop(f"{KEEP}_image", None)
+        keeps, texts = (kwargs.pop(f"{word}_image", None) for word in (KEEP, TEXT))
         if keeps is None or kwargs.get("pixel_values") is None:
             return super().embed_multimodal(**kwargs)
         pixels = self._parse_and_validate_image_input(**kwargs)["pixel_values"]
@@ -62,15 +63,17 @@ class VlmPruneLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # t
         found = {Features(): features, EncoderFeatures(): patches, ClsFeatures(): rows[:, :1]}
         found |= {need: values[:, prefix:] for need, values in read.items()}
         counts = torch.as_tensor(keeps).flatten().tolist()
-        return [self._rows(i, keep, features[i], found) for i, keep in enumerate(counts)]
+        words = embedded(self.language_model, texts, len(counts), features.device)
+        return [
+            self._rows(keep, features[i], {need: found[need][i] for need in found} | words[i])
+            for i, keep in enumerate(counts)
+        ]
 
-    def _rows(
-        self, index: int, keep: int, features: Tensor, found: Mapping[Signal, Tensor]
-    ) -> Tensor:
+    def _rows(self, keep: int, features: Tensor, found: Mapping[Signal, Tensor]) -> Tensor:
         """The rows of one image that enter the LLM: (keep, D)."""
         if keep == len(features):
             return features
-        signals = {need: found[need][index] for need in self._served.needs}
+        signals = {need: found[need] for need in self._served.needs}
         chosen = self._served.choose(self._served.usual, signals, features, keep)
         emitted = chosen.emit(features, lambda own: self.multi_modal_projector(own[None])[0])
         return emitted[chosen.slots]

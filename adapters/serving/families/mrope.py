@@ -23,6 +23,7 @@ from ..served import OF_ATTENTION, WORD
 from ..sizes import served_of
 from ..travelling import CHANNELS, Span, digits, offsets, shortened
 from .processor import KEEP, MODALITIES, Processor
+from .questions import TEXT, embedded
 
 from vllm.multimodal.inputs import (  # isort: skip  (behind the version's check)
     MultiModalFeatureSpec,
@@ -126,15 +127,16 @@ class PrunedModel:
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """(K, D + channels) of each item; vLLM calls it with items of one modality."""
         (modality,) = (one for one in MODALITIES if f"{one}_grid_thw" in kwargs)
-        keeps = kwargs.pop(f"{KEEP}_{modality}", None)
+        keeps, texts = (kwargs.pop(f"{word}_{modality}", None) for word in (KEEP, TEXT))
         grids = kwargs[f"{modality}_grid_thw"].tolist()
         with self._reading(grids) as read:
             whole = super().embed_multimodal(**kwargs)  # type: ignore[misc]
         if keeps is None:  # given as embeddings
             return [torch.cat([one, one.new_zeros(len(one), CHANNELS)], dim=1) for one in whole]
+        words = embedded(self.language_model, texts, len(grids), whole[0].device)
         found = []
         for i, (keep, rows) in enumerate(zip(keeps.flatten().tolist(), whole, strict=True)):
-            signals = {need: values[i] for need, values in read.items()}
+            signals = {need: values[i] for need, values in read.items()} | words[i]
             item = self._item(modality, {n: kwargs[n][i] for n in self.fields if n in kwargs})
             found.append(self._entering(item, *self._chosen(grids[i], rows, keep, signals)))
         return found

@@ -17,7 +17,9 @@ from ..versions import check_version
 
 check_version()
 
-from vllm.multimodal.inputs import MultiModalFieldConfig  # noqa: E402
+from .questions import TEXT, Asked, Asking, ids_of  # noqa: E402
+
+from vllm.multimodal.inputs import MultiModalFieldConfig  # isort: skip  # noqa: E402
 from vllm.multimodal.processing import PromptReplacement  # noqa: E402
 
 MODALITIES = ("image", "video")
@@ -25,19 +27,20 @@ KEEP = f"{WORD}_keep"
 """Before the modality's name: the field that brings each item's count to the model."""
 
 
-class Processor(ABC):
+class Processor(Asking, ABC):
     """Placeholders as many as tokens are kept. The options are among the processor's arguments, so
-    that all caches tell one budget from another."""
+    that all caches tell one budget from another, and questions too where the method reads them."""
 
     info: Any
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         given = inputs.hf_processor_mm_kwargs
         options = requested(getattr(self.info.get_hf_config(), WORD), given.get(WORD))
-        arguments = {**given, WORD: dict(options)}
-        return super().apply(  # type: ignore[misc]
-            replace(inputs, hf_processor_mm_kwargs=arguments), timing_ctx
-        )
+        inputs = replace(inputs, hf_processor_mm_kwargs={**given, WORD: dict(options)})
+        config = self.info.get_hf_config()
+        if served_of(config, options).asks:
+            inputs = Asked.of(inputs, config)
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         """The fields of vLLM, and the count of each item that comes as pixels."""
@@ -48,6 +51,8 @@ class Processor(ABC):
             if tilings is not None:
                 keeps = [served.keep(tiling) for tiling in tilings]
                 found[f"{KEEP}_{modality}"] = torch.tensor(keeps)
+                if served.asks:
+                    found[f"{TEXT}_{modality}"] = ids_of(mm_items, modality)
         return found
 
     @abstractmethod
@@ -59,11 +64,12 @@ class Processor(ABC):
     ) -> Mapping[str, Any]:
         theirs = _theirs(hf_processor_mm_kwargs)
         fields = super()._get_mm_fields_config(hf_inputs, theirs)  # type: ignore[misc]
-        counts = {
-            f"{KEEP}_{modality}": MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
+        ours = {
+            f"{word}_{modality}": MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
             for modality in MODALITIES
+            for word in (KEEP, TEXT)
         }
-        return {**fields, **counts}
+        return {**fields, **ours}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any

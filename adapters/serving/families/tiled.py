@@ -23,6 +23,7 @@ from ..on_paper import on_paper
 from ..served import WORD, Served
 from ..sizes import served_of
 from .processor import KEEP, Processor
+from .questions import TEXT, embedded
 from .towers import reading
 
 PIXELS = {"image": IMAGE.pixels, "video": VIDEO.pixels}
@@ -58,6 +59,7 @@ class TiledModel:
 
     vision_tower: Any
     multi_modal_projector: Any
+    language_model: Any
     image_newline: Tensor
     _served: Served
 
@@ -75,6 +77,7 @@ class TiledModel:
         modality = next((one for one, count in counts.items() if count is not None), None)
         if modality is None:
             return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        texts = kwargs.pop(f"{TEXT}_{modality}", None)
         items = list(kwargs[PIXELS[modality]])
         sizes = kwargs["image_sizes"] if modality == "image" else [None] * len(items)
         calls = [call_of(self._family, modality, *item) for item in zip(items, sizes, strict=True)]
@@ -86,13 +89,22 @@ class TiledModel:
         parts = zip(rows.split(tiles), projected.split(tiles), strict=True)
         heard = {need: values.split(tiles) for need, values in read.items()}
         keeps = torch.as_tensor(counts[modality]).flatten().tolist()
+        words = embedded(self.language_model, texts, len(items), rows.device)
         return [
-            self._kept(calls[i], seen, whole, keeps[i], {need: heard[need][i] for need in heard})
+            self._kept(
+                calls[i], seen, whole, keeps[i], {need: heard[need][i] for need in heard}, words[i]
+            )
             for i, (seen, whole) in enumerate(parts)
         ]
 
     def _kept(
-        self, call: Call, rows: Tensor, projected: Tensor, keep: int, read: Mapping[Signal, Tensor]
+        self,
+        call: Call,
+        rows: Tensor,
+        projected: Tensor,
+        keep: int,
+        read: Mapping[Signal, Tensor],
+        words: Mapping[Signal, Tensor],
     ) -> Tensor:
         """The rows of one item that enter the LLM: (keep, D)."""
         features = self._features(call, projected)
@@ -111,10 +123,9 @@ class TiledModel:
             clip=None,
             newlines_compete=method.newline_policy == "compete",  # type: ignore[attr-defined]
         )
+        known = {need: images.patches(values)[0] for need, values in read.items()} | dict(words)
         signals = {
-            need: images.patches(read[need])[0]
-            if need in read
-            else SOURCES[type(need)].read(images, need)[0]
+            need: known[need] if need in known else SOURCES[type(need)].read(images, need)[0]
             for need in self._served.needs
         }
         chosen = self._served.choose(tiling, signals, features, keep)
