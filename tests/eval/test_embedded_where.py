@@ -12,7 +12,7 @@ from vlmprune.eval import cli, embedded
 from vlmprune.eval.embedded import benchmark, evaluate, where
 from vlmprune.eval.embedded.scenes import PATCHES, SIDE
 from vlmprune.eval.embedded.task import WhereTask
-from vlmprune.eval.embedded.training import places
+from vlmprune.eval.embedded.training import export, language, places
 from vlmprune.eval.embedded.vocabulary import PLACES
 from vlmprune.eval.tasks.protocols import TaskError
 
@@ -96,6 +96,18 @@ def test_training_starts_from_the_shipped_weights():
         old = shipped.state_dict()[name]
         assert torch.equal(weights[: len(old)], old)
         assert len(weights) - len(old) == ("embed_tokens" in name or "lm_head" in name)
+
+
+def test_the_course_leads_to_a_model_that_loads(tmp_path):
+    quiet = {"workers": 0, "batch": 2, "report": lambda line: None}
+    language.train(tmp_path / "run", 1, course=places.COURSE, name="places", **quiet)
+    export.export(tmp_path / "run" / "places.pt", tmp_path / "model")
+    model, processor = embedded.load_model(folder=tmp_path / "model")
+    word = processor.tokenizer.get_vocab()["where"]
+    assert word == len(model.get_output_embeddings().weight) - 1
+    old = embedded.load_model()[0].get_parameter("model.multi_modal_projector.linear_1.weight")
+    new = model.get_parameter("model.multi_modal_projector.linear_1.weight")
+    assert 0 < (new - old).abs().max() < 1e-3  # one step of a warm-up
 
 
 def test_a_model_without_the_word_is_refused(tmp_path, capsys):

@@ -160,8 +160,8 @@ def train(
     every: int = 50,
 ) -> None:
     """Run the stage into `out/{name}.pt`; `look=False` is the control without looks."""
-    file = out / f"{name}.pt"
-    model = course.start(out).to(device)
+    model, file = course.start(out).to(device), out / f"{name}.pt"
+    out.mkdir(parents=True, exist_ok=True)
     llava = model.llava
     modules: dict[str, nn.Module] = {"model": model}
     parts = {
