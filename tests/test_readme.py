@@ -7,11 +7,9 @@ run here as it stands: commands from an empty folder, Python beside the embedded
 from __future__ import annotations
 
 import ast
-import os
 import pkgutil
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from importlib.util import find_spec
@@ -20,7 +18,8 @@ from pathlib import Path
 import pytest
 import vlmprune
 import yaml
-from kit import error_page
+from kit import error_page, skips
+from kit.forked import exit_code, forked
 from kit.markdown import Fence, Page, pages
 from kit.paths import ROOT, TESTS
 from kit.tables import GENERATED
@@ -232,29 +231,34 @@ def test_the_added_method_works(tmp_path, monkeypatch, forget_methods):
 @pytest.fixture
 def installed(tmp_path):
     """What is printed where a package is installed, whose entry points are those of a page."""
+    from vlmprune import adapters, prune
 
     def run(room: str, code: str) -> str:
         (page,) = [p for p in PAGES if str(p) == f"{room}/README.md"]
-        (lines,) = [f.code for f in page.fences if f.mark == "tried: installed"]
-        ((group, points),) = tomllib.loads(lines)["project"]["entry-points"].items()
+        (shown,) = [f.code for f in page.fences if f.mark == "tried: installed"]
+        ((group, points),) = tomllib.loads(shown)["project"]["entry-points"].items()
         info = tmp_path / "my_package-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Name: my_package\nVersion: 1.0\n")
-        said = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-        (info / "entry_points.txt").write_text("\n".join(said))
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+
+        def beside_it() -> None:
+            sys.path.insert(0, str(tmp_path))
+            for registry in (prune.registry, adapters.registry):
+                registry._plugins.cache_clear()
+            exec(code, {})
+
+        done = exit_code(forked(beside_it, tmp_path / "said.txt"))
+        said = (tmp_path / "said.txt").read_text()
+        assert done == 0, said
+        return said
 
     (tmp_path / "my_package").mkdir()
     return run
 
 
+@skips.needs("fork")
 def test_the_method_of_an_installed_package_works(installed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "my_package")
     assert cli.main(["new-method", "mine", "--place", "before_llm"]) == 0
@@ -262,6 +266,7 @@ def test_the_method_of_an_installed_package_works(installed, tmp_path, monkeypat
     assert said == "mine(keep_ratio=0.5)\n"
 
 
+@skips.needs("fork")
 def test_the_family_of_an_installed_package_works(installed, tmp_path):
     (source,) = [f.code for p in PAGES for f in p.fences if f.mark == "tried: theirs.py"]
     (tmp_path / "my_package" / "theirs.py").write_text(source)

@@ -6,16 +6,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
 import pytest
 from kit import skips
+from kit.forked import exit_code, forked
 from kit.sweeps import BASE, HARDWARE, VERSIONS, cells, measured
 from vlmprune.eval import cli
 from vlmprune.eval.results.store import FILE_NAME, Store, read_records
@@ -30,18 +28,6 @@ fork = skips.needs("fork")
 @cache
 def many_cells() -> list[Cell]:
     return cells("grid", "random", budgets=tuple(str(n) for n in range(1, 101)))
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Fork a process that does it, which must not compute: threads of torch are not forked with it.
-    Returns its number."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return child
 
 
 def waiting_sweep(folder: Path, log: Path, most: int | None) -> None:
@@ -98,20 +84,18 @@ def outcomes(folder: Path) -> dict[str, list[float]]:
     return {r["id"]: r["scores"]["accuracy"]["outcomes"] for r in read_records(folder)}
 
 
-@pytest.mark.slow
+@fork
 def test_a_real_sweep_goes_on_after_a_kill(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torn, whole = tmp_path / "torn", tmp_path / "whole"
     file = torn / FILE_NAME
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vlmprune", *COMMAND, torn], stdout=subprocess.DEVNULL
-    )
+    process = forked(lambda: cli.main([*COMMAND, str(torn)]), tmp_path / "said.txt")
     deadline = time.monotonic() + 300
     while not file.exists() or file.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert not os.waitpid(process, os.WNOHANG)[0] and time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    os.kill(process, signal.SIGKILL)
+    assert exit_code(process) == -signal.SIGKILL
     assert 2 <= (before := len(outcomes(torn))) < 4
     for folder in (torn, whole):
         assert cli.main([*COMMAND, str(folder)]) == 0

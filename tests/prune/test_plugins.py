@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import vlmprune
+from vlmprune.eval import cli
 from vlmprune.eval.commands.methods import methods_table
 from vlmprune.prune import registry
 from vlmprune.prune.errors import PluginError
@@ -144,16 +143,12 @@ def test_one_package_that_is_found_twice_is_no_conflict(site, caplog, monkeypatc
     assert not caplog.records
 
 
-def test_the_command_line_lists_them(tmp_path):
-    install(
-        tmp_path, "plugin_one", {"theirs": "plugin_gone:T", "grid": "plugin_one:Theirs"}, WORKING
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "300"}
-    command = [sys.executable, "-m", "vlmprune", "methods"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
-    )
-    assert "| theirs | The method 'theirs' comes from another package, plugin_one" in done.stdout
-    assert "No module named 'plugin_gone'" in done.stdout
-    assert "'grid' of the package plugin_one" in done.stdout
-    assert "'grid' of the package plugin_one" in done.stderr
+def test_the_command_line_lists_them(site, monkeypatch, capsys):
+    install(site, "plugin_one", {"theirs": "plugin_gone:T", "grid": "plugin_one:Theirs"}, WORKING)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert cli.main(["methods"]) == 0
+    out, err = capsys.readouterr()
+    assert "| theirs | The method 'theirs' comes from another package, plugin_one" in out
+    assert "No module named 'plugin_gone'" in out
+    assert "'grid' of the package plugin_one" in out
+    assert "'grid' of the package plugin_one" in err
