@@ -30,6 +30,7 @@ from .cache_attend import note_prefix
 from .choosing import Chosen
 from .compression import Compression
 from .entries import attend_budget, entries_to_keep
+from .layer_inputs import LayerInputs
 from .placing import place
 from .prefill import Prefill
 
@@ -76,13 +77,7 @@ def begin(
     first = Layout.of(keep)
     if cache is None and _wants_cache(kwargs, setup.config):
         cache = kwargs[CACHE] = DynamicCache(config=setup.config)
-    if keeps is not None:
-        refuse_cache(setup, cache, shortened=state is not None)
-    elif state is not None and state.setup.on_cache not in (None, setup.on_cache):
-        refuse_cache(state.setup, cache, shortened=True)
-    forgets = next((s for image in images for s in image.plan if s.cut.below), None)
-    if forgets is not None:
-        refuse_forgetting(forgets.call.name, cache, generating=chosen is not None)
+    _refuse(setup, state, cache, images, acting=keeps is not None, generating=chosen is not None)
     refuse_thinned(setup, cache, len(embeds), generating=chosen is not None)
     if cache is not None:
         state = _prune_cache(setup, cache, mask, real.shape[1], real.device)
@@ -94,53 +89,86 @@ def begin(
     ids = _given_positions(kwargs, cache)
     if keeps is not None and state is not None:
         note_prefix(setup, state, cache, ids, real)
-    ahead = {s.place for image in images for s in image.plan if s.place < Place.DECODER}
-    repacks = any(setup.positions[place] == "repacked" for place in ahead)
     earlier = None if state is None else state.segments[0].shift
-    prefill = Prefill(
+    counted = _padding_counted(mask, numbered)
+    inputs = LayerInputs(
         setup=setup,
-        batch=Batch(
-            images,
-            real,
-            text,
-            embeds,
-            setup.final_norm,
-            setup.turned_back,
-            _padding_counted(mask, numbered),
-        ),
+        batch=Batch(images, real, text, embeds, setup.final_norm, setup.turned_back, counted),
         layout=first,
-        positions=PositionIds(ids, images, real, first.keep if repacks else None),
+        positions=PositionIds(ids, images, real, first.keep if _repacks(setup, images) else None),
         cache=cache,
         state=state,
-        last=last,
-        chosen=chosen,
-        compression=Compression.of(setup, cache, keeps, samples, repeats),
         both_ways=None if given is None else given.both_ways,
     )
-    kwargs["position_ids"] = prefill.positions.entering(first, earlier)
-    kwargs["inputs_embeds"] = first.shorten(embeds)
-    for name in setup.by_token:
+    compression = Compression.of(setup, cache, keeps, samples, repeats)
+    prefill = Prefill(inputs, last, chosen, compression)
+    _shorten(kwargs, inputs, earlier, masked=given is not None)
+    return prefill, last
+
+
+def _shorten(
+    kwargs: dict[str, Any], inputs: LayerInputs, earlier: Tensor | None, *, masked: bool
+) -> None:
+    """The text model's arguments as they are for what enters it, in place.
+
+    Args:
+        earlier: (B, 1), how many positions earlier turns closed up.
+        masked: whether the core has made the decoder's masks.
+    """
+    first = inputs.layout
+    kwargs["position_ids"] = inputs.positions.entering(first, earlier)
+    kwargs["inputs_embeds"] = first.shorten(kwargs["inputs_embeds"])
+    for name in inputs.setup.by_token:
         if kwargs.get(name) is not None:
             kwargs[name] = first.shorten(kwargs[name])
     if isinstance(wanted := kwargs.get("logits_to_keep"), int) and wanted > 1:
         # The last layers would go on with so many columns, of which some are dropped tokens'.
         kwargs["logits_to_keep"] = 0
-    kwargs["attention_mask"] = prefill.padding
-    if prefill.padding is None and cache is None:
+    kwargs["attention_mask"] = inputs.padding
+    if inputs.padding is None and inputs.cache is None:
         # Without mask and cache, gaps in the positions would read as packed sequences.
         kwargs["attention_mask"] = first.valid
-    if given is not None:
-        kwargs["attention_mask"] = _masks(prefill, kwargs["inputs_embeds"])
-    return prefill, last
+    if masked:
+        kwargs["attention_mask"] = _masks(inputs, kwargs["inputs_embeds"])
 
 
-def _masks(prefill: Prefill, embeds: Tensor) -> Any:
+def _refuse(
+    setup: Setup,
+    state: PrunedState | None,
+    cache: Any,
+    images: Sequence[PlacedImage],
+    *,
+    acting: bool,
+    generating: bool,
+) -> None:
+    """Refuse caches that a method cannot take entries out of.
+
+    Args:
+        state: of a cache that an earlier prompt shortened.
+        acting: whether a method on the cache does something here.
+    """
+    if acting:
+        refuse_cache(setup, cache, shortened=state is not None)
+    elif state is not None and state.setup.on_cache not in (None, setup.on_cache):
+        refuse_cache(state.setup, cache, shortened=True)
+    forgets = next((s for image in images for s in image.plan if s.cut.below), None)
+    if forgets is not None:
+        refuse_forgetting(forgets.call.name, cache, generating=generating)
+
+
+def _repacks(setup: Setup, images: Sequence[PlacedImage]) -> bool:
+    """Whether positions close up before the first layer."""
+    ahead = {s.place for image in images for s in image.plan if s.place < Place.DECODER}
+    return any(setup.positions[place] == "repacked" for place in ahead)
+
+
+def _masks(inputs: LayerInputs, embeds: Tensor) -> Any:
     """What a core would have made for the embeddings that enter: a mask, or one of each kind."""
-    config = prefill.setup.config
+    config = inputs.setup.config
     if getattr(config, "layer_types", None) is None:
-        return prefill.mask(0, 0, embeds)
+        return inputs.mask(0, 0, embeds)
     firsts = {kind: config.layer_types.index(kind) for kind in set(config.layer_types)}
-    return {kind: prefill.mask(0, layer, embeds) for kind, layer in firsts.items()}
+    return {kind: inputs.mask(0, layer, embeds) for kind, layer in firsts.items()}
 
 
 def _real(embeds: Tensor, mask: Any) -> Tensor:

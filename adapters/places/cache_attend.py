@@ -56,7 +56,7 @@ class CacheAttendDriver(Driver):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any
     ) -> tuple[Tensor, Tensor, Tensor, Any]:
         flight = self._flight
-        at = flight.prefill or flight.continued
+        at = flight.continued if flight.prefill is None else flight.prefill.inputs
         given = Attention(query, key, value, mask)
         tables = flight.tables.pop(layer, None)
         if tables is not None and at is not None and at.state is not None:

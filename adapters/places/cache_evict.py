@@ -56,18 +56,18 @@ class CacheEvictDriver(Driver):
         prefill, compression = self._flight.prefill, self._compression
         # Without output another thread is just putting the hook on or taking it off.
         if prefill is not None and compression is not None and output:
-            visual = prefill.batch.real & ~prefill.batch.text
-            with prefill.images[0].stopwatch:
-                compression.after_attention(layer, module, kwargs, prefill.here(layer), visual)
+            here, batch = prefill.inputs.here(layer), prefill.inputs.batch
+            visual = batch.real & ~batch.text
+            with batch.images[0].stopwatch:
+                compression.after_attention(layer, module, kwargs, here, visual)
 
     @torch.compiler.disable
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> None:
         prefill, continued = self._flight.prefill, self._flight.continued
         if continued is not None:
             evict(continued.setup, continued.cache, continued.state, continued.new)
-        if prefill is not None and prefill.compression is not None and prefill.state is not None:
-            span = prefill.positions.span()
-            prefill.compression.finish(prefill.state, prefill.last, prefill.layouts, span)
+        if prefill is not None and (compression := prefill.compression) is not None:
+            compression.finish(prefill.inputs, prefill.last)
 
 
 def evict(setup: Setup, cache: Any, state: PrunedState, new: int) -> None:

@@ -14,13 +14,14 @@ from ...prune.answers.entries import check_compressed
 from ...prune.contract import CacheEntries, Compressing, Place, ReceivedInLayer, Signal
 from ...prune.declared import Seen
 from ...prune.errors import VlmpruneError
-from ..cache.pruned import PrunedState
+from ..cache.pruned import Segment
 from ..cache.report import CacheReport
 from ..patch_setup import Setup
 from ..report import Last
 from ..sequence.batch import Here
 from ..sequence.layout import Layout
 from ..signals.decoder import Heads, received_in
+from .layer_inputs import LayerInputs
 
 
 @dataclass
@@ -145,19 +146,19 @@ class Compression:
             sight=here.sight(row, 0, count),
         )
 
-    def finish(
-        self,
-        state: PrunedState,
-        last: Last,
-        layout_of: Mapping[int, Layout],
-        span: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Record in the cache's state what each segment stores now.
+    def finish(self, inputs: LayerInputs, last: Last) -> None:
+        """Record what is stored now, in the report and in the cache's state."""
+        self._report(last)
+        if (state := inputs.state) is None:
+            return
+        for segment in state.segments:
+            if segment.start in self._layouts:  # else its layers keep states
+                self._record(segment, inputs)
+        anchor = self.setup.start_of(self.setup.shape.decoder.attends_at(0))
+        removed = inputs.layouts[anchor].length - self._layouts[anchor][0].length
+        state.uncroppable = max(0, state.uncroppable - removed)
 
-        Args:
-            layout_of: per segment, the layout of this prefill.
-            span: the caller's positions of the first token and of the next one, (B, 1) each.
-        """
+    def _report(self, last: Last) -> None:
         depth, samples = self.setup.shape.decoder.num_layers, len(self.keeps)
         none: list[Tensor | None] = [torch.zeros(0, dtype=torch.long)] * samples
         last.entries = [self._kept.get(layer, none) for layer in range(depth)]
@@ -169,36 +170,32 @@ class Compression:
             image_sample=last.image_sample,
             tokens_in=last.tokens_in,
         )
-        repacks = self.setup.positions[Place.CACHE] == "repacked"
+
+    def _record(self, segment: Segment, inputs: LayerInputs) -> None:
+        """What a segment's layers store now."""
         acted = torch.tensor([keep is not None for keep in self.keeps for _ in range(self.repeats)])
         acted = acted[:, None]
-        for segment in state.segments:
-            if segment.start not in self._layouts:  # its layers keep states
-                continue
-            layout, before = self._layouts[segment.start]
-            width = layout_of[segment.start].length
-            past = int(self.cache.physical_length(segment.start)) - layout.length
-            if segment.padding is not None or layout.padding is not None:
-                earlier = segment.padding_to(past)
-                if earlier is None:
-                    earlier = layout.keep.new_ones(len(layout.keep), past)
-                segment.padding = torch.cat([earlier.to(layout.keep.device), layout.keep], 1)
-            segment.dropped += width - layout.length
-            entries, stay = torch.tensor(before), torch.tensor(layout.counts)
-            segment.ledger = torch.stack([entries, stay, stay, entries], 1) * acted
-            if repacks and span is not None:
-                # A new token's position is the number of entries stored before it (counted from
-                # the first token's, which is not 0 where the caller counts padding).
-                first, following = span
-                counted = segment.padding
-                if counted is None:
-                    counted = layout.keep.new_ones(len(layout.keep), past + layout.length)
-                stored = counted[:, past:].sum(1, keepdim=True) + first
-                unshifted = torch.zeros_like(stored) if segment.shift is None else segment.shift
-                segment.shift = torch.where(acted.to(first.device), following - stored, unshifted)
-        anchor = self.setup.start_of(self.setup.shape.decoder.attends_at(0))
-        removed = layout_of[anchor].length - self._layouts[anchor][0].length
-        state.uncroppable = max(0, state.uncroppable - removed)
+        layout, before = self._layouts[segment.start]
+        past = int(self.cache.physical_length(segment.start)) - layout.length
+        if segment.padding is not None or layout.padding is not None:
+            earlier = segment.padding_to(past)
+            if earlier is None:
+                earlier = layout.keep.new_ones(len(layout.keep), past)
+            segment.padding = torch.cat([earlier.to(layout.keep.device), layout.keep], 1)
+        segment.dropped += inputs.layouts[segment.start].length - layout.length
+        entries, stay = torch.tensor(before), torch.tensor(layout.counts)
+        segment.ledger = torch.stack([entries, stay, stay, entries], 1) * acted
+        span = inputs.positions.span()
+        if self.setup.positions[Place.CACHE] == "repacked" and span is not None:
+            # A new token's position is the number of entries stored before it (counted from the
+            # first token's, which is not 0 where the caller counts padding).
+            first, following = span
+            counted = segment.padding
+            if counted is None:
+                counted = layout.keep.new_ones(len(layout.keep), past + layout.length)
+            stored = counted[:, past:].sum(1, keepdim=True) + first
+            unshifted = torch.zeros_like(stored) if segment.shift is None else segment.shift
+            segment.shift = torch.where(acted.to(first.device), following - stored, unshifted)
 
 
 def _noted(scores: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class DecoderDriver(Driver):
         prefill = self._flight.prefill
         if prefill is None:
             return original(hidden, visual, features)
-        visual, rows = prefill.visual_alive(visual.to(hidden.device))
+        visual, rows = prefill.inputs.visual_alive(visual.to(hidden.device))
         return original(hidden, visual, features.to(hidden.device)[rows])
 
     # --- hooks of a layer --------------------------------------------------------------------
@@ -185,7 +185,7 @@ class DecoderDriver(Driver):
         hidden = hidden if device is None else hidden.to(device)
         if prefill is not None:
             hidden, kwargs = prefill.enter_layer(layer, module, hidden, kwargs)
-            rest = [prefill.rows(layer, given) for given in rest]
+            rest = [prefill.inputs.rows(layer, given) for given in rest]
             return (hidden, *rest), {**kwargs, "position_ids": None}
         assert continued is not None  # noqa: S101  (for the types)
         return (hidden, *rest), continued.layer(layer, hidden, kwargs)

@@ -58,7 +58,7 @@ def note_core(prefill: Prefill, layer: int, mlp: Any, activations: Tensor) -> No
     Args:
         activations: (1, length, M), what the last projection was given.
     """
-    setup, state = prefill.setup, prefill.state
+    setup, state = prefill.setup, prefill.inputs.state
     thinned, method = setup.thinned.get(layer), setup.thinning
     if thinned is None or method is None or thinned.neurons == 1 or state is None:
         return
@@ -70,7 +70,7 @@ def note_core(prefill: Prefill, layer: int, mlp: Any, activations: Tensor) -> No
         )
     stopwatch = prefill.images[0].stopwatch
     with stopwatch, torch.autocast(stopwatch.device.type, enabled=False):
-        tokens = min(prefill.layout.counts[0], activations.shape[1])
+        tokens = min(prefill.inputs.layout.counts[0], activations.shape[1])
         own = activations[0, -tokens:].detach()
         keep = thinned.neurons_of(own.shape[1])
         kept = core_neurons(method, own, keep, debug=setup.debug)
