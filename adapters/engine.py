@@ -46,12 +46,14 @@ from .places.cache_evict import CacheEvictDriver
 from .places.call import InFlight
 from .places.decoder import DecoderDriver
 from .places.encoder import EncoderDriver
+from .places.heads import HeadsDriver
 from .places.neurons import NeuronsDriver
 from .places.taps import DecoderTaps
 from .prepare import make_setup
 from .remember import ImageMemory
 from .report import DISABLED
 from .sequence.prompt import Prompt
+from .signals.decoder import Heads
 
 
 class Engine(Installed):
@@ -80,10 +82,15 @@ class Engine(Installed):
         )
         evict, attend = CacheEvictDriver(text, self._flight), CacheAttendDriver(text, self._flight)
         neurons = NeuronsDriver(text, family.layer_names, self._flight)
-        taps = DecoderTaps(text, self._names, [decoder.hear, evict.hear], attend.exchange)
+        heads = HeadsDriver(self._flight)
+
+        def hear(layer: int, seen: Heads) -> None:
+            decoder.hear(layer, heads.narrowed(layer, seen))
+
+        taps = DecoderTaps(text, self._names, [hear, evict.hear], attend.exchange, heads.around)
         self._generation = Generation(family, self._hooks, self._flight, self.wanted, self._prompt)
         # Those on the cache before the decoder's, which ends a call on the text model.
-        self._start([*encoders, *self._before_llm, evict, attend, neurons, decoder, taps])
+        self._start([*encoders, *self._before_llm, evict, attend, heads, neurons, decoder, taps])
 
     def _encoder(self, view: Family) -> EncoderDriver:
         """What drives one vision encoder."""

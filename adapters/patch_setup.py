@@ -240,6 +240,11 @@ class Setup:
         """Layers whose MLP decoding passes with some of the neurons."""
         return [layer for layer, one in self.thinned.items() if one.neurons < 1]
 
+    @cached_property
+    def last_heads(self) -> int:
+        """The last layer that attention goes through some of the heads of; 0: none."""
+        return max((layer for layer, one in self.thinned.items() if one.heads < 1), default=0)
+
     # --- hooks that its calls need ------------------------------------------------------------
 
     @cached_property
@@ -257,6 +262,7 @@ class Setup:
             attending = self.shape.decoder.attending
             spots |= {(what, layer) for layer in attending for what in ("tables", "tap")}
         spots |= {("core", layer) for layer in self.with_core}
+        spots |= {("tap", layer) for layer, one in self.thinned.items() if one.attention}
         return frozenset(spots)
 
     @cached_property
@@ -267,6 +273,8 @@ class Setup:
         for need in self.heard:
             spots.add((HOOKS[shown(need)], need.layer))
         spots |= {("choose core", layer) for layer in self.with_core}
+        before = (n for n in self.shape.decoder.attending if n < self.last_heads)
+        spots |= {("tap", layer) for layer in before}
         if self.evicting is not None:
             attending = self.shape.decoder.attending
             spots |= {(what, layer) for layer in attending for what in ("compress", "tap")}

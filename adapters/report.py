@@ -94,6 +94,9 @@ class Last:
     entries: list[list[Tensor | None]] = field(default_factory=list, repr=False)
     """[layer][sample]: which entries of the prompt a method on the cache kept, of those that the
     layer stored: (K,), or (H_kv, K) where key heads keep their own; None: all."""
+    heads: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    """By decoder layer, the key heads that attention goes through in each row of the batch,
+    ascending (B, K); in other layers all."""
     neurons: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """By decoder layer, the neurons of its MLP that decoding goes on with, ascending (K,); of other
     layers all."""

@@ -9,6 +9,7 @@ keeps its sdpa, flash or eager kernels, and no L x L map is stored.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
 import weakref
@@ -24,6 +25,9 @@ Listener = Callable[..., None]
 `value` is among the keywords where transformers computes the attention."""
 
 Exchange = Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor, Any]]
+Around = Callable[..., tuple[Tensor, Tensor | None]]
+"""Called as `around(attention, query, key, value, mask, **kwargs)` instead of
+`attention(query, key, value, mask, **kwargs)`: an output (B, Q, H, D_head) and perhaps a map."""
 
 _PREFIX = "vlmprune_"
 _lock = threading.Lock()
@@ -58,17 +62,23 @@ class Names:
 class Tap:
     """One attention module that shows its queries and keys to `listeners` until `remove()`.
 
-    `instead` may exchange what the attention computes with: (query, key, value, mask), or None.
+    `instead` may exchange what the attention computes with: (query, key, value, mask), or None;
+    `around` may compute otherwise with that.
     """
 
     def __init__(
-        self, module: Any, names: Names, listeners: list[Listener], instead: Exchange | None = None
+        self,
+        module: Any,
+        names: Names,
+        listeners: list[Listener],
+        instead: Exchange | None = None,
+        around: Around | None = None,
     ) -> None:
         self._module = module
         self._config = module.config
         config = copy.copy(self._config)
         config._attn_implementation_internal = names.of(self._config._attn_implementation)
-        config._vlmprune_tap = (self._config, listeners, instead)
+        config._vlmprune_tap = (self._config, listeners, instead, around)
         module.config = config
 
     def remove(self) -> None:
@@ -92,21 +102,37 @@ def _tapped_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     # Another thread may have removed a tap that this call only passed by.
-    none = (module.config, (), None)
-    config, listeners, instead = getattr(module.config, "_vlmprune_tap", none)
+    none = (module.config, (), None, None)
+    config, listeners, instead, around = getattr(module.config, "_vlmprune_tap", none)
     for listener in listeners:
         listener(query, key, attention_mask, value=value, **kwargs)
     width = value.shape[-1]
     if instead is not None:
         query, key, value, attention_mask = instead(query, key, value, attention_mask)
+    attention = functools.partial(_untapped, module, config)
+    if around is not None:
+        attention = functools.partial(around, attention)
+    output, weights = attention(query, key, value, attention_mask, **kwargs)
+    if value.shape[-1] != width:  # a kernel was given more columns
+        output = output[..., :width]
+    return output, weights
+
+
+def _untapped(
+    module: Any,
+    config: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As it would have been computed."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     if "flash" in config._attn_implementation:  # which loads its kernels by the module's own word
         module = _Untapped(module, config)
-    output, weights = attention(module, query, key, value, attention_mask, **kwargs)
-    if value.shape[-1] != width:  # a kernel was given more columns
-        output = output[..., :width]
-    return output, weights
+    return attention(module, query, key, value, attention_mask, **kwargs)
 
 
 class _Untapped:

@@ -31,7 +31,7 @@ def received(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = N
     Queries go through in chunks, picture by picture: memory is O(H x chunk x S) and stays in the
     caches of a CPU, and a picture's scores do not depend on its batch.
     """
-    size = _chunk(query, key)
+    size = chunk_of(query, key)
     total = torch.zeros(key.shape[0], key.shape[2], device=key.device, dtype=torch.float32)
     biases = _by_picture(bias, len(query))
     for sums, q, k, own in zip(total, query.split(1), key.split(1), biases, strict=True):
@@ -46,7 +46,7 @@ def received(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = N
 
 def cls_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Scaled q k^T of the first query before the softmax, averaged over heads: (B, S)."""
-    return _with(_logits(query[:, :, :1], key, scaling), _rows_of(bias, 0, 1)).mean(1).squeeze(1)
+    return _with(logits_of(query[:, :, :1], key, scaling), _rows_of(bias, 0, 1)).mean(1).squeeze(1)
 
 
 def cls_row_one_head(
@@ -63,7 +63,7 @@ def cls_row_one_head(
 
 def to_cls(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Attention that each query gives to the first key, averaged over heads: (B, S)."""
-    size = _chunk(query, key, len(query))
+    size = chunk_of(query, key, len(query))
     found = []
     for number, chunk in enumerate(query.split(size, dim=2)):
         rows = _biased(chunk, key, scaling, _rows_of(bias, number * size, chunk.shape[2]))
@@ -113,7 +113,7 @@ def attention_of(
         seen: (Q, S) bool, None where every row sees all keys.
         softcap: the most that a logit approaches; None: any.
     """
-    logits = _capped(_logits(query[None], key[None], scaling), softcap)
+    logits = capped(logits_of(query[None], key[None], scaling), softcap)
     if seen is not None:
         logits = logits.masked_fill(~seen, _HIDDEN)
     return logits.softmax(-1)[0]
@@ -125,7 +125,7 @@ def largest_of(
     """Of some rows of one prompt, as in `attention_of`: what each key gets from the head that gives
     it most, averaged over rows, (S,). Rows go through in chunks."""
     total = torch.zeros(key.shape[1], device=key.device, dtype=torch.float32)
-    size = _chunk(query, key)
+    size = chunk_of(query, key)
     for start in range(0, query.shape[1], size):
         part = slice(start, start + size)
         mask = None if seen is None else seen[part]
@@ -149,13 +149,13 @@ def received_of(
         softcap: the most that a logit approaches; None: any.
     """
     total = torch.zeros(key.shape[1], device=key.device, dtype=torch.float32)
-    size = _chunk(query, key)
+    size = chunk_of(query, key)
     for start in range(0, query.shape[1], size):
         chunk = query[:, start : start + size]
         first = past + start
         rows = torch.arange(first, first + chunk.shape[1], device=key.device)
         last = first + len(rows) if sight.blocks is None else key.shape[1]
-        logits = _capped(_logits(chunk[None], key[None, :, :last], scaling), softcap)[0]
+        logits = capped(logits_of(chunk[None], key[None, :, :last], scaling), softcap)[0]
         seen = sight.seen(rows, last)
         if sight.plain:  # all rows of a chunk see what lies before them
             logits[..., first:].masked_fill_(~seen[:, first:], _HIDDEN)
@@ -179,7 +179,7 @@ def rotary_means(cos: Tensor, sin: Tensor) -> Tensor:
     return means.sort(0).values.mean(0)
 
 
-def _chunk(query: Tensor, key: Tensor, pictures: int = 1) -> int:
+def chunk_of(query: Tensor, key: Tensor, pictures: int = 1) -> int:
     """How many queries (..., H, Q, D_head) meet the keys (..., S, D_head) at once."""
     if query.is_cpu:
         return _QUERY_CHUNK
@@ -187,13 +187,13 @@ def _chunk(query: Tensor, key: Tensor, pictures: int = 1) -> int:
     return max(_QUERY_CHUNK, _CHUNK_BYTES // max(1, of_one))
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
 def _biased(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
     """softmax(q k^T + bias) in float32: (B, H, Q, S)."""
-    return _with(_logits(query, key, scaling), bias).softmax(-1)
+    return _with(logits_of(query, key, scaling), bias).softmax(-1)
 
 
 def _with(logits: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,7 +223,7 @@ def _filled(bias: Tensor) -> Tensor:
     return hidden.all(2)[0]
 
 
-def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def logits_of(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Scaled q k^T in float32 for grouped-query attention: (B, H, Q, S)."""
     of_keys = {"g": key.shape[1], "q": query.shape[2]}  # g heads of keys, each read by h queries
     q = rearrange(query, "b (g h) q d -> (b g) (h q) d", **of_keys)

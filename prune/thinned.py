@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,10 +44,60 @@ def check_thinned(method: Method, shape: ModelShape) -> None:
             f"{method.name}.thinned names layers {layers}: they must ascend, each once, from 0 to "
             f"{depth - 1}."
         )
-    if wrong := next((one for one in found if not 0 < one.neurons <= 1), None):
+    for one in found:
+        if not all(0 < share <= 1 for share in (one.heads, one.values, one.neurons)):
+            raise MethodFieldError(
+                f"{method.name}.thinned has {one}: a share is a number above 0, up to 1 (all)."
+            )
+        if one.attention and one.layer not in shape.decoder.attending:
+            raise MethodFieldError(
+                f"{method.name}.thinned has {one}, which keeps a state and has no attention: only "
+                f"the layers {', '.join(map(str, shape.decoder.attending))} have."
+            )
+    _check_heads(method, found, shape)
+
+
+def _check_heads(method: Method, found: Sequence[Thinned], shape: ModelShape) -> None:
+    """That heads leave behind a layer with attention, and stay away."""
+    attending, at = shape.decoder.attending, {one.layer: one.heads for one in found}
+    shares = [at.get(layer, 1.0) for layer in attending]
+    if shares != sorted(shares, reverse=True):
         raise MethodFieldError(
-            f"{method.name}.thinned has {wrong}: a share is a number above 0, up to 1 (all)."
+            f"{method.name}.thinned has heads {shares} in layers {[*attending]}: heads that are "
+            f"out stay out, so that shares must not rise."
         )
+    if shares and shares[0] < 1:
+        raise MethodFieldError(
+            f"{method.name}.thinned leaves heads out of layer {attending[0]}: no layer with "
+            f"attention has run before it, by which they could be chosen."
+        )
+
+
+def heads(method: InDecoder, given: Tensor, keep: int, *, debug: bool) -> Tensor:
+    """The heads (B, K) that a method keeps of those alive, checked; `given` are (B, l, A).
+
+    Raises:
+        MethodAnswerError: the rule that is broken, the value, and what to return instead.
+    """
+    found = method.choose_heads(given, keep)
+    shape = (len(given), keep)
+    if not _numbers(found, shape, given.shape[2], looks_at_values(method, debug)):
+        raise MethodAnswerError(
+            f"{method.name}.choose_heads returned {found!r} of {given.shape[2]} heads: return the "
+            f"numbers of exactly {keep} of them for each row, int64 {shape}, ascending, each once."
+        )
+    return found
+
+
+def _numbers(found: object, shape: tuple[int, ...], stop: int, values: bool) -> bool:
+    """Whether an answer holds numbers below `stop`, ascending, each once."""
+    fits = isinstance(found, Tensor) and found.dtype == torch.int64 and found.shape == shape
+    if not fits or not values:
+        return fits
+    assert isinstance(found, Tensor)  # noqa: S101  (for the types)
+    first = found.new_full((*shape[:-1], 1), -1)
+    rises = found.diff(prepend=first) > 0
+    return bool(rises.all()) and bool((found[..., -1] < stop).all())
 
 
 def core_neurons(method: InDecoder, activations: Tensor, keep: int, *, debug: bool) -> Tensor:
@@ -57,11 +107,7 @@ def core_neurons(method: InDecoder, activations: Tensor, keep: int, *, debug: bo
         MethodAnswerError: the rule that is broken, the value, and what to return instead.
     """
     found = method.core_neurons(activations, keep)
-    fits = isinstance(found, Tensor) and found.dtype == torch.int64 and found.shape == (keep,)
-    if fits and looks_at_values(method, debug):
-        rises = found.diff(prepend=found.new_tensor([-1])) > 0
-        fits = bool(rises.all()) and int(found[-1]) < activations.shape[1]
-    if not fits:
+    if not _numbers(found, (keep,), activations.shape[1], looks_at_values(method, debug)):
         said = found.tolist() if isinstance(found, Tensor) else found
         raise MethodAnswerError(
             f"{method.name}.core_neurons returned {said!r} of {activations.shape[1]} neurons: "

@@ -35,7 +35,7 @@ ROOMS = {
         ),
         *("contract", "declared", "budget", "registry", "answers", "reductions", "thinned"),
         *("joining", "tiles", "select", "fields", "layers", "schedule", "blocks", "salience"),
-        *("presses", "batches", "methods", "choose", "scores"),
+        *("presses", "batches", "methods", "choose", "scores", "local_values"),
     ),
     "adapters": (
         *("__init__", "cache_names", "devices", "wrappers", "stopwatch", "hooks"),

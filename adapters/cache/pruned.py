@@ -115,6 +115,8 @@ class PrunedState:
     that evict nothing. None: such a method does nothing here."""
     prefix: dict[int, Tensor] = field(default_factory=dict)
     """[layer]: positions (B, P) of text cached earlier, whose keys are to be stored unrotated."""
+    heads: dict[int, Tensor] = field(default_factory=dict)
+    """[layer]: key heads (B, K) that a row's attention goes through; others: all of them."""
     core: dict[int, CoreMLP] = field(default_factory=dict)
     """[layer]: the part of its MLP that a step of one token passes; others pass all of it."""
     uncroppable: int = 0
@@ -137,6 +139,7 @@ class PrunedState:
                 rows = getattr(segment, name)
                 if rows is not None:
                     setattr(segment, name, function(rows))
+        self.heads = {layer: function(heads) for layer, heads in self.heads.items()}
         if self.attended is not None:
             self.attended = function(self.attended)
 
@@ -183,7 +186,7 @@ class PrunedCacheMixin:
         super().reset()  # type: ignore[misc]
         self._pruned.segments = [Segment(s.start) for s in self._pruned.segments]
         self._pruned.attended = None
-        self._pruned.core = {}
+        self._pruned.core, self._pruned.heads = {}, {}
         self._pruned.uncroppable = 0
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -109,26 +109,33 @@ def refuse_forgetting(name: str, cache: Any, *, generating: bool) -> None:
         )
 
 
-def refuse_thinned(setup: Setup, cache: Any, rows: int, *, generating: bool) -> None:
-    """Refuse prompts behind which no decoding with some of the neurons is possible.
+def refuse_thinned(setup: Setup, cache: Any, counts: tuple[int, int], *, generating: bool) -> None:
+    """Refuse prompts behind which no decoding with some of the neurons or heads is possible.
 
     Args:
-        rows: of the batch.
+        counts: rows of the batch with images, and all.
         generating: whether further tokens follow, in the same generate().
     """
-    if not setup.with_core or setup.thinning is None:
+    if setup.thinning is None:
         return
-    name = setup.thinning.name
-    if rows > 1:
+    shown, rows = counts
+    name, what = setup.thinning.name, "neurons" if setup.with_core else "heads"
+    if rows > 1 and setup.with_core:
         raise UnsupportedFeatureError(
             f"{name} decodes with neurons that one prompt chose, and this batch has {rows} rows "
             f"(beams and returned sequences count): a step would read other weights for each. Give "
             f"one prompt at a time, or leave neurons out."
         )
-    if cache is None and generating:
+    if shown < rows:
         raise UnsupportedFeatureError(
-            f"{name} decodes with neurons that the prompt chose, and with use_cache=False every "
-            f"step is a prompt again: leave that out, or leave neurons out."
+            f"{name} leaves out heads, values or neurons for prompts with images, and "
+            f"{rows - shown} of the {rows} rows of this batch have none: give them in a call of "
+            f"their own."
+        )
+    if cache is None and generating and (setup.with_core or setup.last_heads):
+        raise UnsupportedFeatureError(
+            f"{name} decodes with {what} that the prompt chose, and with use_cache=False every "
+            f"step is a prompt again: leave that out, or leave {what} out."
         )
 
 

@@ -176,6 +176,41 @@ def _unthinned(method: Method, family: Family) -> str | None:
                 f"{method.name} decodes with some of the neurons of decoder layer {one.layer}, and "
                 f"its {type(mlp).__name__} {missing}: leave neurons out, or"
             )
+    return _unheaded(method, family)
+
+
+def _unheaded(method: InDecoder, family: Family) -> str | None:
+    """Why heads or values cannot be left out."""
+    found, config = method.thinned(family.shape), family.text_model.config
+    implementation = config._attn_implementation or ""
+    if any(one.values < 1 for one in found) and implementation not in ("sdpa", "eager"):
+        return (
+            f"{method.name} reads some of the values, for which {implementation} has no kernel: "
+            f'call model.set_attn_implementation("sdpa") first, leave values out, or'
+        )
+    if not any(one.heads < 1 for one in found):
+        return None
+    if "flex" in implementation:
+        return (
+            f"{method.name} leaves heads out, which the block masks of {implementation} do not "
+            f'allow: call model.set_attn_implementation("sdpa") first, leave heads out, or'
+        )
+    counts = set()
+    for layer in family.shape.decoder.attending:
+        attention = family.text_model.layers[layer].self_attn
+        keys = getattr(attention, "k_proj", None)
+        if keys is None:
+            return (
+                f"{method.name} leaves out heads of every layer from some on, and layer {layer} "
+                f"of this model reads keys of an earlier one: leave heads out, or"
+            )
+        counts.add(keys.weight.shape[0] // attention.head_dim)
+    if len(counts) > 1:
+        return (
+            f"{method.name} leaves out the same heads in every layer from some on, and layers of "
+            f"this model have {' and '.join(map(str, sorted(counts)))} key heads: leave heads out, "
+            f"or"
+        )
     return None
 
 

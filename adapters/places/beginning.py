@@ -78,14 +78,16 @@ def begin(
     if cache is None and _wants_cache(kwargs, setup.config):
         cache = kwargs[CACHE] = DynamicCache(config=setup.config)
     _refuse(setup, state, cache, images, acting=keeps is not None, generating=chosen is not None)
-    refuse_thinned(setup, cache, len(embeds), generating=chosen is not None)
+    if setup.thinned:
+        shown = {int(row) for image in images for row in image.rows}
+        refuse_thinned(setup, cache, (len(shown), len(embeds)), generating=chosen is not None)
     if cache is not None:
         state = _prune_cache(setup, cache, mask, real.shape[1], real.device)
         stored = int(cache.physical_length())
         behind = min(_trailing_text(real, somewhere), first.length)
         state.uncroppable = stored + first.length - behind
         attend_budget(state, keeps, repeats, stored)
-        state.core = {}  # an earlier prompt's
+        state.core, state.heads = {}, {}  # an earlier prompt's
     ids = _given_positions(kwargs, cache)
     if keeps is not None and state is not None:
         note_prefix(setup, state, cache, ids, real)

@@ -22,6 +22,7 @@ from ..sequence.layout import gather_columns
 from ..sequence.placed import PlacedImage
 from ..signals.decoder import HeadsAhead, Rotary
 from ..signals.table import hear, shown
+from .alive_heads import AliveHeads
 from .choosing import Chosen, choices
 from .compression import Compression
 from .forgetting import forget
@@ -43,6 +44,7 @@ class Prefill:
     """What a method on the cache does behind its layers."""
     _projected: dict[int, Tensor] = field(default_factory=dict)
     """Key projections of a layer's input, made while choosing, that the layer need not repeat."""
+    heads: AliveHeads = field(default_factory=AliveHeads)
     _replayed: bool = field(init=False)
     """Whether all choices were made in an earlier step of the same generate()."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..hooks import Undo
 from ..signals.decoder import Heads
-from ..tap import Exchange, Names, Tap
+from ..tap import Around, Exchange, Names, Tap
 from .driver import Driver
 
 
@@ -22,6 +22,7 @@ class DecoderTaps(Driver):
         text: the text model, a `transformers` object.
         listeners: are told the layer and its heads.
         exchange: what the attention of a layer computes with instead.
+        around: how it computes otherwise.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class DecoderTaps(Driver):
         names: Names,
         listeners: Sequence[Callable[[int, Heads], None]],
         exchange: Callable[[int], Exchange],
+        around: Callable[[int], Around],
     ) -> None:
         self._text, self._names = text, names
-        self._listeners, self._exchange = listeners, exchange
+        self._listeners, self._exchange, self._around = listeners, exchange, around
         self.hooks = {"tap": self._tap}
 
     def name_tap(self, kind: str, layer: int) -> None:
@@ -42,7 +44,8 @@ class DecoderTaps(Driver):
     def _tap(self, layer: int) -> Undo:
         own = functools.partial(self._hear, layer)
         attention = self._text.layers[layer].self_attn
-        return Tap(attention, self._names, [own], self._exchange(layer)).remove
+        exchange, around = self._exchange(layer), self._around(layer)
+        return Tap(attention, self._names, [own], exchange, around).remove
 
     @torch.compiler.disable
     def _hear(

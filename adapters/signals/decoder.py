@@ -57,6 +57,8 @@ class Heads:
     scale: float
     softcap: float | None = None
     """The most that a logit approaches."""
+    share: float = 1.0
+    """Of the layer's heads, how many these are: the others are out."""
 
     def rows(self, row: int, columns: Tensor) -> Tensor:
         """Queries of some columns of a row: (H, R, D_head)."""
@@ -176,7 +178,8 @@ def received_in(here: Here, row: int, heads: Heads, key: Tensor) -> Tensor:
         past = earlier.shape[1]
     key = torch.cat([earlier, key[row, :, -count:]], 1) if past else key[row, :, -count:]
     query, sight = heads.query[row, :, -count:], here.sight(row, past, count)
-    return scores.received_of(query, key, past, heads.scale, sight, heads.softcap)[past:]
+    found = scores.received_of(query, key, past, heads.scale, sight, heads.softcap)[past:]
+    return found * heads.share if heads.share < 1 else found  # heads that are out give nothing
 
 
 def layer_keys(need: LayerKeys, batch: Batch, here: Here, heads: Heads | HeadsAhead) -> None:

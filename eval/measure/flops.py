@@ -139,18 +139,30 @@ class ModelCost:
     decoder: Decoder
     entering: int = 0
     """Per token, in front of the decoder's layers."""
+    key_heads: int = 1
+    """Of each layer with attention."""
     reading: int = 0
     """Last layers that store nothing, which only tokens pass whose logits are wanted."""
 
-    def prefill(self, tokens_per_layer: Sequence[int], logits: int | None = None) -> int:
+    def prefill(
+        self,
+        tokens_per_layer: Sequence[int],
+        logits: int | None = None,
+        thinned: Mapping[int, Thinned] = NOTHING,
+    ) -> int:
         """The decoder's layers, from the tokens (visual and text) that enter each of them.
 
         Args:
             logits: of how many of them logits are wanted; None: of all.
+            thinned: by layer, what a method leaves out of it: heads count, values do not, which
+                all are multiplied in a prompt.
         """
         total, storing = self.entering * tokens_per_layer[0], len(self.layers) - self.reading
         for number, (layer, n) in enumerate(zip(self.layers, tokens_per_layer, strict=True)):
             passing = n if logits is None or number < storing else min(n, logits)
+            if (one := thinned.get(number)) is not None:
+                alive = one.heads_of(self.key_heads)
+                layer = replace(layer, per_pair=layer.per_pair * alive // self.key_heads)
             total += layer.flops(passing, n)
         return total
 
@@ -164,11 +176,16 @@ class ModelCost:
 
         Args:
             tokens_per_layer: entries of the cache that each layer attends to at first.
-            thinned: by layer, what a method leaves out of it.
+            thinned: by layer, what a method leaves out of it: values and neurons count, heads do
+                not, which all are computed in a step.
         """
         layers = [
-            replace(layer, mlp=round(layer.mlp * thinned[number].neurons))
-            if number in thinned
+            replace(
+                layer,
+                mlp=round(layer.mlp * one.neurons),
+                per_pair=round(layer.per_pair * (1 + one.values) / 2),
+            )
+            if (one := thinned.get(number)) is not None
             else layer
             for number, layer in enumerate(self.layers)
         ]
@@ -218,7 +235,7 @@ class ModelCost:
         return Flops(
             vision=sum(self.vision.encoder(grid, unread_layers, own) for grid, own in seen),
             projector=sum(self.vision.projector(grid, unread_layers, own) for grid, own in seen),
-            prefill=self.prefill(entering, logits),
+            prefill=self.prefill(entering, logits, thinned),
             lm_head=self.lm_head * logits,
             decode=self.decode(attended, new_tokens, thinned),
         )
@@ -281,6 +298,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
         ),
         lm_head=_matmuls(model.get_output_embeddings()),
         decoder=shape.decoder,
+        key_heads=_key_heads(_mixer(text_model.layers[shape.decoder.attending[0]])),
         entering=sum(map(_own, _outside(text_model, [text_model.layers]))),
         # Releases of transformers before 5.23 let all tokens pass all layers.
         reading=(getattr(text_model.config, "num_kv_shared_layers", None) or 0)
@@ -380,6 +398,12 @@ def _mixer(layer: Any) -> nn.Module:
     names = ("self_attn", "linear_attn", "conv")
     found: nn.Module = next(getattr(layer, name) for name in names if hasattr(layer, name))
     return found
+
+
+def _key_heads(attention: Any) -> int:
+    """Of the first layer with attention; those of others are as many where heads may leave."""
+    count: int = attention.k_proj.weight.shape[0] // attention.head_dim
+    return count
 
 
 def _mixing(layer: Any) -> int:

@@ -228,6 +228,12 @@ class InDecoder(Choosing):
         """Layers that compute with less of something else than tokens, one entry for each."""
         return ()
 
+    def choose_heads(self, given: Tensor, keep: int) -> Tensor:
+        """Exactly `keep` of the A key heads that are alive in front of a layer, (B, keep),
+        ascending, from what each layer with attention so far gave through them: sums of magnitudes
+        over heads' outputs and the prompt's tokens that were alive there, (B, l, A) float32."""
+        raise NotImplementedError(f"{self.name} does not choose heads.")
+
     def core_neurons(self, activations: Tensor, keep: int) -> Tensor:
         """Exactly `keep` neurons (K,), ascending, of a layer that `thinned` names, from what the
         prompt's tokens that are alive there made of them: (n, M)."""
