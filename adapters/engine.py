@@ -6,7 +6,8 @@ One forward runs through these places, in order:
     get_image_features   `before_llm`: read signals, count, choose before the LLM
     core (pre-hook)      a call of the model begins: where are its visual tokens in the batch?
     text model (pre)     `decoder`, `beginning`: shorter embeddings, positions, mask; a pruned cache
-    decoder layers (pre) `prefill`: cut inside the decoder; masks and rotary tables that fit
+    decoder layers (pre) `prefill`: cut inside the decoder; `layer_inputs`: masks, tables that fit
+    attention (post)     `cache_evict`: entries leave what the layer has stored
     text model (post)    hidden states back to the caller's length
     core (post)          forget everything about this call
 

@@ -48,9 +48,9 @@ def patch(
         model: a `...ForConditionalGeneration` of a family in `models()`, on any device, with any
             attention implementation; or an image encoder without an LLM (`VisionTransformer` or
             `Eva` of timm, CLIP, SigLIP, DINOv2 or ViT of transformers), for methods that act inside
-            it. A patch that is on it already makes room for the new one: it
-            comes back where the new one's `with` ends, and not after its `remove()`. What wraps a
-            model is patched inside: PEFT's, DistributedDataParallel, FSDP, pipelines.
+            it. A patch that is on it already makes room for the new one: it comes back where the
+            new one's `with` ends, and not after its `remove()`. What wraps a model is patched
+            inside: PEFT's, DistributedDataParallel, FSDP, pipelines.
         method: a name of `methods()`, a `method(...)`, or a list of these that act at different
             places.
         positions: position ids after a cut: `original` keeps those that the tokens came with

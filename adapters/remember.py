@@ -25,9 +25,9 @@ from .patch_setup import Setup
 from .stopwatch import Stopwatch
 
 Encode = Callable[[Call, Sequence[int] | None], tuple[Any, Encoded | None]]
-"""Runs the encoder on a call that holds some images of the one made, by their
-numbers (None: all): its output with the rows that enter the LLM in place, and what was chosen; None
-for outputs that are plain tuples."""
+"""Runs the encoder on a call that holds some images of the one made, by their numbers (None: all):
+its output with the rows that enter the LLM in place, and what was chosen; None for outputs that are
+plain tuples."""
 
 _NO_MATTER = frozenset({"return_dict", "output_attentions", "output_hidden_states", "use_cache"})
 """Arguments that change what is returned beside the features."""

@@ -12,7 +12,7 @@ from ..sequence.layout import by_token
 
 Entries = Sequence[Sequence[Tensor | None]]
 """[layer][sample]."""
-Places = Mapping[int, Sequence[tuple[Tensor, Tensor]]]
+Rows = Mapping[int, Sequence[tuple[Tensor, Tensor]]]
 """First layer of a segment -> per image, the entries of its rows among those that the layer stored
 of its prompt, and the token that each row is, -1 for none: (K,) int64 each."""
 
@@ -25,7 +25,7 @@ class CacheReport:
     """The entries that stay, (K,) or (H_kv, K), none in a layer that keeps a state; None: all."""
     scores: Entries | None = field(repr=False)
     """The method's scores of entries, means over heads: (S,); None: not recorded."""
-    places: Places = field(repr=False)
+    rows: Rows = field(repr=False)
     image_sample: Sequence[int]
     tokens_in: Sequence[int]
 
@@ -60,25 +60,25 @@ class CacheReport:
         of_entries = None if self.scores is None else self.scores[layer][self.image_sample[image]]
         if of_entries is None:
             return None
-        places, _ = self._places(layer)[image]
-        return self._by_token(image, layer, of_entries.to(places.device)[places])
+        own, _ = self._rows(layer)[image]
+        return self._by_token(image, layer, of_entries.to(own.device)[own])
 
     def _of_rows(self, image: int, layer: int) -> Tensor:
         """The share of key heads that store each row (K,)."""
-        places, _ = self._places(layer)[image]
+        own, _ = self._rows(layer)[image]
         entries = self.entries[layer][self.image_sample[image]]
         if entries is None:
-            return torch.ones_like(places, dtype=torch.float64)
-        heads = entries.to(places.device)
+            return torch.ones_like(own, dtype=torch.float64)
+        heads = entries.to(own.device)
         heads = heads if heads.dim() == 2 else heads[None]
-        return torch.stack([torch.isin(places, head) for head in heads]).double().mean(0)
+        return torch.stack([torch.isin(own, head) for head in heads]).double().mean(0)
 
     def _by_token(self, image: int, layer: int, values: Tensor) -> Tensor:
-        _, tokens = self._places(layer)[image]
+        _, tokens = self._rows(layer)[image]
         return by_token(values, tokens, self.tokens_in[image])
 
-    def _places(self, layer: int) -> Sequence[tuple[Tensor, Tensor]]:
-        return self.places[max(start for start in self.places if start <= layer)]
+    def _rows(self, layer: int) -> Sequence[tuple[Tensor, Tensor]]:
+        return self.rows[max(start for start in self.rows if start <= layer)]
 
 
 def _over_layers(layers: Sequence[Tensor], how: str) -> Tensor:

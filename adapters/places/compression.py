@@ -37,7 +37,7 @@ class Compression:
     _heads: Heads | None = None
     _kept: dict[int, list[Tensor | None]] = field(default_factory=dict)
     """By layer. Those that keep a state have no entries."""
-    places: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    rows: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     """Per segment and image, see `CacheReport`."""
     _scores: dict[int, list[Tensor | None]] = field(default_factory=dict)
     _layouts: dict[int, tuple[Layout, list[int]]] = field(default_factory=dict)
@@ -166,7 +166,7 @@ class Compression:
         last.cache = CacheReport(
             entries=last.entries,
             scores=scores if self.setup.record else None,
-            places=self.places,
+            rows=self.rows,
             image_sample=last.image_sample,
             tokens_in=last.tokens_in,
         )

@@ -18,7 +18,7 @@ from ..sequence.layout import Layout, gather_columns
 from ..sequence.masks import layer_kind, layer_mask, moved_mask, stored_at, tells_length
 from ..sequence.placed import PlacedImage
 from ..sequence.positions import PositionIds
-from ..signals.decoder import Places, Rotary
+from ..signals.decoder import Angles, Rotary
 
 
 @dataclass
@@ -197,7 +197,7 @@ class LayerInputs:
             self._memo[key] = self.setup.rotary(hidden, ids, layer)
         return self._memo[key]
 
-    def places(self, layer: int, hidden: Tensor) -> Places:
+    def angles(self, layer: int, hidden: Tensor) -> Angles:
         """Positions in a layer that `hidden` enters, and what it turns heads by at some of them."""
         start, like = self.setup.start_of(layer), hidden[:1, :1].float()
 
@@ -210,7 +210,7 @@ class LayerInputs:
             turns = self.setup.rotates(layer)  # else no position differs from another
             return (cos, sin) if turns else (torch.ones_like(cos), torch.zeros_like(sin))
 
-        return Places(ids, tables)
+        return Angles(ids, tables)
 
 
 def _of_last(kwargs: Mapping[str, Any], count: int) -> dict[str, Any]:

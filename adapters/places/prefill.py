@@ -64,7 +64,7 @@ class Prefill:
         self.inputs.enter(start)
         if self.compression is not None:
             keep = self.inputs.layout.keep
-            self.compression.places[start] = [image.entries(keep) for image in self.images]
+            self.compression.rows[start] = [image.entries(keep) for image in self.images]
 
     # --- what methods declared ---------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class Prefill:
         if not setup.rotates(layer):  # no position differs from another there
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         self.show("rotary", layer, (cos, sin))
-        self.show("places", layer, self.inputs.places(layer, hidden))
+        self.show("angles", layer, self.inputs.angles(layer, hidden))
         return hidden, given
 
     def finish(self, hidden: Tensor) -> Tensor:

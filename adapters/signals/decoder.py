@@ -276,8 +276,8 @@ def rotary_affinity(need: RotaryAffinity, batch: Batch, here: Here, rotary: Rota
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the columns of the shortened batch are, for layers that turn heads by it."""
+class Angles:
+    """By how much a layer turns the heads of the shortened batch's columns."""
 
     ids: Callable[[], Tensor]
     """(B | 1, length) or (axes, B | 1, length)"""
@@ -285,16 +285,16 @@ class Places:
     """Cosines and sines of some of them."""
 
 
-def rotary_means(need: RotaryMeans, batch: Batch, here: Here, places: Places) -> None:
+def rotary_means(need: RotaryMeans, batch: Batch, here: Here, angles: Angles) -> None:
     """From positions, as tables no longer say what each axis is."""
-    ids = places.ids()
+    ids = angles.ids()
     axes = ids[-3:] if ids.dim() == 3 else ids[None]
     for image in batch.images:
         at = image.row if axes.shape[1] > 1 else 0
         own = axes[:, at, here.rows_of(image, ids.device)]
         if batch.counted is not None:
             own = own - batch.counted[image.row].to(own.device)
-        cos, sin = places.tables(own if len(own) == 1 else own.expand(len(own), *own.shape))
+        cos, sin = angles.tables(own if len(own) == 1 else own.expand(len(own), *own.shape))
         image.hear(need, scores.rotary_means(cos, sin))
 
 

@@ -60,7 +60,7 @@ HOOKS = {
     ENCODER_ATTENTION: "encoder",
     "input": "enter",
     "rotary": "enter",
-    "places": "enter",
+    "angles": "enter",
     "heads": "tap",
     "heads ahead": "keys",
     "attention": "attention",
@@ -128,7 +128,7 @@ SOURCES: Mapping[type[Signal], Source] = {
     TextValues: Source(
         "heads", decoder.text_values, draw.normal("-", "text", "heads", "head_width")
     ),
-    RotaryMeans: Source("places", decoder.rotary_means, draw.waves),
+    RotaryMeans: Source("angles", decoder.rotary_means, draw.waves),
     MeanHidden: Source("input", decoder.mean_hidden, draw.normal("-", "width")),
     ModuleStep: Source(lambda need: need.module, decoder.module_step, draw.positive),
     Neurons: Source("activations", decoder.neurons, draw.counts),

@@ -53,7 +53,7 @@ def test_nothing_is_read_behind_the_last_cut_nor_while_decoding(case, layer, hea
     model.generate(**case.inputs(ROWS), max_new_tokens=3, do_sample=False)
     ran_before = {
         (name, number)
-        for name in ("heads", "input", "rotary", "places", "attention", "mlp", "activations")
+        for name in ("heads", "input", "rotary", "angles", "attention", "mlp", "activations")
         for number in range(layer)
     }
     assert set(heard) == ran_before | {("input", layer), ("heads ahead", layer)}
