@@ -257,7 +257,7 @@ def test_nobody_outside_a_family_s_files_knows_its_name(layer):
 def test_the_kit_of_the_tests_asks_a_family_s_file_too():
     """But for what says which models are asked, and what is made of one model's real parts."""
     choosing = {"zoo.py", "selections.py"}
-    of_some = {"tiny_llava.py", "tiny_qwen.py", "tiny_tiled.py", "lmms.py"}
+    of_some = {"tiny_llava.py", "tiny_qwen.py", "tiny_tiled.py", "tiny_internvl.py", "lmms.py"}
     knowing = {
         path.name
         for path in (ROOT / "tests/kit").glob("*.py")

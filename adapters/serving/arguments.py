@@ -13,12 +13,20 @@ ARCHITECTURES: Mapping[str, str] = {
     "llava": "VlmPruneLlavaForConditionalGeneration",
     "llava_next": "VlmPruneLlavaNextForConditionalGeneration",
     "llava_onevision": "VlmPruneLlavaOnevisionForConditionalGeneration",
+    "internvl": "VlmPruneInternVLForConditionalGeneration",
     "qwen2_vl": "VlmPruneQwen2VLForConditionalGeneration",
     "qwen2_5_vl": "VlmPruneQwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "VlmPruneQwen3VLForConditionalGeneration",
     "qwen3_5": "VlmPruneQwen3_5ForConditionalGeneration",
 }
 """Served families by `model_type`, which is also the file's name, and the class in it."""
+
+REFUSED: Mapping[str, str] = {
+    "gemma3": "the tokens of an image see each other both ways, which vLLM's CPU build, the only "
+    "one that this was tried with, does not compute: there its own Gemma 3 answers unlike "
+    "transformers' before anything is pruned",
+}
+"""Families that vLLM has and that were tried, and why they are not served."""
 
 
 def vllm_args(model: str, method: str, **fields_and_budget: object) -> dict[str, object]:
@@ -38,8 +46,9 @@ def vllm_args(model: str, method: str, **fields_and_budget: object) -> dict[str,
 
     config = AutoConfig.from_pretrained(model)
     if config.model_type not in ARCHITECTURES:
+        why = f", as {reason}" if (reason := REFUSED.get(config.model_type)) else " yet"
         raise UnsupportedModelError(
-            f"{model} is a {config.model_type!r}, which is not served by vLLM with vlmprune yet: "
+            f"{model} is a {config.model_type!r}, which is not served by vLLM with vlmprune{why}: "
             f"use one of {', '.join(ARCHITECTURES)}, or vlmprune.patch for the model in "
             f"transformers."
         )

@@ -79,6 +79,19 @@ def _tiled(config: Any) -> Sizes:
     return family.shape, family.tilings(call, ())[0]
 
 
+def _shuffled(config: Any) -> Sizes:
+    """Square tiles of one size, whose patches are shuffled into tokens; one tile is usual."""
+    if config.vision_feature_layer != -1:
+        raise UnsupportedModelError(
+            f"An InternVL with vision_feature_layer={config.vision_feature_layer!r} is not served, "
+            f"as vLLM reads the last layer whatever it says: use one with -1."
+        )
+    family = on_paper(config)
+    pixels = torch.empty(1, 3, *config.vision_config.image_size, device="meta")
+    (usual,) = family.tilings(family.call(IMAGE, {IMAGE.pixels: pixels}), ())
+    return family.shape, usual
+
+
 def _decoder(text: Any) -> Decoder:
     return Decoder(
         num_layers=text.num_hidden_layers,
@@ -91,6 +104,7 @@ SIZES: Mapping[str, Callable[[Any], Sizes]] = {
     "llava": _llava,
     "llava_next": _tiled,
     "llava_onevision": _tiled,
+    "internvl": _shuffled,
     "qwen2_vl": _packed,
     "qwen2_5_vl": _packed,
     "qwen3_vl": _packed,

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import vlmprune
-from kit import tiny_llava, tiny_tiled
+from kit import tiny_internvl, tiny_llava, tiny_tiled
 from vlmprune.adapters.family import IMAGE
 from vlmprune.adapters.serving.engine import check_engine
 from vlmprune.adapters.serving.on_paper import on_paper
@@ -16,6 +16,7 @@ from vlmprune.adapters.serving.sizes import served_of
 from vlmprune.adapters.serving.travelling import Span, digits, offsets, shortened
 from vlmprune.adapters.serving.versions import check_version
 from vlmprune.eval import cli
+from vlmprune.eval.models.families.gemma3 import tiny_gemma3
 from vlmprune.eval.models.families.llava import CLIP, SIGLIP
 from vlmprune.prune.contract import EncoderFeatures, Features
 from vlmprune.prune.tiling import Tiling
@@ -169,6 +170,15 @@ def test_tiles_are_counted_from_sizes_as_the_processor_counts_them(name):
         served_of(config, options)
 
 
+def test_a_tile_of_internvl_is_counted_from_sizes():
+    config = tiny_internvl.config()
+    found = served_of(config, {"method": "divprune", "keep_ratio": 0.25})
+    assert found.usual.num_tokens == 9 and found.keep(found.usual) == 2
+    config.vision_feature_layer = -2
+    with pytest.raises(vlmprune.UnsupportedModelError, match="reads the last layer"):
+        served_of(config, {"method": "divprune", "keep_ratio": 0.25})
+
+
 @pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "1.0.0"])
 def test_other_versions_of_vllm_are_refused(version):
     with pytest.raises(vlmprune.VlmpruneError, match=r"pip install 'vllm>=0\.31,<0\.33'"):
@@ -190,6 +200,9 @@ def test_the_way_in_reads_the_configuration_alone(tmp_path):
     }
     with pytest.raises(vlmprune.UnsupportedFeatureError):
         vlmprune.vllm_args(str(tmp_path), "fastv", keep_ratio=0.25)
+    tiny_gemma3().save_pretrained(tmp_path)
+    with pytest.raises(vlmprune.UnsupportedModelError, match="see each other both ways"):
+        vlmprune.vllm_args(str(tmp_path), "divprune", keep_ratio=0.25)
     tiny_llava.config().text_config.save_pretrained(tmp_path)
     with pytest.raises(vlmprune.UnsupportedModelError, match="not served"):
         vlmprune.vllm_args(str(tmp_path), "divprune", keep_ratio=0.25)

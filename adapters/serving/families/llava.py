@@ -29,12 +29,14 @@ from vllm.multimodal import MULTIMODAL_REGISTRY  # isort: skip
 class LlavaProcessor(Processor, LlavaMultiModalProcessor):  # type: ignore[misc]
     """All pictures are squares of one size."""
 
-    def _tilings(self, modality: str, found: Mapping[str, Any]) -> Sequence[Tiling] | None:
+    def _tilings(
+        self, modality: str, found: Mapping[str, Any]
+    ) -> Sequence[Sequence[Tiling]] | None:
         if modality != "image" or "pixel_values" not in found:
             return None
         config = self.info.get_hf_config()
         usual = served_of(config, getattr(config, WORD)).usual
-        return [usual] * len(found["pixel_values"])
+        return [[usual]] * len(found["pixel_values"])
 
 
 @MULTIMODAL_REGISTRY.register_processor(

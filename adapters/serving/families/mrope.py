@@ -43,11 +43,13 @@ def tiling(grid: Sequence[int], merge: int) -> Tiling:
 class GridProcessor(Processor):
     """Items that come with their grid."""
 
-    def _tilings(self, modality: str, found: Mapping[str, Any]) -> Sequence[Tiling] | None:
+    def _tilings(
+        self, modality: str, found: Mapping[str, Any]
+    ) -> Sequence[Sequence[Tiling]] | None:
         if f"{modality}_grid_thw" not in found or f"{modality}_embeds" in found:
             return None
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
-        return [tiling(grid, merge) for grid in found[f"{modality}_grid_thw"].tolist()]
+        return [[tiling(grid, merge)] for grid in found[f"{modality}_grid_thw"].tolist()]
 
 
 class PrunedModel:

@@ -39,7 +39,7 @@ class Processor(Asking, ABC):
         inputs = replace(inputs, hf_processor_mm_kwargs={**given, WORD: dict(options)})
         config = self.info.get_hf_config()
         if served_of(config, options).asks:
-            inputs = Asked.of(inputs, config)
+            inputs = Asked.of(inputs, config, self._marked(inputs.prompt))
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
@@ -49,15 +49,18 @@ class Processor(Asking, ABC):
         for modality in MODALITIES:
             tilings = self._tilings(modality, found)
             if tilings is not None:
-                keeps = [served.keep(tiling) for tiling in tilings]
+                keeps = [sum(map(served.keep, item)) for item in tilings]
                 found[f"{KEEP}_{modality}"] = torch.tensor(keeps)
                 if served.asks:
                     found[f"{TEXT}_{modality}"] = ids_of(mm_items, modality)
         return found
 
     @abstractmethod
-    def _tilings(self, modality: str, found: Mapping[str, Any]) -> Sequence[Tiling] | None:
-        """How the tokens of each item lie; None: none comes as pixels."""
+    def _tilings(
+        self, modality: str, found: Mapping[str, Any]
+    ) -> Sequence[Sequence[Tiling]] | None:
+        """How the tokens of each item lie, one or several that the method sees as images of their
+        own; None: none comes as pixels."""
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]

@@ -45,14 +45,17 @@ class Asked(ProcessorInputs):  # type: ignore[misc]
     """A prompt whose items are known by their text too. In it `mm_data_items` are `Items`."""
 
     @classmethod
-    def of(cls, inputs: Any, config: Any) -> Asked:
+    def of(cls, inputs: Any, config: Any, ids: Sequence[int]) -> Asked:
         """
+        Args:
+            ids: of the prompt, one placeholder for each item.
+
         Raises:
             UnsupportedFeatureError: the prompt has not one placeholder for each item.
         """
         tokens = {one: getattr(config, one.token, None) for one in MODALITIES}
         known = {one: token for one, token in tokens.items() if token is not None}
-        prompt = Prompt(torch.tensor([inputs.prompt]), None, known)
+        prompt = Prompt(torch.tensor([ids]), None, known)
         items, texts = inputs.mm_data_items, {}
         for one in known:
             if one.name in items:
@@ -66,7 +69,7 @@ class Asked(ProcessorInputs):  # type: ignore[misc]
         return {
             modality: [
                 sha256(f"{one} {text}".encode()).hexdigest()
-                for one, text in zip(found, self.mm_data_items.texts[modality], strict=True)
+                for one, text in zip(found, self.mm_data_items.texts.get(modality, ()), strict=True)
             ]
             for modality, found in hashes.items()
         }
@@ -74,6 +77,10 @@ class Asked(ProcessorInputs):  # type: ignore[misc]
 
 class Asking:
     """Of a processor: what it still has to read of a prompt goes on with its text."""
+
+    def _marked(self, ids: Sequence[int]) -> Sequence[int]:
+        """A prompt, with the marks that are put around its items: they are text between these."""
+        return ids
 
     def _get_cache_missing_items(
         self, cache: Any, mm_data_items: Any, mm_hashes: Any

@@ -44,14 +44,16 @@ def call_of(family: Family, modality: str, pixels: Any, size: Any) -> Call:
 class TiledProcessor(Processor):
     """Pictures of any size, and videos where vLLM's model has them."""
 
-    def _tilings(self, modality: str, found: Mapping[str, Any]) -> Sequence[Tiling] | None:
+    def _tilings(
+        self, modality: str, found: Mapping[str, Any]
+    ) -> Sequence[Sequence[Tiling]] | None:
         if PIXELS[modality] not in found:
             return None
         family = on_paper(self.info.get_hf_config())
         items = found[PIXELS[modality]]
         sizes = found["image_sizes"] if modality == "image" else [None] * len(items)
         calls = [call_of(family, modality, *item) for item in zip(items, sizes, strict=True)]
-        return [family.tilings(call, ())[0] for call in calls]
+        return [family.tilings(call, ()) for call in calls]
 
 
 class TiledModel:
@@ -116,7 +118,7 @@ class TiledModel:
         images = Images(
             self._family,
             call,
-            SimpleNamespace(hidden_states={layer: rows}),
+            SimpleNamespace(hidden_states={layer: rows}, last_hidden_state=rows),
             [features],
             [tiling],
             prompt=None,
