@@ -27,10 +27,11 @@ from kit.reported import features_of
 
 def matrix():
     """Each place on one family, and all places at once on one whose positions have several axes;
-    the first of the other families take turns with them, and each further one has three of them."""
+    the first of the other families take turns with them, and each further one has one of them, or
+    three with `zoo.EVERY_CELL`."""
     names = [name for name in FEATURES if name not in SLOW]
     for case in zoo.OTHER_CASES:
-        for which in range(3):
+        for which in range(3 if zoo.EVERY_CELL else 1):
             name = names[(zoo.turn_of(case) + which * len(names) // 3) % len(names)]
             place = "all" if case in zoo.STORING_CASES else "in the decoder"
             if place != "all" and name.startswith("merged inputs_embeds"):

@@ -13,7 +13,8 @@ from vlmprune.adapters.cache_names import CACHE
 
 
 def layouts(case: zoo.Case, attention: str) -> list[tuple[zoo.Row, ...]]:
-    """All on a family of each kind of positions; on others the one that holds most."""
+    """All on a family of each kind of positions; on others the one that holds most. The last one
+    is generated on, too."""
     rows = [zoo.SINGLE, zoo.BATCH, *([case.layout.videos] if case.layout.takes_videos else [])]
     if attention != "sdpa":
         return [zoo.BATCH]
@@ -21,14 +22,17 @@ def layouts(case: zoo.Case, attention: str) -> list[tuple[zoo.Row, ...]]:
 
 
 @functools.cache
-def dense(case: zoo.Case, attention: str, rows):
+def dense(case: zoo.Case, attention: str, rows, goes_on: bool = True):
     """Logits, tokens and logits of every step of the unpatched model."""
-    return run(case.reference(attention), case.inputs(rows))
+    return run(case.reference(attention), case.inputs(rows), goes_on)
 
 
-def run(model, inputs):
+def run(model, inputs, goes_on: bool = True):
     with torch.no_grad():
-        logits = model(**inputs).logits
+        prompt = model(**inputs)
+    logits = prompt.logits
+    if not goes_on:
+        return logits, inputs["input_ids"], logits, stored_lengths(prompt[CACHE])
     out = model.generate(
         **inputs,
         max_new_tokens=2,
@@ -54,8 +58,11 @@ def test_keeping_everything_is_the_unpatched_model_bit_for_bit(case, attention, 
     handle = zoo.patch_or_refusal(model, case, name, **budget)
     if handle is None:
         return
-    for rows in layouts(case, attention):
-        found, expected = run(model, case.inputs(rows)), dense(case, attention, rows)
+    every = layouts(case, attention)
+    for rows in every:
+        goes_on = rows == every[-1]
+        found = run(model, case.inputs(rows), goes_on)
+        expected = dense(case, attention, rows, goes_on)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[2], expected[2])

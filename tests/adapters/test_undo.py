@@ -110,21 +110,28 @@ def test_nothing_is_left_of_any_method(case, name):
         assert torch.equal(model(**inputs).logits, expected)
 
 
+def second_token(model, case):
+    """Logits of two greedy steps."""
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    out = model.generate(**case.inputs(zoo.BATCH), max_new_tokens=2, **options)
+    return torch.stack(out.logits)
+
+
+@functools.cache
+def decoded(case):
+    """Those without a patch."""
+    return second_token(case.reference(), case)
+
+
 @zoo.asking(zoo.ON_CACHE)
 def test_nothing_is_left_of_any_method_on_the_cache(case, name):
     """Logits of the prefill do not show it, those of the second token do."""
-    model, _ = warm(case)
-    inputs = case.inputs(zoo.BATCH)
-
-    def decoded():
-        options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
-        return torch.stack(model.generate(**inputs, max_new_tokens=2, **options).logits)
-
-    expected, before = decoded(), snapshot(model)
+    model, _, before = used(case)
+    expected = decoded(case)
     handle = vlmprune.patch(model, name, keep_ratio=0.4, **zoo.SMALL.get(name, {}))
     while_patched = snapshot(model)
     assert differences(before, while_patched) != []
-    found = decoded()
+    found = second_token(model, case)
     assert torch.equal(found[0], expected[0])
     for row, changed in enumerate((True, True, False)):  # the last prompt has no image
         assert torch.allclose(found[1, row], expected[1, row], atol=1e-3) is not changed
@@ -132,7 +139,7 @@ def test_nothing_is_left_of_any_method_on_the_cache(case, name):
     handle.remove()
     handle.remove()
     assert differences(before, snapshot(model)) == []
-    assert torch.equal(decoded(), expected)
+    assert torch.equal(second_token(model, case), expected)
 
 
 def listens(model, parts: tuple[str, ...]) -> dict[str, set[int]]:
