@@ -38,7 +38,7 @@ from .clip_text import ClipText
 from .encoded import MARK, Encoded
 from .family import IMAGE, MODALITIES, Family, Modality, Model
 from .generation import Generation
-from .hooks import Undo
+from .hooks import Undo, before, behind
 from .installed import Installed
 from .patch_setup import Setup
 from .places.before_llm import BeforeLLMDriver
@@ -104,11 +104,10 @@ class Engine(Installed):
 
     def _install_own(self) -> Iterator[Undo]:
         yield self._generation.install()
-        yield self.core.register_forward_pre_hook(self._before_core, with_kwargs=True).remove
-        yield self.core.register_forward_hook(self._after_core, always_call=True).remove
+        yield before(self.core, self._before_core, with_kwargs=True)
+        yield behind(self.core, self._after_core, always=True)
         if hasattr(self.model, "_hf_hook"):  # spread by accelerate, which rebuilds its arguments
-            before = self.model.register_forward_pre_hook(self._before_model, with_kwargs=True)
-            yield before.remove
+            yield before(self.model, self._before_model, with_kwargs=True)
 
     # --- what calls run with -----------------------------------------------------------------
 

@@ -91,6 +91,18 @@ class Hooks:
                 self._undo[spot] = self._install(spot)
 
 
+def before(module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False) -> Undo:
+    """Put a hook in front of a module's forward."""
+    return module.register_forward_pre_hook(hook, with_kwargs=with_kwargs).remove
+
+
+def behind(
+    module: nn.Module, hook: Callable[..., Any], *, with_kwargs: bool = False, always: bool = False
+) -> Undo:
+    """Put a hook behind a module's forward; `always`: also where that raises."""
+    return module.register_forward_hook(hook, with_kwargs=with_kwargs, always_call=always).remove
+
+
 def shadow(
     owner: nn.Module,
     name: str,

@@ -18,7 +18,7 @@ from ...prune.answers.answer import looks_at_values
 from ...prune.answers.entries import check_attended
 from ...prune.contract import Place
 from ..cache.pruned import PrunedState
-from ..hooks import Undo
+from ..hooks import Undo, before
 from ..patch_setup import Setup
 from ..sequence.layout import stored_columns
 from ..tap import Exchange
@@ -42,7 +42,7 @@ class CacheAttendDriver(Driver):
     def _hook_tables(self, index: int) -> Undo:
         own = functools.partial(self._note_tables, index)
         attention = self._text.layers[index].self_attn
-        return attention.register_forward_pre_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+        return before(attention, own, with_kwargs=True)
 
     @torch.compiler.disable
     def _note_tables(

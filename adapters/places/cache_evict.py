@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...prune.answers.entries import check_evicted
 from ...prune.contract import Compressing, Place
 from ..cache.pruned import PrunedState
-from ..hooks import Undo
+from ..hooks import Undo, behind
 from ..patch_setup import Setup
 from ..sequence.layout import Layout, stored_columns
 from ..signals.decoder import Heads
@@ -32,7 +32,7 @@ class CacheEvictDriver(Driver):
 
     def install(self) -> Undo:
         """On the text model at all times, before what ends a call there."""
-        return self._text.register_forward_hook(self._after_text).remove  # type: ignore[no-any-return]
+        return behind(self._text, self._after_text)
 
     def hear(self, layer: int, heads: Heads) -> None:
         """Queries and keys of a layer, before it stores anything."""
@@ -46,8 +46,7 @@ class CacheEvictDriver(Driver):
 
     def _hook_attention(self, index: int) -> Undo:
         own = functools.partial(self._after_attention, index)
-        attention = self._text.layers[index].self_attn
-        return attention.register_forward_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+        return behind(self._text.layers[index].self_attn, own, with_kwargs=True)
 
     @torch.compiler.disable
     def _after_attention(

@@ -17,7 +17,7 @@ from ..checks.calls import refuse_checkpointing
 from ..devices import execution_device
 from ..encoded import Encoded
 from ..family import IMAGE, Modality
-from ..hooks import Undo, all_of, shadow
+from ..hooks import Undo, all_of, before, behind, shadow
 from ..layer_names import LayerNames
 from ..patch_setup import Setup
 from ..report import Last
@@ -37,7 +37,7 @@ class DecoderDriver(Driver):
     Args:
         text: the text model, a `transformers` object.
         layer_names: of its layers' modules.
-        before: what knows images that the caller merged itself.
+        before_llm: knows images that the caller merged itself.
         setup: what calls that begin now run with.
     """
 
@@ -46,11 +46,11 @@ class DecoderDriver(Driver):
         text: Any,
         layer_names: LayerNames,
         flight: InFlight,
-        before: BeforeLLMDriver,
+        before_llm: BeforeLLMDriver,
         setup: Callable[[], Setup],
     ) -> None:
         self._text, self._layer_names = text, layer_names
-        self._flight, self._before, self._setup = flight, before, setup
+        self._flight, self._before_llm, self._setup = flight, before_llm, setup
         self.hooks = {
             "enter": self._hook_layer,
             "attention": self._hook_attention,
@@ -62,8 +62,8 @@ class DecoderDriver(Driver):
     def install(self) -> Undo:
         """What is on the text model at all times."""
         undos: list[Undo] = [
-            self._text.register_forward_pre_hook(self._before_text, with_kwargs=True).remove,
-            self._text.register_forward_hook(self._after_text, always_call=True).remove,
+            before(self._text, self._before_text, with_kwargs=True),
+            behind(self._text, self._after_text, always=True),
         ]
         if hasattr(self._text, "_deepstack_process"):
             undos.append(shadow(self._text, "_deepstack_process", self._add_deepstack))
@@ -84,7 +84,9 @@ class DecoderDriver(Driver):
         encoded: Mapping[Modality, Encoded] = flight.encoded
         if not encoded:  # the caller merged images into its embeddings and marked them
             setup = flight.setup or self._setup()
-            kwargs["inputs_embeds"], merged = self._before.from_embeds(setup, embeds, visual[IMAGE])
+            kwargs["inputs_embeds"], merged = self._before_llm.from_embeds(
+                setup, embeds, visual[IMAGE]
+            )
             encoded = {IMAGE: merged}
         refuse_checkpointing(self._text, encoded.values())
         prefill, last = begin(encoded, visual, kwargs, flight.chosen, flight.given)
@@ -146,23 +148,21 @@ class DecoderDriver(Driver):
 
     def _hook_layer(self, index: int) -> Undo:
         own = functools.partial(self._before_layer, index)
-        layer = self._text.layers[index]
-        return layer.register_forward_pre_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+        return before(self._text.layers[index], own, with_kwargs=True)
 
     def _hook_attention(self, index: int) -> Undo:
         own = functools.partial(self._after_attention, index)
-        attention = self._text.layers[index].self_attn
-        return attention.register_forward_hook(own, with_kwargs=True).remove  # type: ignore[no-any-return]
+        return behind(self._text.layers[index].self_attn, own, with_kwargs=True)
 
     def _hook_mlp(self, index: int) -> Undo:
         own = functools.partial(self._after_mlp, index)
-        return self._mlp(index).register_forward_hook(own).remove  # type: ignore[no-any-return]
+        return behind(self._mlp(index), own)
 
     def _hook_neurons(self, index: int) -> Undo:
         own = functools.partial(self._before_down_proj, index)
         # Adapters exchange it while the patch is on.
         last = getattr(self._mlp(index), self._layer_names.down)
-        return last.register_forward_pre_hook(own).remove  # type: ignore[no-any-return]
+        return before(last, own)
 
     def _mlp(self, index: int) -> Any:
         return getattr(self._text.layers[index], self._layer_names.mlp)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from ...prune.contract import Signal
 from ..encoder import Encoder
-from ..hooks import Uncopied, Undo, all_of, shadow
+from ..hooks import Uncopied, Undo, all_of, before, behind, shadow
 from ..signals.recording import Recording
 from ..signals.table import ENCODER_ATTENTION, shown
 from ..tap import Names, Tap
@@ -202,17 +202,19 @@ class EncoderDriver(Uncopied, Driver):
         assert self._encoder is not None  # noqa: S101  (for the types)
         block = self._encoder.blocks[index]
         own = functools.partial
-        hooks = [
-            block.module.register_forward_pre_hook(own(self._enter, index), with_kwargs=True),
-            block.norm2.register_forward_pre_hook(own(self._before_mlp, index)),
-            block.tail.register_forward_hook(self._after_mlp),
-            # Before those that record hidden states.
-            block.module.register_forward_hook(own(self._leave, index), prepend=True),
-        ]
-        return all_of([hook.remove for hook in hooks])
+        # Before hooks that record hidden states.
+        leave = block.module.register_forward_hook(own(self._leave, index), prepend=True).remove
+        return all_of(
+            [
+                before(block.module, own(self._enter, index), with_kwargs=True),
+                before(block.norm2, own(self._before_mlp, index)),
+                behind(block.tail, self._after_mlp),
+                leave,
+            ]
+        )
 
     def _hook_projector(self, index: int) -> Undo:
-        return self._projectors[index].register_forward_hook(self._spread).remove  # type: ignore[no-any-return]
+        return behind(self._projectors[index], self._spread)
 
     @torch.compiler.disable
     def _enter(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...prune.errors import UnsupportedFeatureError
 from ...prune.thinned import core_neurons
 from ..core_mlp import CoreMLP, missing_of
-from ..hooks import Undo, shadow
+from ..hooks import Undo, before, shadow
 from ..layer_names import LayerNames
 from .call import InFlight
 from .driver import Driver
@@ -32,7 +32,7 @@ class NeuronsDriver(Driver):
 
     def _hook_choice(self, index: int) -> Undo:
         own = functools.partial(self._before_down_proj, index)
-        return self._mlp(index).down_proj.register_forward_pre_hook(own).remove  # type: ignore[no-any-return]
+        return before(self._mlp(index).down_proj, own)
 
     def _hook_core(self, index: int) -> Undo:
         return shadow(self._mlp(index), "forward", functools.partial(self._pass, index))

@@ -20,7 +20,7 @@ from ...prune.errors import BudgetError, UnsupportedFeatureError
 from ..budgets import Budgets
 from ..checks.patches import refuse_compiled
 from ..clip_text import ClipText
-from ..hooks import Undo, shadow
+from ..hooks import Undo, before, shadow
 from ..image_model import ImageModel
 from ..installed import Installed
 from ..patch_setup import Setup
@@ -73,7 +73,7 @@ class ImageEngine(Installed):
         if (pooling := images.pooling) is not None:
             yield shadow(tower, pooling.__name__, self._pool)
         if (pool := images.attention_pool) is not None:
-            yield pool.register_forward_pre_hook(self._before_pool, with_kwargs=True).remove
+            yield before(pool, self._before_pool, with_kwargs=True)
 
     # --- what calls run with ------------------------------------------------------------------
 
