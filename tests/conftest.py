@@ -29,6 +29,11 @@ settings.load_profile("vlmprune")
 gc.disable()  # until all tests are known, nothing that is made is garbage
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish():
     gc.freeze()
     gc.enable()

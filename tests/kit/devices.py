@@ -10,13 +10,13 @@ on the CPU, so that results are bit-equal to those of the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 CPU = torch.device("cpu")
 aten = torch.ops.aten
@@ -88,7 +88,7 @@ class _Values(TorchFunctionMode):
         if function not in (torch.tensor, torch.as_tensor) or kwargs.get("device") is None:
             return function(*args, **kwargs)
         place = kwargs.pop("device")
-        return function(*tree_map(_held, args), **kwargs).to(place)
+        return function(*each(_held, args), **kwargs).to(place)
 
 
 class Devices(ExitStack):
@@ -102,8 +102,9 @@ class Devices(ExitStack):
 
 
 def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    flat = tree_flatten((args, kwargs))[0]
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    each(lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else None, args)
+    each(lambda x: tensors.append(x) if isinstance(x, torch.Tensor) else None, kwargs)
     places = {_place(x) for x in tensors if x.dim() or isinstance(x, Elsewhere)}
     places -= {ANYWHERE}
     if function in TAKES_CPU_INDICES:
@@ -121,13 +122,23 @@ def dispatch(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         place = _place(args[0])
     else:
         place = next(iter(places), CPU)
-    found = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+    found = function(*each(_held, args), **each(_held, kwargs))
     if function._schema.is_mutable:  # what was changed in place is handed back as it came
         given = {id(_held(x)): x for x in tensors}
-        return tree_map(lambda x: given.get(id(x), x), found)
+        return each(lambda x: given.get(id(x), x), found)
     if place == CPU:
         return found
-    return tree_map(lambda x: Elsewhere(x, place) if isinstance(x, torch.Tensor) else x, found)
+    return each(lambda x: Elsewhere(x, place) if isinstance(x, torch.Tensor) else x, found)
+
+
+def each(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` of everything in tuples, lists and dicts, which is all that operations are given and
+    give back: torch's `tree_map` knows more, and would take most of the time of the tests."""
+    if isinstance(value, tuple | list):
+        return type(value)([each(change, x) for x in value])
+    if isinstance(value, dict):
+        return {key: each(change, x) for key, x in value.items()}
+    return change(value)
 
 
 def _place(tensor: torch.Tensor) -> torch.device:
