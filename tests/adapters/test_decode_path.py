@@ -145,7 +145,9 @@ def dense_steps(case: zoo.Case, rows: str) -> list[Counter[str]]:
         return decode(case, model, inputs_on_device(case, rows))
 
 
+@functools.cache
 def on_device(case: zoo.Case):
+    """The model there, on which all methods come and go."""
     model = case.model()
     # Fused attention makes masks of its own that know no other device.
     model.set_attn_implementation("eager")
@@ -180,8 +182,7 @@ def test_decoding_waits_no_more_than_without_a_patch(case, name, rows):
         assert more.total() <= ((name, rows) in EXCEPTIONS), more
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.REMOVING if n not in zoo.WEIGHING])
-@zoo.FAMILIES
+@zoo.turns("name", [n for n in zoo.REMOVING if n not in zoo.WEIGHING], zoo.FAMILIES.args[1])
 @torch.no_grad()
 def test_without_padding_there_is_no_mask(case, name):
     """Neither in the prefill, where attention is causal by itself, nor in a step."""

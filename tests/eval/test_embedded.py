@@ -214,6 +214,17 @@ def test_a_quarter_chosen_well_beats_random_by_ten_points(loaded, seen):
     assert chosen >= percent(loaded, seen, asked, evaluate.pick_random(0), count) + 10
 
 
+@pytest.fixture(scope="module")
+def padded(loaded):
+    """Questions of all kinds, and what the processor makes of them as one batch."""
+    _, processor = loaded
+    processor.tokenizer.padding_side = "left"
+    asked = embedded.questions(42)
+    texts = [embedded.prompt(processor, question.question) for question in asked]
+    pictures = [question.image for question in asked]
+    return asked, processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -229,14 +240,9 @@ def test_a_quarter_chosen_well_beats_random_by_ten_points(loaded, seen):
     ],
     ids=["transprune", "sparsevlm", "todre", "visual_press", "three"],
 )
-def test_inside_the_llm_few_tokens_answer_as_well(loaded, call):
+def test_inside_the_llm_few_tokens_answer_as_well(loaded, padded, call):
     """As published, or with a quarter of the cache: about as good as the dense model."""
-    model, processor = loaded
-    processor.tokenizer.padding_side = "left"
-    asked = embedded.questions(42)
-    texts = [embedded.prompt(processor, question.question) for question in asked]
-    pictures = [question.image for question in asked]
-    inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    (model, processor), (asked, inputs) = loaded, padded
     with vlmprune.patch(model, call), torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     new = out[:, inputs["input_ids"].shape[1] :]
