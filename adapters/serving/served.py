@@ -137,14 +137,22 @@ class Served:
         return image
 
 
+_IN_ENCODER = (
+    "its encoders have attention of their own, in which queries, keys and values come in one piece "
+    "and nothing can be exchanged for what is left of the rows"
+)
+_IN_DECODER = "its scheduler and paged KV cache count all tokens of a prompt alike in all layers"
+
+
 def _check_place(call: MethodCall, shape: ModelShape) -> None:
     method = call.method
     elsewhere = [place for place in method.places if place is not Place.BEFORE_LLM]
     if elsewhere or any(cut.layer for cut in method.cuts(shape)):
+        place = (elsewhere or [Place.DECODER])[0]
+        why = _IN_ENCODER if place is Place.ENCODER else _IN_DECODER
         raise UnsupportedFeatureError(
-            f"{call.name} acts {(elsewhere or [Place.DECODER])[0].value}, which vLLM cannot run: "
-            f"its encoder, scheduler and paged KV cache count all tokens of a prompt alike in all "
-            f"layers. Use a method that acts before the LLM alone, e.g. divprune."
+            f"{call.name} acts {place.value}, which vLLM cannot run: {why}. Use a method that acts "
+            f"before the LLM alone, e.g. divprune."
         )
     if call.adaptive or any(cut.adaptive for cut in method.cuts(shape)):
         raise BudgetError(

@@ -55,6 +55,7 @@ class VllmServer(AbstractContextManager["VllmServer"]):
         self._command += ["--trust-request-mm-kwargs", *given, *flags]
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -63,12 +64,14 @@ class VllmServer(AbstractContextManager["VllmServer"]):
     def __enter__(self) -> Self:
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         with self._log.open("wb") as log:
+            self._guard = _guard()
             self._process = subprocess.Popen(
                 self._command,
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **quiet},
-                start_new_session=True,  # its processes are ended together
+                process_group=self._guard.pid,  # its processes are ended together
             )
         return self
 
@@ -84,12 +87,12 @@ class VllmServer(AbstractContextManager["VllmServer"]):
 
     def kill(self) -> None:
         """End all its processes, at once."""
-        if self._process is None:
+        if self._guard is None or self._process is None:
             return
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        os.killpg(self._guard.pid, signal.SIGKILL)
+        self._guard.communicate()
         self._process.wait()
-        self._process = None
+        self._guard = self._process = None
 
     def wait(self) -> None:
         """Until it answers.
@@ -113,6 +116,17 @@ class VllmServer(AbstractContextManager["VllmServer"]):
         lines = [one.strip() for one in self._log.read_text(errors="replace").splitlines()]
         errors = [one for one in lines if "Error" in one and "Engine core init" not in one]
         return (errors or [one for one in lines if one] or ["it said nothing"])[-1]
+
+
+def _guard() -> subprocess.Popen[bytes]:
+    """The first process of a new group, which kills the group once this process has ended, however
+    it did: nobody else holds the other end of its input."""
+    return subprocess.Popen(
+        ["sh", "-c", "cat; kill -KILL 0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        process_group=0,
+    )
 
 
 @contextmanager

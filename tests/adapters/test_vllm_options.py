@@ -41,7 +41,8 @@ def test_counts_come_from_sizes(budget, keep):
     [
         ("fastv", vlmprune.UnsupportedFeatureError, "paged KV cache"),
         ("visual_press", vlmprune.UnsupportedFeatureError, "paged KV cache"),
-        ("tome", vlmprune.UnsupportedFeatureError, "paged KV cache"),
+        ("tome", vlmprune.UnsupportedFeatureError, "attention of their own"),
+        ("expedit", vlmprune.UnsupportedFeatureError, "attention of their own"),
         ("catp", vlmprune.UnsupportedFeatureError, "vLLM"),
         ("cdpruner", vlmprune.UnsupportedFeatureError, "give relevance='prompt'"),
         ("random", vlmprune.UnsupportedFeatureError, "not shown inside vLLM"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -11,6 +12,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from kit import skips
+from kit.forked import exit_code, forked
 from transformers import AutoConfig, AutoProcessor
 from vlmprune.eval import cli
 from vlmprune.eval.bench import vllm_load, vllm_model
@@ -100,6 +103,25 @@ def test_a_bench_that_is_told_to_end_takes_its_servers_along(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)  # not to its end
     assert process.poll() is not None
+
+
+@skips.needs("fork")
+def test_a_bench_that_is_killed_takes_all_processes_of_its_servers_along(tmp_path):
+    """Each of them holds the pipe open; its other end says when none is left."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+
+    def bench():
+        server = VllmServer("nowhere", overrides=None, flags=[], log=tmp_path / "log")
+        server._command = ["sh", "-c", f"exec 3>{pipe}; sleep 600 & sleep 600"]
+        with server:
+            time.sleep(600)
+
+    child = forked(bench)
+    with pipe.open("rb") as held:  # once the server is there
+        assert not select.select([held], [], [], 0)[0]
+        os.kill(child, signal.SIGKILL)
+        assert exit_code(child) == -signal.SIGKILL
+        assert select.select([held], [], [], 30)[0] and held.read() == b""
 
 
 def test_a_model_of_random_weights_is_written_for_vllm(tmp_path):
