@@ -19,6 +19,7 @@ from ...adapters.clip_text import ClipText
 from ...adapters.family import IMAGE
 from ...adapters.handle import Handle
 from ...adapters.registry import family_of
+from ...prune.thinned import thinned_layers
 from ..measure.energy import energy_meter
 from ..measure.memory import added_at_peak
 from ..measure.shortened import measured
@@ -116,6 +117,7 @@ class _Bench:
             every = [picture for image in images for picture in image]
             (rows,) = measured(handle, handle.last, [every], self.family.shape)
             variant.shortened = rows[: len(images[0])]
+            variant.thinned = thinned_layers(handle.methods, self.family.shape)
         cache = cache_of(call.result)
         variant.cache_bytes = kv_bytes(cache)
         variant.entries = _attended(cache)

@@ -143,6 +143,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "encoder": lambda: _accuracies("sweep_encoder.jsonl"),
     "classify": lambda: sweep_table(read_records(STORED / "classify.jsonl")).markdown(),
     "encoder_speed": lambda: parts_table(_stored("bench_encoder.json")).markdown(),
+    "neurons": lambda: bench_table(_stored("bench_neurons.json")).markdown(),
     "encoder_shares": lambda: parts_table(
         [*_stored("bench_encoders.json"), *_stored("bench_sizes.json")]
     ).markdown(),
