@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from ...prune.errors import VlmpruneError
 from .arguments import ARCHITECTURES
+from .versions import check_version
 
 
 def register() -> None:
@@ -15,3 +17,11 @@ def register() -> None:
     for model_type, architecture in ARCHITECTURES.items():
         where = f"{__package__}.families.{model_type}"
         ModelRegistry.register_model(architecture, f"{where}:{architecture}")
+    try:
+        check_version()
+    except VlmpruneError:
+        return
+    from .families.steps import settle
+
+    for architecture in ARCHITECTURES.values():
+        settle(architecture, architecture.removeprefix("VlmPrune"))

@@ -69,6 +69,8 @@ def test_a_siglip_tower_is_read_as_well(tmp_path):
 
 def test_a_request_has_its_own_budget_and_caches_tell_budgets_apart(folder):
     llm = engine(folder, **vlmprune.vllm_args(str(folder), "divprune", keep_ratio=0.25))
+    settled = llm.llm_engine.vllm_config.scheduler_config  # as many pictures as of whole ones
+    assert settled.max_num_encoder_input_tokens == settled.max_num_batched_tokens // 4
     for words in ({"keep_tokens": 16}, {"keep_ratio": 0.25}, {"keep_ratio": 1.0}):
         found = served(llm, PROMPTS[:3], mm_processor_kwargs={"vlmprune": words})
         same(found, repacked(folder, PROMPTS[:3], "divprune", **words))

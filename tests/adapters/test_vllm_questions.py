@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import vlmprune
@@ -13,7 +14,21 @@ pytestmark = [skips.needs("vllm"), pytest.mark.slow]
 
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 FIRST, SECOND = tiny_llava.picture(1, 90, 60), tiny_llava.picture(2, 60, 90)
+FRAMES = np.stack([np.asarray(tiny_llava.picture(seed, 40, 24)) for seed in range(4, 8)])
+ABOUT = {
+    "fps": 2.0,
+    "duration": 2.0,
+    "total_num_frames": len(FRAMES),
+    "frames_indices": list(range(len(FRAMES))),
+    "video_backend": "opencv",
+}
+FILMS = {  # marks of a video, and what is shown
+    "llava_onevision": ("<video>", FRAMES),
+    "qwen2_5_vl": (QWEN.replace("image", "video"), (FRAMES, ABOUT)),
+    "qwen3_vl": (QWEN.replace("image", "video"), (FRAMES, ABOUT)),
+}
 BUDGETS = ({"keep_ratio": 0.25}, {"keep_tokens": 12})
+LIMITS = {"image": 2, "video": 1}
 ROOM = {"max_model_len": 512, "max_num_batched_tokens": 12}  # chunks end inside images
 
 
@@ -71,9 +86,15 @@ def test_answers_are_those_of_the_patched_model_whatever_the_caches_hold(tmp_pat
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     words["positions"] = positions
     asked = prompts(mark)
+    if case in FILMS:
+        film, frames = FILMS[case]
+        both = {"video": [frames], "image": [FIRST]}
+        asked += [(f"w10 {film} w20 {mark} w30", both), (f"w10 {film} w21 {mark} w30", both)]
     wanted = [patched(model, processor, asked, "cdpruner", **words, **one) for one in BUDGETS]
-    llm = engine(tmp_path, **args, **ROOM)
+    llm = engine(
+        tmp_path, **args, **ROOM, **({"limit_mm_per_prompt": LIMITS} if case in FILMS else {})
+    )
     for budget, expected in [*zip(BUDGETS, wanted, strict=True)] * 2:
         same(served(llm, asked, mm_processor_kwargs={"vlmprune": budget}), expected)
-    with pytest.raises(Exception, match="do not belong together"):
+    with pytest.raises(Exception, match="2 placeholders for 1 images"):
         served(llm, [(f"{mark} {mark} w10", {"image": [FIRST]})])

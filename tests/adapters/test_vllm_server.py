@@ -40,7 +40,7 @@ def answered(server, picture, budget=None):
 
 def test_a_server_counts_as_we_do_and_answers_the_same_after_it_was_killed_under_load(tmp_path):
     tiny_llava.save(tmp_path)
-    args = vlmprune.vllm_args(str(tmp_path), "divprune", keep_ratio=0.25)
+    args = vlmprune.vllm_args(str(tmp_path), "cdpruner", relevance="prompt", keep_ratio=0.25)
     options = {"overrides": args["hf_overrides"], "flags": FLAGS, "log": tmp_path / "log"}
     pictures = [picture_url(seed, (90, 160)) for seed in range(CLIENTS)]
     began, served = threading.Barrier(CLIENTS + 1, timeout=300), []

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ....prune.contract import Signal, TextEmbeddings
+from ....prune.errors import UnsupportedFeatureError
 from ...modality import MODALITIES
 from ...sequence.prompt import Prompt
 from ..served import WORD
@@ -57,10 +58,14 @@ class Asked(ProcessorInputs):  # type: ignore[misc]
         known = {one: token for one, token in tokens.items() if token is not None}
         prompt = Prompt(torch.tensor([ids]), None, known)
         items, texts = inputs.mm_data_items, {}
-        for one in known:
-            if one.name in items:
-                found = prompt.texts(one, [1] * items.get_count(one.name))
-                texts[one.name] = [text.tolist() for text in found]
+        for one in (one for one in known if one.name in items):
+            count, places = items.get_count(one.name), list(ids).count(known[one])
+            if places != count:
+                raise UnsupportedFeatureError(
+                    f"The prompt has {places} placeholders for {count} {one.name}s, so that nobody "
+                    f"knows which text belongs to which: give it one for each."
+                )
+            texts[one.name] = [text.tolist() for text in prompt.texts(one, [1] * count)]
         given = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
         return cls(**{**given, "mm_data_items": Items.of(items, texts)})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .mrope import GridProcessor, PrunedModel
@@ -20,6 +21,12 @@ from vllm.multimodal.processing import PromptUpdateDetails  # isort: skip
 class TimestampedProcessor(GridProcessor, Qwen3VLMultiModalProcessor):  # type: ignore[misc]
     """A video's kept tokens are not counted by frame before it is encoded: its part of the prompt
     is one run of rows, of text and of tokens, which the model puts in order."""
+
+    def _marked(self, ids: Sequence[int]) -> Sequence[int]:
+        """Each frame of a video has its own end, in front of the video's."""
+        config = self.info.get_hf_config()
+        video, end = config.video_token_id, config.vision_end_token_id
+        return [new for one in ids for new in ((one, end) if one == video else (one,))]
 
     def _placeholders(self, update: Any, fields: Any, index: int) -> Any:
         keep = fields[update.modality][index].get(f"{KEEP}_{update.modality}")
