@@ -12,11 +12,12 @@ Differs: only visual tokens are dropped, and every image of a sample has its own
     count are those of the prompt's tokens; with grouped queries a key head leaves with all queries
     that read it; decoded tokens go without the same heads. `values` is the same in all layers, of
     the keys that a query sees, and what is left of its attention is not brought back to a sum of 1.
-    What they save: heads, the products of attention in the prompt, which are copied for it; neither
-    the projections nor entries of the cache, and nothing while decoding. Values, in a decoded token
-    the reading of those that are out, in exchange for a sort and gathered reads; in the prompt
-    nothing, where every row of attention is sorted besides. They show what accuracy it costs, on
-    hardware that was built for it or not: expect no speed here.
+    What they save: heads, the products of attention in the prompt, for which those that stay are
+    copied (of 16, half take 0.6 of the time at 2920 tokens, and no less than all at 616, on 2 cores
+    of a CPU); neither projections nor entries of the cache, and nothing while decoding. Values save
+    no time at all: attention of a decoded token that sorts, and gathers a quarter of them, takes
+    2.5 to 5 times as long there, and that of the prompt, where every row is sorted, 25 times. Both
+    show what they cost in accuracy; their speed is that of hardware built for them.
     Importance is a sum of attention as in the paper, not divided by the number of rows that see a
     token: under a causal mask late tokens receive from fewer rows, and rank lower for it.
     The ratio falls by the same amount at each cut, to the budget at the last layer. Counts are
