@@ -35,7 +35,10 @@ class VllmArgsRequest:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="DIR_OR_NAME", help="what vLLM is given")
     parser.add_argument(
-        "--method", required=True, metavar="NAME", help="one that acts before the LLM"
+        "--method",
+        required=True,
+        metavar="NAME[:FIELD=VALUE]",
+        help="one that acts before the LLM, e.g. divprune or cdpruner:relevance=prompt",
     )
     parser.add_argument(
         "--method_args",
@@ -53,10 +56,11 @@ def request(args: argparse.Namespace) -> VllmArgsRequest:
     """
     from . import early
 
-    early.refuse_unknown_methods([args.method])
+    name, *fields = args.method.split(":")
+    early.refuse_unknown_methods([name])
     return VllmArgsRequest(
         model=args.model,
-        method=args.method,
-        method_args=split_list([args.method_args or ""]),
+        method=name,
+        method_args=[*fields, *split_list([args.method_args or ""])],
         budget=given_budget(args),
     )

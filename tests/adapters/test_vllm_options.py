@@ -216,5 +216,7 @@ def test_the_command_prints_it_for_a_server(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     expected = vlmprune.vllm_args(str(tmp_path), "cls_topk", scores="received", keep_tokens=9)
     assert found == expected["hf_overrides"]
+    word = [*argv[:2], "--method", "cls_topk:scores=received", "--keep_tokens", "9"]
+    assert cli.main(word) == 0 and json.loads(capsys.readouterr().out) == found
     assert cli.main([*argv[:2], "--method", "fastv", "--keep_tokens", "9"]) == 2
     assert "fastv" in capsys.readouterr().err
