@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import operator
-import pickle
 import sys
 import time
 import types
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from kit import skips
-from kit.forked import exit_code, forked
 from kit.zoo import CASES
 from vlmprune.adapters.cache_names import CACHE
 from vlmprune.eval import cli
@@ -85,24 +81,8 @@ def test_bench_takes_several_methods_and_published_schedules(tmp_path):
     assert published["name"] == "prumerge(published)" and 1 <= published["kept"] <= 16
 
 
-def in_forked_process(measure, *args):
-    """`in_fresh_process` without its seconds of imports: a copy of this process, in which what is
-    allocated becomes resident as in a new one, gets what is pickled."""
-    sent = pickle.dumps((measure, args))
-
-    def work() -> None:
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD, as for a fresh process
-        measure, args = pickle.loads(sent)
-        Path("peak.txt").write_text(str(measure(*args)))
-
-    assert exit_code(forked(work, Path("said.txt"))) == 0, Path("said.txt").read_text()
-    return int(Path("peak.txt").read_text())
-
-
-@skips.needs("fork")
-def test_bench_measures_peak_memory_in_a_process_of_its_own(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "in_fresh_process", in_forked_process)
+@pytest.mark.slow
+def test_bench_measures_peak_memory_in_a_process_of_its_own(tmp_path, capsys):
     argv = ["--methods", "grid", "--budgets", "1", "--memory", "--repeats", "1", "--tokens", "1024"]
     dense, grid = bench(tmp_path / "bench.json", *argv)
     cache = 2 * 128 * 4 * 4 * (1024 + 40)
