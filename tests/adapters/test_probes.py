@@ -632,7 +632,7 @@ def test_signals_reach_the_method_through_generate_and_beams(case):
 def test_an_accelerator_has_fewer_chunks_within_a_bound_of_memory():
     for heads, length in ((16, 577), (32, 4096), (16, 10**6)):
         query = torch.empty(1, heads, length, 64, device="meta")
-        chunk = probes._chunk(query, query)
+        chunk = probes.chunk_of(query, query)
         of_one = 4 * heads * length
         assert chunk == probes._QUERY_CHUNK or chunk * of_one <= probes._CHUNK_BYTES
         assert (chunk + 1) * of_one > probes._CHUNK_BYTES  # and as many as fit
@@ -641,6 +641,6 @@ def test_an_accelerator_has_fewer_chunks_within_a_bound_of_memory():
 def test_scores_do_not_depend_on_the_chunk(monkeypatch):
     query, key = torch.randn(2, 2, 3, 50, 8)
     expected = probes.received(query, key, 0.3), probes.to_cls(query, key, 0.3)
-    monkeypatch.setattr(probes, "_chunk", lambda *_: 7)
+    monkeypatch.setattr(probes, "chunk_of", lambda *_: 7)
     torch.testing.assert_close(probes.received(query, key, 0.3), expected[0])
     torch.testing.assert_close(probes.to_cls(query, key, 0.3), expected[1])
