@@ -19,10 +19,14 @@ SHAPE = ModelShape(
 
 
 def test_nothing_of_transformers_is_loaded():
-    code = "import sys\n"
+    """Nor Triton, where a choice is made on a CPU."""
+    code = "import sys, torch\n"
     for module in ("registry", "scores", "select", "choose"):
         code += f"import vlmprune.prune.{module}\n"
-    code += "print([m for m in ('transformers', 'vlmprune.adapters') if m in sys.modules])"
+    code += "from vlmprune.prune.ops.maxmin import greedy_max_min\n"
+    code += "greedy_max_min(torch.eye(4), 2)\n"
+    code += "unwanted = ('transformers', 'vlmprune.adapters', 'triton')\n"
+    code += "print([m for m in unwanted if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

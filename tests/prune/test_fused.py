@@ -35,7 +35,5 @@ def test_kernels_pick_what_torch_picks_on_a_gpu():
 
 
 def test_torch_picks_elsewhere():
+    """Without looking for Triton, which `test_nothing_of_transformers_is_loaded` sees."""
     assert not in_one_kernel(torch.zeros(3, 3))
-    code = "import sys, torch; from vlmprune.prune.ops.maxmin import greedy_max_min as pick; "
-    code += "pick(torch.eye(4), 2); sys.exit('triton' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
