@@ -26,24 +26,24 @@ from kit.reported import features_of
 
 
 def matrix():
-    """Each place on one family, and all places at once on one whose positions have several axes;
-    the first of the other families take turns with them, and each further one has one of them, or
-    three with `zoo.EVERY_CELL`."""
+    """Each place on one family, and all places at once on one whose positions have several axes.
+    Of the other families the first have three features each, and every further one has one; with
+    `zoo.EVERY_CELL` the first take turns with all, and these have three."""
+    families = zoo.FAMILIES.args[1]
+    others = [case for case in families if case.name not in zoo.TWO_NAMES]
     names = [name for name in FEATURES if name not in SLOW]
-    for case in zoo.OTHER_CASES:
-        for which in range(3 if zoo.EVERY_CELL else 1):
+    for case in (*zoo.OTHER_CASES, *(() if zoo.EVERY_CELL else others)):
+        for which in range(3 if zoo.EVERY_CELL or case in others else 1):
             name = names[(zoo.turn_of(case) + which * len(names) // 3) % len(names)]
-            place = "all" if case in zoo.STORING_CASES else "in the decoder"
+            place = "all" if case in (*zoo.STORING_CASES, *others) else "in the decoder"
             if place != "all" and name.startswith("merged inputs_embeds"):
                 continue  # it brings methods of its own, which read layers that keep a state here
             label = f"{name}-{place}-{case.name}".replace(" ", "_")
             yield pytest.param(case, name, place, id=label)
-    families = zoo.FAMILIES.args[1]
-    others = [case for case in families if case.name not in zoo.TWO_NAMES]
-    turns = dict(zip(FEATURES, itertools.cycle(others)))
+    turns = dict(zip(FEATURES, itertools.cycle(others))) if zoo.EVERY_CELL else {}
     for case, name, place in itertools.product(families, FEATURES, PLACES):
         everywhere = case.name == zoo.TWO_NAMES[0] and place != "all" and name not in SLOW
-        at_once = place == "all" and (case.name == zoo.TWO_NAMES[1] or case == turns[name])
+        at_once = place == "all" and (case.name == zoo.TWO_NAMES[1] or case == turns.get(name))
         if not everywhere and not at_once:
             continue
         if name in SLOW and case.name in CALLS:

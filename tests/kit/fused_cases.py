@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from vlmprune.prune.ops import dispersion, dpp, maxmin, triton_kernels
 
-SIZES = ((1, 1), (2, 2), (7, 3), (16, 16), (33, 20))
+SIZES = ((1, 1), (2, 2), (7, 3), (8, 8), (19, 11))
 """Tokens and picks: all of them too, and numbers that are no powers of two."""
 
 

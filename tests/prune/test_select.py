@@ -192,7 +192,7 @@ kinds_of_tiles = st.lists(st.sampled_from(KINDS), min_size=1, max_size=3).map(tu
         ("compete", "image"),
     ],
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(tilings, kinds_of_tiles, st.floats(0, 1), st.booleans(), st.integers(0, 2**31))
 def test_every_row_finds_its_place(newlines, scope, tiling, kinds, part, adaptive, seed):
     keep = None if adaptive else max(1, round(part * tiling.num_tokens))
