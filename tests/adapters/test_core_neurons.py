@@ -12,6 +12,7 @@ from kit import zoo
 from kit.decoding import generated, logits_of
 from kit.oracle import decoder_of
 from kit.snapshots import differences, snapshot
+from vlmprune.adapters.cache_names import CACHE
 from vlmprune.adapters.core_mlp import CoreMLP
 from vlmprune.adapters.registry import family_of
 from vlmprune.eval.measure.flops import model_cost
@@ -114,8 +115,8 @@ def test_several_new_tokens_pass_all_neurons():
     for fields in ({"neurons": SHARE}, {}):
         patched = vlmprune.patch(model, "corematching", keep_ratio=0.5, **fields)
         with torch.no_grad(), patched:
-            cache = model(**inputs, use_cache=True).past_key_values
-            found.append(model(input_ids=more, past_key_values=cache).logits)
+            cache = model(**inputs, use_cache=True)[CACHE]
+            found.append(model(input_ids=more, **{CACHE: cache}).logits)
     assert torch.equal(*found)
 
 
