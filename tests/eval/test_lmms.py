@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -17,13 +16,10 @@ pytest.importorskip("lmms_eval", reason=skips.why("lmms"))
 
 from kit import lmms as lmms_kit
 from kit import zoo
-from kit.forked import exit_code, forked, together
 from kit.torchrun import WORLD, torchrun
 from lmms_eval import models
-from lmms_eval.__main__ import cli_evaluate
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-from vlmprune.eval import cli
 from vlmprune.eval.embedded import TASK
 from vlmprune.eval.lmms.arguments import calls_of
 from vlmprune.eval.lmms.model import VlmPrune
@@ -286,26 +282,31 @@ def files(folder: Path) -> tuple[dict, list[dict]]:
 
 
 @pytest.mark.slow
-@skips.needs("fork")
-def test_the_commands_of_lmms_eval(tmp_path, capsys):
-    """Alone, forked, and in two processes of torchrun, with the embedded model on the embedded
-    benchmark."""
-    assert [cli.main(["where", what]) for what in ("tasks", "task-name")] == [0, 0]
-    folder, task = capsys.readouterr().out.split()
+def test_the_commands_of_lmms_eval(tmp_path):
+    """Alone and in two processes, with the embedded model on the embedded benchmark."""
+    where = [
+        subprocess.run(
+            [sys.executable, "-m", "vlmprune", "where", what],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for what in ("tasks", "task-name")
+    ]
+    folder, task = (done.stdout.strip() for done in where)
     assert (Path(folder), task) == (TASKS_DIR, TASK)
     words = [
         *("--model", "vlmprune", "--tasks", task, "--include_path", folder),
         *("--model_args", "pretrained=embedded,method=divprune,keep_ratio=0.1,device=cpu"),
         *("--limit", "15", "--batch_size", "4", "--log_samples", "--output_path"),
     ]
-
-    def alone() -> None:
-        os.chdir(tmp_path)
-        sys.argv = ["lmms_eval", *words, str(tmp_path / "one")]
-        cli_evaluate()
-
-    code = exit_code(forked(alone, tmp_path / "said.txt"))
-    assert code == 0, (tmp_path / "said.txt").read_text()
+    alone = subprocess.run(
+        [sys.executable, "-m", "lmms_eval", *words, str(tmp_path / "one")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert alone.returncode == 0, alone.stderr
     both = torchrun("-m", "lmms_eval", *words, tmp_path / "two", folder=tmp_path)
     assert both.returncode == 0, both.stderr
     for rank in range(WORLD):
@@ -346,8 +347,10 @@ lm.processes.__exit__(None, None, None)
 """
 
 
-@skips.needs("fork")
+@pytest.mark.slow
 def test_an_error_in_one_process_is_raised_in_both(tmp_path):
-    codes, said = together(lambda: exec(FAILING, {}), WORLD, tmp_path)
-    assert codes == [0] * WORLD, said
-    assert all(f"raised-{rank}" in text for rank, text in enumerate(said))
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = torchrun(script, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "raised-0" in done.stdout and "raised-1" in done.stdout

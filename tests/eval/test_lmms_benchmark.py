@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,10 +17,10 @@ pytest.importorskip("lmms_eval", reason=skips.why("lmms"))
 import vlmprune
 from kit import lmms as lmms_kit
 from kit import zoo
-from kit.forked import exit_code, forked, together
+from kit.torchrun import torchrun
 from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
-from vlmprune.eval import cli, embedded
+from vlmprune.eval import embedded
 from vlmprune.eval.embedded.task import EmbeddedTask
 from vlmprune.eval.lmms.benchmark import LmmsBenchmark, MissingLmmsError, benchmarks
 from vlmprune.eval.lmms.version import version_of
@@ -222,8 +223,8 @@ def test_runs_leave_no_trace(folder, capfd):
     assert "it/s" not in err
 
 
-@skips.needs("fork")
-def test_sweeps_of_local_tasks(folder, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_sweeps_of_local_tasks(folder, tmp_path):
     """The command: one process, two processes, the same cells; a failing task fails alone."""
     model = lmms_kit.checkpoint("llava-clip-llama", folder)
     path = lmms_kit.tasks(folder)
@@ -232,12 +233,11 @@ def test_sweeps_of_local_tasks(folder, tmp_path, monkeypatch):
         *("--include_path", path, "--methods", "divprune", "--budgets", 0.25, "--limit", 4),
         *("--device", "cpu", "-b", 2, "-s", "-o"),
     ]
-    monkeypatch.chdir(tmp_path)
-    one = forked(lambda: cli.main([*map(str, words), "one"]), tmp_path / "one.txt")
-    codes, two = together(lambda: cli.main([*map(str, words), "two"]), 2, tmp_path)
-    assert exit_code(one) == 1
-    said = (tmp_path / "one.txt").read_text()
-    assert 1 in codes and "KeyError" in said and "KeyError" in "".join(two)
+    alone = [sys.executable, "-m", "vlmprune", *map(str, words), str(tmp_path / "one")]
+    one = subprocess.run(alone, capture_output=True, text=True, cwd=tmp_path)
+    two = torchrun("-m", "vlmprune", *words, tmp_path / "two", folder=tmp_path)
+    assert one.returncode == 1, one.stderr
+    assert "KeyError" in one.stderr and "KeyError" in two.stderr
     records = [read_records(tmp_path / name) for name in ("one", "two")]
     assert [r["status"] for r in records[0]] == ["ok"] * 2 + ["failed"] * 2
     for a, b in zip(*records, strict=True):
@@ -250,4 +250,4 @@ def test_sweeps_of_local_tasks(folder, tmp_path, monkeypatch):
             samples = [tmp_path / n / "samples" / f"{a['id']}.jsonl" for n in ("one", "two")]
             assert samples[0].read_text() == samples[1].read_text()
             assert (tmp_path / "two" / b["examples"][3]["picture"]).exists()
-    assert "tiny_pairs" in said
+    assert "tiny_pairs" in one.stdout
