@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from .answers.answer import looks_at_values
+from .answers.left import check_left
 from .budget import MethodCall
 from .contract import InDecoder, Method, ModelShape, Thinned
-from .errors import MethodAnswerError, MethodFieldError
+from .errors import MethodFieldError
 
 
 def thinning(calls: Iterable[MethodCall], shape: ModelShape) -> InDecoder | None:
@@ -80,24 +80,9 @@ def heads(method: InDecoder, given: Tensor, keep: int, *, debug: bool) -> Tensor
         MethodAnswerError: the rule that is broken, the value, and what to return instead.
     """
     found = method.choose_heads(given, keep)
-    shape = (len(given), keep)
-    if not _numbers(found, shape, given.shape[2], looks_at_values(method, debug)):
-        raise MethodAnswerError(
-            f"{method.name}.choose_heads returned {found!r} of {given.shape[2]} heads: return the "
-            f"numbers of exactly {keep} of them for each row, int64 {shape}, ascending, each once."
-        )
-    return found
-
-
-def _numbers(found: object, shape: tuple[int, ...], stop: int, values: bool) -> bool:
-    """Whether an answer holds numbers below `stop`, ascending, each once."""
-    fits = isinstance(found, Tensor) and found.dtype == torch.int64 and found.shape == shape
-    if not fits or not values:
-        return fits
-    assert isinstance(found, Tensor)  # noqa: S101  (for the types)
-    first = found.new_full((*shape[:-1], 1), -1)
-    rises = found.diff(prepend=first) > 0
-    return bool(rises.all()) and bool((found[..., -1] < stop).all())
+    values = looks_at_values(method, debug)
+    shape, count = (len(given), keep), given.shape[2]
+    return check_left(method, "choose_heads", found, shape, count, "heads", values)
 
 
 def core_neurons(method: InDecoder, activations: Tensor, keep: int, *, debug: bool) -> Tensor:
@@ -107,10 +92,5 @@ def core_neurons(method: InDecoder, activations: Tensor, keep: int, *, debug: bo
         MethodAnswerError: the rule that is broken, the value, and what to return instead.
     """
     found = method.core_neurons(activations, keep)
-    if not _numbers(found, (keep,), activations.shape[1], looks_at_values(method, debug)):
-        said = found.tolist() if isinstance(found, Tensor) else found
-        raise MethodAnswerError(
-            f"{method.name}.core_neurons returned {said!r} of {activations.shape[1]} neurons: "
-            f"return the numbers of exactly {keep} of them, int64 ({keep},), ascending, each once."
-        )
-    return found
+    values, count = looks_at_values(method, debug), activations.shape[1]
+    return check_left(method, "core_neurons", found, (keep,), count, "neurons", values)

@@ -83,13 +83,15 @@ class Served:
     call: MethodCall
     shape: ModelShape
     usual: Tiling
+    one_size: bool
 
     @classmethod
-    def of(cls, options: Options, shape: ModelShape, usual: Tiling) -> Served:
+    def of(cls, options: Options, shape: ModelShape, usual: Tiling, one_size: bool) -> Served:
         """From the server's or a request's options.
 
         Args:
-            usual: how the tokens of a picture lie, of every one where they have one size.
+            usual: how the tokens of a picture lie.
+            one_size: whether those of every picture do.
 
         Raises:
             UnsupportedFeatureError: the method acts elsewhere, finds its own counts, or reads what
@@ -104,7 +106,7 @@ class Served:
         call = make_call(name, **given)
         _check_place(call, shape)
         _check_signals(call, shape)
-        served = cls(call, shape, usual)
+        served = cls(call, shape, usual, one_size)
         served.keep(usual)  # a budget out of reach is an error now
         return served
 

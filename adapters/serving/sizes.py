@@ -14,8 +14,8 @@ from ..family import IMAGE
 from .on_paper import on_paper
 from .served import Options, Served
 
-Sizes = tuple[ModelShape, Tiling]
-"""Those of the model, and how the tokens of a usual picture lie, or of every one."""
+Sizes = tuple[ModelShape, Tiling, bool]
+"""Those of the model, how the tokens of a usual picture lie, and whether those of every one do."""
 
 _TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """The towers, and the `vision_feature_select_strategy` that leaves their patches alone."""
@@ -49,7 +49,7 @@ def _llava(config: Any) -> Sizes:
         blocks_read=layer if layer >= 0 else vision.num_hidden_layers + layer + 1,
     )
     side = vision.image_size // vision.patch_size
-    return ModelShape(tower=tower, decoder=_decoder(text)), Tiling.single(side, side)
+    return ModelShape(tower=tower, decoder=_decoder(text)), Tiling.single(side, side), True
 
 
 def _packed(config: Any) -> Sizes:
@@ -64,7 +64,7 @@ def _packed(config: Any) -> Sizes:
         full_attention=None if full is None else tuple(sorted(full)),
     )
     shape = ModelShape(tower=tower, decoder=_decoder(config.get_text_config()))
-    return shape, Tiling.single(36, 36)
+    return shape, Tiling.single(36, 36), False
 
 
 def _tiled(config: Any) -> Sizes:
@@ -76,7 +76,7 @@ def _tiled(config: Any) -> Sizes:
         )
     family, side = on_paper(config), config.vision_config.image_size
     call = family.call(IMAGE, {"image_sizes": torch.tensor([[side, side]])})
-    return family.shape, family.tilings(call, ())[0]
+    return family.shape, family.tilings(call, ())[0], False
 
 
 def _shuffled(config: Any) -> Sizes:
@@ -89,7 +89,7 @@ def _shuffled(config: Any) -> Sizes:
     family = on_paper(config)
     pixels = torch.empty(1, 3, *config.vision_config.image_size, device="meta")
     (usual,) = family.tilings(family.call(IMAGE, {IMAGE.pixels: pixels}), ())
-    return family.shape, usual
+    return family.shape, usual, False
 
 
 def _decoder(text: Any) -> Decoder:

@@ -61,10 +61,10 @@ WORDS = tuple(
     dict.fromkeys((PAD, BOS, EOS, UNK, IMAGE, *_QUESTION_WORDS, *COLORS, *NOUNS, *CATEGORIES))
 )
 KNOWN_WORDS = tuple(word for word in WORDS if word not in (PAD, BOS, EOS, UNK, IMAGE))
-WORD_ID = {word: index for index, word in enumerate(WORDS)}
 WORDS_OF_PLACES = (*WORDS, WHERE)  # of the model that answers where something is
+WORD_ID = {word: index for index, word in enumerate(WORDS_OF_PLACES)}
 
 
 def encode(text: str) -> list[int]:
     """Token ids of space-separated words; an unknown word is an error, not `<unk>`."""
-    return [WORDS_OF_PLACES.index(word) for word in text.split()]
+    return [WORD_ID[word] for word in text.split()]

@@ -25,7 +25,7 @@ GRID = Tiling.single(6, 6)
 
 
 def served(method, shape=CLIP, **words):
-    return Served.of({"method": method, **words}, shape, GRID)
+    return Served.of({"method": method, **words}, shape, GRID, True)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import vlmprune
 from kit import skips, tiny_llava, tiny_qwen, tiny_tiled
+from kit.tiny_qwen import ABOUT, FRAMES
 from kit.vllm import engine, patched, same, served
 from transformers import AutoModelForImageTextToText
 
@@ -14,14 +14,6 @@ pytestmark = [skips.needs("vllm"), pytest.mark.slow]
 
 QWEN = "<|vision_start|> <|image_pad|> <|vision_end|>"
 FIRST, SECOND = tiny_llava.picture(1, 90, 60), tiny_llava.picture(2, 60, 90)
-FRAMES = np.stack([np.asarray(tiny_llava.picture(seed, 40, 24)) for seed in range(4, 8)])
-ABOUT = {
-    "fps": 2.0,
-    "duration": 2.0,
-    "total_num_frames": len(FRAMES),
-    "frames_indices": list(range(len(FRAMES))),
-    "video_backend": "opencv",
-}
 FILMS = {  # marks of a video, and what is shown
     "llava_onevision": ("<video>", FRAMES),
     "qwen2_5_vl": (QWEN.replace("image", "video"), (FRAMES, ABOUT)),

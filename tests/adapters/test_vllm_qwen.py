@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import vlmprune
 from kit import skips, tiny_llava, tiny_qwen
+from kit.tiny_qwen import ABOUT, FRAMES
 from kit.vllm import engine, near, patched, same, served
 
 pytestmark = [skips.needs("vllm"), pytest.mark.slow]
@@ -18,15 +18,6 @@ SQUARE, WIDE, TALL = (
     tiny_llava.picture(2, 64, 24),
     tiny_llava.picture(3, 24, 64),
 )
-# As many frames as text behind them has the same positions in vLLM and in transformers.
-FRAMES = np.stack([np.asarray(tiny_llava.picture(seed, 40, 24)) for seed in range(4, 8)])
-ABOUT = {
-    "fps": 2.0,
-    "duration": 2.0,
-    "total_num_frames": len(FRAMES),
-    "frames_indices": list(range(len(FRAMES))),
-    "video_backend": "opencv",
-}
 FILM = "<|vision_start|> <|video_pad|> <|vision_end|>"
 PROMPTS = [
     (ONE, {"image": [SQUARE]}),

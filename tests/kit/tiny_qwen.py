@@ -7,8 +7,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from kit import tiny_llava
 from vlmprune.eval.models.families.qwen2_vl import tiny_config
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -56,6 +58,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5", WIDE, STATES),
 }
 """Stems of the classes' names, and what differs in the encoder and in the decoder."""
+FRAMES = np.stack([np.asarray(tiny_llava.picture(seed, 40, 24)) for seed in range(4, 8)])
+ABOUT = {
+    "fps": 2.0,
+    "duration": 2.0,
+    "total_num_frames": len(FRAMES),
+    "frames_indices": list(range(len(FRAMES))),
+    "video_backend": "opencv",
+}
+"""A video, of as many frames as text behind it has the same positions in vLLM and in transformers,
+and what is known of it."""
 
 
 def processor(family: str) -> Any:

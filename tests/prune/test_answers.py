@@ -29,6 +29,7 @@ from vlmprune.prune.contract import (
 from vlmprune.prune.errors import MethodAnswerError
 from vlmprune.prune.registry import is_shipped, method, method_class
 from vlmprune.prune.select import select
+from vlmprune.prune.thinned import core_neurons, heads
 from vlmprune.prune.tiling import Tiling
 
 N, KEEP, D = 12, 4, zoo.DECODER["hidden_size"]
@@ -471,3 +472,54 @@ def test_a_count_for_each_cut():
 def test_debug_is_true_or_false(debug):
     with pytest.raises(vlmprune.MethodFieldError, match=r"debug=.*use True"):
         vlmprune.patch(zoo.CASES["llava-clip-llama"].model(), "grid", keep_ratio=0.5, debug=debug)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaving(InDecoder):
+    """Keeps the heads and neurons that it is told to."""
+
+    name: ClassVar[str] = "leaving"
+    answer: Any = None
+
+    def needs(self, shape):
+        return ()
+
+    def cuts(self, shape):
+        return (Cut(Place.DECODER, 1),)
+
+    def select(self, tokens, keep):
+        return GOOD
+
+    def choose_heads(self, given, keep):
+        return self.answer
+
+    def core_neurons(self, activations, keep):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ([0, 2], ("list [0, 2]", "int64")),
+        (rows(0, 2).int(), ("int32", "int64")),
+        (rows(0, 2, 3), ("must be (2,)",)),
+        (rows(2, 0), ("2 before 0", "sort")),
+        (rows(2, 2), ("2 twice", "once")),
+        (rows(0, 4), ("with 4", "0 to 3")),
+    ],
+)
+def test_neurons_that_stay(answer, words):
+    mine, told = Leaving(answer=answer), ("leaving.core_neurons", "exactly 2 of the 4")
+    refused(lambda: core_neurons(mine, torch.rand(5, 4), 2, debug=False), *told, *words)
+
+
+def test_heads_that_stay():
+    given = torch.rand(1, 3, 4)
+    refused(
+        lambda: heads(Leaving(answer=rows(0, 2)), given, 2, debug=False),
+        "leaving.choose_heads",
+        "heads must be (1, 2)",
+    )
+    refused(lambda: heads(Leaving(answer=rows(2, 0)[None]), given, 2, debug=False), "2 before 0")
+    kept = rows(1, 3)[None]
+    assert heads(Leaving(answer=kept), given, 2, debug=False) is kept

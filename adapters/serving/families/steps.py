@@ -21,10 +21,6 @@ from vllm.model_executor.models.config import (  # isort: skip  (behind the vers
 )
 
 
-ONE_SIZE = ("llava",)
-"""Families all of whose pictures have as many tokens."""
-
-
 def settle(architecture: str, theirs: str) -> None:
     """Let vLLM call our rule for an architecture.
 
@@ -46,7 +42,7 @@ class _Steps:
             served = served_of(config, getattr(config, WORD))
         except VlmpruneError:
             return  # the model refuses it when it is loaded, where the error's class is kept
-        if config.model_type in ONE_SIZE:
+        if served.one_size:
             scheduler, whole = vllm_config.scheduler_config, served.usual.num_tokens
             fitting = scheduler.max_num_batched_tokens * served.keep(served.usual) // whole
             scheduler.max_num_encoder_input_tokens = max(fitting, whole)
