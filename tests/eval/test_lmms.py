@@ -33,7 +33,6 @@ from vlmprune.prune.errors import (
     UnsupportedFeatureError,
 )
 
-PIXELS = {"min_pixels": 3136, "max_pixels": 12544}
 FRAMES = 6
 BFLOAT16 = ("qwen2_5_vl", "qwen3_vl")  # of which the stock wrappers know no other
 
@@ -66,7 +65,7 @@ def evaluate(lm, task: str, folder: Path, *, name: str = "vlmprune", limit: int 
 
 
 def ours(name: str, folder: Path, **options):
-    options = {"num_frames": FRAMES} | (PIXELS if zoo.CASES[name].packed else {}) | options
+    options = {"num_frames": FRAMES} | lmms_kit.pixels(name) | options
     return VlmPrune(str(lmms_kit.checkpoint(name, folder)), device="cpu", **options)
 
 
@@ -86,7 +85,8 @@ def in_order(calls: list[dict]) -> list[dict]:
 def test_prompts_and_answers_are_those_of_the_stock_wrapper(name, task, folder, monkeypatch):
     wrapper = wrapper_of(zoo.CASES[name].reference())
     options: dict = {"device": "cpu", "device_map": "cpu"}
-    options |= PIXELS | {"max_num_frames": FRAMES} if zoo.CASES[name].packed else {}
+    options |= lmms_kit.pixels(name)
+    options |= {"max_num_frames": FRAMES} if zoo.CASES[name].packed else {}
     options |= {} if zoo.CASES[name].packed else {"dtype": "float32"}
     cls = models.get_model(wrapper)
     if wrapper == "qwen2_vl":  # hands pictures on as JPEG: lossless here

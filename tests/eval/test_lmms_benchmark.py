@@ -40,8 +40,8 @@ def folder(tmp_path_factory) -> Path:
 
 def tiny(name: str, task: str, folder: Path, **options) -> LmmsBenchmark:
     model, processor = zoo.CASES[name].model(), lmms_kit.PROCESSORS[name]()
-    path = str(lmms_kit.tasks(folder))
-    (found,) = benchmarks([task], model, processor, include_path=path, **options)
+    options |= {"include_path": str(lmms_kit.tasks(folder)), "pixels": lmms_kit.pixels(name)}
+    (found,) = benchmarks([task], model, processor, **options)
     return found
 
 
