@@ -190,7 +190,7 @@ def test_a_generation_under_way_ends_as_it_began(case, one, two, options):
 
 @zoo.BOTH_FAMILIES
 @pytest.mark.parametrize(
-    ("one", "two"), zip(SETTINGS, itertools.cycle(["schedule", "attending"]), strict=False)
+    ("one", "two"), list(zip(SETTINGS, itertools.cycle(["schedule", "attending"]), strict=False))
 )
 def test_a_chat_goes_on_with_what_pruned_its_cache(case, one, two):
     if case.packed and one in ("tower", "merging"):

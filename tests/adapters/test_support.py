@@ -1,8 +1,8 @@
-"""Which method runs on which model, found by running it, beside what support.json expects.
+"""Which method runs on which model, found by patching it, beside what support.json expects.
 
 The expectation is data, so that a method that begins to refuse a model is a red test. After a
-deliberate change `PYTHONPATH=tests python tests/adapters/test_support.py --write` stores what was
-found.
+deliberate change `PYTHONPATH=tests python tests/adapters/test_support.py --write` runs every method
+on every model and stores what was found.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def way(name: str, column: str) -> str:
     """The first of `WAYS` in which a method keeps 40 % of an image's tokens, or of their entries in
     the cache, or none where it takes no budget; "no" if no way does.
 
-    Anything but a typed refusal is a failure of the caller's test. A method that takes an image of
-    a model takes its videos, which are the same rows by then: those that the model is asked with
-    (`zoo.asked`) are run on them, and those inside the encoder, which see more of a video.
+    Anything but a typed refusal is a failure of the caller's test. Every method is put on; those
+    that the model is asked with (`zoo.asked`) are run, and those inside the encoder, which may be
+    refused as late as that.
     """
     case, row, model, inputs = column_of(column)
-    is_run = row[1] != "V" or name in zoo.IN_ENCODER or name in zoo.asked(case, METHODS)
+    is_run = name in zoo.IN_ENCODER or name in zoo.asked(case, METHODS)
     for words, options in WAYS.items():
         given = options | zoo.SMALL.get(name, {})
         if given.pop("clip", None):
@@ -153,4 +153,5 @@ def test_every_family_has_a_column():
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         raise SystemExit("usage: PYTHONPATH=tests python tests/adapters/test_support.py --write")
+    zoo.EVERY_CELL = True  # what is stored was seen
     EXPECTED_FILE.write_text(json.dumps(found(), indent=1) + "\n")

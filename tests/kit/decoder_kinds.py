@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from kit.family_facts import fact
 from torch import Tensor
+from vlmprune.adapters.cache_names import CACHE
 
 HIDDEN = torch.finfo(torch.float32).min
 
@@ -44,9 +45,8 @@ def beyond(model, embeds: Tensor, types: Tensor | None) -> dict[str, Tensor]:
         config=model.config,
         inputs_embeds=embeds[None],
         attention_mask=None,
-        past_key_values=None,
         position_ids=None,
-        **{fact(model, "TYPES"): types[None]},
+        **{CACHE: None, fact(model, "TYPES"): types[None]},
     )
     masks = masks if isinstance(masks, dict) else {kind_of(config, 0): masks}
     found = {}
