@@ -4,7 +4,6 @@ packages add theirs in the entry-point group `vlmprune.families`."""
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import pkgutil
 from functools import cache
@@ -14,8 +13,8 @@ import transformers
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from ..prune.errors import PluginError, UnsupportedModelError
-from ..prune.plugins import Plugins, owner_of
+from ..prune.errors import UnsupportedModelError
+from ..prune.plugins import Plugins, blamed, class_in, class_of
 from . import families as _families_package
 from .family import Family
 from .image_models import image_model_names
@@ -36,7 +35,7 @@ def _is_here(name: str, module: str) -> bool:
     """Whether the installed `transformers` has its models, as the family knows them."""
     if name not in CONFIG_MAPPING_NAMES:
         return False
-    since = _class_in(module).since
+    since = class_in(importlib.import_module(module), Family).since
     if since == Family.since:  # what the package requires as a whole: the installer's to hold
         return True
     return _release(transformers.__version__) >= _release(since)
@@ -73,51 +72,17 @@ def family_class(name: str) -> type[Family]:
     Raises:
         PluginError: it is another package's, which cannot be imported.
     """
-    if name not in _files():
-        return _load_plugin(name)
-    return _class_in(_files()[name])
-
-
-def _class_in(name: str) -> type[Family]:
-    """The family that a module holds."""
-    module = importlib.import_module(name)
-    (cls,) = (
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, Family)
-        and value.__module__ == module.__name__
-    )
-    found: type[Family] = cls
-    return found
-
-
-def _load_plugin(name: str) -> type[Family]:
-    """Another package's family."""
+    if name in _files():
+        return class_in(importlib.import_module(_files()[name]), Family)
     point = _plugins().points[name]
-    owner = owner_of(point)
-    try:
-        found: type[Family] = point.load()
-        _check(found, name)
-    except (Exception, SystemExit) as error:
-        raise PluginError(
-            f"The model family {name!r} comes from another package, {owner}, and cannot be loaded: "
-            f"{point.value} raised {type(error).__name__}: {error}. Repair that package, or take "
-            f"it away: pip uninstall {owner}."
-        ) from error
+    with blamed(point, what="model family"):
+        found = class_of(point.load(), Family)
+        if getattr(found, "name", None) != name:
+            raise ValueError(
+                f"{found.__qualname__}.name is not {name!r}, the model_type that its entry point "
+                f"has"
+            )
     return found
-
-
-def _check(found: object, name: str) -> None:
-    """Refuse what is no complete family of this name."""
-    if not inspect.isclass(found) or not issubclass(found, Family):
-        raise TypeError(f"{found!r} is no family: derive a class from {Family.__module__}.Family")
-    if missing := sorted(found.__abstractmethods__):
-        raise TypeError(f"{found.__qualname__} does not define {', '.join(missing)}")
-    if getattr(found, "name", None) != name:
-        raise ValueError(
-            f"{found.__qualname__}.name is not {name!r}, the model_type that its entry point has"
-        )
 
 
 def family_of(model: nn.Module) -> Family:

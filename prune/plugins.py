@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+import inspect
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import TypeVar
+
+from .errors import PluginError
 
 ENTRY_POINT_GROUP = "vlmprune.methods"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,3 +51,46 @@ class Plugins:
 def owner_of(point: EntryPoint) -> str:
     """The distribution that an entry point comes from, or else its module."""
     return point.dist.name if point.dist is not None else point.module
+
+
+@contextmanager
+def blamed(point: EntryPoint, *, what: str) -> Iterator[None]:
+    """Whatever is raised inside, where an entry point is loaded, is its package's fault.
+
+    Raises:
+        PluginError: saying whose.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        owner = owner_of(point)
+        raise PluginError(
+            f"The {what} {point.name!r} comes from another package, {owner}, and cannot be loaded: "
+            f"{point.value} raised {type(error).__name__}: {error}. Repair that package, or take "
+            f"it away: pip uninstall {owner}."
+        ) from error
+
+
+def class_of(found: object, base: type[T]) -> type[T]:
+    """What an entry point gave, if it is a class derived from `base` that defines all of it.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not inspect.isclass(found) or not issubclass(found, base):
+        raise TypeError(f"{found!r}: derive a class from {base.__module__}.{base.__qualname__}")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise TypeError(f"{found.__qualname__} does not define {', '.join(missing)}")
+    return found
+
+
+def class_in(module: ModuleType, base: type[T]) -> type[T]:
+    """The one class derived from `base` that a module defines."""
+    (found,) = (
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+    )
+    return found

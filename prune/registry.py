@@ -14,7 +14,7 @@ from typing import TypeVar
 from .budget import BUDGET_WORDS, Budget, MethodCall
 from .contract import Attending, BeforeLLM, Compressing, InDecoder, InEncoder, Method
 from .errors import BudgetError, MethodFieldError, PluginError, UnknownMethodError, did_you_mean
-from .plugins import ENTRY_POINT_GROUP, Plugins, owner_of
+from .plugins import ENTRY_POINT_GROUP, Plugins, blamed
 from .shipped import ELSEWHERE, PACKAGE, shipped
 
 _BASES = (InEncoder, BeforeLLM, InDecoder, Compressing, Attending)
@@ -119,17 +119,14 @@ def plugin_notes() -> list[str]:
 def _load_plugin(name: str) -> None:
     """Import another package's method; what a failing import has registered is forgotten."""
     point, before = _plugins().points[name], set(_classes)
-    try:
-        register(name)(point.load())
-    except (Exception, SystemExit) as error:
-        for added in [n for n, cls in _classes.items() if n not in before and not is_shipped(cls)]:
-            del _classes[added]
-        owner = owner_of(point)
-        raise PluginError(
-            f"The method {name!r} comes from another package, {owner}, and cannot be loaded: "
-            f"{point.value} raised {type(error).__name__}: {error}. Repair that package, or take "
-            f"it away: pip uninstall {owner}."
-        ) from error
+    with blamed(point, what="method"):
+        try:
+            register(name)(point.load())
+        except BaseException:
+            new = [n for n, cls in _classes.items() if n not in before and not is_shipped(cls)]
+            for added in new:
+                del _classes[added]
+            raise
 
 
 def _hint(name: str) -> str:

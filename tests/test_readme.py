@@ -20,6 +20,7 @@ import vlmprune
 import yaml
 from kit import error_page, skips
 from kit.forked import exit_code, forked
+from kit.installed import install
 from kit.markdown import Fence, Page, pages
 from kit.paths import ROOT, TESTS
 from kit.tables import GENERATED
@@ -92,7 +93,7 @@ def test_the_tests_that_it_names_exist(page):
     assert not [name for name in named if f"def {name}(" not in there]
 
 
-GROUPS = {"vlmprune.methods", "vlmprune.families"}
+GROUPS = {"vlmprune.methods", "vlmprune.families", "vlmprune.eval_families"}
 """Entry points, which are no modules."""
 
 
@@ -232,21 +233,18 @@ def test_the_added_method_works(tmp_path, monkeypatch, forget_methods):
 def installed(tmp_path):
     """What is printed where a package is installed, whose entry points are those of a page."""
     from vlmprune import adapters, prune
+    from vlmprune.eval import models
 
     def run(room: str, code: str) -> str:
         (page,) = [p for p in PAGES if str(p) == f"{room}/README.md"]
         (shown,) = [f.code for f in page.fences if f.mark == "tried: installed"]
-        ((group, points),) = tomllib.loads(shown)["project"]["entry-points"].items()
-        info = tmp_path / "my_package-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Name: my_package\nVersion: 1.0\n")
-        lines = [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
-        (info / "entry_points.txt").write_text("\n".join(lines))
+        install(tmp_path, "my_package", tomllib.loads(shown)["project"]["entry-points"])
 
         def beside_it() -> None:
             sys.path.insert(0, str(tmp_path))
-            for registry in (prune.registry, adapters.registry):
+            for registry in (prune.registry, adapters.registry, models.registry):
                 registry._plugins.cache_clear()
+            models.registry.known_families.cache_clear()
             exec(code, {})
 
         done = exit_code(forked(beside_it, tmp_path / "said.txt"))
@@ -268,10 +266,15 @@ def test_the_method_of_an_installed_package_works(installed, tmp_path, monkeypat
 
 @skips.needs("fork")
 def test_the_family_of_an_installed_package_works(installed, tmp_path):
-    (source,) = [f.code for p in PAGES for f in p.fences if f.mark == "tried: theirs.py"]
-    (tmp_path / "my_package" / "theirs.py").write_text(source)
-    code = "from vlmprune.adapters import registry; print(registry.family_class('theirs').__name__)"
-    assert installed("adapters", code) == "Theirs\n"
+    for name in ("theirs.py", "their_eval.py"):
+        (source,) = [f.code for p in PAGES for f in p.fences if f.mark == f"tried: {name}"]
+        (tmp_path / "my_package" / name).write_text(source)
+    code = (
+        "from vlmprune.adapters.registry import family_class\n"
+        "from vlmprune.eval.models.registry import known_family\n"
+        "print(family_class('theirs').__name__, known_family('theirs').line)"
+    )
+    assert installed("adapters", code) == "Theirs Their LLaVA\n"
 
 
 def test_the_page_of_families_has_all_that_a_family_must_say():

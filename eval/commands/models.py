@@ -29,10 +29,9 @@ def models_table() -> Table:
     for name in model_names():
         try:
             found = family_class(name)
+            rows.append((name, first_line(inspect.getmodule(found).__doc__), *_facts(found)))
         except PluginError as error:
             rows.append((name, str(error), *[""] * (len(_HEADERS) - 2)))
-            continue
-        rows.append((name, first_line(inspect.getmodule(found).__doc__), *_facts(found)))
     return Table(
         headers=_HEADERS,
         rows=rows,

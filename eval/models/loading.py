@@ -15,7 +15,7 @@ from torch import Tensor
 from ...adapters.devices import offload_hooks
 from ...prune.errors import MethodFieldError, VlmpruneError, did_you_mean
 from ..embedded import MODELS
-from .registry import known_families, known_family
+from .registry import all_families, known_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -154,11 +154,7 @@ def limit_pixels(model: PreTrainedModel, processor: Any, limits: Mapping[str, in
         MethodFieldError: the model's family knows no such limits.
     """
     if not scales_pictures(model):
-        lines = {
-            family.line
-            for family in map(known_family, known_families())
-            if family and family.scaling
-        }
+        lines = {family.line for family in all_families() if family.scaling}
         raise MethodFieldError(
             f"{', '.join(limits)}: only the {' and '.join(sorted(lines))} families scale pictures "
             f"to limits, not "

@@ -15,18 +15,17 @@ from transformers import PreTrainedConfig
 
 from ...prune.errors import MethodFieldError, did_you_mean
 from .family import EvalFamilyBySizes, Shape
-from .registry import eval_family, known_families
+from .registry import all_families, eval_family
 
 TEXT_TOKENS = 40
 _BEFORE_IMAGE = 5
 _FIRST_WORD, _LAST_WORD = 10, 30000
 _NO_PICTURE = "No picture can be made"
-_KNOWN = [eval_family(name, "No shape is known") for name in known_families()]
-_PUBLISHED = [shape for family in _KNOWN for shape in family.shapes]
-_SMALL = [shape for family in _KNOWN for shape in family.small_shapes]
+_PUBLISHED = [shape for family in all_families() for shape in family.shapes]
+_SMALL = [shape for family in all_families() for shape in family.small_shapes]
 SHAPES = {shape.name: shape for shape in _PUBLISHED + _SMALL}
 """The published sizes of all families, then the small ones."""
-BY_SIZES = next(family for family in _KNOWN if isinstance(family, EvalFamilyBySizes))
+BY_SIZES = next(family for family in all_families() if isinstance(family, EvalFamilyBySizes))
 
 
 def shape(name: str) -> Shape:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import vlmprune
 from kit import zoo
+from kit.installed import install
 from vlmprune.adapters import registry
+from vlmprune.adapters.registry import ENTRY_POINT_GROUP as GROUP
 from vlmprune.adapters.registry import family_class, family_of, model_names
 from vlmprune.eval.commands.models import models_table
 from vlmprune.prune.errors import PluginError, UnsupportedModelError
@@ -21,17 +22,6 @@ from vlmprune.adapters.families.llava import Llava
 class Theirs(Llava):
     name = "theirs"
 '''
-
-
-def install(folder: Path, package: str, points: dict[str, str], source: str | None) -> None:
-    """A distribution as pip leaves it in site-packages: its module, and its metadata."""
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = "".join(f"{name} = {value}\n" for name, value in points.items())
-    (info / "entry_points.txt").write_text(f"[vlmprune.families]\n{lines}")
-    if source is not None:
-        (folder / f"{package}.py").write_text(source)
 
 
 def forget() -> None:
@@ -58,7 +48,7 @@ def theirs():
 
 
 def test_a_model_of_another_packages_family_is_pruned(site):
-    install(site, "plugin_one", {"theirs": "plugin_one:Theirs"}, WORKING)
+    install(site, "plugin_one", {GROUP: {"theirs": "plugin_one:Theirs"}}, WORKING)
     assert "theirs" in vlmprune.models()
     assert "plugin_one" not in sys.modules, "listing imports nothing"
     model, inputs = theirs(), zoo.CASES["llava-clip-llama"].inputs()
@@ -80,7 +70,7 @@ BROKEN = {
     "raising": ("plugin_one:Theirs", "raise RuntimeError('no licence')", "no licence"),
     "leaving": ("plugin_one:Theirs", "raise SystemExit(3)", "SystemExit: 3"),
     "without": ("plugin_one:Theirs", "x = 1", "AttributeError"),
-    "no family": ("plugin_one:Theirs", "Theirs = dict", "TypeError", "is no family"),
+    "no family": ("plugin_one:Theirs", "Theirs = dict", "TypeError", "derive a class from"),
     "half": (
         "plugin_one:Theirs",
         "from vlmprune.adapters.family import Family\nclass Theirs(Family):\n    name = 'theirs'",
@@ -97,7 +87,7 @@ BROKEN = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_family_is_listed_and_raises_only_where_it_is_needed(site, how):
     value, source, *words = BROKEN[how]
-    install(site, "plugin_one", {"theirs": value}, source)
+    install(site, "plugin_one", {GROUP: {"theirs": value}}, source)
     assert "theirs" in vlmprune.models()
     (row,) = [row for row in models_table().rows if row[0] == "theirs"]
     assert all(word in row[1] for word in (*words, "plugin_one", value)), row[1]
@@ -111,7 +101,7 @@ def test_a_broken_family_is_listed_and_raises_only_where_it_is_needed(site, how)
 
 
 def test_a_shipped_family_stays_ours_and_is_said(site, caplog):
-    install(site, "plugin_one", {"llava": "plugin_one:Theirs"}, WORKING)
+    install(site, "plugin_one", {GROUP: {"llava": "plugin_one:Theirs"}}, WORKING)
     with caplog.at_level(logging.WARNING, "vlmprune"):
         assert family_class("llava").__module__.startswith("vlmprune.")
         model_names()

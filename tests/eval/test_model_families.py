@@ -1,12 +1,18 @@
 """What the evaluation knows of model families, found by name."""
 
+import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
 import vlmprune
+from kit.installed import install
+from vlmprune.adapters import registry as adapters
+from vlmprune.eval.commands.models import models_table
 from vlmprune.eval.lmms.stock import wrapper_of
+from vlmprune.eval.models import registry
 from vlmprune.eval.models.loading import limit_pixels, scales_pictures
-from vlmprune.eval.models.registry import known_families, known_family
+from vlmprune.eval.models.registry import all_families, known_families, known_family
 from vlmprune.eval.models.shapes import SHAPES, prompt, usual_picture
 
 
@@ -39,6 +45,7 @@ def test_a_family_without_a_file_is_told_where_to_write_one():
             ask()
         message = str(refused.value)
         assert "'theirs'" in message and "eval/models/families/theirs.py" in message
+        assert registry.ENTRY_POINT_GROUP in message
 
 
 def test_a_family_without_a_file_takes_pictures_as_they_are():
@@ -46,3 +53,85 @@ def test_a_family_without_a_file_takes_pictures_as_they_are():
     assert wrapper_of(model) == "vlmprune" and not scales_pictures(model)
     with pytest.raises(vlmprune.MethodFieldError, match="only the Qwen families scale pictures"):
         limit_pixels(model, None, {"max_pixels": 3})
+
+
+GROUPS = {
+    adapters.ENTRY_POINT_GROUP: {"aya": "plugin_one:Theirs"},
+    registry.ENTRY_POINT_GROUP: {"aya": "plugin_one:TheirEval"},
+}
+THEIRS = """
+from vlmprune.adapters.families import llava
+from vlmprune.eval.models.families import llava as eval_llava
+
+class Theirs(llava.Llava):
+    name = "aya"
+
+class TheirEval(eval_llava.Llava):
+    line = "Aya"
+"""
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """A folder of installed packages, which this process sees."""
+    monkeypatch.syspath_prepend(tmp_path)
+    cached = (registry._plugins, known_families, known_family, all_families)
+    cached += (adapters._plugins, adapters.family_class)
+    for found in cached:
+        found.cache_clear()
+    yield tmp_path
+    for found in cached:
+        found.cache_clear()
+    sys.modules.pop("plugin_one", None)
+
+
+def test_another_package_says_what_is_known_of_its_family(site):
+    before = known_families()
+    for found in (registry._plugins, known_families, adapters._plugins):
+        found.cache_clear()
+    install(site, "plugin_one", GROUPS, THEIRS)
+    assert known_families() == (*before, "aya"), "behind ours"
+    assert "plugin_one" not in sys.modules, "listing imports nothing"
+    family = known_family("aya")
+    assert family.line == "Aya" and family in all_families()
+    config = SHAPES["llava-1.5-7b"].config()
+    config.model_type = "aya"
+    assert usual_picture(config) == (336, 336)
+    assert wrapper_of(a_model("aya")) == family.wrapper != "vlmprune"
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("raise RuntimeError('no licence')", "no licence"),
+        ("TheirEval = dict", "derive a class from"),
+        (
+            "from vlmprune.eval.models.family import EvalFamily\n"
+            "class TheirEval(EvalFamily):\n    line = 'Aya'",
+            "does not define pixels, usual_picture",
+        ),
+    ],
+)
+def test_what_is_broken_raises_where_it_is_asked_for(site, caplog, source, word):
+    points = {"aya": "plugin_two:TheirEval"}
+    install(site, "plugin_one", GROUPS | {registry.ENTRY_POINT_GROUP: points}, THEIRS)
+    (site / "plugin_two.py").write_text(source)
+    try:
+        with pytest.raises(vlmprune.PluginError, match=word):
+            known_family("aya")
+        with caplog.at_level(logging.WARNING, "vlmprune"):
+            assert len(all_families()) == len(known_families()) - 1
+        assert word in caplog.text and "pip uninstall plugin_one" in caplog.text
+        (row,) = [row for row in models_table().rows if row[0] == "aya"]
+        assert word in row[1]
+    finally:
+        sys.modules.pop("plugin_two", None)
+
+
+def test_what_is_known_of_a_shipped_family_stays_ours_and_is_said(site, caplog):
+    points = {"llava": "plugin_one:TheirEval"}
+    install(site, "plugin_one", {registry.ENTRY_POINT_GROUP: points}, THEIRS)
+    with caplog.at_level(logging.WARNING, "vlmprune"):
+        assert known_family("llava").line == "LLaVA"
+    assert "The EvalFamily 'llava' of the package plugin_one" in caplog.text
+    assert "plugin_one" not in sys.modules

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 import pytest
 import vlmprune
+from kit.installed import install
 from vlmprune.eval import cli
 from vlmprune.eval.commands.methods import methods_table
 from vlmprune.prune import registry
 from vlmprune.prune.errors import PluginError
+from vlmprune.prune.plugins import ENTRY_POINT_GROUP as GROUP
 from vlmprune.prune.registry import default_methods, method_class, method_names
 
 WORKING = """
@@ -23,17 +24,6 @@ class Theirs(method_class('fastv')):
     '''A FastV of another depth.'''
     layer: int = 3
 """
-
-
-def install(folder: Path, package: str, points: dict[str, str], source: str | None) -> None:
-    """A distribution as pip leaves it in site-packages: its module, and its metadata."""
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = "".join(f"{name} = {value}\n" for name, value in points.items())
-    (info / "entry_points.txt").write_text(f"[vlmprune.methods]\n{lines}")
-    if source is not None:
-        (folder / f"{package}.py").write_text(source)
 
 
 @pytest.fixture
@@ -76,7 +66,7 @@ BROKEN = {
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_plugin_is_listed_with_its_error_and_kills_nothing(site, how):
     value, source, *words = BROKEN[how]
-    install(site, "plugin_one", {"theirs": value}, source)
+    install(site, "plugin_one", {GROUP: {"theirs": value}}, source)
     assert "theirs" in method_names()
     (row,) = [row for row in methods_table().rows if row[0] == "theirs"]
     assert all(word in row[1] for word in (*words, "plugin_one", value)), row[1]
@@ -96,7 +86,7 @@ def test_a_broken_plugin_is_listed_with_its_error_and_kills_nothing(site, how):
 def test_a_refusal_that_names_what_works_survives_a_broken_plugin(site):
     from kit import zoo
 
-    install(site, "plugin_one", {"theirs": "plugin_gone:Theirs"}, None)
+    install(site, "plugin_one", {GROUP: {"theirs": "plugin_gone:Theirs"}})
     with pytest.raises(vlmprune.MissingSignalError) as caught:
         vlmprune.patch(zoo.CASES["llava-siglip-qwen2"].model(), "vtc_cls", keep_ratio=0.5)
     assert "divprune" in str(caught.value) and "theirs" not in str(caught.value)
@@ -104,7 +94,7 @@ def test_a_refusal_that_names_what_works_survives_a_broken_plugin(site):
 
 def test_a_class_with_fields_that_must_be_given_is_listed(site):
     source = WORKING.replace("layer: int = 3", "depth: int")
-    install(site, "plugin_one", {"theirs": "plugin_one:Theirs"}, source)
+    install(site, "plugin_one", {GROUP: {"theirs": "plugin_one:Theirs"}}, source)
     made, wrong = default_methods()
     assert "theirs" not in made
     assert "depth" in wrong["theirs"]
@@ -112,7 +102,7 @@ def test_a_class_with_fields_that_must_be_given_is_listed(site):
 
 
 def test_a_shipped_name_stays_ours_and_is_said(site, caplog):
-    install(site, "plugin_one", {"divprune": "plugin_one:Theirs"}, WORKING)
+    install(site, "plugin_one", {GROUP: {"divprune": "plugin_one:Theirs"}}, WORKING)
     with caplog.at_level(logging.WARNING, "vlmprune"):
         assert method_class("divprune").__module__.startswith("vlmprune.")
         method_names()
@@ -124,8 +114,8 @@ def test_a_shipped_name_stays_ours_and_is_said(site, caplog):
 
 
 def test_two_packages_with_one_name(site, caplog):
-    install(site, "plugin_two", {"theirs": "plugin_two:Theirs"}, WORKING)
-    install(site, "plugin_one", {"theirs": "plugin_one:Theirs"}, WORKING)
+    install(site, "plugin_two", {GROUP: {"theirs": "plugin_two:Theirs"}}, WORKING)
+    install(site, "plugin_one", {GROUP: {"theirs": "plugin_one:Theirs"}}, WORKING)
     with caplog.at_level(logging.WARNING, "vlmprune"):
         assert method_class("theirs").__module__ == "plugin_one"
     (said,) = [record.getMessage() for record in caplog.records]
@@ -134,9 +124,9 @@ def test_two_packages_with_one_name(site, caplog):
 
 
 def test_one_package_that_is_found_twice_is_no_conflict(site, caplog, monkeypatch):
-    install(site, "plugin_one", {"theirs": "plugin_one:Theirs"}, WORKING)
+    install(site, "plugin_one", {GROUP: {"theirs": "plugin_one:Theirs"}}, WORKING)
     (again := site / "again").mkdir()
-    install(again, "plugin_one2", {"theirs": "plugin_one:Theirs"}, None)
+    install(again, "plugin_one2", {GROUP: {"theirs": "plugin_one:Theirs"}})
     monkeypatch.syspath_prepend(again)
     with caplog.at_level(logging.WARNING, "vlmprune"):
         assert method_class("theirs")().fields() == {"layer": 3}
@@ -144,7 +134,12 @@ def test_one_package_that_is_found_twice_is_no_conflict(site, caplog, monkeypatc
 
 
 def test_the_command_line_lists_them(site, monkeypatch, capsys):
-    install(site, "plugin_one", {"theirs": "plugin_gone:T", "grid": "plugin_one:Theirs"}, WORKING)
+    install(
+        site,
+        "plugin_one",
+        {GROUP: {"theirs": "plugin_gone:T", "grid": "plugin_one:Theirs"}},
+        WORKING,
+    )
     monkeypatch.setenv("COLUMNS", "300")
     assert cli.main(["methods"]) == 0
     out, err = capsys.readouterr()
