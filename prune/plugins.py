@@ -1,4 +1,5 @@
-"""What other packages add: the entry points of a group, each name given to one of them."""
+"""What other packages add: the entry points of a group, each name given to one of them; and the
+classes that entry points and our own files hold."""
 
 from __future__ import annotations
 
