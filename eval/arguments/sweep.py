@@ -90,6 +90,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     import_argument(group)
     positions_argument(group)
     group = parser.add_argument_group("evaluation")
+    _question_arguments(group)
+    group.add_argument("--batch_size", "-b", type=positive, default=32, help="default: 32")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of torch and of every method that has one (default: 0)"
+    )
+    group.add_argument(
+        "--output_path",
+        "-o",
+        default="./vlmprune_runs",
+        metavar="DIR",
+        help="for runs.jsonl, tables and pictures (default: ./vlmprune_runs)",
+    )
+    group.add_argument(
+        "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
+    )
+    group.add_argument(
+        "--rerun", action="store_true", help="measure again what the folder has already"
+    )
+    model_arguments(parser)
+
+
+def _question_arguments(group: argparse._ArgumentGroup) -> None:
+    """What is asked."""
     group.add_argument(
         "--tasks",
         nargs="+",
@@ -139,24 +162,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="only questions of these kinds, with commas or spaces (default: all kinds)",
     )
-    group.add_argument("--batch_size", "-b", type=positive, default=32, help="default: 32")
-    group.add_argument(
-        "--seed", type=int, default=0, help="of torch and of every method that has one (default: 0)"
-    )
-    group.add_argument(
-        "--output_path",
-        "-o",
-        default="./vlmprune_runs",
-        metavar="DIR",
-        help="for runs.jsonl, tables and pictures (default: ./vlmprune_runs)",
-    )
-    group.add_argument(
-        "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
-    )
-    group.add_argument(
-        "--rerun", action="store_true", help="measure again what the folder has already"
-    )
-    model_arguments(parser)
 
 
 def set_elsewhere(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..results.records import ResultsError, main_score
+from ..results.records import Record, ResultsError, main_score
 from ..results.statistics import Score
 from .cells import Cell, Section
 from .files import NoFileError, file_below
@@ -87,7 +87,6 @@ def results(
         entry[f"{name},{FILTER}"] = _number(score["value"])
         entry[f"{name}_stderr,{FILTER}"] = standard_error(score)
     n = main_score(record)[1]["n"]
-    hardware = record["hardware"]
     return {
         "results": {task: entry},
         "group_subtasks": {task: []},
@@ -109,23 +108,7 @@ def results(
             task: {name: score["higher_is_better"] for name, score in scores.items()}
         },
         "n-samples": {task: {"original": n, "effective": n}},
-        "config": {
-            "model": config["model"],
-            "model_args": config.get("model_args") or {},
-            "batch_size": record["batch_size"],
-            "batch_sizes": [],
-            "device": hardware["device"],
-            "use_cache": None,
-            "limit": config["limit"],
-            "bootstrap_iters": 0,
-            "gen_kwargs": {},
-            "model_dtype": config["dtype"],
-            "model_sha": config["fingerprint"],
-            "random_seed": config["seed"],
-            "numpy_seed": config["seed"],
-            "torch_seed": config["seed"],
-            "fewshot_seed": config["seed"],
-        },
+        "config": _settings(record),
         "git_hash": None,
         "date": _time(cell).timestamp() - record["seconds"],
         "task_hashes": {task: _hash_of_all(samples)} if samples is not None else {},
@@ -134,26 +117,53 @@ def results(
         "model_name_sanitized": file_word(config["model"]),
         "total_evaluation_time_seconds": str(record["seconds"]),
         "transformers_version": record["versions"].get("transformers"),
-        "pruning": _finite(
-            {
-                "id": record["id"],
-                "variant": cell.variant,
-                "budget": cell.budget,
-                "methods": config["methods"],
-                "positions": record["positions"],
-                "attn_implementation": config["attn_implementation"],
-                **{part: record[part] for part in section.kind.parts},  # type: ignore[literal-required]
-                "scores": {
-                    name: {k: score[k] for k in ("unit", "low", "high", "n", "by_kind")}  # type: ignore[literal-required]
-                    for name, score in scores.items()
-                },
-                "vs_dense": {name: section.against_dense(cell, name) for name in scores},
-                "notes": record["notes"],
-                "versions": record["versions"],
-                "hardware": hardware,
-                "command": command_of(cell.record),
-            }
-        ),
+        "pruning": _finite(_pruning(section, cell)),
+    }
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    """What lm_eval was called with, or would have been."""
+    config = record["config"]
+    return {
+        "model": config["model"],
+        "model_args": config.get("model_args") or {},
+        "batch_size": record["batch_size"],
+        "batch_sizes": [],
+        "device": record["hardware"]["device"],
+        "use_cache": None,
+        "limit": config["limit"],
+        "bootstrap_iters": 0,
+        "gen_kwargs": {},
+        "model_dtype": config["dtype"],
+        "model_sha": config["fingerprint"],
+        "random_seed": config["seed"],
+        "numpy_seed": config["seed"],
+        "torch_seed": config["seed"],
+        "fewshot_seed": config["seed"],
+    }
+
+
+def _pruning(section: Section, cell: Cell) -> dict[str, Any]:
+    """What lm_eval has no words for."""
+    record = cell.record
+    config, scores = record["config"], record["scores"]
+    return {
+        "id": record["id"],
+        "variant": cell.variant,
+        "budget": cell.budget,
+        "methods": config["methods"],
+        "positions": record["positions"],
+        "attn_implementation": config["attn_implementation"],
+        **{part: record[part] for part in section.kind.parts},  # type: ignore[literal-required]
+        "scores": {
+            name: {k: score[k] for k in ("unit", "low", "high", "n", "by_kind")}  # type: ignore[literal-required]
+            for name, score in scores.items()
+        },
+        "vs_dense": {name: section.against_dense(cell, name) for name in scores},
+        "notes": record["notes"],
+        "versions": record["versions"],
+        "hardware": record["hardware"],
+        "command": command_of(record),
     }
 
 
