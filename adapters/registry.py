@@ -4,7 +4,6 @@ packages add theirs in the entry-point group `vlmprune.families`."""
 from __future__ import annotations
 
 import importlib
-import logging
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
@@ -49,10 +48,7 @@ def _release(version: str) -> tuple[int, ...]:
 @cache
 def _plugins() -> Plugins:
     """Families of other packages; of names that are taken a warning is logged, once."""
-    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _files(), what="model family")
-    for note in found.notes:
-        logging.getLogger("vlmprune").warning(note)
-    return found
+    return Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _files(), what="model family")
 
 
 def model_names() -> list[str]:

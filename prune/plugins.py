@@ -4,6 +4,7 @@ classes that entry points and our own files hold."""
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Plugins:
     def of(
         cls, points: Iterable[EntryPoint], shipped: Container[str], *, what: str = "method"
     ) -> Plugins:
-        """Sort out who has which name; nothing is imported.
+        """Sort out who has which name; nothing is imported. Of names that are taken a warning is
+        logged.
 
         Args:
             what: the points are names of, for the notes.
@@ -46,6 +48,8 @@ class Plugins:
                 f"The {what} {point.name!r} of the package {owner_of(point)} ({point.value}) is "
                 f"not used: {winner} of this name. It needs another name in its entry points."
             )
+        for note in notes:
+            logging.getLogger("vlmprune").warning(note)
         return cls(used, tuple(notes))
 
 
@@ -79,7 +83,8 @@ def class_of(found: object, base: type[T]) -> type[T]:
         TypeError: it is not.
     """
     if not inspect.isclass(found) or not issubclass(found, base):
-        raise TypeError(f"{found!r}: derive a class from {base.__module__}.{base.__qualname__}")
+        name = base.__name__
+        raise TypeError(f"{found!r} is no {name}: derive a class from {base.__module__}.{name}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise TypeError(f"{found.__qualname__} does not define {', '.join(missing)}")
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import logging
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -59,10 +58,7 @@ def register(name: str) -> Callable[[_M], _M]:
 @cache
 def _plugins() -> Plugins:
     """Methods of other packages; of names that are taken a warning is logged, once."""
-    found = Plugins.of(entry_points(group=ENTRY_POINT_GROUP), shipped())
-    for note in found.notes:
-        logging.getLogger("vlmprune").warning(note)
-    return found
+    return Plugins.of(entry_points(group=ENTRY_POINT_GROUP), shipped())
 
 
 def is_shipped(cls: type[Method]) -> bool:

@@ -10,6 +10,8 @@ from ..classify.request import ClassifyRequest
 from ..words.typed import split_list
 from .shared import (
     OneLineParser,
+    batch_arguments,
+    folder_arguments,
     grid_arguments,
     import_argument,
     positive,
@@ -65,10 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="pictures, every class alike (default: all)"
     )
-    parser.add_argument("--batch_size", "-b", type=positive, default=32, help="default: 32")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of torch and of every method that has one (default: 0)"
-    )
+    batch_arguments(parser)
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     parser.add_argument(
         "--dtype",
@@ -76,19 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of weights and pictures (default: float32)",
     )
-    parser.add_argument(
-        "--output_path",
-        "-o",
-        default="./vlmprune_runs",
-        metavar="DIR",
-        help="for runs.jsonl, table and picture (default: ./vlmprune_runs)",
-    )
-    parser.add_argument(
-        "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
-    )
-    parser.add_argument(
-        "--rerun", action="store_true", help="measure again what the folder has already"
-    )
+    folder_arguments(parser, "table and picture")
 
 
 def set_elsewhere(args: argparse.Namespace) -> dict[str, Any]:

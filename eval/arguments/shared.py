@@ -89,6 +89,35 @@ def budget_arguments(group: argparse._ArgumentGroup) -> argparse._MutuallyExclus
     return budget
 
 
+def batch_arguments(parser: argparse._ActionsContainer) -> None:
+    """How many are asked at once, and by which chance."""
+    parser.add_argument("--batch_size", "-b", type=positive, default=32, help="default: 32")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of torch and of every method that has one (default: 0)"
+    )
+
+
+def folder_arguments(parser: argparse._ActionsContainer, what: str) -> None:
+    """Where results are kept, and which.
+
+    Args:
+        what: stands in the folder beside runs.jsonl, for the help.
+    """
+    parser.add_argument(
+        "--output_path",
+        "-o",
+        default="./vlmprune_runs",
+        metavar="DIR",
+        help=f"for runs.jsonl, {what} (default: ./vlmprune_runs)",
+    )
+    parser.add_argument(
+        "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
+    )
+    parser.add_argument(
+        "--rerun", action="store_true", help="measure again what the folder has already"
+    )
+
+
 def answer_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="FILE", help="write the picture of the kept tokens here")
     parser.add_argument("--max_new_tokens", type=positive, default=32, help="default: 32")

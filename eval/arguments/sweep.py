@@ -14,6 +14,8 @@ from .model import model_arguments, model_request
 from .shared import (
     DEFAULT_BUDGETS,
     OneLineParser,
+    batch_arguments,
+    folder_arguments,
     grid_arguments,
     import_argument,
     positions_argument,
@@ -91,23 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     positions_argument(group)
     group = parser.add_argument_group("evaluation")
     _question_arguments(group)
-    group.add_argument("--batch_size", "-b", type=positive, default=32, help="default: 32")
-    group.add_argument(
-        "--seed", type=int, default=0, help="of torch and of every method that has one (default: 0)"
-    )
-    group.add_argument(
-        "--output_path",
-        "-o",
-        default="./vlmprune_runs",
-        metavar="DIR",
-        help="for runs.jsonl, tables and pictures (default: ./vlmprune_runs)",
-    )
-    group.add_argument(
-        "--log_samples", "-s", action="store_true", help="also write every answer to samples/"
-    )
-    group.add_argument(
-        "--rerun", action="store_true", help="measure again what the folder has already"
-    )
+    batch_arguments(group)
+    folder_arguments(group, "tables and pictures")
     model_arguments(parser)
 
 

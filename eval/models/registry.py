@@ -29,11 +29,7 @@ def _files() -> frozenset[str]:
 @cache
 def _plugins() -> Plugins:
     """Those of other packages; of names that are taken a warning is logged, once."""
-    points = entry_points(group=ENTRY_POINT_GROUP)
-    found = Plugins.of(points, _files(), what="EvalFamily")
-    for note in found.notes:
-        logging.getLogger("vlmprune").warning(note)
-    return found
+    return Plugins.of(entry_points(group=ENTRY_POINT_GROUP), _files(), what="EvalFamily")
 
 
 @cache

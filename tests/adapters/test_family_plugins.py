@@ -70,7 +70,7 @@ BROKEN = {
     "raising": ("plugin_one:Theirs", "raise RuntimeError('no licence')", "no licence"),
     "leaving": ("plugin_one:Theirs", "raise SystemExit(3)", "SystemExit: 3"),
     "without": ("plugin_one:Theirs", "x = 1", "AttributeError"),
-    "no family": ("plugin_one:Theirs", "Theirs = dict", "TypeError", "derive a class from"),
+    "no family": ("plugin_one:Theirs", "Theirs = dict", "TypeError", "is no Family"),
     "half": (
         "plugin_one:Theirs",
         "from vlmprune.adapters.family import Family\nclass Theirs(Family):\n    name = 'theirs'",

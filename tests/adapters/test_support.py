@@ -1,4 +1,4 @@
-"""Which method runs on which model, found by patching it, beside what support.json expects.
+"""Which method runs on which model, found by running it, beside what support.json expects.
 
 The expectation is data, so that a method that begins to refuse a model is a red test. After a
 deliberate change `PYTHONPATH=tests python tests/adapters/test_support.py --write` runs every method
@@ -66,12 +66,12 @@ def way(name: str, column: str) -> str:
     """The first of `WAYS` in which a method keeps 40 % of an image's tokens, or of their entries in
     the cache, or none where it takes no budget; "no" if no way does.
 
-    Anything but a typed refusal is a failure of the caller's test. Every method is put on; those
-    that the model is asked with (`zoo.asked`) are run, and those inside the encoder, which may be
-    refused as late as that.
+    Anything but a typed refusal is a failure of the caller's test. A method that takes an image of
+    a model takes its videos, which are the same rows by then: those that the model is asked with
+    (`zoo.asked`) are run on them, and those inside the encoder, which see more of a video.
     """
     case, row, model, inputs = column_of(column)
-    is_run = name in zoo.IN_ENCODER or name in zoo.asked(case, METHODS)
+    is_run = row[1] != "V" or name in zoo.IN_ENCODER or name in zoo.asked(case, METHODS)
     for words, options in WAYS.items():
         given = options | zoo.SMALL.get(name, {})
         if given.pop("clip", None):

@@ -104,7 +104,7 @@ def test_another_package_says_what_is_known_of_its_family(site):
     ("source", "word"),
     [
         ("raise RuntimeError('no licence')", "no licence"),
-        ("TheirEval = dict", "derive a class from"),
+        ("TheirEval = dict", "is no EvalFamily: derive a class from"),
         (
             "from vlmprune.eval.models.family import EvalFamily\n"
             "class TheirEval(EvalFamily):\n    line = 'Aya'",
